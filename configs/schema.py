@@ -1,0 +1,147 @@
+"""The one page of settings: every key, its type, its default and its unit.
+
+Defaults < `config=NAME.yaml` < `section.key=value` on the command line. The dataclasses are frozen, so a
+run cannot change its own configuration. Facts that follow from several keys are properties here, so that
+no second place works them out. What is allowed is checked in `configs/validate.py`.
+
+Names are Megatron-LM's where Megatron-LM has one. Nothing here imports torch.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Which run this is: its folder, its seed, and how it starts and ends."""
+
+    name: str | None = None  # folder below `directory`; null: the stem of the config file
+    directory: str = "runs"
+    seed: int = 1234  # decides initial weights, dropout masks and the order of samples
+    resume: Literal["auto", "never", "must"] = "auto"
+    stop_at_step: int | None = None  # save and end this launch there; null: at train.train_steps
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of the GPT."""
+
+    num_layers: int = 12
+    hidden_size: int = 768
+    num_attention_heads: int = 12
+    ffn_hidden_size: int | None = None  # null: 4 x hidden_size
+    seq_length: int = 1024  # positions in a row, also the rows of the position table
+    hidden_dropout: float = 0.0  # after the embedding, the attention projection and the MLP
+    attention_dropout: float = 0.0  # on attention probabilities; the one mask that depends on the layout
+    norm_epsilon: float = 1e-5
+    activation: Literal["gelu", "gelu_tanh"] = "gelu_tanh"  # exact, or GPT-2's tanh form
+    untie_embeddings_and_output_weights: bool = False
+    init_method_std: float = 0.02  # residual projections: divided by sqrt(2 x num_layers)
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head, `d = h / a`."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def ffn_size(self) -> int:
+        """Channels inside the MLP, `f`."""
+        return self.ffn_hidden_size or 4 * self.hidden_size
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How one model and one batch are spread over the ranks; data parallel size is what remains."""
+
+    tensor_model_parallel_size: int = 1
+    sequence_parallel: bool = True  # shard norms and dropout over the sequence; the identity at size 1
+    recompute_granularity: Literal["none", "full"] = "none"  # full: keep only the inputs of layers
+    # When gradients are reduced over dp: once a step (least traffic), or after every micro-batch (least
+    # memory: no unsharded float32 gradients are kept).
+    gradient_sync: Literal["step", "micro_batch"] = "step"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it becomes rows of tokens."""
+
+    source: Literal["python_stdlib", "text", "jsonl", "parquet", "arrow", "hub"] = "python_stdlib"
+    path: str | None = None  # file, folder, glob or hub name; null only for python_stdlib
+    text_field: str = "text"  # the column of jsonl, parquet, arrow and hub rows that holds the text
+    hub_config: str | None = None  # configuration name of a hub dataset
+    hub_split: str = "train"
+    hub_revision: str | None = None
+    tokenizer: str | None = None  # a sentencepiece model file; null: train one on the source
+    vocab_size: int = 8192  # rows of the embedding; a trained tokenizer has exactly this many pieces
+    sequence_mode: Literal["pack", "pad"] = "pack"
+    validation_fraction: float = 0.01  # share of documents held out for evaluation
+    cache_directory: str = "~/.cache/microtron"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long and in which pieces; batch sizes are in sequences."""
+
+    train_steps: int = 1000  # updates of the weights
+    global_batch_size: int = 32  # sequences a step over all ranks
+    micro_batch_size: int = 8  # sequences in one forward and backward of one data-parallel rank
+    precision: Literal["bf16", "fp32"] = "bf16"  # bf16: bfloat16 compute, float32 master weights
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, its schedule and gradient clipping."""
+
+    lr: float = 6e-4  # peak learning rate
+    min_lr: float = 6e-5  # learning rate at the end of the decay
+    lr_decay_style: Literal["constant", "linear", "cosine", "WSD"] = "cosine"
+    lr_warmup_steps: int = 0
+    lr_wsd_decay_steps: int | None = None  # WSD: length of the final decay; null: a tenth of train_steps
+    weight_decay: float = 0.1  # on matrices and embeddings; never on norms and biases
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0  # largest global gradient norm; 0: no clipping
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Evaluation on held-out documents, and a text sample, while training."""
+
+    interval: int = 250  # steps between evaluations; there is one at the end too; 0: none at all
+    max_sequences: int = 128  # rows of held-out text at most; whole documents are taken
+    sample_tokens: int = 128  # tokens of text written at each evaluation; 0: no sample
+    sample_prompt: str = "def "
+    sample_temperature: float = 0.7  # 0: always the likeliest token
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save, and how many checkpoints to keep."""
+
+    save_interval: int = 250  # steps; there is a save at the end and on a signal too; 0: only those
+    keep: int = 2  # newest checkpoints kept; 0: all
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What a person sees while it runs; metrics.jsonl gets every step whatever is set here."""
+
+    log_interval: int = 1  # steps between console lines
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: offline without a key
+    wandb_project: str = "microtron"
+
+
+@dataclass(frozen=True)
+class Config:
+    """All sections."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
