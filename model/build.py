@@ -1,0 +1,23 @@
+"""From a configuration to a model that is sharded, placed and initialised."""
+
+import torch
+
+from configs.schema import Config
+from model.gpt import GPT
+from parallel import Mesh, initialise_parameters, shard_over_data_parallel
+
+COMPUTE_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def build_model(config: Config, mesh: Mesh) -> GPT:
+    """The GPT of a configuration: described without memory, sharded, then given its weights.
+
+    No rank ever holds more than its shard of the model and one full tensor of the initialisation.
+    """
+    recompute = config.parallel.recompute_granularity == "full"
+    model = GPT(config.model, config.data.vocab_size, mesh, recompute)
+    compute_dtype = COMPUTE_DTYPE[config.train.precision]
+    shard_over_data_parallel(model, model.blocks, mesh, compute_dtype)
+    model.to_empty(device=mesh.device)
+    initialise_parameters(model, config.run.seed, mesh)
+    return model

@@ -1,0 +1,128 @@
+"""GPT: embedding, blocks, head.
+
+Legend (Korthikanti et al. 2022, table 1, with d and f added): `s` sequence length, `b` micro-batch size,
+`h` hidden size, `a` attention heads, `d = h/a` head dimension, `f` feed-forward size, `v` vocabulary,
+`t` tensor-parallel size, `L` layers. Sequence first: `[s, b, h]`, so that a sequence shard is a
+contiguous piece of dim 0. `[s/t, ...]` is with sequence parallelism; without it, `[s, ...]`.
+"""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from configs.schema import ModelConfig
+from model.attention import SelfAttention
+from model.mlp import MLP
+from model.norm import LayerNorm
+from parallel import (
+    DropoutStream,
+    Mesh,
+    Normal,
+    VocabParallelEmbedding,
+    declare_parameter,
+    dropout_add,
+    gather_vocabulary,
+    sequence_shard,
+    vocab_parallel_cross_entropy,
+    vocab_parallel_logits,
+)
+
+# Sites of hidden dropout inside a layer; with the layer's number they name a mask.
+AFTER_EMBEDDING, AFTER_ATTENTION, AFTER_MLP = range(3)
+
+
+class Block(nn.Module):
+    """x + dropout(attention(norm(x))), then the same with the MLP; `[s/t, b, h]` in and out."""
+
+    def __init__(self, config: ModelConfig, layer: int, mesh: Mesh, recompute: bool) -> None:
+        super().__init__()
+        self.mesh, self.layer, self.recompute = mesh, layer, recompute
+        self.hidden_dropout = config.hidden_dropout
+        self.attention_norm = LayerNorm(config, mesh)
+        self.attention = SelfAttention(config, layer, mesh)
+        self.mlp_norm = LayerNorm(config, mesh)
+        self.mlp = MLP(config, mesh)
+
+    def forward(self, x: Tensor, stream: DropoutStream | None) -> Tensor:
+        if self.recompute:
+            # Only x is kept. Masks are functions of their names, so there is no state to restore.
+            return checkpoint(
+                self.residuals, x, stream, use_reentrant=False, preserve_rng_state=False
+            )
+        return self.residuals(x, stream)
+
+    def residuals(self, x: Tensor, stream: DropoutStream | None) -> Tensor:
+        """The two residual equations of the block."""
+        x = self.dropout_add(self.attention(self.attention_norm(x), stream), x, stream, AFTER_ATTENTION)
+        return self.dropout_add(self.mlp(self.mlp_norm(x)), x, stream, AFTER_MLP)
+
+    def dropout_add(self, y: Tensor, x: Tensor, stream: DropoutStream | None, site: int) -> Tensor:
+        """`x + dropout(y)`."""
+        return dropout_add(y, x, self.hidden_dropout, stream, self.layer, site, self.mesh)
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer with learned positions, pre-norm, and a tied or separate head.
+
+    tokens -> embedding + position, dropout -> L blocks -> norm -> logits.
+    """
+
+    def __init__(
+        self, config: ModelConfig, vocab_size: int, mesh: Mesh, recompute: bool = False
+    ) -> None:
+        super().__init__()
+        self.config, self.vocab_size, self.mesh = config, vocab_size, mesh
+        init = Normal(config.init_method_std)
+        self.embedding = VocabParallelEmbedding(vocab_size, config.hidden_size, mesh, init)
+        # Looked up on the sequence shard, after the reduce-scatter of the embedding.
+        declare_parameter(
+            self,
+            "positions",
+            (config.seq_length, config.hidden_size),
+            mesh,
+            init=init,
+            grad_is_partial=mesh.sequence_parallel,
+        )
+        self.blocks = nn.ModuleList(
+            Block(config, layer, mesh, recompute) for layer in range(config.num_layers)
+        )
+        self.norm = LayerNorm(config, mesh)
+        if config.untie_embeddings_and_output_weights:
+            declare_parameter(
+                self, "lm_head", (vocab_size, config.hidden_size), mesh, init=init, tp_dim=0
+            )
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        targets: Tensor | None = None,
+        stream: DropoutStream | None = None,
+    ) -> Tensor:
+        """Sum of the losses of all targets, in nats, a float32 scalar; the same on all tp ranks.
+
+        `tokens`, `positions`, `targets` `[b, s]`; s a multiple of t. Targets below 0 don't count. Without
+        targets: the logits, `[b, s, v]` float32. Without a `stream` there is no dropout.
+        """
+        # The only transpose: data is batch first, the model sequence first.
+        x = self.embed(tokens.t(), positions.t(), stream)  # [s/t, b, h]
+        for block in self.blocks:
+            x = block(x, stream)
+        x = self.norm(x)
+        table = self.lm_head if self.config.untie_embeddings_and_output_weights else self.embedding.weight
+        logits = vocab_parallel_logits(x, table.to_local(), self.mesh)  # [s, b, v/t]
+        if targets is None:
+            return gather_vocabulary(logits, self.mesh, self.vocab_size).transpose(0, 1).float()
+        # Inside the root's forward, because FSDP2 frees the head's weight after it.
+        return vocab_parallel_cross_entropy(
+            logits, targets.t(), self.vocab_size, self.mesh
+        ).sum()
+
+    def embed(self, tokens: Tensor, positions: Tensor, stream: DropoutStream | None) -> Tensor:
+        """Token plus position, with dropout; `[s, b]` to `[s/t, b, h]`."""
+        x = self.embedding(tokens)  # [s/t, b, h]
+        x = x + F.embedding(sequence_shard(positions, self.mesh), self.positions.to_local())
+        # Layer -1: the site before all layers.
+        return dropout_add(
+            x, None, self.config.hidden_dropout, stream, -1, AFTER_EMBEDDING, self.mesh
+        )

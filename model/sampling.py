@@ -1,0 +1,44 @@
+"""Text from a model, one token at a time."""
+
+from collections.abc import Sequence
+
+import torch
+
+from model.gpt import GPT
+
+
+@torch.no_grad()
+def generate(
+    model: GPT,
+    prompt: Sequence[int],
+    num_tokens: int,
+    *,
+    temperature: float,
+    seed: int,
+    end_id: int | None = None,
+) -> list[int]:
+    """The prompt continued by up to `num_tokens` tokens, ending early after `end_id`.
+
+    Every rank calls this with the same arguments and gets the same tokens: logits are gathered over tp
+    bit for bit alike, and each rank draws from a generator of the same seed. Temperature 0 takes the
+    likeliest token. The last `seq_length` tokens are the context.
+    """
+    device, t = model.mesh.device, model.mesh.tp.size
+    generator = torch.Generator().manual_seed(seed)
+    tokens = list(prompt)
+    for _ in range(num_tokens):
+        context = tokens[-model.config.seq_length :]
+        # Padded to a multiple of t at the end, where causal attention cannot see it.
+        padding = [0] * (-len(context) % t)
+        positions = torch.tensor([[*range(len(context)), *padding]], device=device)
+        logits = model(torch.tensor([context + padding], device=device), positions)
+        last = logits[0, len(context) - 1].cpu()  # [v]
+        if temperature == 0.0:
+            token = int(last.argmax())
+        else:
+            probabilities = (last / temperature).softmax(dim=-1)
+            token = int(torch.multinomial(probabilities, 1, generator=generator))
+        tokens.append(token)
+        if token == end_id:
+            break
+    return tokens

@@ -1,0 +1,67 @@
+"""Tensor, sequence and data parallelism over a grid of ranks.
+
+This package is the only one that crosses the wire. It takes plain ints and bools and knows no GPT.
+"""
+
+from parallel.agreement import all_ranks, any_rank, barrier, gather_json, sum_over
+from parallel.data_parallel import set_gradient_sync, shard_over_data_parallel
+from parallel.gradients import clip_gradients, sum_partial_gradients
+from parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    vocab_parallel_logits,
+)
+from parallel.loss import vocab_parallel_cross_entropy
+from parallel.mappings import (
+    enter_tensor_parallel_region,
+    exit_tensor_parallel_region,
+    gather_vocabulary,
+    sequence_shard,
+)
+from parallel.mesh import Axis, Mesh, close_mesh, init_mesh
+from parallel.parameters import (
+    Constant,
+    Normal,
+    declare_parameter,
+    initialise_parameters,
+    parameter_facts,
+)
+from parallel.randomness import DropoutStream, dropout_add, fold_seed
+from parallel.sharding import local_slices, shard_range, tp_shard_dim
+
+__all__ = [
+    "Axis",
+    "ColumnParallelLinear",
+    "Constant",
+    "DropoutStream",
+    "Mesh",
+    "Normal",
+    "RowParallelLinear",
+    "VocabParallelEmbedding",
+    "all_ranks",
+    "any_rank",
+    "barrier",
+    "clip_gradients",
+    "close_mesh",
+    "declare_parameter",
+    "dropout_add",
+    "enter_tensor_parallel_region",
+    "exit_tensor_parallel_region",
+    "fold_seed",
+    "gather_json",
+    "gather_vocabulary",
+    "init_mesh",
+    "initialise_parameters",
+    "local_slices",
+    "parameter_facts",
+    "sequence_shard",
+    "set_gradient_sync",
+    "shard_over_data_parallel",
+    "shard_range",
+    "sum_over",
+    "sum_partial_gradients",
+    "tp_shard_dim",
+    "vocab_parallel_cross_entropy",
+    "vocab_parallel_logits",
+]

@@ -1,0 +1,60 @@
+"""Small facts that all ranks must share before they branch: counts, flags and short reports.
+
+A branch that some ranks take and others don't is a deadlock at the next collective, so whatever is
+known to one rank only (a signal, a full disk) passes through here first.
+"""
+
+import json
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from parallel.mesh import Axis, Mesh
+
+
+def sum_over(axis: Axis, values: torch.Tensor) -> torch.Tensor:
+    """The sum of `values` over the ranks of an axis, in place; one all-reduce."""
+    if axis.size > 1:
+        dist.all_reduce(values, group=axis.group)
+    return values
+
+
+def any_rank(mesh: Mesh, flag: bool) -> bool:
+    """Whether any rank says yes."""
+    # An integer flag: on gloo a maximum of floats silently drops NaN.
+    count = torch.tensor([int(flag)], dtype=torch.int32, device=mesh.device)
+    return bool(sum_over(mesh.world, count).item())
+
+
+def all_ranks(mesh: Mesh, flag: bool) -> bool:
+    """Whether every rank says yes."""
+    return not any_rank(mesh, not flag)
+
+
+def barrier(mesh: Mesh) -> None:
+    """Wait until every rank has come here."""
+    any_rank(mesh, False)
+
+
+def gather_json(mesh: Mesh, report: Any) -> list[Any]:
+    """Every rank's report, in the order of ranks, on every rank.
+
+    JSON rather than torch's own object collectives, which are pickle on the wire.
+    """
+    if mesh.world.size == 1:
+        return [json.loads(json.dumps(report))]
+    encoded = torch.frombuffer(bytearray(json.dumps(report).encode()), dtype=torch.uint8)
+    encoded = encoded.to(mesh.device)
+    length = torch.tensor([len(encoded)], device=mesh.device)
+    lengths = [torch.empty_like(length) for _ in range(mesh.world.size)]
+    dist.all_gather(lengths, length, group=mesh.world.group)
+    longest = max(int(length) for length in lengths)
+    padded = torch.zeros(longest, dtype=torch.uint8, device=mesh.device)
+    padded[: len(encoded)] = encoded
+    reports = [torch.empty_like(padded) for _ in range(mesh.world.size)]
+    dist.all_gather(reports, padded, group=mesh.world.group)
+    return [
+        json.loads(bytes(report[: int(length)].cpu().numpy()))
+        for report, length in zip(reports, lengths, strict=True)
+    ]

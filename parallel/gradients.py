@@ -1,0 +1,50 @@
+"""Gradients after the backward pass: the sum of partial ones, the global norm, clipping.
+
+By then FSDP2 has summed every gradient over dp and left each rank its float32 shard. What remains is
+tp: see [Note: partial gradients] in parameters.py.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from parallel.agreement import sum_over
+from parallel.mesh import Mesh
+from parallel.parameters import parameter_facts
+from parallel.sharding import tp_shard_dim
+
+
+def sum_partial_gradients(model: nn.Module, mesh: Mesh) -> None:
+    """Sum the gradients that are partial over tp: one all-reduce of all of them together."""
+    facts = parameter_facts(model)
+    partial = [
+        parameter.grad.to_local()  # type: ignore[union-attr]
+        for name, parameter in model.named_parameters()
+        if facts[name].grad_is_partial
+    ]
+    if not partial:
+        return
+    summed = sum_over(mesh.tp, torch.cat([grad.view(-1) for grad in partial]))
+    torch._foreach_copy_(
+        [grad.view(-1) for grad in partial], list(summed.split([g.numel() for g in partial]))
+    )
+
+
+def clip_gradients(model: nn.Module, largest_norm: float, mesh: Mesh) -> Tensor:
+    """Scale all gradients so that their global norm is at most `largest_norm`; 0 never scales.
+
+    Returns the norm before scaling, a float32 scalar and the same on every rank. A gradient that every
+    tp rank has in full counts once. One all-reduce.
+    """
+    gradients, counted = [], []
+    for parameter in model.parameters():
+        gradient = parameter.grad.to_local()  # type: ignore[union-attr]
+        gradients.append(gradient)
+        if tp_shard_dim(parameter) is not None or mesh.tp.rank == 0:
+            counted.append(gradient)
+    norms = torch.stack(torch._foreach_norm(counted))
+    # Squares in float64: the square of a large but finite float32 norm would overflow.
+    norm = sum_over(mesh.world, norms.double().square().sum()).sqrt().float()
+    if largest_norm > 0:
+        scale = (largest_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, scale)
+    return norm

@@ -1,0 +1,116 @@
+"""Linear layers and the embedding, cut over the tensor-parallel axis.
+
+Shapes: `s` positions, `b` sequences, `t` ranks on the tp axis. "`[s/t, b, h]`" is with sequence
+parallelism; without it every rank has all `s`.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from parallel.mappings import enter_tensor_parallel_region, exit_tensor_parallel_region
+from parallel.mesh import Mesh
+from parallel.parameters import Constant, Normal, declare_parameter
+from parallel.sharding import shard_range
+
+
+class _WeightShard(nn.Module):
+    """One weight of a column-parallel layer, `[out/t, in]`, and its bias `[out/t]`."""
+
+    def __init__(self, in_size: int, out_size: int, mesh: Mesh, init: Normal) -> None:
+        super().__init__()
+        declare_parameter(self, "weight", (out_size, in_size), mesh, init=init, tp_dim=0)
+        # The bias sees every position, like the weight: its gradient is whole.
+        declare_parameter(self, "bias", (out_size,), mesh, init=Constant(0.0), tp_dim=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to_local(), self.bias.to_local())
+
+
+class ColumnParallelLinear(nn.Module):
+    """Y_w = X A_w^T + b_w for one or several weights A_w, each split by rows of A_w over the tp axis.
+
+        A = [A_1; ...; A_t]      Y = [Y_1 ... Y_t]      Y_i = X A_i^T + b_i
+
+    Input `[s/t, b, in]`. Output, one tensor for each weight in the order given: `[s, b, out/t]`.
+    Forward: all-gather of the input (or nothing). Backward: reduce-scatter (or all-reduce) of dX.
+    Weights that read the same input share the gather. Each is a parameter of its own, so that a shard
+    is one contiguous slice and the names do not depend on the layout.
+    """
+
+    def __init__(
+        self, in_size: int, out_sizes: Mapping[str, int], mesh: Mesh, init: Normal
+    ) -> None:
+        super().__init__()
+        self.mesh = mesh
+        for name, out_size in out_sizes.items():
+            self.add_module(name, _WeightShard(in_size, out_size, mesh, init))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = enter_tensor_parallel_region(x, self.mesh)  # [s, b, in]
+        return tuple(shard(x) for shard in self.children())  # each [s, b, out/t]
+
+
+class RowParallelLinear(nn.Module):
+    """Y = X A^T + b with A split by columns over the tp axis, X split to match.
+
+        A = [A_1 ... A_t]      X = [X_1 ... X_t]      Y = sum_i X_i A_i^T + b
+
+    Input `[s, b, in/t]`. Output `[s/t, b, out]`.
+    Forward: reduce-scatter (or all-reduce) of the output. Backward: all-gather (or nothing).
+    The bias is added once, after the sum: inside the product it would be added t times. With sequence
+    parallelism it then meets s/t positions only, so its gradient is partial.
+    """
+
+    def __init__(self, in_size: int, out_size: int, mesh: Mesh, init: Normal) -> None:
+        super().__init__()
+        self.mesh = mesh
+        declare_parameter(self, "weight", (out_size, in_size), mesh, init=init, tp_dim=1)
+        declare_parameter(
+            self,
+            "bias",
+            (out_size,),
+            mesh,
+            init=Constant(0.0),
+            grad_is_partial=mesh.sequence_parallel,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight.to_local())  # [s, b, out], a partial sum
+        y = exit_tensor_parallel_region(y, self.mesh)  # [s/t, b, out]
+        return y + self.bias.to_local()
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Rows of a table that is split by vocabulary over the tp axis.
+
+    Input: token ids `[s, b]`, the same on all tp ranks. Output `[s/t, b, h]`.
+    A rank looks up the ids it has and writes zeros for the others; the sum over tp is the lookup.
+    Forward: reduce-scatter (or all-reduce). Backward: all-gather (or nothing).
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, mesh: Mesh, init: Normal) -> None:
+        super().__init__()
+        self.mesh = mesh
+        self.first_id, self.end_id = shard_range(vocab_size, mesh.tp.size, mesh.tp.rank)
+        declare_parameter(self, "weight", (vocab_size, hidden_size), mesh, init=init, tp_dim=0)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        table = self.weight.to_local()
+        if self.mesh.tp.size == 1:
+            return F.embedding(tokens, table)
+        elsewhere = (tokens < self.first_id) | (tokens >= self.end_id)
+        rows = F.embedding((tokens - self.first_id).masked_fill(elsewhere, 0), table)
+        rows = rows.masked_fill(elsewhere.unsqueeze(-1), 0.0)  # [s, b, h]
+        return exit_tensor_parallel_region(rows, self.mesh)  # [s/t, b, h]
+
+
+def vocab_parallel_logits(x: Tensor, weight: Tensor, mesh: Mesh) -> Tensor:
+    """Logits over this rank's part of the vocabulary.
+
+    `x` `[s/t, b, h]`, `weight` `[v/t, h]` (the head's or the tied embedding's shard); result
+    `[s, b, v/t]`. Forward: all-gather of x (or nothing). Backward: reduce-scatter (or all-reduce).
+    """
+    return F.linear(enter_tensor_parallel_region(x, mesh), weight)
+

@@ -1,0 +1,146 @@
+"""The mappings between regions, as two conjugate pairs of autograd functions.
+
+    forward                       backward
+    copy            x             all-reduce         \\  conjugate: without sequence parallelism,
+    reduce          all-reduce    g                  /   every rank has all positions
+    gather          all-gather    reduce-scatter     \\  conjugate: with sequence parallelism,
+    reduce_scatter  reduce-scatter  all-gather       /   a rank has s/t positions
+
+Each backward is the forward of its conjugate: if A maps ranks' inputs to ranks' outputs, the other is A
+transposed. All act on dim 0, the sequence, of `[s, b, h]`. An all-reduce is a reduce-scatter followed
+by an all-gather, so in forward both pairs move the same bytes.
+
+`enter_tensor_parallel_region` and `exit_tensor_parallel_region` are the only code for activations that
+asks whether sequence parallelism is on. Collectives need contiguous tensors and must not write into a
+tensor that autograd has saved, so each makes its own output.
+
+Sources: Shoeybi et al. 2019 (f and g), Korthikanti et al. 2022, section 4.2.2 (g and g-bar).
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.mesh import Axis, Mesh
+
+
+def _all_gather(x: Tensor, axis: Axis) -> Tensor:
+    gathered = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
+    dist.all_gather_into_tensor(gathered, x.contiguous(), group=axis.group)
+    return gathered
+
+
+def _reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
+    assert x.shape[0] % axis.size == 0, f"{x.shape[0]} positions over tp={axis.size}"
+    scattered = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
+    dist.reduce_scatter_tensor(scattered, x.contiguous(), group=axis.group)
+    return scattered
+
+
+def _all_reduce(x: Tensor, axis: Axis) -> Tensor:
+    reduced = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(reduced, group=axis.group)
+    return reduced
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return _all_reduce(grad, ctx.axis), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
+        return _all_reduce(x, axis)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return grad, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return _all_gather(x, axis)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return _reduce_scatter(grad, ctx.axis), None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return _reduce_scatter(x, axis)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return _all_gather(grad, ctx.axis), None
+
+
+def copy_to_ranks(x: Tensor, axis: Axis) -> Tensor:
+    """The same x on every rank of the axis; backward sums the gradients."""
+    return _Copy.apply(x, axis)
+
+
+def reduce_over_ranks(x: Tensor, axis: Axis) -> Tensor:
+    """The sum of x over the axis, on every rank."""
+    return _Reduce.apply(x, axis)
+
+
+def gather_sequence(x: Tensor, axis: Axis) -> Tensor:
+    """All positions from every rank's shard, `[s/t, ...]` to `[s, ...]`, for tensor-parallel compute.
+
+    Each rank computes something else with the result, so backward sums: a reduce-scatter.
+    """
+    return _Gather.apply(x, axis)
+
+
+def reduce_scatter_sequence(x: Tensor, axis: Axis) -> Tensor:
+    """The sum of x over the axis, of which each rank keeps its positions, `[s, ...]` to `[s/t, ...]`."""
+    return _ReduceScatter.apply(x, axis)
+
+
+def enter_tensor_parallel_region(x: Tensor, mesh: Mesh) -> Tensor:
+    """From where norms and dropout work to where matrices are split; result `[s, b, h]`."""
+    if mesh.tp.size == 1:
+        return x
+    return gather_sequence(x, mesh.tp) if mesh.sequence_parallel else copy_to_ranks(x, mesh.tp)
+
+
+def exit_tensor_parallel_region(x: Tensor, mesh: Mesh) -> Tensor:
+    """Sum partial results over tp; result `[s/t, b, h]` with sequence parallelism, else `[s, b, h]`."""
+    if mesh.tp.size == 1:
+        return x
+    if mesh.sequence_parallel:
+        return reduce_scatter_sequence(x, mesh.tp)
+    return reduce_over_ranks(x, mesh.tp)
+
+
+def sequence_shard(x: Tensor, mesh: Mesh) -> Tensor:
+    """This rank's positions of something that every rank has in full, `[s, ...]` to `[s/t, ...]`.
+
+    For data (token positions); no gradient passes.
+    """
+    if not mesh.sequence_parallel:
+        return x
+    return x.detach().chunk(mesh.tp.size)[mesh.tp.rank].contiguous()
+
+
+def gather_vocabulary(logits: Tensor, mesh: Mesh, vocab_size: int) -> Tensor:
+    """Whole rows of logits from vocabulary shards, `[..., v/t]` to `[..., v]`; for inference only."""
+    if mesh.tp.size == 1:
+        return logits
+    # Shards may differ by a few columns, a collective's pieces may not: pad, gather, and cut.
+    chunk = -(-vocab_size // mesh.tp.size)
+    padded = torch.nn.functional.pad(logits.detach(), (0, chunk - logits.shape[-1]))
+    gathered = _all_gather(padded.movedim(-1, 0), mesh.tp)
+    return gathered[:vocab_size].movedim(0, -1)

@@ -1,0 +1,99 @@
+"""The grid of ranks: who this process is along the tensor-parallel and the data-parallel axis.
+
+An axis is one direction of the grid. tp is the fastest one, so that the ranks that talk most are
+neighbours on one node: rank = dp.rank * tp.size + tp.rank. One rank is a grid of one, not a special
+case. The environment of the launcher is read in this file and nowhere else in the package.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+# Long enough for a slow rank to compile, load or evaluate; a lost peer is noticed at once anyway,
+# because its connection closes.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One direction of the grid: `size` ranks, of which this process is number `rank`."""
+
+    size: int
+    rank: int
+    group: dist.ProcessGroup
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This process's place in the grid, and the groups it talks to."""
+
+    device_mesh: DeviceMesh  # axes ("dp", "tp")
+    device: torch.device
+    tp: Axis
+    dp: Axis
+    world: Axis
+    local_rank: int
+    # True only where there is a sequence to split, so that layers need not ask for the size too.
+    sequence_parallel: bool
+
+
+def init_mesh(tensor_model_parallel_size: int, sequence_parallel: bool) -> Mesh:
+    """Join the process group that torchrun describes (or a group of one) and lay the grid over it.
+
+    NCCL on CUDA, gloo on CPU. Every rank of a host gets an equal share of its processor cores.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    use_cuda = torch.cuda.is_available()
+    if use_cuda:
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        # torchrun sets OMP_NUM_THREADS=1, which would leave most of a machine idle.
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+    backend = "nccl" if use_cuda else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return lay_mesh(tensor_model_parallel_size, sequence_parallel, device, local_rank)
+
+
+def lay_mesh(
+    tensor_model_parallel_size: int, sequence_parallel: bool, device: torch.device, local_rank: int
+) -> Mesh:
+    """Lay the ("dp", "tp") grid over the process group that exists.
+
+    Raises RuntimeError if the number of ranks is no multiple of the tensor-parallel size.
+    """
+    world_size, tp_size = dist.get_world_size(), tensor_model_parallel_size
+    if world_size % tp_size:
+        raise RuntimeError(f"{world_size} ranks cannot be laid out in rows of tp={tp_size}")
+    device_mesh = init_device_mesh(
+        device.type, (world_size // tp_size, tp_size), mesh_dim_names=("dp", "tp")
+    )
+
+    def axis(name: str) -> Axis:
+        group = device_mesh.get_group(name)
+        return Axis(dist.get_world_size(group), dist.get_rank(group), group)
+
+    world = Axis(world_size, dist.get_rank(), dist.group.WORLD)
+    return Mesh(
+        device_mesh=device_mesh,
+        device=device,
+        tp=axis("tp"),
+        dp=axis("dp"),
+        world=world,
+        local_rank=local_rank,
+        sequence_parallel=sequence_parallel and tp_size > 1,
+    )
+
+
+def close_mesh() -> None:
+    """Leave the process group."""
+    dist.destroy_process_group()

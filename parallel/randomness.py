@@ -1,0 +1,118 @@
+"""Randomness as a pure function: a mask is named, not drawn.
+
+Nothing here depends on the layout or on what was drawn before. A dropout mask is a function of (seed,
+step, layer, site, global sample index, global position, channel): the first five are hashed on the host
+into a 64-bit key per sample, the last two are a 32-bit counter, and a finaliser of two multiplications
+mixes counter and key. Every rank can therefore make just its part of a mask, and backward and
+recomputation make it again instead of storing it.
+"""
+
+import struct
+from dataclasses import dataclass
+
+import torch
+import xxhash
+from torch import Tensor
+
+from parallel.mesh import Mesh
+
+# The multipliers of Wellons' hash-prospector search (lowbias32): two rounds of xorshift and multiply
+# in which every input bit flips every output bit with probability near one half.
+_MULTIPLIER_1 = 0x7FEB352D
+_MULTIPLIER_2 = 0x846CA68B - (1 << 32)  # the same bits as a signed 32-bit integer
+
+
+def fold_seed(seed: int, *parts: int | str) -> int:
+    """A 63-bit seed that depends on `seed` and all of `parts`."""
+    text = "/".join([str(seed), *(str(part) for part in parts)])
+    return xxhash.xxh3_64_intdigest(text.encode()) >> 1
+
+
+@dataclass(frozen=True)
+class DropoutStream:
+    """Names all dropout masks of one micro-batch."""
+
+    seed: int
+    step: int
+    sample_indices: tuple[int, ...]  # [b], counted over the whole run and over all ranks
+
+    def keys(self, layer: int, site: int, device: torch.device) -> Tensor:
+        """Two 32-bit words of key for each sample of the micro-batch, `[2, b]` int32."""
+        digests = (
+            xxhash.xxh3_64_digest(struct.pack("<5q", self.seed, self.step, layer, site, sample))
+            for sample in self.sample_indices
+        )
+        words = [struct.unpack("<2i", digest) for digest in digests]
+        return torch.tensor(words, dtype=torch.int32, device=device).t()
+
+    def attention_seed(self, layer: int, tp_rank: int) -> int:
+        """Seed of the attention dropout of one layer, the one that depends on the layout."""
+        return fold_seed(self.seed, "attention", self.step, layer, self.sample_indices[0], tp_rank)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int32; torch's own repeats the sign bit."""
+    return (x >> bits).bitwise_and_((1 << (32 - bits)) - 1)
+
+
+def keep_mask(shape: torch.Size, first_position: int, rate: float, keys: Tensor) -> Tensor:
+    """Which elements of a `[s/t, b, h]` activation survive dropout at `rate`, as booleans.
+
+    `first_position` is the global position of row 0, `keys` are `[2, b]` int32.
+    """
+    positions, batch, channels = shape
+    start = first_position * channels
+    counter = torch.arange(
+        start, start + positions * channels, dtype=torch.int32, device=keys.device
+    )
+    x = counter.view(positions, 1, channels) ^ keys[0].view(1, batch, 1)
+    x ^= _shift_right(x, 16)
+    x *= _MULTIPLIER_1
+    x ^= keys[1].view(1, batch, 1)
+    x ^= _shift_right(x, 15)
+    x *= _MULTIPLIER_2
+    x ^= _shift_right(x, 16)
+    # x is uniform over the signed 32-bit integers: the lowest `rate` of them drop.
+    return x >= int(rate * 2**32) - 2**31
+
+
+class _DropoutAdd(torch.autograd.Function):
+    """y = r + m x / (1 - p).     dr = dy.     dx = m dy / (1 - p).
+
+    Nothing but the keys is saved: the mask m is made again in backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, residual: Tensor | None, keys: Tensor, first_position: int, rate: float
+    ) -> Tensor:
+        ctx.mask = (x.shape, first_position, rate, keys)
+        y = (x * (1.0 / (1.0 - rate))).mul_(keep_mask(*ctx.mask))
+        ctx.has_residual = residual is not None
+        return y if residual is None else y.add_(residual)
+
+    @staticmethod
+    def backward(ctx, grad_y: Tensor):  # type: ignore[override]
+        rate = ctx.mask[2]
+        grad_x = (grad_y * (1.0 / (1.0 - rate))).mul_(keep_mask(*ctx.mask))
+        return grad_x, grad_y if ctx.has_residual else None, None, None, None
+
+
+def dropout_add(  # noqa: PLR0913 - the name of a mask has this many parts
+    x: Tensor,
+    residual: Tensor | None,
+    rate: float,
+    stream: DropoutStream | None,
+    layer: int,
+    site: int,
+    mesh: Mesh,
+) -> Tensor:
+    """`residual + dropout(x)` on the local sequence shard `[s/t, b, h]`; None adds nothing.
+
+    No stream (evaluation) or a rate of zero: no dropout.
+    """
+    if stream is None or rate == 0.0:
+        return x if residual is None else x + residual
+    first_position = mesh.tp.rank * x.shape[0] if mesh.sequence_parallel else 0
+    keys = stream.keys(layer, site, x.device)
+    return _DropoutAdd.apply(x, residual, keys, first_position, rate)

@@ -1,0 +1,173 @@
+"""Tests whose body every rank runs: `@distributed(layout, ...)`.
+
+One pool of worker processes per number of ranks lives for the whole session, because importing torch
+takes seconds. A test names the layouts it wants; the body runs on every rank with a `mesh` of that
+layout as its first argument. Rendezvous is a file, so no port can be taken. A test that hangs fails: the
+stacks of all ranks are shown, and the pool is replaced, as its collectives may be out of step.
+"""
+
+import atexit
+import faulthandler
+import functools
+import importlib
+import inspect
+import multiprocessing
+import os
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from parallel.mesh import Mesh, lay_mesh
+
+TIME_LIMIT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A grid of ranks to run a test on."""
+
+    tp: int = 1
+    dp: int = 1
+    sp: bool = True
+
+    def __str__(self) -> str:
+        sp = "+sp" if self.sp and self.tp > 1 else ""
+        return f"tp{self.tp}{sp}-dp{self.dp}"
+
+
+ONE_RANK = Layout()
+TENSOR_PARALLEL = (Layout(tp=2), Layout(tp=2, sp=False), Layout(tp=4), Layout(tp=4, sp=False))
+EVERY_LAYOUT = (ONE_RANK, *TENSOR_PARALLEL, Layout(dp=2), Layout(tp=2, dp=2))
+
+
+def distributed(*layouts: Layout) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Run the decorated body on every rank of each layout; other parameters pass through."""
+
+    def decorate(body: Callable[..., None]) -> Callable[..., None]:
+        def test(layout: Layout, **parameters: Any) -> None:
+            _pool(layout.tp * layout.dp).run(
+                body.__module__, body.__qualname__, layout, parameters
+            )
+
+        functools.update_wrapper(test, body)
+        test.body = body  # type: ignore[attr-defined]
+        # pytest gives what the signature asks for: the body's own parameters, and a layout for mesh.
+        signature = inspect.signature(body)
+        named = ["layout", *(name for name in signature.parameters if name != "mesh")]
+        test.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in named]
+        )
+        return pytest.mark.parametrize("layout", layouts, ids=str)(test)
+
+    return decorate
+
+
+class _Pool:
+    """`world_size` worker processes that share a process group and run one body at a time."""
+
+    def __init__(self, world_size: int) -> None:
+        self.directory = tempfile.TemporaryDirectory()
+        context = multiprocessing.get_context("spawn")
+        self.workers, self.pipes = [], []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            worker = context.Process(
+                target=_work, args=(rank, world_size, self.directory.name, theirs), daemon=True
+            )
+            worker.start()
+            theirs.close()
+            self.workers.append(worker)
+            self.pipes.append(ours)
+
+    def run(self, *job: Any) -> None:
+        for pipe in self.pipes:
+            pipe.send(job)
+        deadline = time.monotonic() + TIME_LIMIT_S
+        waiting, failures = dict(zip(self.pipes, range(len(self.pipes)), strict=True)), {}
+        while waiting and (remaining := deadline - time.monotonic()) > 0:
+            for pipe in wait(list(waiting), remaining):
+                assert isinstance(pipe, Connection)
+                rank = waiting.pop(pipe)
+                try:
+                    failure = pipe.recv()
+                except EOFError:
+                    failure = "the worker process died"
+                if failure:
+                    failures[rank] = failure
+                    # Its peers may now wait for it for ever.
+                    deadline = min(deadline, time.monotonic() + 2.0)
+        failures |= {rank: self.stack(rank) for rank in waiting.values()}
+        if failures:
+            self.close()
+            pytest.fail(_report(failures), pytrace=False)
+
+    def stack(self, rank: int) -> str:
+        os.kill(self.workers[rank].pid, signal.SIGUSR2)
+        time.sleep(0.3)
+        dump = Path(self.directory.name, f"stack{rank}").read_text()
+        return f"no answer in time\n{dump}"
+
+    def close(self) -> None:
+        _POOLS.pop(len(self.workers), None)
+        for worker in self.workers:
+            worker.kill()
+            worker.join()
+        self.directory.cleanup()
+
+
+_POOLS: dict[int, _Pool] = {}
+
+
+def _pool(world_size: int) -> _Pool:
+    if world_size not in _POOLS:
+        _POOLS[world_size] = _Pool(world_size)
+    return _POOLS[world_size]
+
+
+@atexit.register
+def _close_pools() -> None:
+    for pool in list(_POOLS.values()):
+        pool.close()
+
+
+def _report(failures: dict[int, str]) -> str:
+    lines = [f"rank {rank}: {text.strip().splitlines()[-1]}" for rank, text in failures.items()]
+    # A peer that failed only because another did says so by its connection.
+    first = next(
+        (text for text in failures.values() if "onnection" not in text and "no answer" not in text),
+        next(iter(failures.values())),
+    )
+    return "\n".join([*lines, "", first])
+
+
+def _work(rank: int, world_size: int, directory: str, pipe: Connection) -> None:
+    stack_file = Path(directory, f"stack{rank}").open("w")
+    faulthandler.register(signal.SIGUSR2, file=stack_file, all_threads=True)
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world_size
+    )
+    meshes: dict[Layout, Mesh] = {}
+    while True:
+        try:
+            module, name, layout, parameters = pipe.recv()
+        except EOFError:
+            return
+        try:
+            if layout not in meshes:
+                meshes[layout] = lay_mesh(layout.tp, layout.sp, torch.device("cpu"), rank)
+            test = getattr(importlib.import_module(module), name)
+            test.body(meshes[layout], **parameters)
+            pipe.send(None)
+        except Exception:
+            pipe.send(traceback.format_exc())

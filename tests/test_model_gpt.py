@@ -1,0 +1,197 @@
+"""The model equals the dense reference on every layout: weights, loss and every gradient."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from configs.schema import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
+from model import GPT, build_model, flops_per_token, generate, num_parameters
+from parallel import (
+    DropoutStream,
+    Mesh,
+    clip_gradients,
+    local_slices,
+    parameter_facts,
+    sum_partial_gradients,
+    tp_shard_dim,
+)
+from parallel.randomness import keep_mask
+from tests.distributed import EVERY_LAYOUT, ONE_RANK, Layout, distributed
+from tests.reference import reference_logits, reference_loss
+
+TINY = ModelConfig(
+    num_layers=2,
+    hidden_size=16,
+    num_attention_heads=4,
+    seq_length=12,
+    hidden_dropout=0.1,
+    # Ten times the usual: attention far from uniform, so that no gradient is all cancellation.
+    init_method_std=0.2,
+)
+VOCAB = 23  # no multiple of 2 or 4
+STREAM = DropoutStream(seed=1, step=3, sample_indices=(7, 8))
+
+
+def tiny_model(mesh: Mesh, config: ModelConfig = TINY, recompute: str = "none") -> GPT:
+    """A float32 GPT whose biases and norms are random too: zeros and ones would hide mistakes."""
+    model = build_model(
+        Config(
+            model=config,
+            data=DataConfig(vocab_size=VOCAB),
+            train=TrainConfig(precision="fp32"),
+            parallel=ParallelConfig(recompute_granularity=recompute),  # type: ignore[arg-type]
+        ),
+        mesh,
+    )
+    with torch.no_grad():
+        for number, (name, parameter) in enumerate(model.named_parameters()):
+            if name.endswith("bias") or "norm" in name:
+                noise = torch.randn(
+                    parameter.shape, generator=torch.Generator().manual_seed(number)
+                )
+                mine = local_slices(parameter.shape, tp_shard_dim(parameter), mesh.tp, mesh.dp)
+                parameter.to_local().add_(0.3 * noise[mine])
+    return model
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, positions and targets `[2, 12]`, the second row padded."""
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(VOCAB, (2, 12), generator=generator)
+    targets = torch.randint(VOCAB, (2, 12), generator=generator)
+    positions = torch.arange(12).repeat(2, 1)
+    targets[1, 8:], positions[1, 8:] = -100, 0
+    return tokens, positions, targets
+
+
+def dense_weights(model: GPT) -> dict[str, Tensor]:
+    return {
+        name: parameter.full_tensor().detach().double().requires_grad_()
+        for name, parameter in model.named_parameters()
+    }
+
+
+def dropout_mask(shape: tuple[int, ...], layer: int, site: int) -> Tensor:
+    b, s, h = shape
+    keep = keep_mask(torch.Size((s, b, h)), 0, 0.1, STREAM.keys(layer, site, torch.device("cpu")))
+    return keep.transpose(0, 1).double() / 0.9
+
+
+@distributed(*EVERY_LAYOUT)
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("untied", [False, True])
+def test_loss_and_gradients_equal_the_reference(
+    mesh: Mesh, activation: str, untied: bool
+) -> None:
+    """With dropout, padding, an uneven vocabulary and random biases; float32, so 2e-5 of the norm."""
+    config = dataclasses.replace(
+        TINY, activation=activation, untie_embeddings_and_output_weights=untied
+    )
+    model = tiny_model(mesh, config)
+    dense = dense_weights(model)
+    tokens, positions, targets = batch()
+
+    loss = model(tokens, positions, targets, STREAM)
+    (loss / mesh.dp.size).backward()  # every dp rank has the same batch here, and gradients sum
+    sum_partial_gradients(model, mesh)
+
+    expected = reference_loss(dense, config, tokens, positions, targets, dropout_mask)
+    expected.backward()
+    assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad.full_tensor().double()
+        scale = dense[name].grad.abs().max().item()
+        assert_close(gradient, dense[name].grad, rtol=0, atol=2e-5 * scale, msg=name)
+
+    norm = torch.stack([w.grad.norm() for w in dense.values()]).norm()
+    assert_close(clip_gradients(model, 0.5 * norm.item(), mesh).double(), norm, rtol=1e-5, atol=0)
+    for name, parameter in model.named_parameters():
+        clipped, scale = parameter.grad.full_tensor().double(), dense[name].grad.abs().max().item()
+        assert_close(clipped, 0.5 * dense[name].grad, rtol=0, atol=2e-5 * scale, msg=name)
+
+
+@distributed(ONE_RANK, Layout(tp=2), Layout(tp=2, dp=2))
+def test_recompute_changes_nothing(mesh: Mesh) -> None:
+    """Full recomputation gives every gradient bit for bit, masks included."""
+    plain, recomputed = tiny_model(mesh), tiny_model(mesh, recompute="full")
+    for model in (plain, recomputed):
+        model(*batch(), STREAM).backward()
+    for (name, a), b in zip(
+        plain.named_parameters(), recomputed.parameters(), strict=True
+    ):
+        assert torch.equal(a.grad.to_local(), b.grad.to_local()), name
+
+
+@distributed(ONE_RANK, Layout(tp=2), Layout(tp=4), Layout(tp=2, sp=False))
+def test_logits_equal_the_reference(mesh: Mesh) -> None:
+    """Without targets the model gives whole rows of logits, and no dropout."""
+    model = tiny_model(mesh)
+    tokens, positions, _ = batch()
+    with torch.no_grad():
+        logits = model(tokens, positions)
+        expected = reference_logits(dense_weights(model), TINY, tokens, positions)
+    assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+def test_padding_never_reaches_the_loss(mesh: Mesh) -> None:
+    """Other tokens in padded slots change neither loss nor any gradient, to the bit."""
+    gradients = []
+    for filler in (0, 11):
+        model = tiny_model(mesh)
+        tokens, positions, targets = batch()
+        tokens[1, 8:] = filler
+        model(tokens, positions, targets, STREAM).backward()
+        gradients.append([parameter.grad.to_local() for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@distributed(ONE_RANK, Layout(tp=2), Layout(tp=4))
+def test_attention_dropout_is_repeatable(mesh: Mesh) -> None:
+    """Its masks follow from the stream: the same twice and under recomputation, other at another step."""
+    config = dataclasses.replace(TINY, attention_dropout=0.2, hidden_dropout=0.0)
+    plain, recomputed = tiny_model(mesh, config), tiny_model(mesh, config, recompute="full")
+    for model in (plain, recomputed):
+        model(*batch(), STREAM).backward()
+    for (name, a), b in zip(plain.named_parameters(), recomputed.parameters(), strict=True):
+        assert torch.equal(a.grad.to_local(), b.grad.to_local()), name
+    other = plain(*batch(), dataclasses.replace(STREAM, step=4))
+    assert not torch.equal(plain(*batch(), STREAM), other)
+
+
+@distributed(*EVERY_LAYOUT)
+def test_every_parameter_is_declared_and_trained(mesh: Mesh) -> None:
+    """Facts for each, a gradient for each, and the count of the formula."""
+    model = tiny_model(mesh)
+    model(*batch(), STREAM).backward()
+    names = [name for name, _ in model.named_parameters()]
+    assert set(names) == set(parameter_facts(model))
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert sum(p.numel() for p in model.parameters()) == num_parameters(TINY, VOCAB)
+
+
+@distributed(ONE_RANK, Layout(tp=2), Layout(tp=4))
+def test_generation_continues_past_the_context(mesh: Mesh) -> None:
+    """Greedy tokens equal the reference's, with a context longer than the position table."""
+    model = tiny_model(mesh)
+    weights = {name: weight.detach() for name, weight in dense_weights(model).items()}
+    expected = [1, 2, 3]
+    for _ in range(14):
+        context = torch.tensor([expected[-12:]])
+        positions = torch.arange(context.shape[1]).unsqueeze(0)
+        logits = reference_logits(weights, TINY, context, positions)
+        expected.append(int(logits[0, -1].argmax()))
+    assert generate(model, [1, 2, 3], 14, temperature=0.0, seed=0) == expected
+    sampled = [generate(model, [1], 8, temperature=1.0, seed=seed) for seed in (5, 5, 6)]
+    assert sampled[0] == sampled[1] != sampled[2]
+    assert generate(model, [1, 2, 3], 14, temperature=0.0, seed=0, end_id=expected[3]) == expected[:4]
+
+
+def test_flops_equal_a_count_by_hand() -> None:
+    """gpt-debug-like shape: 2 layers, h 16, f 64, s 12, v 23."""
+    matrices = 2 * (16 * 16 * 4 + 2 * 16 * 64) + 23 * 16
+    attention = 2 * 2 * 2 * 12 * 16  # layers x (q k^T and p v) x 2 operations x s x h
+    assert flops_per_token(TINY, VOCAB) == 3 * (2 * matrices + attention)

@@ -1,0 +1,193 @@
+"""Every parallel layer equals the dense one: output, input gradient and every weight gradient.
+
+What each comparison would catch: the output, a bias added t times or a lost partial sum; the input
+gradient, a wrong conjugate mapping; the weight gradient, a shard of the sequence where all of it
+belongs; the bias gradient, a partial sum that nobody completes.
+"""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from parallel import (
+    ColumnParallelLinear,
+    Mesh,
+    Normal,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    enter_tensor_parallel_region,
+    parameter_facts,
+    sequence_shard,
+    shard_range,
+    sum_over,
+    vocab_parallel_cross_entropy,
+    vocab_parallel_logits,
+)
+from parallel.sharding import tp_shard_dim
+from tests.distributed import ONE_RANK, TENSOR_PARALLEL, distributed
+from tests.test_parallel_mappings import seeded
+
+LAYOUTS = (ONE_RANK, *TENSOR_PARALLEL)
+S, B, H = 8, 2, 12
+
+
+def fill(layer: nn.Module, mesh: Mesh) -> dict[str, Tensor]:
+    """Give a layer random float64 weights; return the dense ones, ready for gradients."""
+    layer.to_empty(device="cpu").double()
+    dense = {}
+    for number, (name, parameter) in enumerate(layer.named_parameters()):
+        dense[name] = seeded(1000 + number, *parameter.shape).requires_grad_()
+        with torch.no_grad():
+            parameter.to_local().copy_(shard_of(dense[name].detach(), tp_shard_dim(parameter), mesh))
+    return dense
+
+
+def shard_of(full: Tensor, dim: int | None, mesh: Mesh) -> Tensor:
+    if dim is None:
+        return full
+    start, stop = shard_range(full.shape[dim], mesh.tp.size, mesh.tp.rank)
+    return full.narrow(dim, start, stop - start)
+
+
+def assert_gradients(layer: nn.Module, dense: dict[str, Tensor], mesh: Mesh) -> None:
+    """Each weight gradient, summed over tp where it is declared partial, is this rank's part."""
+    facts = parameter_facts(layer)
+    for name, parameter in layer.named_parameters():
+        gradient = parameter.grad.to_local().clone()
+        if facts[name].grad_is_partial:
+            sum_over(mesh.tp, gradient)
+        expected = shard_of(dense[name].grad, tp_shard_dim(parameter), mesh)
+        assert_close(gradient, expected, rtol=1e-12, atol=1e-12, msg=name)
+
+
+@distributed(*LAYOUTS)
+def test_column_equals_dense(mesh: Mesh) -> None:
+    """Two weights that share a gather give their own outputs and a summed input gradient."""
+    layer = ColumnParallelLinear(H, {"a": 8, "b": 20}, mesh, Normal(1.0))
+    dense = fill(layer, mesh)
+    x_dense = seeded(1, S, B, H).requires_grad_()
+    x = sequence_shard(x_dense.detach(), mesh).clone().requires_grad_()
+
+    outputs = layer(x)
+
+    loss = torch.zeros((), dtype=torch.float64)
+    for number, (name, y) in enumerate(zip(("a", "b"), outputs, strict=True)):
+        y_dense = F.linear(x_dense, dense[f"{name}.weight"], dense[f"{name}.bias"])
+        assert_close(y, shard_of(y_dense, 2, mesh), rtol=1e-12, atol=1e-12)
+        upstream = seeded(50 + number, *y_dense.shape)
+        (y_dense * upstream).sum().backward(retain_graph=True)
+        loss = loss + (y * shard_of(upstream, 2, mesh)).sum()
+    loss.backward()
+    assert_close(x.grad, sequence_shard(x_dense.grad, mesh), rtol=1e-12, atol=1e-12)
+    assert_gradients(layer, dense, mesh)
+
+
+@distributed(*LAYOUTS)
+def test_row_equals_dense(mesh: Mesh) -> None:
+    """Splitting A by columns changes neither Y nor any gradient, the bias's included."""
+    layer = RowParallelLinear(8, H, mesh, Normal(1.0))
+    dense = fill(layer, mesh)
+    x_dense = seeded(1, S, B, 8).requires_grad_()
+    x = shard_of(x_dense.detach(), 2, mesh).clone().requires_grad_()
+    upstream = seeded(2, S, B, H)
+
+    y = layer(x)
+    y.backward(sequence_shard(upstream, mesh))
+
+    y_dense = F.linear(x_dense, dense["weight"], dense["bias"])
+    y_dense.backward(upstream)
+    assert_close(y, sequence_shard(y_dense, mesh), rtol=1e-12, atol=1e-12)
+    assert_close(x.grad, shard_of(x_dense.grad, 2, mesh), rtol=1e-12, atol=1e-12)
+    assert_gradients(layer, dense, mesh)
+
+
+@distributed(*LAYOUTS)
+def test_column_then_row_equals_dense(mesh: Mesh) -> None:
+    """The pair is an MLP: nothing between the two layers crosses the wire."""
+    column = ColumnParallelLinear(H, {"up": 16}, mesh, Normal(1.0))
+    row = RowParallelLinear(16, H, mesh, Normal(1.0))
+    up, down = fill(column, mesh), fill(row, mesh)
+    x_dense = seeded(1, S, B, H).requires_grad_()
+    x = sequence_shard(x_dense.detach(), mesh).clone().requires_grad_()
+    upstream = seeded(2, S, B, H)
+
+    y = row(column(x)[0].tanh())
+    y.backward(sequence_shard(upstream, mesh))
+
+    hidden = F.linear(x_dense, up["up.weight"], up["up.bias"]).tanh()
+    y_dense = F.linear(hidden, down["weight"], down["bias"])
+    y_dense.backward(upstream)
+    assert_close(y, sequence_shard(y_dense, mesh), rtol=1e-12, atol=1e-12)
+    assert_close(x.grad, sequence_shard(x_dense.grad, mesh), rtol=1e-12, atol=1e-12)
+    assert_gradients(column, up, mesh)
+    assert_gradients(row, down, mesh)
+
+
+@distributed(*LAYOUTS)
+@pytest.mark.parametrize("vocab_size", [20, 23])
+def test_embedding_equals_dense(mesh: Mesh, vocab_size: int) -> None:
+    """Each id finds its row wherever it is, repeated ids add up, 23 rows need no padding."""
+    layer = VocabParallelEmbedding(vocab_size, H, mesh, Normal(1.0))
+    dense = fill(layer, mesh)
+    tokens = torch.randint(vocab_size, (S, B), generator=torch.Generator().manual_seed(5))
+    tokens[0] = torch.tensor([0, vocab_size - 1])
+    upstream = seeded(2, S, B, H)
+
+    y = layer(tokens)
+    y.backward(sequence_shard(upstream, mesh))
+
+    y_dense = F.embedding(tokens, dense["weight"])
+    y_dense.backward(upstream)
+    assert torch.equal(y, sequence_shard(y_dense, mesh))
+    assert_gradients(layer, dense, mesh)
+
+
+@distributed(*LAYOUTS)
+@pytest.mark.parametrize("vocab_size", [20, 23])
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_loss_equals_dense(mesh: Mesh, vocab_size: int, scale: float) -> None:
+    """Equal to F.cross_entropy with ignored targets and logits of 1e4; float32 inside, so 1e-5."""
+    logits_dense = (scale * seeded(1, S, B, vocab_size)).float().requires_grad_()
+    targets = torch.randint(vocab_size, (S, B), generator=torch.Generator().manual_seed(5))
+    targets[2:4] = -100
+    logits = shard_of(logits_dense.detach(), 2, mesh).clone().requires_grad_()
+    upstream = seeded(2, S, B).float()
+
+    loss = vocab_parallel_cross_entropy(logits, targets, vocab_size, mesh)
+    loss.backward(upstream)
+
+    expected = F.cross_entropy(
+        logits_dense.flatten(0, 1), targets.flatten(), reduction="none"
+    ).view(S, B)
+    expected.backward(upstream)
+    assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    assert (loss[2:4] == 0).all()
+    assert_close(logits.grad, shard_of(logits_dense.grad, 2, mesh), rtol=1e-5, atol=1e-6)
+    assert (logits.grad[2:4] == 0).all()
+
+
+@distributed(*LAYOUTS)
+def test_logits_equal_dense(mesh: Mesh) -> None:
+    """The gather is before the head, and its backward sums what every vocabulary shard says of x."""
+    table_dense = seeded(1, 23, H).requires_grad_()
+    table = shard_of(table_dense.detach(), 0, mesh).clone().requires_grad_()
+    x_dense = seeded(2, S, B, H).requires_grad_()
+    x = sequence_shard(x_dense.detach(), mesh).clone().requires_grad_()
+    upstream = seeded(3, S, B, 23)
+
+    logits = vocab_parallel_logits(x, table, mesh)
+    logits.backward(shard_of(upstream, 2, mesh))
+
+    (x_dense @ table_dense.T).backward(upstream)
+    assert_close(logits, shard_of(x_dense @ table_dense.T, 2, mesh), rtol=1e-12, atol=1e-12)
+    assert_close(x.grad, sequence_shard(x_dense.grad, mesh), rtol=1e-12, atol=1e-12)
+    assert_close(table.grad, shard_of(table_dense.grad, 0, mesh), rtol=1e-12, atol=1e-12)
+
+
+@distributed(*TENSOR_PARALLEL)
+def test_regions_are_identities_of_value(mesh: Mesh) -> None:
+    """Entering gives every rank all positions, in the order of the sequence."""
+    x = seeded(1, S, B, H)
+    assert torch.equal(enter_tensor_parallel_region(sequence_shard(x, mesh), mesh), x)

@@ -1,0 +1,119 @@
+"""The mappings equal their one-rank formulas, and each backward is its forward transposed."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.testing import assert_close
+
+from parallel import Axis, Mesh, gather_vocabulary, sequence_shard, shard_range
+from parallel.mappings import (
+    copy_to_ranks,
+    enter_tensor_parallel_region,
+    exit_tensor_parallel_region,
+    gather_sequence,
+    reduce_over_ranks,
+    reduce_scatter_sequence,
+)
+from tests.distributed import ONE_RANK, Layout, distributed
+
+TWO_AND_FOUR = (Layout(tp=2), Layout(tp=4))
+MAPPINGS = {
+    "copy": (copy_to_ranks, reduce_over_ranks),
+    "reduce": (reduce_over_ranks, copy_to_ranks),
+    "gather": (gather_sequence, reduce_scatter_sequence),
+    "reduce_scatter": (reduce_scatter_sequence, gather_sequence),
+}
+
+
+def seeded(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def every_ranks(seed: int, mesh: Mesh, *shape: int) -> list[Tensor]:
+    """What each tp rank holds, known to all: different on each."""
+    return [seeded(100 * seed + rank, *shape) for rank in range(mesh.tp.size)]
+
+
+@distributed(*TWO_AND_FOUR)
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_forward_and_backward_equal_the_formulas(mesh: Mesh, name: str) -> None:
+    """Forward is what the name says; backward is the forward of the conjugate."""
+    t, rank = mesh.tp.size, mesh.tp.rank
+
+    def formula(kind: str, inputs: list[Tensor]) -> Tensor:
+        if kind == "copy":
+            return inputs[rank]
+        if kind == "gather":
+            return torch.cat(inputs)
+        total = torch.stack(inputs).sum(0)
+        return total if kind == "reduce" else total.chunk(t)[rank]
+
+    conjugate = {"copy": "reduce", "reduce": "copy", "gather": "reduce_scatter"}
+    conjugate["reduce_scatter"] = "gather"
+    inputs = every_ranks(1, mesh, 2 * t, 3)
+    x = inputs[rank].clone().requires_grad_()
+
+    y = MAPPINGS[name][0](x, mesh.tp)
+    grads = every_ranks(2, mesh, *y.shape)
+    y.backward(grads[rank])
+
+    assert_close(y, formula(name, inputs), rtol=0, atol=1e-13)
+    assert x.grad is not None
+    assert_close(x.grad, formula(conjugate[name], grads), rtol=0, atol=1e-13)
+
+
+@distributed(*TWO_AND_FOUR)
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_pairs_are_conjugate(mesh: Mesh, name: str) -> None:
+    """<A x, y> = <x, A' y> for the mapping A and its partner A'.
+
+    What the ranks hold together is one vector: the ranks' pieces one after the other, or, where a
+    mapping starts from or ends in the same value on all ranks, that value once.
+    """
+
+    def inner(a: Tensor, b: Tensor, same_on_all_ranks: bool) -> Tensor:
+        total = (a * b).sum()
+        if not same_on_all_ranks:
+            dist.all_reduce(total, group=mesh.tp.group)
+        return total
+
+    forward: Callable[[Tensor, Axis], Tensor]
+    forward, transposed = MAPPINGS[name]
+    x = seeded(10 if name == "copy" else 10 + mesh.tp.rank, 2 * mesh.tp.size, 3)
+    image = forward(x, mesh.tp)
+    y = seeded(20 if name == "reduce" else 20 + mesh.tp.rank, *image.shape)
+
+    before = inner(image, y, same_on_all_ranks=name == "reduce")
+    after = inner(x, transposed(y, mesh.tp), same_on_all_ranks=name == "copy")
+    assert_close(before, after, rtol=1e-13, atol=1e-13)
+
+
+@distributed(*TWO_AND_FOUR)
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_inputs_are_not_written_to(mesh: Mesh, name: str) -> None:
+    """A collective in place would change a tensor that autograd has saved."""
+    x = seeded(mesh.tp.rank, 2 * mesh.tp.size, 3)
+    before = x.clone()
+    MAPPINGS[name][0](x, mesh.tp)
+    assert torch.equal(x, before)
+
+
+@distributed(ONE_RANK)
+def test_one_rank_is_the_identity(mesh: Mesh) -> None:
+    """At t = 1 no mapping makes a copy, so nothing is spent."""
+    x = seeded(1, 4, 3)
+    assert not mesh.sequence_parallel
+    assert enter_tensor_parallel_region(x, mesh) is x
+    assert exit_tensor_parallel_region(x, mesh) is x
+    assert sequence_shard(x, mesh) is x
+
+
+@distributed(*TWO_AND_FOUR)
+def test_vocabulary_gather_undoes_uneven_shards(mesh: Mesh) -> None:
+    """Seven columns over two or four ranks come back in order, without padding."""
+    logits = seeded(3, 2, 5, 7)
+    start, stop = shard_range(7, mesh.tp.size, mesh.tp.rank)
+    assert torch.equal(gather_vocabulary(logits[..., start:stop], mesh, 7), logits)

@@ -1,0 +1,96 @@
+"""Dropout masks are functions of their names, and look random."""
+
+import pytest
+import torch
+
+from parallel import DropoutStream, Mesh, dropout_add, fold_seed, sequence_shard
+from parallel.randomness import keep_mask
+from tests.distributed import ONE_RANK, TENSOR_PARALLEL, distributed
+
+RATE = 0.1
+CPU = torch.device("cpu")
+
+
+def mask(stream: DropoutStream, layer: int = 0, site: int = 1, positions: int = 64) -> torch.Tensor:
+    shape = torch.Size((positions, len(stream.sample_indices), 96))
+    return keep_mask(shape, 0, RATE, stream.keys(layer, site, CPU))
+
+
+def test_a_shard_of_the_mask_is_the_mask_of_the_shard() -> None:
+    """Rows made from their global position on equal the rows of the whole mask."""
+    stream = DropoutStream(seed=1, step=2, sample_indices=(5, 6))
+    whole = mask(stream)
+    part = keep_mask(torch.Size((16, 2, 96)), 48, RATE, stream.keys(0, 1, CPU))
+    assert torch.equal(part, whole[48:])
+
+
+def test_a_sample_has_its_mask_in_any_batch() -> None:
+    """The mask of sample 6 is the same beside 5 and beside 9, in either place."""
+    first = mask(DropoutStream(1, 2, (5, 6)))[:, 1]
+    second = mask(DropoutStream(1, 2, (6, 9)))[:, 0]
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9])
+def test_the_rate_is_kept(rate: float) -> None:
+    """Within four standard deviations of the binomial over a million elements."""
+    keys = DropoutStream(3, 4, tuple(range(8))).keys(1, 1, CPU)
+    kept = keep_mask(torch.Size((256, 8, 512)), 0, rate, keys).double().mean().item()
+    deviation = (rate * (1 - rate) / (256 * 8 * 512)) ** 0.5
+    assert abs(kept - (1 - rate)) <= 4 * deviation + 1e-9
+
+
+def test_masks_with_other_names_are_independent() -> None:
+    """Changing any one part of the name, or shifting along any dim, leaves no correlation."""
+    base = DropoutStream(1, 2, (5,))
+    x = mask(base, positions=512).double() - (1 - RATE)
+    others = {
+        "seed": mask(DropoutStream(2, 2, (5,)), positions=512),
+        "step": mask(DropoutStream(1, 3, (5,)), positions=512),
+        "sample": mask(DropoutStream(1, 2, (6,)), positions=512),
+        "layer": mask(base, layer=1, positions=512),
+        "site": mask(base, site=2, positions=512),
+        "position": mask(base, positions=512).roll(1, 0),
+        "channel": mask(base, positions=512).roll(1, 2),
+    }
+    limit = 4.5 / x.numel() ** 0.5
+    for name, other in others.items():
+        correlation = (x * (other.double() - (1 - RATE))).mean() / (RATE * (1 - RATE))
+        assert abs(correlation.item()) < limit, name
+
+
+def test_every_channel_and_position_drops_alike() -> None:
+    """No row or column of the mask is favoured: chi-squared of counts within five deviations."""
+    x = (~mask(DropoutStream(7, 7, tuple(range(16))), positions=256)).double()
+    for dims, cells in (((0, 1), 96), ((1, 2), 256)):
+        counts = x.sum(dims)
+        expected = x.numel() / cells * RATE
+        chi_squared = ((counts - expected) ** 2 / (expected * (1 - RATE))).sum().item()
+        assert abs(chi_squared - cells) < 5 * (2 * cells) ** 0.5
+
+
+@distributed(ONE_RANK, *TENSOR_PARALLEL)
+def test_dropout_add_equals_the_formula(mesh: Mesh) -> None:
+    """Forward and both gradients, on the shard, from the mask of the whole sequence."""
+    stream = DropoutStream(1, 2, (5, 6))
+    whole = keep_mask(torch.Size((8, 2, 6)), 0, RATE, stream.keys(3, 1, CPU)).double()
+    scaled = sequence_shard(whole / (1 - RATE), mesh)
+    x = torch.randn(scaled.shape, dtype=torch.float64).requires_grad_()
+    residual = torch.randn(scaled.shape, dtype=torch.float64).requires_grad_()
+    upstream = torch.randn(scaled.shape, dtype=torch.float64)
+
+    y = dropout_add(x, residual, RATE, stream, 3, 1, mesh)
+    y.backward(upstream)
+
+    torch.testing.assert_close(y, residual + x * scaled)
+    torch.testing.assert_close(x.grad, upstream * scaled)
+    assert torch.equal(residual.grad, upstream)
+    without = dropout_add(x, residual, RATE, None, 3, 1, mesh)
+    assert torch.equal(without, x + residual)
+
+
+def test_fold_seed_separates_its_parts() -> None:
+    """("ab", "c") and ("a", "bc") are different names."""
+    assert fold_seed(1, "ab", "c") != fold_seed(1, "a", "bc")
+    assert fold_seed(1, "x") != fold_seed(2, "x")
+    assert 0 <= fold_seed(2**62, "x") < 2**63

@@ -1,0 +1,63 @@
+"""Who owns which part of a tensor agrees with torch's own chunking and with FSDP2's placements."""
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from parallel import (
+    Mesh,
+    Normal,
+    declare_parameter,
+    initialise_parameters,
+    local_slices,
+    shard_range,
+    tp_shard_dim,
+)
+from tests.distributed import EVERY_LAYOUT, distributed
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 8, 603, 16384])
+@pytest.mark.parametrize("parts", [1, 2, 3, 4, 6, 8])
+def test_shard_range_is_torch_chunk(size: int, parts: int) -> None:
+    """Every row belongs to one piece; where torch makes fewer pieces, ours are empty."""
+    rows = torch.arange(size)
+    chunks = [chunk.tolist() for chunk in rows.chunk(parts)]
+    ours = [rows[slice(*shard_range(size, parts, index))].tolist() for index in range(parts)]
+    assert ours == chunks + [[]] * (parts - len(chunks))
+
+
+@distributed(*EVERY_LAYOUT)
+@pytest.mark.parametrize(("shape", "tp_dim"), [((13, 6), 0), ((5, 11), 1), ((7,), None), ((9,), 0)])
+def test_slices_are_what_fsdp_keeps(
+    mesh: Mesh, shape: tuple[int, ...], tp_dim: int | None
+) -> None:
+    """After FSDP2 a rank's shard is the slice that our table names, uneven shapes included."""
+    layer = nn.Module()
+    declare_parameter(layer, "weight", shape, mesh, init=Normal(1.0), tp_dim=tp_dim)
+    fully_shard(layer, mesh=mesh.device_mesh["dp"])
+    layer.to_empty(device="cpu")
+    initialise_parameters(layer, 7, mesh)
+    weight = layer.weight
+
+    full = weight.full_tensor()
+
+    assert full.shape == torch.Size(shape)
+    assert tp_shard_dim(weight) == tp_dim
+    mine = local_slices(shape, tp_dim, mesh.tp, mesh.dp)
+    assert torch.equal(weight.to_local(), full[mine])
+
+
+@distributed(*EVERY_LAYOUT)
+def test_initial_weights_do_not_depend_on_the_layout(mesh: Mesh) -> None:
+    """Drawn from seed and name: the same numbers, to the bit, wherever they land."""
+    layer = nn.Module()
+    declare_parameter(layer, "weight", (6, 4), mesh, init=Normal(0.5), tp_dim=1)
+    fully_shard(layer, mesh=mesh.device_mesh["dp"])
+    layer.to_empty(device="cpu")
+    initialise_parameters(layer, 1234, mesh)
+    from parallel import fold_seed
+
+    generator = torch.Generator().manual_seed(fold_seed(1234, "weight"))
+    expected = torch.empty(6, 4).normal_(0.0, 0.5, generator=generator)
+    assert torch.equal(layer.weight.full_tensor(), expected)
