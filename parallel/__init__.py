@@ -4,7 +4,11 @@ This package is the only one that crosses the wire. It takes plain ints and bool
 """
 
 from parallel.agreement import all_ranks, any_rank, barrier, gather_json, sum_over
-from parallel.data_parallel import set_gradient_sync, shard_over_data_parallel
+from parallel.data_parallel import (
+    free_gathered_weights,
+    set_gradient_sync,
+    shard_over_data_parallel,
+)
 from parallel.gradients import clip_gradients, sum_partial_gradients
 from parallel.layers import (
     ColumnParallelLinear,
@@ -49,6 +53,7 @@ __all__ = [
     "enter_tensor_parallel_region",
     "exit_tensor_parallel_region",
     "fold_seed",
+    "free_gathered_weights",
     "gather_json",
     "gather_vocabulary",
     "init_mesh",

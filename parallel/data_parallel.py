@@ -41,3 +41,10 @@ def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
     """
     assert isinstance(model, FSDPModule)
     model.set_requires_gradient_sync(enabled)
+
+
+def free_gathered_weights(model: nn.Module) -> None:
+    """Free the gathered copies that a forward without backward leaves, so that shards are seen again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -55,9 +55,7 @@ def distributed(*layouts: Layout) -> Callable[[Callable[..., None]], Callable[..
 
     def decorate(body: Callable[..., None]) -> Callable[..., None]:
         def test(layout: Layout, **parameters: Any) -> None:
-            _pool(layout.tp * layout.dp).run(
-                body.__module__, body.__qualname__, layout, parameters
-            )
+            run_on(layout, body, **parameters)
 
         functools.update_wrapper(test, body)
         test.body = body  # type: ignore[attr-defined]
@@ -70,6 +68,11 @@ def distributed(*layouts: Layout) -> Callable[[Callable[..., None]], Callable[..
         return pytest.mark.parametrize("layout", layouts, ids=str)(test)
 
     return decorate
+
+
+def run_on(layout: Layout, body: Callable[..., None], **parameters: Any) -> None:
+    """Run a module's function on every rank of a layout, a mesh first; fail the test if any rank fails."""
+    _pool(layout.tp * layout.dp).run(body.__module__, body.__qualname__, layout, parameters)
 
 
 class _Pool:
@@ -166,8 +169,9 @@ def _work(rank: int, world_size: int, directory: str, pipe: Connection) -> None:
         try:
             if layout not in meshes:
                 meshes[layout] = lay_mesh(layout.tp, layout.sp, torch.device("cpu"), rank)
-            test = getattr(importlib.import_module(module), name)
-            test.body(meshes[layout], **parameters)
+            function = getattr(importlib.import_module(module), name)
+            # The name of a decorated test is that of its wrapper.
+            getattr(function, "body", function)(meshes[layout], **parameters)
             pipe.send(None)
         except Exception:
             pipe.send(traceback.format_exc())

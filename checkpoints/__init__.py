@@ -1,0 +1,14 @@
+"""Sharded tensors to files and back, on any layout, surviving a kill at any moment."""
+
+from checkpoints.load import find_checkpoint, load_tensors
+from checkpoints.manifest import Checkpoint, CheckpointError
+from checkpoints.save import save_checkpoint, sweep_leftovers
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "find_checkpoint",
+    "load_tensors",
+    "save_checkpoint",
+    "sweep_leftovers",
+]

@@ -1,0 +1,112 @@
+"""Finding the newest whole checkpoint, and reading it into today's layout.
+
+For each local shard that today's layout wants, the overlapping pieces of the stored shards are read, so
+resuming on another number of ranks is no special case. No rank reads more than it keeps.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch.distributed.tensor import DTensor
+
+from checkpoints.manifest import Checkpoint, CheckpointError, read_manifest, verify_file
+from parallel import Mesh, gather_json, local_slices, tp_shard_dim
+
+logger = logging.getLogger("microtron")
+
+
+def find_checkpoint(folder: Path, mesh: Mesh) -> Checkpoint | None:
+    """The newest checkpoint of a folder that is whole; None if there are none at all.
+
+    Every rank calls this; the files are verified in shares. A damaged checkpoint is named and passed over.
+    Raises CheckpointError if there are checkpoints and all of them are damaged: starting from scratch
+    is for a person to decide.
+    """
+    # All ranks must look at the same list, also if one sees a directory appear later.
+    listed = [path.name for path in sorted(folder.glob("step_*"), reverse=True)]
+    names = gather_json(mesh, listed)[0]
+    for name in names:
+        problems = [found for found in gather_json(mesh, _problem(folder / name, mesh)) if found]
+        if not problems:
+            return read_manifest(folder / name)
+        if mesh.world.rank == 0:
+            logger.warning("checkpoint %s is damaged, passed over: %s", folder / name, problems[0])
+    if names:
+        raise CheckpointError(
+            f"all {len(names)} checkpoints in {folder} are damaged; move them away to start from scratch"
+        )
+    return None
+
+
+def _problem(directory: Path, mesh: Mesh) -> str | None:
+    """What this rank's share of verifying finds wrong."""
+    try:
+        checkpoint = read_manifest(directory)
+    except CheckpointError as error:
+        return str(error)
+    mine = sorted(checkpoint.files)[mesh.world.rank :: mesh.world.size]
+    return next((found for name in mine if (found := verify_file(checkpoint, name))), None)
+
+
+@torch.no_grad()
+def load_tensors(checkpoint: Checkpoint, tensors: Mapping[str, DTensor], mesh: Mesh) -> None:
+    """Fill the local shards of `tensors` from a verified checkpoint.
+
+    Raises CheckpointError if names, shapes or dtypes differ from the checkpoint's, or a part is missing.
+    """
+    _require_same_names(checkpoint, tensors)
+    files: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        stored = checkpoint.tensors[name]
+        ours = (list(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        if ours != (stored["shape"], stored["dtype"]):
+            raise CheckpointError(
+                f"{checkpoint.directory}: {name} is {stored['dtype']} {stored['shape']}, the model has "
+                f"{ours[1]} {ours[0]}"
+            )
+        local = tensor.to_local()
+        wanted = local_slices(tensor.shape, tp_shard_dim(tensor), mesh.tp, mesh.dp)
+        filled = 0
+        for shard in stored["shards"]:
+            source, target = _overlap(wanted, shard["offsets"], shard["shape"])
+            if target is None:
+                continue
+            if shard["file"] not in files:
+                files[shard["file"]] = safe_open(checkpoint.directory / shard["file"], "pt")
+            piece = files[shard["file"]].get_slice(name)[source]
+            local[target].copy_(piece)
+            filled += piece.numel()
+        if filled != local.numel():
+            raise CheckpointError(
+                f"{checkpoint.directory}: {name} has {filled} of the {local.numel()} elements wanted"
+            )
+
+
+def _require_same_names(checkpoint: Checkpoint, tensors: Mapping[str, DTensor]) -> None:
+    missing = sorted(set(tensors) - set(checkpoint.tensors))
+    unknown = sorted(set(checkpoint.tensors) - set(tensors))
+    if missing or unknown:
+        raise CheckpointError(
+            f"{checkpoint.directory} is of another model: lacks {missing[:3]}, has unknown {unknown[:3]}"
+        )
+
+
+def _overlap(
+    wanted: tuple[slice, ...], offsets: list[int], shape: list[int]
+) -> tuple[tuple[slice, ...], tuple[slice, ...] | None]:
+    """Where `wanted` and a stored shard meet: as slices of the shard, and of the wanted part.
+
+    The second is None where they do not meet.
+    """
+    source, target = [], []
+    for want, offset, size in zip(wanted, offsets, shape, strict=True):
+        start, stop = max(want.start, offset), min(want.stop, offset + size)
+        if start >= stop:
+            return (), None
+        source.append(slice(start - offset, stop - offset))
+        target.append(slice(start - want.start, stop - want.start))
+    return tuple(source), tuple(target)

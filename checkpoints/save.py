@@ -1,0 +1,155 @@
+"""Writing a checkpoint so that it is there whole or not at all.
+
+[Note: commit]
+Everything is written into a hidden temporary directory: each rank's file, fsynced, then, once all ranks
+have reported theirs, the manifest. One rename makes it a checkpoint. A kill before the rename leaves a
+temporary directory, which the next start sweeps; a kill after it leaves a whole checkpoint. Older ones
+are deleted only then, renamed first so that a half-deleted one has no checkpoint's name.
+
+A rank that fails (a full disk) reports that instead of raising, or its peers would wait for it for ever.
+Only the holder of the run folder's lock may call this, so no two writers share a directory. All ranks
+must see the same file system.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+
+from checkpoints.manifest import (
+    CheckpointError,
+    fsync,
+    hash_file,
+    step_directory,
+    write_manifest,
+)
+from parallel import Mesh, any_rank, gather_json, local_slices, tp_shard_dim
+
+_TEMPORARY, _DELETED = ".tmp-", ".del-"
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, DTensor],
+    state: dict[str, Any],
+    mesh: Mesh,
+    *,
+    keep: int,
+) -> Path:
+    """Commit the tensors and the state (JSON) as the checkpoint of `step`; every rank calls this.
+
+    Keeps the `keep` newest checkpoints (0: all). Raises CheckpointError on all ranks if any rank could
+    not write; what was there before is then still there.
+    """
+    temporary = folder / f"{_TEMPORARY}{step_directory(folder, step).name}"
+    _on_rank_0(mesh, "cannot create", lambda: _make_empty(temporary))
+    reports = gather_json(mesh, _write_shards(temporary, tensors, mesh))
+    failures = [report["failure"] for report in reports if "failure" in report]
+    if failures:
+        _on_rank_0(mesh, "cannot remove", lambda: shutil.rmtree(temporary, ignore_errors=True))
+        raise CheckpointError(f"cannot save step {step}: {'; '.join(failures)}")
+
+    directory = step_directory(folder, step)
+    _on_rank_0(mesh, "cannot commit", lambda: _commit(temporary, directory, step, state, reports))
+    _on_rank_0(mesh, "cannot delete old", lambda: _prune(folder, keep))
+    return directory
+
+
+def sweep_leftovers(folder: Path) -> None:
+    """Remove what a killed save or deletion left. Call it on one rank, holding the lock."""
+    for prefix in (_TEMPORARY, _DELETED):
+        for leftover in folder.glob(f"{prefix}*"):
+            shutil.rmtree(leftover)
+
+
+def _on_rank_0(mesh: Mesh, what: str, action: Any) -> None:
+    """Do something on rank 0; every rank returns when it is done, or raises if it failed."""
+    failure = None
+    if mesh.world.rank == 0:
+        try:
+            action()
+        except OSError as error:
+            failure = f"{what} a checkpoint: {error.strerror}: {error.filename}"
+    if any_rank(mesh, failure is not None):
+        raise CheckpointError(failure or f"rank 0 {what} a checkpoint; its log says why")
+
+
+def _make_empty(directory: Path) -> None:
+    if directory.exists():
+        shutil.rmtree(directory)
+    directory.mkdir(parents=True)
+
+
+def _write_shards(directory: Path, tensors: Mapping[str, DTensor], mesh: Mesh) -> dict[str, Any]:
+    """Write this rank's file; returns what the manifest says about it, or the failure."""
+    path = directory / f"rank_{mesh.world.rank:05d}.safetensors"
+    shards, mine = {}, {}
+    for name, tensor in tensors.items():
+        tp_dim = tp_shard_dim(tensor)
+        local = tensor.to_local().detach()
+        if (tp_dim is None and mesh.tp.rank > 0) or local.numel() == 0:
+            continue  # another tp rank has the same and writes it
+        slices = local_slices(tensor.shape, tp_dim, mesh.tp, mesh.dp)
+        mine[name] = local.to("cpu").contiguous()
+        shards[name] = {
+            "global_shape": list(tensor.shape),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "offsets": [part.start for part in slices],
+            "shape": list(local.shape),
+        }
+    try:
+        # The file is hashed as it lies on the disk: hashing the bytes first would hold them twice.
+        save_file(mine, path)
+        fsync(path)
+        return {
+            "file": path.name,
+            "size": path.stat().st_size,
+            "xxh3_128": hash_file(path),
+            "shards": shards,
+        }
+    except (OSError, SafetensorError) as error:
+        return {"failure": f"rank {mesh.world.rank} cannot write {path}: {error}"}
+
+
+def _commit(
+    temporary: Path, directory: Path, step: int, state: dict[str, Any], reports: list[dict[str, Any]]
+) -> None:
+    """Write the manifest from all ranks' reports and rename the directory into place."""
+    files = {
+        report["file"]: {"size": report["size"], "xxh3_128": report["xxh3_128"]}
+        for report in reports
+    }
+    tensors: dict[str, Any] = {}
+    for report in reports:
+        for name, shard in report["shards"].items():
+            entry = tensors.setdefault(
+                name, {"shape": shard["global_shape"], "dtype": shard["dtype"], "shards": []}
+            )
+            where = {key: shard[key] for key in ("offsets", "shape")}
+            entry["shards"].append({"file": report["file"], **where})
+    write_manifest(temporary, step, state, tensors, files)
+    if directory.exists():
+        # Only a damaged one is ever saved again. It is kept, out of the way, for whoever wants to look.
+        aside = next(
+            path
+            for number in range(1, 10**6)
+            if not (path := directory.with_name(f"damaged_{directory.name}_{number}")).exists()
+        )
+        directory.rename(aside)
+    temporary.rename(directory)
+    fsync(directory.parent)
+
+
+def _prune(folder: Path, keep: int) -> None:
+    if keep == 0:
+        return
+    for directory in sorted(folder.glob("step_*"))[:-keep]:
+        deleted = folder / f"{_DELETED}{directory.name}"
+        directory.rename(deleted)
+        shutil.rmtree(deleted)
+

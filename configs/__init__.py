@@ -1,0 +1,40 @@
+"""Settings: one page of typed keys, the shipped files, loading and validation. No torch here."""
+
+from configs.errors import ConfigError
+from configs.launch import EXIT_BEFORE_TRAINING, exit_with_error
+from configs.load import flatten, load_config, parse_config, read_config, to_yaml
+from configs.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
+from configs.validate import validate
+
+__all__ = [
+    "EXIT_BEFORE_TRAINING",
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EvaluateConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "TrainConfig",
+    "exit_with_error",
+    "flatten",
+    "load_config",
+    "parse_config",
+    "read_config",
+    "to_yaml",
+    "validate",
+]

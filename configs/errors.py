@@ -1,0 +1,27 @@
+"""The error that every wrong setting ends in, and how values are shown in its text.
+
+A text names the key, the value, what is allowed and the fix, in one line:
+`model.hidden_size=130 is not divisible by model.num_attention_heads=4; choose 128 or 132`.
+"""
+
+_SHOWN_CHARACTERS = 60
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; `key` is the one to change, where there is one."""
+
+    def __init__(self, message: str, key: str | None = None) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+def shown(value: object) -> str:
+    """A value as one short line: null and booleans as in YAML, unprintable text escaped."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    text = str(value)
+    if not text.isprintable() or text != text.strip() or not text:
+        text = repr(text)
+    if len(text) > _SHOWN_CHARACTERS:
+        text = text[:_SHOWN_CHARACTERS] + "..."
+    return text

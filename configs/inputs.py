@@ -1,0 +1,72 @@
+"""Whether the files that a configuration names are there, before anything is started for them."""
+
+import glob
+import os
+from pathlib import Path
+
+from configs.errors import ConfigError, shown
+from configs.schema import Config
+
+# What a folder given as data.path is searched for; a file or a glob may have any extension.
+SOURCE_EXTENSIONS = {
+    "text": (".txt",),
+    "jsonl": (".jsonl", ".json"),
+    "parquet": (".parquet",),
+    "arrow": (".arrow",),
+}
+
+
+def check_inputs(config: Config) -> None:
+    """Raises ConfigError for an input file that cannot be read, or an output folder that is a file."""
+    if config.data.path is not None and config.data.source in SOURCE_EXTENSIONS:
+        _check_source(config.data.path, SOURCE_EXTENSIONS[config.data.source], config.data.source)
+    if config.data.tokenizer is not None:
+        path = Path(config.data.tokenizer).expanduser()
+        what = f"data.tokenizer={shown(config.data.tokenizer)}"
+        if not path.is_file():
+            fix = "give a sentencepiece model file, or null to train one"
+            raise ConfigError(f"{what} is not a file; {fix}", "data.tokenizer")
+        _check_readable(what, path, "data.tokenizer")
+    outputs = {
+        "run.directory": config.run.directory,
+        "data.cache_directory": config.data.cache_directory,
+    }
+    for key, folder in outputs.items():
+        path = Path(folder).expanduser()
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"{key}={shown(folder)} is a file; choose a folder, new or old", key)
+
+
+def _check_source(path: str, extensions: tuple[str, ...], source: str) -> None:
+    what = f"data.path={shown(path)}"
+    expanded = os.path.expanduser(path)
+    if os.path.isdir(expanded):
+        found = [
+            os.path.join(expanded, name)
+            for name in glob.glob("**", root_dir=expanded, recursive=True)
+            if name.endswith(extensions)
+        ]
+        problem = (
+            f"is a folder without {' or '.join(extensions)} files, which data.source={source} reads"
+        )
+    elif os.path.exists(expanded):
+        found, problem = [expanded], "is neither a file nor a folder"
+    else:
+        found = glob.glob(expanded, recursive=True)
+        problem = "matches no file" if glob.has_magic(expanded) else "does not exist"
+    files = [Path(name) for name in found if os.path.isfile(name)]
+    if not files:
+        raise ConfigError(
+            f"{what} {problem}; give an existing file, a glob, or a folder with "
+            f"{' or '.join(extensions)} files",
+            "data.path",
+        )
+    for file in files:
+        _check_readable(what, file, "data.path")
+
+
+def _check_readable(what: str, file: Path, key: str) -> None:
+    if not os.access(file, os.R_OK):
+        raise ConfigError(
+            f"{what}: {file} may not be read by this user; change its permissions", key
+        )

@@ -1,0 +1,54 @@
+"""What torchrun tells a process, and ending with one message for all ranks.
+
+torchrun ends all ranks as soon as one has failed, and shows what the first one left in its error
+file. So rank 0 speaks and fails, and the others give it time to. They speak only if they outlive
+that: then it is their own machine on which something is wrong.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+from configs.errors import ConfigError, shown
+
+EXIT_BEFORE_TRAINING = 2  # the exit code of everything that is found before training
+_WAIT_FOR_RANK_ZERO_S = 5.0  # torchrun looks at its processes ten times a second
+
+
+def is_rank_zero() -> bool:
+    """True for the one process that speaks for all; also without torchrun."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def world_size_from_environment() -> int:
+    """The number of ranks that torchrun has started, 1 without torchrun."""
+    if "RANK" not in os.environ:
+        return 1
+    text = os.environ.get("WORLD_SIZE", "")
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(
+            f"the environment has RANK but WORLD_SIZE={shown(text)}; start with torchrun, or "
+            "unset RANK"
+        )
+    return int(text)
+
+
+def exit_with_error(message: str, code: int = EXIT_BEFORE_TRAINING) -> NoReturn:
+    """Prints a message once for all ranks, and ends this process."""
+    if not is_rank_zero():
+        time.sleep(_WAIT_FOR_RANK_ZERO_S)
+    if is_rank_zero() or os.environ.get("LOCAL_RANK") == "0":
+        sys.stderr.write(f"{message}\n")
+        sys.stderr.flush()
+    if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        _write_error_file(Path(error_file), message)
+    raise SystemExit(code)
+
+
+def _write_error_file(path: Path, message: str) -> None:
+    """Leaves the message where torchrun takes its "Root Cause" from, which is else a traceback."""
+    extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+    path.write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))

@@ -1,0 +1,127 @@
+"""How the model and the batch divide over the ranks, and which sizes would work instead.
+
+[Note: no rank without rows]
+Every tensor is cut by rows over tp (or not), and what a tp rank has is cut by rows over dp, both
+times in pieces of ceil(rows / parts) with a shorter last one. Uneven pieces are fine, an empty one is
+not: FSDP2's backward fails on a rank that has no row of a tensor.
+"""
+
+from collections.abc import Iterator
+
+from configs.errors import ConfigError
+from configs.schema import Config
+
+
+def last_chunk(n: int, parts: int) -> int:
+    """Rows in the last piece when `n` rows are cut into `parts` pieces of ceil(n / parts) rows."""
+    return max(0, n - -(-n // parts) * (parts - 1))
+
+
+def divisors(n: int) -> list[int]:
+    """All divisors of `n`, smallest first."""
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def check_layout(config: Config, world_size: int) -> None:
+    """Raises ConfigError if the model or the batch cannot be spread over this many ranks."""
+    tp = config.parallel.tensor_model_parallel_size
+    _check_ranks(tp, world_size)
+    _check_split(config, tp)
+    dp = world_size // tp
+    _check_shards(config, tp, dp)
+    _check_batch(config, dp)
+
+
+def _check_ranks(tp: int, world_size: int) -> None:
+    key = "parallel.tensor_model_parallel_size"
+    if tp > world_size:
+        ranks = "there is 1 rank" if world_size == 1 else f"there are {world_size} ranks"
+        raise ConfigError(
+            f"{key}={tp} needs {tp} ranks, or a multiple of it, and {ranks}; start with torchrun "
+            f"--nproc-per-node {tp} train.py ..., or choose {key}={world_size}",
+            key,
+        )
+    if world_size % tp:
+        raise ConfigError(
+            f"{key}={tp} does not divide the number of ranks {world_size} (torchrun's nodes x "
+            f"--nproc-per-node); choose a divisor of {world_size} "
+            f"({_listed(divisors(world_size))})",
+            key,
+        )
+
+
+def _check_split(config: Config, tp: int) -> None:
+    size = f"parallel.tensor_model_parallel_size={tp}"
+    heads, ffn = config.model.num_attention_heads, config.model.ffn_size
+    if heads % tp:
+        raise ConfigError(
+            f"model.num_attention_heads={heads} is not divisible by {size}; choose a divisor of "
+            f"{heads} ({_listed(divisors(heads))})",
+            "parallel.tensor_model_parallel_size",
+        )
+    if ffn % tp:
+        lower, upper = ffn // tp * tp, (ffn // tp + 1) * tp
+        raise ConfigError(
+            f"model.ffn_hidden_size={ffn} is not divisible by {size}; choose model.ffn_hidden_size="
+            f"{f'{lower} or ' if lower else ''}{upper}",
+            "model.ffn_hidden_size",
+        )
+
+
+def _check_shards(config: Config, tp: int, dp: int) -> None:
+    for key, rows in _tensors_with_an_empty_shard(config, tp, dp):
+        world_size = tp * dp
+        working = [size for size in divisors(world_size) if _splits(config, size, world_size)]
+        fix = (
+            f"with {world_size} ranks, parallel.tensor_model_parallel_size={_listed(working)} works"
+            if working
+            else f"no layout of {world_size} ranks works, so use fewer ranks or a larger {key}"
+        )
+        raise ConfigError(
+            f"{key}={rows} leaves a rank without rows when cut over "
+            f"parallel.tensor_model_parallel_size={tp} x data parallel size {dp}; {fix}",
+            key,
+        )
+
+
+def _splits(config: Config, tp: int, world_size: int) -> bool:
+    divisible = not (config.model.num_attention_heads % tp or config.model.ffn_size % tp)
+    return divisible and not any(_tensors_with_an_empty_shard(config, tp, world_size // tp))
+
+
+def _tensors_with_an_empty_shard(config: Config, tp: int, dp: int) -> Iterator[tuple[str, int]]:
+    """The key and the rows of each kind of tensor that some rank would have nothing of."""
+    model = config.model
+    kinds = [
+        ("data.vocab_size", config.data.vocab_size, tp),  # embedding and head
+        ("model.hidden_size", model.hidden_size, tp),  # q; kv has twice as many
+        ("model.hidden_size", model.hidden_size, 1),  # norms, row-parallel weights and biases
+        ("model.ffn_hidden_size", model.ffn_size, tp),  # the MLP's first weight
+        ("model.seq_length", model.seq_length, 1),  # the position table
+    ]
+    for key, rows, parts in kinds:
+        # The last tp rank may have fewer rows than the others, and either may be cut badly over dp.
+        shards = {-(-rows // parts), last_chunk(rows, parts)}
+        if any(last_chunk(shard, dp) == 0 for shard in shards):
+            yield key, rows
+
+
+def _check_batch(config: Config, dp: int) -> None:
+    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
+    unit = micro * dp
+    if batch % unit == 0:
+        return
+    nearest = [size for size in (batch // unit * unit, batch // unit * unit + unit) if size]
+    fixes = [f"train.global_batch_size={' or '.join(map(str, nearest))}"]
+    if batch % dp == 0:
+        smaller = max(size for size in divisors(batch // dp) if size <= micro)
+        fixes.append(f"train.micro_batch_size={smaller}")
+    raise ConfigError(
+        f"train.global_batch_size={batch} is not divisible by train.micro_batch_size={micro} x "
+        f"data parallel size {dp} = {unit}; choose {', or '.join(fixes)}",
+        "train.global_batch_size",
+    )
+
+
+def _listed(sizes: list[int]) -> str:
+    return ", ".join(map(str, sizes))

@@ -1,0 +1,184 @@
+"""What is allowed: the range of every number, and the relations between keys.
+
+Pure functions of the configuration and the number of ranks. How the tensors and the batch divide
+over the ranks is in `configs/layout.py`, whether input files exist in `configs/inputs.py`.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from configs.errors import ConfigError, shown
+from configs.keys import KEYS
+from configs.layout import check_layout
+from configs.schema import Config
+
+# A trained tokenizer begins with 256 byte pieces, three special ones and the newline.
+_SMALLEST_TRAINED_VOCABULARY = 300
+# A dropout mask counts (position, channel) in 32 bits.
+_LARGEST_ACTIVATION = 2**32
+_LARGEST_STEP = 99_999_999  # checkpoint folders have eight digits
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`, either end belonging to it or not."""
+
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        return above and (value < self.high if self.open_high else value <= self.high)
+
+    def __str__(self) -> str:
+        low = f"{'more than' if self.open_low else 'at least'} {self.low}"
+        if self.high == math.inf:
+            return low
+        return f"{low} and {'less than' if self.open_high else 'at most'} {self.high}"
+
+
+_COUNT = Range(1)
+_COUNT_OR_NONE = Range(0)
+_STEPS = Range(0, _LARGEST_STEP)
+_NOT_NEGATIVE = Range(0)
+_POSITIVE = Range(0, open_low=True)
+_FRACTION = Range(0, 1, open_high=True)
+_RANGES = {
+    "run.seed": Range(0, 2**63 - 1),
+    "run.stop_at_step": Range(1, _LARGEST_STEP),
+    "model.num_layers": _COUNT,
+    "model.hidden_size": _COUNT,
+    "model.num_attention_heads": _COUNT,
+    "model.ffn_hidden_size": _COUNT,
+    "model.seq_length": _COUNT,
+    "model.hidden_dropout": _FRACTION,
+    "model.attention_dropout": _FRACTION,
+    "model.norm_epsilon": _POSITIVE,
+    "model.init_method_std": _POSITIVE,
+    "parallel.tensor_model_parallel_size": _COUNT,
+    "data.vocab_size": Range(1, 2**31),
+    "data.validation_fraction": _FRACTION,
+    "train.train_steps": _STEPS,
+    "train.global_batch_size": _COUNT,
+    "train.micro_batch_size": _COUNT,
+    "optimizer.lr": _NOT_NEGATIVE,
+    "optimizer.min_lr": _NOT_NEGATIVE,
+    "optimizer.lr_warmup_steps": _COUNT_OR_NONE,
+    "optimizer.lr_wsd_decay_steps": _COUNT,
+    "optimizer.weight_decay": _NOT_NEGATIVE,
+    "optimizer.adam_beta1": _FRACTION,
+    "optimizer.adam_beta2": _FRACTION,
+    "optimizer.adam_eps": _POSITIVE,
+    "optimizer.clip_grad": _NOT_NEGATIVE,
+    "evaluate.interval": _COUNT_OR_NONE,
+    "evaluate.max_sequences": _COUNT,
+    "evaluate.sample_tokens": _COUNT_OR_NONE,
+    "evaluate.sample_temperature": _NOT_NEGATIVE,
+    "checkpoint.save_interval": _COUNT_OR_NONE,
+    "checkpoint.keep": _COUNT_OR_NONE,
+    "logging.log_interval": _COUNT,
+}
+_MAY_BE_EMPTY = {"evaluate.sample_prompt"}
+
+
+def validate(config: Config, world_size: int) -> None:
+    """Raises ConfigError for the first value or relation that is not allowed on this many ranks."""
+    _check_values(config)
+    _check_model(config)
+    _check_data(config)
+    _check_schedule(config)
+    check_layout(config, world_size)
+
+
+def _settings(config: Config) -> Iterator[tuple[str, Any]]:
+    for key in KEYS:
+        section, leaf = key.split(".")
+        yield key, vars(vars(config)[section])[leaf]
+
+
+def _check_values(config: Config) -> None:
+    for key, value in _settings(config):
+        if isinstance(value, str) and not value.strip() and key not in _MAY_BE_EMPTY:
+            word = "null, or " if KEYS[key].nullable else ""
+            raise ConfigError(f"{key} is empty; write {word}{_example(key)}", key)
+        if key in _RANGES and value is not None and value not in _RANGES[key]:
+            raise ConfigError(f"{key}={value} is out of range; it must be {_RANGES[key]}", key)
+
+
+def _example(key: str) -> str:
+    default = KEYS[key].default
+    return "a text" if default is None else f"for example {default}"
+
+
+def _check_model(config: Config) -> None:
+    h, heads = config.model.hidden_size, config.model.num_attention_heads
+    if h % heads:
+        lower, upper = h // heads * heads, (h // heads + 1) * heads
+        raise ConfigError(
+            f"model.hidden_size={h} is not divisible by model.num_attention_heads={heads}; choose "
+            f"model.hidden_size={f'{lower} or ' if lower else ''}{upper}",
+            "model.hidden_size",
+        )
+    if config.model.seq_length * h > _LARGEST_ACTIVATION:
+        raise ConfigError(
+            f"model.seq_length={config.model.seq_length} x model.hidden_size={h} is more than "
+            f"2^32, beyond which dropout masks would repeat; choose model.seq_length="
+            f"{_LARGEST_ACTIVATION // h} or less",
+            "model.seq_length",
+        )
+
+
+def _check_data(config: Config) -> None:
+    data = config.data
+    if data.source == "python_stdlib" and data.path is not None:
+        raise ConfigError(
+            f"data.path={shown(data.path)} has no meaning for data.source=python_stdlib; set "
+            "data.path=null, or data.source to what the path holds: text, jsonl, parquet, arrow or hub",
+            "data.path",
+        )
+    if data.source != "python_stdlib" and data.path is None:
+        what = "the name of a dataset" if data.source == "hub" else "a file, a folder or a glob"
+        raise ConfigError(
+            f"data.path=null, but data.source={data.source} needs {what}; set data.path, or "
+            "data.source=python_stdlib for the embedded corpus",
+            "data.path",
+        )
+    for key, value in (
+        ("data.hub_config", data.hub_config),
+        ("data.hub_revision", data.hub_revision),
+    ):
+        if value is not None and data.source != "hub":
+            raise ConfigError(
+                f"{key}={shown(value)} has no meaning for data.source={data.source}; set "
+                f"{key}=null, or data.source=hub",
+                key,
+            )
+    if data.tokenizer is None and data.vocab_size < _SMALLEST_TRAINED_VOCABULARY:
+        raise ConfigError(
+            f"data.vocab_size={data.vocab_size} is too small to train a tokenizer, which begins with "
+            f"all 256 bytes and special pieces; choose {_SMALLEST_TRAINED_VOCABULARY} or more, or give "
+            "data.tokenizer",
+            "data.vocab_size",
+        )
+
+
+def _check_schedule(config: Config) -> None:
+    optimizer = config.optimizer
+    if optimizer.lr_decay_style != "constant" and optimizer.min_lr > optimizer.lr:
+        raise ConfigError(
+            f"optimizer.min_lr={optimizer.min_lr} is above optimizer.lr={optimizer.lr}, but the learning "
+            f"rate decays from lr to min_lr; choose optimizer.min_lr={optimizer.lr / 10:g} (a tenth) or "
+            "less, or optimizer.lr_decay_style=constant",
+            "optimizer.min_lr",
+        )
+    if optimizer.lr_wsd_decay_steps is not None and optimizer.lr_decay_style != "WSD":
+        raise ConfigError(
+            f"optimizer.lr_wsd_decay_steps={optimizer.lr_wsd_decay_steps} has no meaning for "
+            f"optimizer.lr_decay_style={optimizer.lr_decay_style}; set it to null, or "
+            "optimizer.lr_decay_style=WSD",
+            "optimizer.lr_wsd_decay_steps",
+        )

@@ -1,0 +1,25 @@
+"""Text to batches: sources, tokenizer, token files, rows, sampler and loader.
+
+The package knows no process groups: a rank is an int. What programs need is named here.
+"""
+
+from data.evaluation import EvaluationSet, evaluation_batches
+from data.loader import BatchLoader, StepBatch
+from data.prepare import Corpus, prepare_corpus
+from data.rows import IGNORED_TARGET, MicroBatch
+from data.token_file import TokenFile
+from data.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = [
+    "IGNORED_TARGET",
+    "BatchLoader",
+    "Corpus",
+    "EvaluationSet",
+    "MicroBatch",
+    "StepBatch",
+    "TokenFile",
+    "Tokenizer",
+    "evaluation_batches",
+    "load_tokenizer",
+    "prepare_corpus",
+]

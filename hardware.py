@@ -1,0 +1,42 @@
+"""What this rank's device can do at most, for figures in proportion to it."""
+
+import resource
+import time
+
+import torch
+
+# Dense matrix products per second, in operations, from the makers' data sheets (bf16, no sparsity).
+_DATA_SHEET_BF16 = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12}
+_SIZE, _REPEATS = 1024, 5
+
+
+def peak_flops_per_second(device: torch.device, precision: str) -> float:
+    """The rate that MFU is a fraction of.
+
+    In bf16 on a known GPU the data sheet's. Elsewhere, on a processor too, the best measured rate of
+    a product of two 1024 x 1024 matrices, by this rank with its threads, while its peers do the same.
+    """
+    if device.type == "cuda" and precision == "bf16":
+        name = torch.cuda.get_device_name(device)
+        for part, rate in _DATA_SHEET_BF16.items():
+            if part in name:
+                return rate
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a = torch.ones(_SIZE, _SIZE, dtype=dtype, device=device)
+    best_s = min(_seconds_of_product(a) for _ in range(_REPEATS))
+    return 2 * _SIZE**3 / best_s
+
+
+def _seconds_of_product(a: torch.Tensor) -> float:
+    started_at = time.perf_counter()
+    _ = a @ a
+    if a.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started_at
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Largest memory so far: allocated on a GPU, resident on a processor."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB

@@ -1,0 +1,173 @@
+"""What a person and a program can see of a run: the console, metrics.jsonl, and a wandb view of it.
+
+metrics.jsonl is the truth: a JSON object for each step, flushed, in full precision. A resume cuts it at
+the checkpoint's step, so it holds each step once. Only rank 0 writes.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+
+from configs import Config, flatten
+from evaluation import Evaluation
+from hardware import peak_flops_per_second, peak_memory_gib
+from model import flops_per_token
+from parallel import Mesh
+from run_state import Run, RunState
+from wandb_view import WandbView
+
+logger = logging.getLogger("microtron")
+
+# A rate from the last few seconds says more about the time left than one from the first step on.
+_RATE_MEMORY = 0.9
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one update of the weights was."""
+
+    loss: float  # nats per target token, over the whole global batch
+    grad_norm: float  # before clipping
+    learning_rate: float
+    num_targets: int  # target tokens of the whole global batch
+    elapsed_s: float
+
+
+def set_up_logging(mesh: Mesh) -> None:
+    """INFO from rank 0, warnings from every rank with its number, on stderr."""
+    prefix = "" if mesh.world.rank == 0 else f"[rank {mesh.world.rank}] "
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
+    logger.handlers = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.INFO if mesh.world.rank == 0 else logging.WARNING)
+
+
+class RunLog:
+    """The open log of a run."""
+
+    def __init__(self, run: Run, state: RunState) -> None:
+        self.config, self.mesh = run.config, run.mesh
+        self.is_writer = run.mesh.world.rank == 0
+        self.flops_per_token = flops_per_token(run.config.model, run.config.data.vocab_size)
+        self.peak_flops = run.mesh.world.size * peak_flops_per_second(
+            run.mesh.device, run.config.train.precision
+        )
+        self.seconds_per_step: float | None = None
+        self.file: IO[str] | None = None
+        self.wandb: WandbView | None = None
+        if self.is_writer:
+            cut_metrics(run.folder.metrics, state.step)
+            self.file = run.folder.metrics.open("a")
+            self.wandb = WandbView(
+                run.config.logging, run.folder.path, state.wandb_id, flatten(run.config)
+            )
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.file is not None:
+            self.file.close()
+        if self.wandb is not None:
+            self.wandb.finish(failed=kind is not None)
+
+    def step(self, state: RunState, result: StepResult) -> None:
+        """One finished update."""
+        tokens_per_second = result.num_targets / result.elapsed_s
+        row = {
+            "step": state.step,
+            "tokens": state.tokens,
+            "train/loss": result.loss,
+            "train/grad_norm": result.grad_norm,
+            "train/learning_rate": result.learning_rate,
+            "speed/tokens_per_second": tokens_per_second,
+            "speed/mfu": self.flops_per_token * tokens_per_second / self.peak_flops,
+            "memory/peak_gib": peak_memory_gib(self.mesh.device),
+        }
+        self._write(row)
+        previous = self.seconds_per_step or result.elapsed_s
+        self.seconds_per_step = (
+            _RATE_MEMORY * previous + (1 - _RATE_MEMORY) * result.elapsed_s
+        )
+        if state.step % self.config.logging.log_interval == 0:
+            logger.info("%s", self._step_line(state, row))
+
+    def evaluation(self, state: RunState, evaluation: Evaluation) -> None:
+        """One evaluation, and its sample."""
+        row = {
+            "step": state.step,
+            "tokens": state.tokens,
+            "eval/loss": evaluation.loss,
+            "eval/perplexity": evaluation.perplexity,
+            "eval/bits_per_byte": evaluation.bits_per_byte,
+        }
+        self._write(row)
+        logger.info(
+            "evaluation at step %d: loss %.4f, perplexity %.2f, %.4f bits per byte",
+            state.step,
+            evaluation.loss,
+            evaluation.perplexity,
+            evaluation.bits_per_byte,
+        )
+        if evaluation.sample is not None:
+            logger.info("--- sample ---\n%s\n--------------", evaluation.sample.rstrip())
+
+    def _write(self, row: Mapping[str, float | int]) -> None:
+        if self.file is not None:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+        if self.wandb is not None:
+            self.wandb.log(row)
+
+    def _step_line(self, state: RunState, row: Mapping[str, float | int]) -> str:
+        last = last_step(self.config)
+        assert self.seconds_per_step is not None
+        return (
+            f"step {state.step:>{len(str(last))}}/{last}"
+            f" | loss {row['train/loss']:.4f}"
+            f" | grad norm {row['train/grad_norm']:.3f}"
+            f" | lr {row['train/learning_rate']:.2e}"
+            f" | {row['speed/tokens_per_second']:,.0f} tokens/s"
+            f" | mfu {100 * row['speed/mfu']:.1f}%"
+            f" | {row['memory/peak_gib']:.2f} GiB"
+            f" | {_duration((last - state.step) * self.seconds_per_step)} left"
+        )
+
+
+def last_step(config: Config) -> int:
+    """The step at which this launch ends."""
+    stop = config.run.stop_at_step
+    return config.train.train_steps if stop is None else min(stop, config.train.train_steps)
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drop the rows after `step`, and a last line that a kill has torn."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        if not line.endswith("\n"):
+            break
+        if json.loads(line)["step"] <= step:
+            kept.append(line)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept))
+    temporary.rename(path)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

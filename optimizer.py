@@ -1,0 +1,91 @@
+"""AdamW over sharded parameters, and its learning rate."""
+
+import math
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import AdamW
+
+from configs import Config, OptimizerConfig
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
+    """AdamW (Loshchilov and Hutter 2019) in one fused kernel, its state made at once.
+
+    Matrices and embeddings decay; norms and biases, the vectors, don't. The state exists before the
+    first step, so that a checkpoint is read into a new optimizer like into one that has run.
+    """
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = AdamW(
+        groups,
+        lr=config.lr,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_eps,
+        fused=True,
+    )
+    for parameter in parameters:
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
+def training_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, DTensor]:
+    """Everything that a checkpoint holds, by name: parameters and both moments of each."""
+    tensors: dict[str, DTensor] = {}
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor)
+        tensors[f"parameters.{name}"] = parameter
+        for moment in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
+    return tensors
+
+
+def set_num_updates(optimizer: AdamW, num_updates: int) -> None:
+    """Tell AdamW how many updates its moments have seen, for its bias correction."""
+    for state in optimizer.state.values():
+        state["step"].fill_(num_updates)
+
+
+def apply_update(optimizer: AdamW, lr: float) -> None:
+    """One update of all weights from their gradients, which are then freed."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """Learning rate of the update that follows `step` finished ones.
+
+    Linear warm-up that ends in `lr`, then the decay, which reaches `min_lr` in the last update.
+    """
+    optimizer, last = config.optimizer, config.train.train_steps - 1
+    if step < optimizer.lr_warmup_steps:
+        return optimizer.lr * (step + 1) / optimizer.lr_warmup_steps
+    match optimizer.lr_decay_style:
+        case "constant":
+            remaining = 1.0
+        case "linear":
+            remaining = 1.0 - _progress(step, optimizer.lr_warmup_steps, last)
+        case "cosine":
+            progress = _progress(step, optimizer.lr_warmup_steps, last)
+            remaining = 0.5 * (1.0 + math.cos(math.pi * progress))
+        case "WSD":  # warm-up, stable, decay (Hu et al. 2024, section 4)
+            length = optimizer.lr_wsd_decay_steps or max(1, config.train.train_steps // 10)
+            remaining = 1.0 - _progress(step, last - length, last)
+    return optimizer.min_lr + remaining * (optimizer.lr - optimizer.min_lr)
+
+
+def _progress(step: int, start: int, end: int) -> float:
+    """How far `step` is from `start` to `end`, as a fraction."""
+    return min(1.0, max(0.0, (step - start) / max(1, end - start)))
+
+

@@ -1,0 +1,134 @@
+"""Where a run is, and how it is taken up again.
+
+Randomness and the order of samples are functions of these numbers, so they, the weights and the
+optimizer's moments are all that decides the next step.
+"""
+
+import logging
+import time
+import uuid
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch.optim import AdamW
+
+from checkpoints import Checkpoint, CheckpointError, find_checkpoint, load_tensors, save_checkpoint
+from configs import Config, flatten
+from data import Corpus
+from model import GPT
+from optimizer import set_num_updates, training_tensors
+from parallel import Mesh, gather_json
+from run_folder import RunFolder
+
+logger = logging.getLogger("microtron")
+
+# What may differ between a checkpoint and the run that continues it. All else would make it another run.
+_MAY_CHANGE = ("parallel.", "run.", "logging.", "evaluate.", "checkpoint.", "optimizer.")
+_MAY_CHANGE_KEYS = (
+    "train.micro_batch_size",
+    "train.train_steps",
+    "train.precision",
+    "data.cache_directory",
+)
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Progress of a run."""
+
+    wandb_id: str
+    step: int = 0  # finished updates
+    tokens: int = 0  # target tokens so far
+    consumed_samples: int = 0  # sequences so far, over all ranks
+
+    def advance(self, num_targets: int, num_samples: int) -> "RunState":
+        """The state after one more update."""
+        return replace(
+            self,
+            step=self.step + 1,
+            tokens=self.tokens + num_targets,
+            consumed_samples=self.consumed_samples + num_samples,
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is made of, from start to end."""
+
+    config: Config
+    mesh: Mesh
+    folder: RunFolder
+    corpus: Corpus
+    model: GPT
+    optimizer: AdamW
+
+
+def resume(run: Run) -> RunState:
+    """Load the newest whole checkpoint of the run folder, or begin.
+
+    Raises CheckpointError if there is none and `run.resume=must`, or if it is of another run.
+    """
+    checkpoint = find_checkpoint(run.folder.checkpoints, run.mesh)
+    if checkpoint is None:
+        if run.config.run.resume == "must":
+            raise CheckpointError(
+                f"run.resume=must, but there is no checkpoint in {run.folder.checkpoints}; check run.name "
+                "and run.directory, or use run.resume=auto"
+            )
+        return RunState(wandb_id=gather_json(run.mesh, uuid.uuid4().hex[:12])[0])
+    _require_same_run(checkpoint, run.config, run.corpus)
+    load_tensors(checkpoint, training_tensors(run.model, run.optimizer), run.mesh)
+    state = RunState(**checkpoint.state["progress"])
+    set_num_updates(run.optimizer, state.step)
+    logger.info("resuming from %s", checkpoint.directory)
+    return state
+
+
+def save(run: Run, state: RunState) -> None:
+    """Commit a checkpoint of this state."""
+    contents: dict[str, Any] = {
+        "progress": asdict(state),
+        "config": flatten(run.config),
+        "data_fingerprint": run.corpus.fingerprint,
+        "tokenizer_fingerprint": run.corpus.tokenizer.fingerprint,
+    }
+    started_at = time.perf_counter()
+    directory = save_checkpoint(
+        run.folder.checkpoints,
+        state.step,
+        training_tensors(run.model, run.optimizer),
+        contents,
+        run.mesh,
+        keep=run.config.checkpoint.keep,
+    )
+    logger.info("saved %s in %.1f s", directory, time.perf_counter() - started_at)
+
+
+def _require_same_run(checkpoint: Checkpoint, config: Config, corpus: Corpus) -> None:
+    """Refuse what would make the continued run another one, naming the keys."""
+    stored, now = checkpoint.state["config"], flatten(config)
+    changed = [key for key in sorted(stored.keys() | now.keys()) if stored.get(key) != now.get(key)]
+    refused = [
+        key
+        for key in changed
+        if key == "run.seed" or not (key.startswith(_MAY_CHANGE) or key in _MAY_CHANGE_KEYS)
+    ]
+    if refused:
+        differences = ", ".join(f"{key}={now.get(key)} (was {stored.get(key)})" for key in refused)
+        raise CheckpointError(
+            f"cannot resume {checkpoint.directory} with {differences}; change it back, or choose another "
+            "run.name"
+        )
+    fingerprints = {
+        "the tokenizer": ("tokenizer_fingerprint", corpus.tokenizer.fingerprint),
+        "the text of data.source": ("data_fingerprint", corpus.fingerprint),
+    }
+    for what, (key, fingerprint) in fingerprints.items():
+        if checkpoint.state[key] != fingerprint:
+            raise CheckpointError(
+                f"cannot resume {checkpoint.directory}: {what} has changed since (fingerprint "
+                f"{fingerprint}, was {checkpoint.state[key]}); restore it, or choose another run.name"
+            )
+    for key in changed:
+        if key.startswith(("optimizer.", "train.precision")):
+            logger.warning("%s=%s differs from the checkpoint's %s", key, now[key], stored[key])

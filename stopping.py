@@ -1,0 +1,70 @@
+"""How a run ends before its last step: signals, a launcher that dies, and the exit codes.
+
+A handler only sets a flag. All ranks agree on it at a step boundary, so that they save the same step and
+leave together. A second signal, a second after the first or later, ends the process at once (torchrun
+may deliver one Ctrl-C twice, but not that far apart).
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from types import FrameType
+
+import torch
+
+from parallel import Mesh, sum_over
+
+EXIT_DONE, EXIT_BEFORE_TRAINING = 0, 2
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_SECOND_SIGNAL_AFTER_S = 1.0
+_PR_SET_PDEATHSIG = 1
+
+
+class StopSignals:
+    """The signals this process has got.
+
+    Until `training` begins there is nothing to save, and a signal ends the process by SystemExit.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._received_at = 0.0
+        self._training = False
+        for number in _SIGNALS:
+            signal.signal(number, self._handle)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            _ask_for_a_signal_when_the_launcher_dies()
+
+    def training(self) -> None:
+        """From here on, a signal asks for a save at the next step boundary."""
+        self._training = True
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self._training:
+            sys.exit(128 + number)
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._received_at = signal.Signals(number), now
+        elif now - self._received_at >= _SECOND_SIGNAL_AFTER_S:
+            os._exit(128 + number)
+
+    def agreed(self, mesh: Mesh) -> signal.Signals | None:
+        """The signal for which all ranks stop now, None to go on; every rank calls this every step."""
+        flags = torch.tensor(
+            [int(self.received == number) for number in _SIGNALS],
+            dtype=torch.int32,
+            device=mesh.device,
+        )
+        counts = sum_over(mesh.world, flags).tolist()
+        return next((number for number, count in zip(_SIGNALS, counts, strict=True) if count), None)
+
+
+def _ask_for_a_signal_when_the_launcher_dies() -> None:
+    """Have the kernel send SIGTERM if torchrun is killed, so that no orphan trains on (Linux)."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() == 1:  # it died before we asked
+        sys.exit(128 + signal.SIGTERM)

@@ -1,0 +1,212 @@
+"""Checkpoints: exact on any layout, there whole or not at all, and damage is always found."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from checkpoints import (
+    CheckpointError,
+    find_checkpoint,
+    load_tensors,
+    save_checkpoint,
+    sweep_leftovers,
+)
+from parallel import Mesh, Normal, barrier, declare_parameter, initialise_parameters
+from tests.distributed import EVERY_LAYOUT, ONE_RANK, Layout, distributed, run_on
+
+SHAPES = {"rows": ((13, 6), 0), "columns": ((5, 11), 1), "norm": ((7,), None), "bias": ((9,), 0)}
+STATE = {"progress": {"step": 1}, "exact": 0.1}
+
+
+def make_tensors(mesh: Mesh, seed: int) -> dict[str, DTensor]:
+    """Sharded tensors of uneven shapes; other values for each seed."""
+    module = nn.Module()
+    for name, (shape, tp_dim) in SHAPES.items():
+        declare_parameter(module, name, shape, mesh, init=Normal(1.0), tp_dim=tp_dim)
+    fully_shard(module, mesh=mesh.device_mesh["dp"])
+    module.to_empty(device="cpu")
+    initialise_parameters(module, seed, mesh)
+    return dict(module.named_parameters())  # type: ignore[arg-type]
+
+
+def save(mesh: Mesh, folder: Path, step: int, keep: int = 0) -> Path:
+    return save_checkpoint(folder, step, make_tensors(mesh, step), STATE, mesh, keep=keep)
+
+
+def assert_loads(mesh: Mesh, folder: Path, step: int) -> None:
+    """The newest good checkpoint is that of `step`, and holds its values to the bit."""
+    checkpoint = find_checkpoint(folder, mesh)
+    assert checkpoint is not None
+    assert (checkpoint.step, checkpoint.state) == (step, STATE)
+    tensors, expected = make_tensors(mesh, 999), make_tensors(mesh, step)
+    load_tensors(checkpoint, tensors, mesh)
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor.to_local(), expected[name].to_local()), name
+
+
+@distributed(*EVERY_LAYOUT)
+def test_save_then_load(mesh: Mesh, tmp_path: Path) -> None:
+    """The same layout gives every shard back; replicas are written once; nothing temporary stays."""
+    directory = save(mesh, tmp_path, 3)
+    assert_loads(mesh, tmp_path, 3)
+    manifest = json.loads((directory / "manifest.json").read_text())
+    for name, (shape, _) in SHAPES.items():
+        shards = manifest["tensors"][name]["shards"]
+        stored = sum(torch.Size(shard["shape"]).numel() for shard in shards)
+        assert stored == torch.Size(shape).numel(), name
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for the whole file."""
+    return tmp_path_factory.mktemp("reshard")
+
+
+@pytest.mark.parametrize("reader", EVERY_LAYOUT, ids=str)
+def test_any_layout_reads_what_any_other_wrote(reader: Layout, shared: Path) -> None:
+    """To the bit, for every pair of layouts, with uneven shards."""
+    for writer in EVERY_LAYOUT:
+        folder = shared / str(writer)
+        if not folder.exists():
+            run_on(writer, save, folder=folder, step=5)
+        run_on(reader, assert_loads, folder=folder, step=5)
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+def test_newest_are_kept(mesh: Mesh, tmp_path: Path) -> None:
+    """keep=2 leaves the two newest."""
+    for step in (1, 2, 10):
+        save(mesh, tmp_path, step, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000010"]
+    assert_loads(mesh, tmp_path, 10)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def swap(path: Path) -> None:
+    """The same file of the checkpoint before: right size, right format, wrong content."""
+    shutil.copy(path.parent.parent / "step_00000001" / path.name, path)
+
+
+def link(path: Path) -> None:
+    """A symbolic link to a copy elsewhere: the right content, but not a file of the checkpoint."""
+    elsewhere = path.parent.parent / "elsewhere"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+
+
+DAMAGES = {"flip": flip, "truncate": truncate, "remove": Path.unlink, "swap": swap, "link": link}
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_found_and_passed_over(
+    mesh: Mesh, tmp_path: Path, damage: str
+) -> None:
+    """Each file damaged in each way: the checkpoint before is used instead, and all damaged is an error."""
+    save(mesh, tmp_path, 1)
+    newest = save(mesh, tmp_path, 2)
+    names = sorted(path.name for path in newest.iterdir())
+    assert len(names) == mesh.world.size + 1
+    barrier(mesh)
+    for name in names:
+        if name == "manifest.json" and damage == "link":
+            continue  # a manifest is known by its checksum, wherever its bytes lie
+        if mesh.world.rank == 0:
+            shutil.rmtree(newest)
+        barrier(mesh)
+        save(mesh, tmp_path, 2)
+        if mesh.world.rank == 0:
+            DAMAGES[damage](newest / name)
+        barrier(mesh)
+        assert_loads(mesh, tmp_path, 1)
+        barrier(mesh)
+    # What was damaged is written again: the new one counts, the old one is kept aside.
+    save(mesh, tmp_path, 2)
+    assert_loads(mesh, tmp_path, 2)
+    assert (tmp_path / "damaged_step_00000002_1").is_dir()
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+def test_all_damaged_is_an_error(mesh: Mesh, tmp_path: Path) -> None:
+    """Never a silent start from scratch."""
+    directory = save(mesh, tmp_path, 1)
+    if mesh.world.rank == 0:
+        flip(directory / "rank_00000.safetensors")
+    barrier(mesh)
+    with pytest.raises(CheckpointError, match="all 1 checkpoints in .* are damaged"):
+        find_checkpoint(tmp_path, mesh)
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+def test_nothing_there(mesh: Mesh, tmp_path: Path) -> None:
+    """An empty or missing folder has no checkpoint, and that is no error."""
+    assert find_checkpoint(tmp_path, mesh) is None
+    assert find_checkpoint(tmp_path / "missing", mesh) is None
+
+
+@distributed(Layout(tp=2))
+def test_a_rank_that_cannot_write_fails_the_save_on_all(mesh: Mesh, tmp_path: Path) -> None:
+    """The error names the rank; what was there before still loads, and nothing temporary stays."""
+    save(mesh, tmp_path, 1)
+    # Rank 1 finds a folder where its file should go: it cannot write, and its peer can.
+    import checkpoints.save as module
+
+    original = module.save_file
+
+    def failing(tensors: Any, path: Path) -> None:
+        if mesh.world.rank == 1:
+            raise OSError(28, "No space left on device")
+        original(tensors, path)
+
+    module.save_file = failing
+    try:
+        with pytest.raises(CheckpointError, match="rank 1 cannot write .*No space left"):
+            save(mesh, tmp_path, 2)
+    finally:
+        module.save_file = original
+    barrier(mesh)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    assert_loads(mesh, tmp_path, 1)
+
+
+@distributed(ONE_RANK)
+def test_leftovers_are_swept(mesh: Mesh, tmp_path: Path) -> None:
+    """What a killed save and a killed deletion leave goes at the next start; checkpoints stay."""
+    directory = save(mesh, tmp_path, 1)
+    shutil.copytree(directory, tmp_path / ".tmp-step_00000002")
+    shutil.copytree(directory, tmp_path / ".del-step_00000000")
+    sweep_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+def test_another_model_is_refused(mesh: Mesh, tmp_path: Path) -> None:
+    """Names and shapes must be the checkpoint's: nothing is left as it was by accident."""
+    save(mesh, tmp_path, 1)
+    checkpoint = find_checkpoint(tmp_path, mesh)
+    assert checkpoint is not None
+    tensors = make_tensors(mesh, 1)
+    rows = tensors.pop("rows")
+    with pytest.raises(CheckpointError, match=r"has unknown \['rows'\]"):
+        load_tensors(checkpoint, tensors, mesh)
+    with pytest.raises(CheckpointError, match=r"lacks \['new'\]"):
+        load_tensors(checkpoint, {**tensors, "rows": rows, "new": rows}, mesh)
+    with pytest.raises(CheckpointError, match=r"rows is float32 \[13, 6\], the model has .* \[5, 11\]"):
+        load_tensors(checkpoint, {**tensors, "rows": tensors["columns"]}, mesh)

@@ -1,0 +1,120 @@
+"""Evaluation rows: exact bytes, every token scored once, the same work on every rank."""
+
+import pytest
+
+from data import IGNORED_TARGET, EvaluationSet, evaluation_batches
+from tests.data_corpora import corpus_of_lengths
+
+LENGTHS = (12, 3, 40, 9, 100, 5, 3, 22)
+
+
+def evaluation_set(
+    max_sequences: int | None,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    micro_batch_size: int = 3,
+    lengths: tuple[int, ...] = LENGTHS,
+) -> EvaluationSet:
+    """Returns the set of one rank, for windows of 8 tokens and tp = 2."""
+    return evaluation_batches(
+        corpus_of_lengths([10], lengths),
+        seq_length=8,
+        max_sequences=max_sequences,
+        micro_batch_size=micro_batch_size,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        tp_size=2,
+    )
+
+
+def scored_tokens(sets: list[EvaluationSet]) -> list[int]:
+    """Returns all scored targets of all ranks, sorted."""
+    return sorted(
+        token
+        for each in sets
+        for batch in each.batches
+        for token in batch.targets[batch.targets != IGNORED_TARGET].tolist()
+    )
+
+
+def text_tokens(documents: list[int]) -> list[int]:
+    """Returns every token of the documents except bos and eos, sorted."""
+    file = corpus_of_lengths([10], LENGTHS).validation
+    offsets = file.document_offsets
+    return sorted(
+        token
+        for i in documents
+        for token in file.tokens[offsets[i] + 1 : offsets[i + 1] - 1].tolist()
+    )
+
+
+def test_scores_every_token_except_bos_and_eos_once() -> None:
+    """All documents: all tokens of their texts, and all their bytes."""
+    everything = evaluation_set(None)
+    assert scored_tokens([everything]) == text_tokens(list(range(len(LENGTHS))))
+    assert everything.num_bytes == sum(3 * length + 1 for length in LENGTHS)
+    assert everything.num_documents == len(LENGTHS)
+    assert everything.num_targets == sum(length - 2 for length in LENGTHS)
+
+
+def test_windows_follow_each_other_without_overlap() -> None:
+    """A document of 22 tokens (20 scored) is windows of 8, 8 and 4 inputs, the first with bos."""
+    (batch,) = evaluation_set(None, lengths=(22,)).batches
+    assert batch.tokens[:, 0].tolist() == [1, 17, 25]
+    assert batch.targets[:, 0].tolist() == [10, 18, 26]
+    assert [int((row != IGNORED_TARGET).sum()) for row in batch.targets] == [8, 8, 4]
+
+
+@pytest.mark.parametrize(
+    ("max_sequences", "documents"),
+    [
+        (1, [1]),  # documents of 2 rows and more are too long by themselves
+        (2, [0]),  # 2 rows; the next does not fit beside it
+        (3, [0, 1]),
+        (8, [0, 1, 2]),  # 2 + 1 + 5 rows
+        (10, [0, 1, 2, 3]),  # the document of 13 rows is passed over
+        (12, [0, 1, 2, 3, 5, 6]),  # the last one, of 3 rows, does not fit
+        (100, list(range(8))),
+    ],
+)
+def test_takes_whole_documents_up_to_max_sequences(
+    max_sequences: int, documents: list[int]
+) -> None:
+    """Documents in file order; those too long by themselves are passed over."""
+    chosen = evaluation_set(max_sequences)
+    assert scored_tokens([chosen]) == text_tokens(documents)
+    assert chosen.num_bytes == sum(3 * LENGTHS[i] + 1 for i in documents)
+
+
+def test_takes_the_shortest_document_if_all_are_too_long() -> None:
+    """There is something to evaluate even then."""
+    chosen = evaluation_set(2, lengths=(90, 40, 60))
+    assert (chosen.num_documents, chosen.num_targets) == (1, 38)
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 3, 5, 40])
+@pytest.mark.parametrize("micro_batch_size", [1, 4, 7])
+def test_ranks_share_the_rows_evenly(dp_size: int, micro_batch_size: int) -> None:
+    """Together the same tokens as one rank alone; each rank the same number of equal batches."""
+    ranks = [evaluation_set(12, rank, dp_size, micro_batch_size) for rank in range(dp_size)]
+    assert scored_tokens(ranks) == scored_tokens([evaluation_set(12)])
+    assert len({each.num_batches for each in ranks}) == 1
+    for each in ranks:
+        batches = list(each.batches)
+        assert len(batches) == each.num_batches
+        assert all(len(batch.tokens) == micro_batch_size for batch in batches)
+        assert all(batch.tokens.shape[1] % 2 == 0 for batch in batches)
+        assert (each.num_bytes, each.num_targets) == (ranks[0].num_bytes, ranks[0].num_targets)
+
+
+def test_batches_can_be_read_again() -> None:
+    """Each evaluation of a run reads the same set."""
+    chosen = evaluation_set(12)
+    assert scored_tokens([chosen]) == scored_tokens([chosen])
+
+
+def test_no_validation_documents_give_an_empty_set() -> None:
+    """The caller then has nothing to evaluate."""
+    empty = evaluation_set(12, lengths=())
+    assert (empty.num_batches, empty.num_documents, empty.num_bytes) == (0, 0, 0)
+    assert list(empty.batches) == []

@@ -1,0 +1,167 @@
+"""The batches of a run: the same samples whatever the layout, and a thread that ends well."""
+
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data import BatchLoader, Corpus, StepBatch, TokenFile
+from tests.data_corpora import corpus_of_lengths
+
+LENGTHS = [40, 3, 2, 90, 11, 1, 25, 64, 7, 130]
+
+
+def loader(corpus: Corpus, **changes: Any) -> BatchLoader:
+    """Returns a loader of one rank, with settings changed."""
+    settings: dict[str, Any] = {
+        "seed": 1,
+        "seq_length": 8,
+        "sequence_mode": "pad",
+        "global_batch_size": 12,
+        "micro_batch_size": 12,
+        "consumed_samples": 0,
+        "dp_rank": 0,
+        "dp_size": 1,
+        "tp_size": 1,
+        "device_is_cuda": False,
+        **changes,
+    }
+    return BatchLoader(corpus, **settings)
+
+
+def steps(corpus: Corpus, num_steps: int, **changes: Any) -> list[StepBatch]:
+    """Returns the first steps of a loader."""
+    with loader(corpus, **changes) as batches:
+        return [next(batches) for _ in range(num_steps)]
+
+
+def samples(batches: list[StepBatch]) -> list[tuple[int, tuple[int, ...], tuple[int, ...]]]:
+    """Returns (sample index, scored inputs, scored targets) of all rows in order."""
+    rows = []
+    for batch in batches:
+        for micro in batch.micro_batches:
+            for row, index in enumerate(micro.sample_indices.tolist()):
+                scored = micro.targets[row] != -100
+                tokens = tuple(micro.tokens[row][scored].tolist())
+                rows.append((index, tokens, tuple(micro.targets[row][scored].tolist())))
+    return rows
+
+
+@pytest.mark.parametrize("mode", ["pack", "pad"])
+def test_samples_do_not_depend_on_the_layout(mode: str) -> None:
+    """dp, micro-batch size, tp and where a run was resumed change no sample of any step."""
+    corpus = corpus_of_lengths(LENGTHS)
+    expected = [samples([step]) for step in steps(corpus, 9, sequence_mode=mode)]
+    assert [row[0] for step in expected for row in step] == list(range(9 * 12))
+    for dp_size in (1, 2, 3, 4, 6):
+        for micro_batch_size in (1, 2, 12 // dp_size, 5):
+            for first_step in (0, 4, 7):
+                found: list[list[Any]] = [[] for _ in range(first_step, 9)]
+                for dp_rank in range(dp_size):
+                    share = steps(
+                        corpus,
+                        9 - first_step,
+                        sequence_mode=mode,
+                        micro_batch_size=micro_batch_size,
+                        consumed_samples=12 * first_step,
+                        dp_rank=dp_rank,
+                        dp_size=dp_size,
+                        tp_size=dp_size,
+                    )
+                    for number, step in enumerate(share):
+                        found[number] += samples([step])
+                assert found == expected[first_step:]
+
+
+@pytest.mark.parametrize("mode", ["pack", "pad"])
+def test_each_sample_comes_once_per_epoch(mode: str) -> None:
+    """An epoch of n rows holds each row once, though steps do not divide it."""
+    corpus = corpus_of_lengths(LENGTHS)
+    rows = samples(steps(corpus, 30, sequence_mode=mode, global_batch_size=7))
+    num_rows = len({row[1:] for row in rows})
+    for start in range(0, len(rows) - num_rows + 1, num_rows):
+        assert len({row[1:] for row in rows[start : start + num_rows]}) == num_rows
+
+
+def test_resume_with_another_batch_size_goes_on_in_the_same_order() -> None:
+    """The state is the number of consumed samples alone."""
+    corpus = corpus_of_lengths(LENGTHS)
+    straight = samples(steps(corpus, 4))
+    resumed = samples(steps(corpus, 3, consumed_samples=24, global_batch_size=8))
+    assert resumed == straight[24:48]
+
+
+def test_counts_targets_of_this_rank() -> None:
+    """num_targets of a step is the sum over its micro-batches, and of those over their rows."""
+    (step,) = steps(corpus_of_lengths(LENGTHS), 1, micro_batch_size=4)
+    counts = [int((micro.targets != -100).sum()) for micro in step.micro_batches]
+    assert [micro.num_targets for micro in step.micro_batches] == counts
+    assert step.num_targets == sum(counts)
+
+
+@pytest.mark.parametrize("mode", ["pack", "pad"])
+@pytest.mark.parametrize("seq_length", [5, 8, 13])
+def test_every_micro_batch_divides_by_tp(mode: str, seq_length: int) -> None:
+    """Any seq_length works with any tp, and pack rounds seq_length itself up."""
+    corpus = corpus_of_lengths(LENGTHS)
+    changes = {"seq_length": seq_length, "sequence_mode": mode, "micro_batch_size": 3}
+    for tp_size in (1, 2, 3, 4):
+        for step in steps(corpus, 3, tp_size=tp_size, **changes):
+            widths = {micro.tokens.shape[1] for micro in step.micro_batches}
+            assert all(width % tp_size == 0 for width in widths)
+            assert mode == "pad" or widths == {-(-seq_length // tp_size) * tp_size}
+            for micro in step.micro_batches:
+                assert bool((micro.positions[micro.targets == -100] == 0).all())
+                assert int(micro.positions.max()) < seq_length
+
+
+def test_an_error_in_the_thread_is_raised_at_next() -> None:
+    """What is prepared comes first; then the error; then nothing, and no hang."""
+    corpus = corpus_of_lengths([50])
+    # Offsets that promise more than there is: rows past the end cannot be read.
+    broken = TokenFile(corpus.train.tokens[:20], corpus.train.document_offsets, np.array([1]))
+    broken_corpus = Corpus(corpus.tokenizer, corpus.tokenizer_path, broken, broken, "", {})
+    with loader(broken_corpus, global_batch_size=6, micro_batch_size=6) as batches:
+        with pytest.raises(ValueError, match="could not broadcast"):
+            for _ in range(3):
+                next(batches)
+        assert next(batches, None) is None
+
+
+def test_close_ends_the_thread_promptly() -> None:
+    """A loader whose queue is full ends within a moment, and leaves no thread."""
+    before = threading.active_count()
+    batches = loader(corpus_of_lengths(LENGTHS))
+    next(batches)
+    started_at = time.perf_counter()
+    batches.close()
+    assert time.perf_counter() - started_at < 1.0
+    assert threading.active_count() == before
+    assert next(batches, None) is None
+
+
+def test_only_a_few_steps_are_made_ahead() -> None:
+    """The queue is bounded, so a fast loader does not fill the memory."""
+    with loader(corpus_of_lengths(LENGTHS)) as batches:
+        for _ in range(20):
+            next(batches)
+        assert batches.num_steps_ahead <= 2
+
+
+def test_refuses_what_cannot_be_divided_or_read() -> None:
+    """The messages name keys and values."""
+    with pytest.raises(ValueError, match=r"train\.global_batch_size=12 .* data-parallel size 5"):
+        loader(corpus_of_lengths(LENGTHS), dp_size=5)
+    with pytest.raises(ValueError, match=r"no row of model\.seq_length=64"):
+        loader(corpus_of_lengths([20]), sequence_mode="pack", seq_length=64)
+
+
+def test_tensors_are_not_shared_between_steps() -> None:
+    """A step may be changed in place without changing another."""
+    first, second = steps(corpus_of_lengths(LENGTHS), 2)
+    kept = second.micro_batches[0].tokens.clone()
+    first.micro_batches[0].tokens.zero_()
+    assert torch.equal(kept, second.micro_batches[0].tokens)

@@ -1,0 +1,101 @@
+"""Rows and micro-batches against a literal reading of the rules."""
+
+import numpy as np
+import pytest
+import torch
+
+from data import IGNORED_TARGET, MicroBatch, TokenFile
+from data.rows import PaddedRows, make_micro_batch, training_rows
+from tests.data_corpora import token_file
+
+PADDING = 2
+
+
+def literal_pack(file: TokenFile, seq_length: int) -> list[tuple[list[int], list[int]]]:
+    """Returns (inputs, targets) of the rows: the stream cut every seq_length tokens."""
+    stream = file.tokens.tolist()
+    rows = []
+    position = 0
+    while position + seq_length < len(stream):
+        rows.append(
+            (
+                stream[position : position + seq_length],
+                stream[position + 1 : position + seq_length + 1],
+            )
+        )
+        position += seq_length
+    return rows
+
+
+def literal_pad(file: TokenFile, seq_length: int) -> list[tuple[list[int], list[int]]]:
+    """Returns (inputs, targets) of the rows: each document by itself, cut every seq_length."""
+    rows = []
+    for number in range(file.num_documents):
+        start, end = file.document_offsets[number : number + 2]
+        document = file.tokens[start:end].tolist()
+        inputs, targets = document[:-1], document[1:]
+        while inputs:
+            rows.append((inputs[:seq_length], targets[:seq_length]))
+            inputs, targets = inputs[seq_length:], targets[seq_length:]
+    return rows
+
+
+def all_rows_in_one(file: TokenFile, rows: PaddedRows, multiple_of: int) -> MicroBatch:
+    numbers = np.arange(len(rows))
+    return make_micro_batch(file, rows.spans(numbers), numbers, multiple_of, PADDING)
+
+
+@pytest.mark.parametrize("multiple_of", [1, 2, 3])
+@pytest.mark.parametrize("seq_length", [1, 2, 3, 5, 7, 8, 200])
+@pytest.mark.parametrize("mode", ["pack", "pad"])
+def test_rows_equal_the_literal_ones(mode: str, seq_length: int, multiple_of: int) -> None:
+    """Tokens, targets, positions and counts are those of the rules, padded to a multiple."""
+    file = token_file([9, 2, 1, 0, 17, 3, 8, 0, 1])
+    literal = (literal_pack if mode == "pack" else literal_pad)(file, seq_length)
+    rows = training_rows(file, seq_length, mode)
+    assert len(rows) == len(literal)
+    if not literal:
+        return
+
+    batch = all_rows_in_one(file, rows, multiple_of)
+
+    width = max(len(inputs) for inputs, _ in literal)
+    width = (width + multiple_of - 1) // multiple_of * multiple_of
+    for number, (inputs, targets) in enumerate(literal):
+        padding = width - len(inputs)
+        assert batch.tokens[number].tolist() == inputs + [PADDING] * padding
+        assert batch.targets[number].tolist() == targets + [IGNORED_TARGET] * padding
+        assert batch.positions[number].tolist() == [*range(len(inputs)), *[0] * padding]
+    assert batch.num_targets == sum(len(targets) for _, targets in literal)
+    assert batch.num_targets == int((batch.targets != IGNORED_TARGET).sum())
+    assert {t.dtype for t in (batch.tokens, batch.targets, batch.positions)} == {torch.int64}
+
+
+def test_padding_follows_the_longest_row_of_the_micro_batch() -> None:
+    """A micro-batch of short rows is narrow, whatever seq_length is."""
+    file = token_file([5, 90, 4])
+    rows = PaddedRows(file, 64)
+    assert len(rows) == 4
+    spans = rows.spans(np.array([0, 3]))
+    batch = make_micro_batch(file, spans, np.array([0, 3]), 3, PADDING)
+    assert batch.tokens.shape == (2, 6)  # 4 and 3 inputs, rounded up to a multiple of 3
+
+
+def test_pad_scores_every_token_but_bos_once() -> None:
+    """In mode pad the targets are every token of every document except its first."""
+    file = token_file([9, 2, 30, 3])
+    batch = all_rows_in_one(file, PaddedRows(file, 7), 1)
+    scored = batch.targets[batch.targets != IGNORED_TARGET].tolist()
+    starts = set(file.document_offsets[:-1].tolist())
+    assert scored == [t for i, t in enumerate(file.tokens.tolist()) if i not in starts]
+
+
+def test_rows_are_found_in_a_large_file_without_listing_them() -> None:
+    """Offsets past 2^31 tokens do not overflow."""
+    tokens = np.broadcast_to(np.uint16(5), (3_000_000_001,))
+    offsets = np.array([0, 3_000_000_001])
+    file = TokenFile(tokens, offsets, np.array([1]))
+    for mode in ("pack", "pad"):
+        rows = training_rows(file, 1000, mode)
+        starts, lengths = rows.spans(np.array([len(rows) - 1]))
+        assert (len(rows), starts[0], lengths[0]) == (3_000_000, 2_999_999_000, 1000)

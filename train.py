@@ -1,0 +1,183 @@
+"""Train a GPT: `torchrun train.py config=NAME.yaml section.key=value ...`.
+
+The story of a run. What a step does is in `train_step`; where the ranks talk is in `parallel/`.
+"""
+
+import logging
+import signal
+import sys
+import time
+
+from configs import Config, load_config
+
+if __name__ == "__main__":
+    # Before torch is imported, which takes seconds, so that a mistyped key is answered at once.
+    CONFIG = load_config(sys.argv[1:])
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from checkpoints import CheckpointError
+from data import BatchLoader, prepare_corpus
+from evaluation import evaluate, held_out
+from metrics import RunLog, StepResult, last_step, set_up_logging
+from model import build_model
+from optimizer import apply_update, build_optimizer, learning_rate
+from parallel import (
+    DropoutStream,
+    Mesh,
+    clip_gradients,
+    close_mesh,
+    init_mesh,
+    set_gradient_sync,
+    sum_over,
+    sum_partial_gradients,
+)
+from run_folder import RunFolder, RunFolderError, resume_command
+from run_state import Run, RunState, resume, save
+from stopping import EXIT_BEFORE_TRAINING, EXIT_DONE, StopSignals
+
+logger = logging.getLogger("microtron")
+
+
+def train(config: Config, mesh: Mesh, folder: RunFolder, signals: StopSignals) -> int:
+    """Train from the newest checkpoint, or from the start, to the last step; returns the exit code."""
+    try:
+        run, state = start(config, mesh, folder)
+    except (ValueError, FileNotFoundError, CheckpointError) as error:
+        logger.error("%s", error)
+        folder.write_exit(EXIT_BEFORE_TRAINING, str(error), step=0)
+        return EXIT_BEFORE_TRAINING
+    last, started_from = last_step(config), state.step
+    if state.step >= last:
+        logger.info("run %s is finished: it has done %d of %d steps", config.run.name, state.step, last)
+        folder.write_exit(EXIT_DONE, "finished before", state.step)
+        return EXIT_DONE
+
+    documents = held_out(run)
+    stop: signal.Signals | None = None
+    saved_step = state.step
+    with RunLog(run, state) as log, loader(run, state) as batches:
+        signals.training()
+        while state.step < last and not (stop := signals.agreed(mesh)):
+            result = train_step(run, state, batches)
+            state = state.advance(result.num_targets, config.train.global_batch_size)
+            log.step(state, result)
+            if documents.num_targets and due(state.step, config.evaluate.interval, last):
+                log.evaluation(state, evaluate(run, state, documents))
+            if due(state.step, config.checkpoint.save_interval):
+                save(run, state)
+                saved_step = state.step
+        folder.announce(ending=True)
+        if state.step > saved_step:
+            save(run, state)
+    return report_end(config, folder, state, started_from, stop)
+
+
+def start(config: Config, mesh: Mesh, folder: RunFolder) -> tuple[Run, RunState]:
+    """Prepare text, model and optimizer, and take up the run where it was left."""
+    corpus = prepare_corpus(config.data, config.model.seq_length, mesh.local_rank)
+    folder.keep_tokenizer(corpus.tokenizer_path)
+    model = build_model(config, mesh)
+    optimizer = build_optimizer(model, config.optimizer)
+    run = Run(config, mesh, folder, corpus, model, optimizer)
+    return run, resume(run)
+
+
+def loader(run: Run, state: RunState) -> BatchLoader:
+    """This rank's batches from the state on."""
+    config, mesh = run.config, run.mesh
+    return BatchLoader(
+        run.corpus,
+        seed=config.run.seed,
+        seq_length=config.model.seq_length,
+        sequence_mode=config.data.sequence_mode,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        consumed_samples=state.consumed_samples,
+        dp_rank=mesh.dp.rank,
+        dp_size=mesh.dp.size,
+        tp_size=mesh.tp.size,
+        device_is_cuda=mesh.device.type == "cuda",
+    )
+
+
+def train_step(run: Run, state: RunState, batches: BatchLoader) -> StepResult:
+    """One update of the weights from the next global batch.
+
+    The loss of a step is the sum over its target tokens divided by their number, over all micro-batches
+    and dp ranks: the number is known before the first backward, so every gradient is a plain sum.
+    """
+    started_at = time.perf_counter()
+    config, mesh, model = run.config, run.mesh, run.model
+    batch = next(batches)
+    num_targets = sum_over(mesh.dp, torch.tensor(batch.num_targets, device=mesh.device))
+    loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    for number, micro_batch in enumerate(batch.micro_batches, start=1):
+        is_last = number == len(batch.micro_batches)
+        set_gradient_sync(model, is_last or config.parallel.gradient_sync == "micro_batch")
+        inputs = (micro_batch.tokens, micro_batch.positions, micro_batch.targets)
+        masks = DropoutStream(
+            config.run.seed, state.step, tuple(micro_batch.sample_indices.tolist())
+        )
+        loss = model(*(x.to(mesh.device, non_blocking=True) for x in inputs), masks)
+        (loss / num_targets).backward()
+        loss_sum += loss.detach()
+    sum_partial_gradients(model, mesh)
+    grad_norm = clip_gradients(model, config.optimizer.clip_grad, mesh)
+    rate = learning_rate(state.step, config)
+    apply_update(run.optimizer, rate)
+    mean_loss = (sum_over(mesh.dp, loss_sum) / num_targets).item()
+    return StepResult(
+        loss=mean_loss,
+        grad_norm=grad_norm.item(),
+        learning_rate=rate,
+        num_targets=int(num_targets),
+        elapsed_s=time.perf_counter() - started_at,
+    )
+
+
+def due(step: int, interval: int, last: int | None = None) -> bool:
+    """Whether something that is done every `interval` steps (0: never), and at `last`, is due."""
+    return interval > 0 and (step % interval == 0 or step == last)
+
+
+def report_end(
+    config: Config,
+    folder: RunFolder,
+    state: RunState,
+    started_from: int,
+    stop: signal.Signals | None,
+) -> int:
+    """Say how the run ended, on the console and in exit.json; returns the exit code."""
+    steps = f"{state.step - started_from} steps from step {started_from} on"
+    if stop is not None:
+        logger.info("%s: stopped at step %d; resume with\n  %s", stop.name, state.step, resume_command())
+        folder.write_exit(128 + stop, f"stopped by {stop.name}", state.step)
+        return 128 + stop
+    done = state.step == config.train.train_steps
+    logger.info("%s at step %d: %s", "finished" if done else "stopped", state.step, steps)
+    folder.write_exit(EXIT_DONE, "finished" if done else "run.stop_at_step", state.step)
+    return EXIT_DONE
+
+
+@record
+def main(config: Config) -> int:
+    """Join the other ranks, lock the run folder, and train."""
+    signals = StopSignals()
+    mesh = init_mesh(
+        config.parallel.tensor_model_parallel_size, config.parallel.sequence_parallel
+    )
+    set_up_logging(mesh)
+    try:
+        with RunFolder(config, mesh) as folder:
+            return train(config, mesh, folder, signals)
+    except RunFolderError as error:
+        logger.error("%s", error)
+        return EXIT_BEFORE_TRAINING
+    finally:
+        close_mesh()
+
+
+if __name__ == "__main__":
+    sys.exit(main(CONFIG))
