@@ -65,6 +65,7 @@ def write_sample(run: Run, state: RunState) -> str | None:
         run.model,
         [tokenizer.bos_id, *tokenizer.encode(config.sample_prompt)],
         config.sample_tokens,
+        num_ids=tokenizer.vocab_size,
         temperature=config.sample_temperature,
         seed=fold_seed(run.config.run.seed, "sample", state.step),
         end_id=tokenizer.eos_id,

@@ -16,20 +16,31 @@ import shutil
 import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
 from checkpoints import sweep_leftovers
-from configs import Config, to_yaml
+from configs import EXIT_BEFORE_TRAINING, Config, to_yaml
 from parallel import Mesh, gather_json
 
 _PREVIOUS = "previous_"
 _WAIT_FOR_RUNNING_S, _WAIT_FOR_ENDING_S = 5.0, 30.0
 
 
-class RunFolderError(RuntimeError):
-    """The run folder cannot be used."""
+class StartError(RuntimeError):
+    """What keeps a run from starting and a person can mend: told in one line, without a traceback."""
+
+
+@contextmanager
+def mendable(*kinds: type[Exception]) -> Iterator[None]:
+    """Within it, errors of these kinds are messages for a person: raise them as StartError."""
+    try:
+        yield
+    except kinds as error:
+        raise StartError(str(error)) from error
 
 
 class RunFolder:
@@ -52,12 +63,12 @@ class RunFolder:
                 self._open()
             except OSError as error:
                 failure = f"cannot write in run folder {self.path}: {error.strerror}"
-            except RunFolderError as error:
+            except StartError as error:
                 failure = str(error)
         # Rank 0 alone knows; all raise, or its peers would wait for it in a collective.
         failure = gather_json(self._mesh, failure)[0]
         if failure is not None:
-            raise RunFolderError(failure)
+            raise StartError(failure)
         return self
 
     def __exit__(
@@ -66,6 +77,12 @@ class RunFolder:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if isinstance(error, StartError):
+            self.write_exit(EXIT_BEFORE_TRAINING, str(error), step=None)
+        elif isinstance(error, SystemExit):
+            self.write_exit(int(error.code or 0), "stopped before the first step", step=None)
+        elif error is not None:
+            self.write_exit(1, f"{type(error).__name__}: {error}", step=None)
         if self._lock is not None:
             self._lock.close()
 
@@ -92,7 +109,7 @@ class RunFolder:
                 # One that is ending (its launcher was killed, it is saving) is worth waiting for.
                 patience = _WAIT_FOR_ENDING_S if holder.get("ending") else _WAIT_FOR_RUNNING_S
                 if time.monotonic() - started_at > patience:
-                    raise RunFolderError(
+                    raise StartError(
                         f"run folder {self.path} is in use by process {holder.get('pid')} on "
                         f"{holder.get('host')} since {holder.get('since')}; wait for it, stop it, or choose "
                         "another run.name"
@@ -141,7 +158,7 @@ class RunFolder:
             shutil.copyfile(path, temporary)
             temporary.rename(self.tokenizer)
 
-    def write_exit(self, code: int, reason: str, step: int) -> None:
+    def write_exit(self, code: int, reason: str, step: int | None) -> None:
         """Leave exit.json: torchrun turns every code but 0 into 1, this file keeps it."""
         if self._is_writer:
             report = {"code": code, "reason": reason, "step": step, "resume": resume_command()}

@@ -16,7 +16,6 @@ import torch
 
 from parallel import Mesh, sum_over
 
-EXIT_DONE, EXIT_BEFORE_TRAINING = 0, 2
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _SECOND_SIGNAL_AFTER_S = 1.0
 _PR_SET_PDEATHSIG = 1

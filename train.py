@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 
-from configs import Config, load_config
+from configs import Config, exit_with_error, load_config
 
 if __name__ == "__main__":
     # Before torch is imported, which takes seconds, so that a mistyped key is answered at once.
@@ -33,26 +33,21 @@ from parallel import (
     sum_over,
     sum_partial_gradients,
 )
-from run_folder import RunFolder, RunFolderError, resume_command
+from run_folder import RunFolder, StartError, mendable, resume_command
 from run_state import Run, RunState, resume, save
-from stopping import EXIT_BEFORE_TRAINING, EXIT_DONE, StopSignals
+from stopping import StopSignals
 
 logger = logging.getLogger("microtron")
 
 
 def train(config: Config, mesh: Mesh, folder: RunFolder, signals: StopSignals) -> int:
     """Train from the newest checkpoint, or from the start, to the last step; returns the exit code."""
-    try:
-        run, state = start(config, mesh, folder)
-    except (ValueError, FileNotFoundError, CheckpointError) as error:
-        logger.error("%s", error)
-        folder.write_exit(EXIT_BEFORE_TRAINING, str(error), step=0)
-        return EXIT_BEFORE_TRAINING
+    run, state = start(config, mesh, folder)
     last, started_from = last_step(config), state.step
     if state.step >= last:
         logger.info("run %s is finished: it has done %d of %d steps", config.run.name, state.step, last)
-        folder.write_exit(EXIT_DONE, "finished before", state.step)
-        return EXIT_DONE
+        folder.write_exit(0, "finished before", state.step)
+        return 0
 
     documents = held_out(run)
     stop: signal.Signals | None = None
@@ -76,12 +71,14 @@ def train(config: Config, mesh: Mesh, folder: RunFolder, signals: StopSignals) -
 
 def start(config: Config, mesh: Mesh, folder: RunFolder) -> tuple[Run, RunState]:
     """Prepare text, model and optimizer, and take up the run where it was left."""
-    corpus = prepare_corpus(config.data, config.model.seq_length, mesh.local_rank)
+    with mendable(ValueError, OSError):
+        corpus = prepare_corpus(config.data, config.model.seq_length, mesh.local_rank)
     folder.keep_tokenizer(corpus.tokenizer_path)
     model = build_model(config, mesh)
     optimizer = build_optimizer(model, config.optimizer)
     run = Run(config, mesh, folder, corpus, model, optimizer)
-    return run, resume(run)
+    with mendable(CheckpointError):
+        return run, resume(run)
 
 
 def loader(run: Run, state: RunState) -> BatchLoader:
@@ -157,8 +154,8 @@ def report_end(
         return 128 + stop
     done = state.step == config.train.train_steps
     logger.info("%s at step %d: %s", "finished" if done else "stopped", state.step, steps)
-    folder.write_exit(EXIT_DONE, "finished" if done else "run.stop_at_step", state.step)
-    return EXIT_DONE
+    folder.write_exit(0, "finished" if done else "run.stop_at_step", state.step)
+    return 0
 
 
 @record
@@ -172,9 +169,8 @@ def main(config: Config) -> int:
     try:
         with RunFolder(config, mesh) as folder:
             return train(config, mesh, folder, signals)
-    except RunFolderError as error:
-        logger.error("%s", error)
-        return EXIT_BEFORE_TRAINING
+    except StartError as error:
+        exit_with_error(str(error))
     finally:
         close_mesh()
 

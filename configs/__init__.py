@@ -1,8 +1,9 @@
 """Settings: one page of typed keys, the shipped files, loading and validation. No torch here."""
 
 from configs.errors import ConfigError
+from configs.keys import flatten
 from configs.launch import EXIT_BEFORE_TRAINING, exit_with_error
-from configs.load import flatten, load_config, parse_config, read_config, to_yaml
+from configs.load import load_config, parse_config, read_config, to_yaml
 from configs.schema import (
     CheckpointConfig,
     Config,

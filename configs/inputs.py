@@ -2,7 +2,6 @@
 
 import glob
 import os
-from pathlib import Path
 
 from configs.errors import ConfigError, shown
 from configs.schema import Config
@@ -17,24 +16,26 @@ SOURCE_EXTENSIONS = {
 
 
 def check_inputs(config: Config) -> None:
-    """Raises ConfigError for an input file that cannot be read, or an output folder that is a file."""
+    """Raises ConfigError for a missing input file, or an output folder that is a file."""
     if config.data.path is not None and config.data.source in SOURCE_EXTENSIONS:
         _check_source(config.data.path, SOURCE_EXTENSIONS[config.data.source], config.data.source)
     if config.data.tokenizer is not None:
-        path = Path(config.data.tokenizer).expanduser()
-        what = f"data.tokenizer={shown(config.data.tokenizer)}"
-        if not path.is_file():
-            fix = "give a sentencepiece model file, or null to train one"
-            raise ConfigError(f"{what} is not a file; {fix}", "data.tokenizer")
-        _check_readable(what, path, "data.tokenizer")
-    outputs = {
-        "run.directory": config.run.directory,
-        "data.cache_directory": config.data.cache_directory,
-    }
-    for key, folder in outputs.items():
-        path = Path(folder).expanduser()
-        if path.exists() and not path.is_dir():
+        _check_tokenizer(config.data.tokenizer)
+    for key, folder in (
+        ("run.directory", config.run.directory),
+        ("data.cache_directory", config.data.cache_directory),
+    ):
+        path = os.path.expanduser(folder)
+        if os.path.exists(path) and not os.path.isdir(path):
             raise ConfigError(f"{key}={shown(folder)} is a file; choose a folder, new or old", key)
+
+
+def _check_tokenizer(tokenizer: str) -> None:
+    what, path = f"data.tokenizer={shown(tokenizer)}", os.path.expanduser(tokenizer)
+    if not os.path.isfile(path):
+        fix = "give a sentencepiece model file, or null to train one"
+        raise ConfigError(f"{what} is not a file; {fix}", "data.tokenizer")
+    _check_readable(what, path, "data.tokenizer")
 
 
 def _check_source(path: str, extensions: tuple[str, ...], source: str) -> None:
@@ -54,7 +55,7 @@ def _check_source(path: str, extensions: tuple[str, ...], source: str) -> None:
     else:
         found = glob.glob(expanded, recursive=True)
         problem = "matches no file" if glob.has_magic(expanded) else "does not exist"
-    files = [Path(name) for name in found if os.path.isfile(name)]
+    files = [name for name in found if os.path.isfile(name)]
     if not files:
         raise ConfigError(
             f"{what} {problem}; give an existing file, a glob, or a folder with "
@@ -65,7 +66,7 @@ def _check_source(path: str, extensions: tuple[str, ...], source: str) -> None:
         _check_readable(what, file, "data.path")
 
 
-def _check_readable(what: str, file: Path, key: str) -> None:
+def _check_readable(what: str, file: str, key: str) -> None:
     if not os.access(file, os.R_OK):
         raise ConfigError(
             f"{what}: {file} may not be read by this user; change its permissions", key

@@ -45,5 +45,14 @@ def _all_keys() -> dict[str, Key]:
     return keys
 
 
+def flatten(config: Config) -> dict[str, Value]:
+    """Returns every setting as `section.key` and its value."""
+    return {
+        f"{section}.{leaf}": value
+        for section, settings in vars(config).items()
+        for leaf, value in vars(settings).items()
+    }
+
+
 SECTIONS: dict[str, type] = get_type_hints(Config)
 KEYS: dict[str, Key] = _all_keys()

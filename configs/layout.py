@@ -2,8 +2,8 @@
 
 [Note: no rank without rows]
 Every tensor is cut by rows over tp (or not), and what a tp rank has is cut by rows over dp, both
-times in pieces of ceil(rows / parts) with a shorter last one. Uneven pieces are fine, an empty one is
-not: FSDP2's backward fails on a rank that has no row of a tensor.
+times in pieces of ceil(rows / parts) with a shorter last one. Uneven pieces are fine, an empty one
+is not: FSDP2's backward fails on a rank that has no row of a tensor.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,8 @@
-"""From a command line to a checked `Config`: defaults < `config=NAME.yaml` < `section.key=value`."""
+"""From a command line to a checked `Config`: defaults < config=NAME.yaml < section.key=value."""
 
 import dataclasses
 import difflib
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -46,13 +47,13 @@ def parse_config(arguments: list[str]) -> Config:
     name, overrides = _split(arguments)
     path = _find(name)
     from_file = read_yaml(path)
-    config = _with_run_name(_merge(from_file, overrides), path)
-    places = {written.key: written.place for written in (*from_file, *overrides)}
+    config = _merge(from_file, overrides)
     try:
+        config = _with_run_name(config, path)
         validate(config, world_size_from_environment())
         check_inputs(config)
     except ConfigError as error:
-        place = places.get(error.key or "")
+        place = _place(error, from_file, overrides)
         raise ConfigError(f"{place}: {error}" if place else str(error), error.key) from error
     return config
 
@@ -67,11 +68,6 @@ def read_config(path: Path) -> Config:
     return config
 
 
-def flatten(config: Config) -> dict[str, Value]:
-    """Returns every setting as `section.key` and its value."""
-    return {key: cast(Value, _value(config, key)) for key in KEYS}
-
-
 def to_yaml(config: Config) -> str:
     """Returns the text of a YAML file that reads back as the same configuration."""
     text: str = yaml.safe_dump(
@@ -80,9 +76,15 @@ def to_yaml(config: Config) -> str:
     return f"# The settings of run {config.run.name}, all of them.\n{text}"
 
 
-def _value(config: Config, key: str) -> object:
-    section, leaf = key.split(".")
-    return vars(vars(config)[section])[leaf]
+def _place(error: ConfigError, from_file: list[Written], overrides: list[Written]) -> str:
+    """The file and line to change, empty if the command line had a part in the error."""
+    wrong, _, _ = str(error).partition(";")
+    if any(f"{written.key}=" in wrong for written in overrides):
+        return ""
+    places = {written.key: written.place for written in from_file}
+    # The key to change may have its default; then another one in the error shows where to look.
+    mentioned = (place for key, place in places.items() if f"{key}=" in wrong)
+    return places.get(error.key or "") or next(mentioned, "")
 
 
 def _information(arguments: list[str]) -> str | None:
@@ -109,23 +111,30 @@ def _split(arguments: list[str]) -> tuple[str, list[Written]]:
 
 def _key_and_value(argument: str) -> tuple[str, str]:
     key, equals, value = argument.partition("=")
-    bare = key.lstrip("-").strip()
-    if key.startswith("-"):
-        example = f"{bare}={value}" if equals else f"{bare}=VALUE"
-        raise ConfigError(f"{argument} has dashes; write {example}")
+    key = key.strip()
+    bare = key.lstrip("-")
     if not equals:
-        if Path(argument).stem in {path.stem for path in SHIPPED} or argument.endswith(".yaml"):
-            raise ConfigError(f"{argument} has no '='; write config={argument}")
-        if "." in argument and argument not in KEYS:
-            raise ConfigError(f"{argument} has no '='; {explain_unknown(argument)}")
-        raise ConfigError(
-            f"{shown(argument)} has no '='; write {bare or 'KEY'}=VALUE, without spaces"
-        )
+        raise ConfigError(_explain_bare_word(argument, bare))
+    if bare in SECTIONS:
+        raise ConfigError(explain_section(bare, shown(value)))
     if bare != "config" and bare not in KEYS:
-        if bare in SECTIONS:
-            raise ConfigError(explain_section(bare, shown(value)))
-        raise ConfigError(explain_unknown(bare))
-    return bare, value
+        raise ConfigError(explain_unknown(bare, shown(value)))
+    if key != bare:
+        raise ConfigError(f"{argument} has dashes; write {bare}={shown(value)}")
+    return key, value
+
+
+def _explain_bare_word(argument: str, bare: str) -> str:
+    """What to write instead of an argument without '='."""
+    if Path(argument).stem in {path.stem for path in SHIPPED} or argument.endswith(".yaml"):
+        fix = f"write config={argument}"
+    elif bare == "config":
+        fix = "write config=NAME.yaml, without spaces or dashes"
+    elif bare in KEYS:
+        fix = f"write {bare}={shown(KEYS[bare].default)} or another value, without spaces or dashes"
+    else:
+        fix = "write section.key=value, without spaces or dashes (all keys: --help)"
+    return f"{shown(argument)} has no '='; {fix}"
 
 
 def _written(key: str, text: str) -> Written:
@@ -141,9 +150,9 @@ def _written(key: str, text: str) -> Written:
 def _find(name: str) -> Path:
     """The file that config=NAME means: as given, then a shipped one; .yaml may be left out."""
     folder = Path(__file__).parent
-    given = Path(name).expanduser()
+    given = Path(os.path.expanduser(name))
     for path in (given, Path(f"{given}.yaml"), folder / given, folder / f"{given}.yaml"):
-        if path.is_file():
+        if os.path.isfile(path):  # unlike Path.is_file, false for a name that is too long
             return path
     nearest = difflib.get_close_matches(given.stem, [path.stem for path in SHIPPED], n=1)
     hint = f"did you mean config={nearest[0]}.yaml? " if nearest else ""

@@ -1,8 +1,8 @@
 """The one page of settings: every key, its type, its default and its unit.
 
-Defaults < `config=NAME.yaml` < `section.key=value` on the command line. The dataclasses are frozen, so
-a run cannot change its own configuration. Facts that follow from several keys are properties here, so
-that no second place works them out. What is allowed is checked in `configs/validate.py`.
+Defaults < `config=NAME.yaml` < `section.key=value` on the command line. The dataclasses are frozen,
+so a run cannot change its own configuration. Facts that follow from several keys are properties
+here, so that no second place works them out. What is allowed is checked in `configs/validate.py`.
 
 Names are Megatron-LM's where Megatron-LM has one. Nothing here imports torch.
 """
@@ -32,9 +32,7 @@ class ModelConfig:
     ffn_hidden_size: int | None = None  # null: 4 x hidden_size
     seq_length: int = 1024  # positions in a row, also the rows of the position table
     hidden_dropout: float = 0.0  # after the embedding, the attention projection and the MLP
-    attention_dropout: float = (
-        0.0  # on attention probabilities; the one mask that depends on the layout
-    )
+    attention_dropout: float = 0.0  # on attention probabilities; depends on the layout
     norm_epsilon: float = 1e-5
     activation: Literal["gelu", "gelu_tanh"] = "gelu_tanh"  # exact, or GPT-2's tanh form
     untie_embeddings_and_output_weights: bool = False
@@ -56,9 +54,7 @@ class ParallelConfig:
     """How one model and one batch are spread over the ranks; data parallel size is what remains."""
 
     tensor_model_parallel_size: int = 1
-    sequence_parallel: bool = (
-        True  # shard norms and dropout over the sequence; the identity at size 1
-    )
+    sequence_parallel: bool = True  # split norms and dropout over the sequence; no effect at size 1
     recompute_granularity: Literal["none", "full"] = "none"  # full: keep only the inputs of layers
     # When gradients are reduced over dp: once a step (least traffic), or after every micro-batch
     # (least memory: no unsharded float32 gradients are kept).
@@ -76,9 +72,7 @@ class DataConfig:
     hub_split: str = "train"
     hub_revision: str | None = None
     tokenizer: str | None = None  # a sentencepiece model file; null: train one on the source
-    vocab_size: int = (
-        8192  # rows of the embedding; a trained tokenizer has exactly this many pieces
-    )
+    vocab_size: int = 8192  # rows of the embedding; a trained tokenizer has as many pieces
     sequence_mode: Literal["pack", "pad"] = "pack"
     validation_fraction: float = 0.01  # share of documents held out for evaluation
     cache_directory: str = "~/.cache/microtron"
@@ -102,9 +96,7 @@ class OptimizerConfig:
     min_lr: float = 6e-5  # learning rate at the end of the decay
     lr_decay_style: Literal["constant", "linear", "cosine", "WSD"] = "cosine"
     lr_warmup_steps: int = 0
-    lr_wsd_decay_steps: int | None = (
-        None  # WSD: length of the final decay; null: a tenth of train_steps
-    )
+    lr_wsd_decay_steps: int | None = None  # of WSD's final decay; null: a tenth of train_steps
     weight_decay: float = 0.1  # on matrices and embeddings; never on norms and biases
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95

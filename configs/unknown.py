@@ -21,7 +21,7 @@ _ACCUMULATION = (
     "train.global_batch_size (accumulation follows from it: global_batch_size / "
     "(micro_batch_size x data parallel size))"
 )
-_ALIASES = {
+ALIASES = {
     "n_layer": _LAYERS,
     "n_layers": _LAYERS,
     "layers": _LAYERS,
@@ -129,16 +129,16 @@ _ALIASES = {
 }
 
 
-def explain_unknown(name: str) -> str:
-    """One line about a key that does not exist: the nearest right one, or where to look."""
+def explain_unknown(name: str, text: str) -> str:
+    """One line about a value for a key that does not exist: the nearest key, or where to look."""
     section, _, leaf = name.rpartition(".")
     if nearest := _nearest(name, section, leaf.lower().replace("-", "_")):
-        return f"there is no key {name}; did you mean {nearest}?"
+        return f"{name}={text}: there is no key {name}; did you mean {nearest}?"
     if section in SECTIONS:
         leaves = ", ".join(key.removeprefix(f"{section}.") for key in _keys_of(section))
-        return f"there is no key {name}; the keys of {section} are: {leaves}"
+        return f"{name}={text}: there is no key {name}; the keys of {section} are: {leaves}"
     return (
-        f"there is no key {name}; the sections are: {', '.join(SECTIONS)} "
+        f"{name}={text}: there is no key {name}; the sections are: {', '.join(SECTIONS)} "
         "(all keys: python train.py --help)"
     )
 
@@ -162,15 +162,16 @@ def _nearest(name: str, section: str, leaf: str) -> str | None:
         leaves.setdefault(key.partition(".")[2], []).append(key)
     if leaf in leaves:
         return " or ".join(leaves[leaf])
-    if leaf in _ALIASES:
-        return _ALIASES[leaf]
-    known = [*leaves, *_ALIASES]
+    if leaf in ALIASES:
+        return ALIASES[leaf]
+    known = [*leaves, *ALIASES]
     if similar := difflib.get_close_matches(leaf, known, n=5, cutoff=_SIMILARITY):
         # Among the misspellings, one of the section that was named is likelier meant.
         for candidate in similar:
             if f"{section}.{candidate}" in KEYS:
                 return f"{section}.{candidate}"
         best = similar[0]
-        return " or ".join(leaves[best]) if best in leaves else _ALIASES[best]
-    close = difflib.get_close_matches(name, KEYS, n=1, cutoff=_SIMILARITY)
+        return " or ".join(leaves[best]) if best in leaves else ALIASES[best]
+    # A right section would make every key of it look similar.
+    close = [] if section in SECTIONS else difflib.get_close_matches(name, KEYS, 1, _SIMILARITY)
     return close[0] if close else None

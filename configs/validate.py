@@ -5,12 +5,10 @@ over the ranks is in `configs/layout.py`, whether input files exist in `configs/
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from configs.errors import ConfigError, shown
-from configs.keys import KEYS
+from configs.keys import KEYS, flatten
 from configs.layout import check_layout
 from configs.schema import Config
 
@@ -47,7 +45,7 @@ _STEPS = Range(0, _LARGEST_STEP)
 _NOT_NEGATIVE = Range(0)
 _POSITIVE = Range(0, open_low=True)
 _FRACTION = Range(0, 1, open_high=True)
-_RANGES = {
+RANGES = {
     "run.seed": Range(0, 2**63 - 1),
     "run.stop_at_step": Range(1, _LARGEST_STEP),
     "model.num_layers": _COUNT,
@@ -94,19 +92,13 @@ def validate(config: Config, world_size: int) -> None:
     check_layout(config, world_size)
 
 
-def _settings(config: Config) -> Iterator[tuple[str, Any]]:
-    for key in KEYS:
-        section, leaf = key.split(".")
-        yield key, vars(vars(config)[section])[leaf]
-
-
 def _check_values(config: Config) -> None:
-    for key, value in _settings(config):
+    for key, value in flatten(config).items():
         if isinstance(value, str) and not value.strip() and key not in _MAY_BE_EMPTY:
             word = "null, or " if KEYS[key].nullable else ""
             raise ConfigError(f"{key} is empty; write {word}{_example(key)}", key)
-        if key in _RANGES and value is not None and value not in _RANGES[key]:
-            raise ConfigError(f"{key}={value} is out of range; it must be {_RANGES[key]}", key)
+        if key in RANGES and isinstance(value, int | float) and value not in RANGES[key]:
+            raise ConfigError(f"{key}={value} is out of range; it must be {RANGES[key]}", key)
 
 
 def _example(key: str) -> str:
@@ -120,7 +112,8 @@ def _check_model(config: Config) -> None:
         lower, upper = h // heads * heads, (h // heads + 1) * heads
         raise ConfigError(
             f"model.hidden_size={h} is not divisible by model.num_attention_heads={heads}; choose "
-            f"model.hidden_size={f'{lower} or ' if lower else ''}{upper}",
+            f"model.hidden_size={f'{lower} or ' if lower else ''}{upper}, or a divisor of {h} as "
+            "model.num_attention_heads",
             "model.hidden_size",
         )
     if config.model.seq_length * h > _LARGEST_ACTIVATION:
@@ -137,7 +130,7 @@ def _check_data(config: Config) -> None:
     if data.source == "python_stdlib" and data.path is not None:
         raise ConfigError(
             f"data.path={shown(data.path)} has no meaning for data.source=python_stdlib; set "
-            "data.path=null, or data.source to what the path holds: text, jsonl, parquet, arrow or hub",
+            "data.path=null, or data.source to what it holds: text, jsonl, parquet, arrow or hub",
             "data.path",
         )
     if data.source != "python_stdlib" and data.path is None:
@@ -159,9 +152,9 @@ def _check_data(config: Config) -> None:
             )
     if data.tokenizer is None and data.vocab_size < _SMALLEST_TRAINED_VOCABULARY:
         raise ConfigError(
-            f"data.vocab_size={data.vocab_size} is too small to train a tokenizer, which begins with "
-            f"all 256 bytes and special pieces; choose {_SMALLEST_TRAINED_VOCABULARY} or more, or give "
-            "data.tokenizer",
+            f"data.vocab_size={data.vocab_size} is too small to train a tokenizer, which begins "
+            "with all 256 bytes and special pieces; choose "
+            f"{_SMALLEST_TRAINED_VOCABULARY} or more, or give data.tokenizer",
             "data.vocab_size",
         )
 
@@ -170,9 +163,9 @@ def _check_schedule(config: Config) -> None:
     optimizer = config.optimizer
     if optimizer.lr_decay_style != "constant" and optimizer.min_lr > optimizer.lr:
         raise ConfigError(
-            f"optimizer.min_lr={optimizer.min_lr} is above optimizer.lr={optimizer.lr}, but the learning "
-            f"rate decays from lr to min_lr; choose optimizer.min_lr={optimizer.lr / 10:g} (a tenth) or "
-            "less, or optimizer.lr_decay_style=constant",
+            f"optimizer.min_lr={optimizer.min_lr} is above optimizer.lr={optimizer.lr}, but the "
+            "learning rate decays from lr to min_lr; choose optimizer.min_lr="
+            f"{optimizer.lr / 10:g} (a tenth) or less, or optimizer.lr_decay_style=constant",
             "optimizer.min_lr",
         )
     if optimizer.lr_wsd_decay_steps is not None and optimizer.lr_decay_style != "WSD":

@@ -78,19 +78,24 @@ def _compose(path: Path, file: str) -> yaml.Node | None:
 def _section_settings(section: str, node: yaml.Node, file: str) -> Iterator[Written]:
     place = _place(file, node)
     if section not in SECTIONS:
-        raise ConfigError(f"{place}: {_explain_section_name(section)}")
+        raise ConfigError(f"{place}: {_explain_section_name(section, node)}")
     if isinstance(node, yaml.ScalarNode) and node.value in ("", "~", "null"):
         return  # all keys of the section are commented out
     if not isinstance(node, yaml.MappingNode):
-        text = shown(node.value) if isinstance(node, yaml.ScalarNode) else "[...]"
-        raise ConfigError(f"{place}: {explain_section(section, text)}")
+        raise ConfigError(f"{place}: {explain_section(section, _text(node))}")
     for key, value in _items(node, f"{section}.", file):
         yield _written(key, value, _place(file, value))
 
 
-def _explain_section_name(section: str) -> str:
+def _text(node: yaml.Node) -> str:
+    if isinstance(node, yaml.ScalarNode):
+        return shown(node.value)
+    return "{...}" if isinstance(node, yaml.MappingNode) else "[...]"
+
+
+def _explain_section_name(section: str, node: yaml.Node) -> str:
     if section not in KEYS:
-        return explain_unknown(section)
+        return explain_unknown(section, _text(node))
     name, leaf = section.split(".")
     return (
         f"{section} is written with a dot; in a file write '{name}:' and below it, indented, "
@@ -100,10 +105,11 @@ def _explain_section_name(section: str) -> str:
 
 def _written(key: str, value: yaml.Node, place: str) -> Written:
     if key not in KEYS:
-        raise ConfigError(f"{place}: {explain_unknown(key)}")
+        raise ConfigError(f"{place}: {explain_unknown(key, _text(value))}")
     if not isinstance(value, yaml.ScalarNode):
-        kind = "mapping" if isinstance(value, yaml.MappingNode) else "list"
-        raise ConfigError(f"{place}: {key} has a {kind}; it needs {KEYS[key].allowed}")
+        raise ConfigError(
+            f"{place}: {key}={_text(value)} is not one value; write {KEYS[key].allowed}"
+        )
     if value.tag not in _PLAIN_TAGS:
         raise ConfigError(f"{place}: {key} has the YAML tag {value.tag}; write the plain value")
     return Written(key, value.value, quoted=value.style is not None, place=place)

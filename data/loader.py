@@ -96,11 +96,6 @@ class BatchLoader:
             raise item
         return item
 
-    @property
-    def num_steps_ahead(self) -> int:
-        """Steps that are ready to be taken."""
-        return self._queue.qsize()
-
     def close(self) -> None:
         """Ends the thread; what it has prepared is dropped."""
         self._closed.set()

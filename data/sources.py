@@ -75,10 +75,9 @@ def _reason_to_skip(text: object) -> str | None:
 
 def _text_documents(files: list[Path], skipped: Counter[str]) -> Iterator[str]:
     undecodable = []
-    dataset = datasets.IterableDataset.from_generator(
-        _decoded_files, gen_kwargs={"files": [str(file) for file in files]}
-    )
-    for row in dataset:
+    # A table of names in memory, streamed: unlike a generator it needs no folder in any cache.
+    names_only = datasets.Dataset.from_dict({"file": [str(file) for file in files]})
+    for row in names_only.to_iterable_dataset().map(_add_text):
         if row["text"] is None:
             skipped[_NOT_UTF8] += 1
             undecodable.append(row["file"])
@@ -92,13 +91,11 @@ def _text_documents(files: list[Path], skipped: Counter[str]) -> Iterator[str]:
         logger.info("skipped %d files that are not UTF-8: %s%s", len(undecodable), names, more)
 
 
-def _decoded_files(files: list[str]) -> Iterator[dict[str, str | None]]:
-    for file in files:
-        try:
-            text = Path(file).read_bytes().decode("utf-8")
-        except UnicodeDecodeError:
-            text = None
-        yield {"file": file, "text": text}
+def _add_text(row: dict[str, str]) -> dict[str, str | None]:
+    try:
+        return {"text": Path(row["file"]).read_bytes().decode("utf-8")}
+    except UnicodeDecodeError:
+        return {"text": None}
 
 
 def _tables(

@@ -17,9 +17,8 @@ import numpy.typing as npt
 import xxhash
 
 _HASH_BUCKETS = 1_000_000  # resolution of data.validation_fraction
-_SENTENCE_LENGTH = (
-    1_000  # characters; longer lines are cut, so that the memory of training is bounded
-)
+# Characters. Longer lines are cut: sentencepiece would drop those of more than 4192 bytes.
+_SENTENCE_LENGTH = 1_000
 
 
 @dataclass(frozen=True)

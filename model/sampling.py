@@ -13,6 +13,7 @@ def generate(
     prompt: Sequence[int],
     num_tokens: int,
     *,
+    num_ids: int,
     temperature: float,
     seed: int,
     end_id: int | None = None,
@@ -20,8 +21,9 @@ def generate(
     """The prompt continued by up to `num_tokens` tokens, ending early after `end_id`.
 
     Every rank calls this with the same arguments and gets the same tokens: logits are gathered over tp
-    bit for bit alike, and each rank draws from a generator of the same seed. Temperature 0 takes the
-    likeliest token. The last `seq_length` tokens are the context.
+    bit for bit alike, and each rank draws from a generator of the same seed. Only the first `num_ids` ids
+    are drawn: a vocabulary may have more rows than the tokenizer has pieces. Temperature 0 takes the
+    likeliest. The last `seq_length` tokens are the context.
     """
     device, t = model.mesh.device, model.mesh.tp.size
     generator = torch.Generator().manual_seed(seed)
@@ -32,7 +34,7 @@ def generate(
         padding = [0] * (-len(context) % t)
         positions = torch.tensor([[*range(len(context)), *padding]], device=device)
         logits = model(torch.tensor([context + padding], device=device), positions)
-        last = logits[0, len(context) - 1].cpu()  # [v]
+        last = logits[0, len(context) - 1, :num_ids].cpu()
         if temperature == 0.0:
             token = int(last.argmax())
         else:

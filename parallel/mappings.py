@@ -26,14 +26,14 @@ from parallel.mesh import Axis, Mesh
 
 def _all_gather(x: Tensor, axis: Axis) -> Tensor:
     gathered = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
-    dist.all_gather_into_tensor(gathered, x.contiguous(), group=axis.group)
+    dist.all_gather_single(gathered, x.contiguous(), group=axis.group)
     return gathered
 
 
 def _reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
     assert x.shape[0] % axis.size == 0, f"{x.shape[0]} positions over tp={axis.size}"
     scattered = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
-    dist.reduce_scatter_tensor(scattered, x.contiguous(), group=axis.group)
+    dist.reduce_scatter_single(scattered, x.contiguous(), group=axis.group)
     return scattered
 
 

@@ -11,7 +11,7 @@ from configs.schema import DataConfig
 from data import Corpus, TokenFile, Tokenizer
 from data.tokenizer import train_tokenizer
 
-_WORDS = "def return self import value for while if else name list data token row batch".split()
+_WORDS = ["def", "return", "self", "import", "value", "for", "while", "if", "name", "list", "token"]
 
 
 def random_text(seed: int, num_lines: int) -> str:

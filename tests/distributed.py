@@ -115,7 +115,7 @@ class _Pool:
             pytest.fail(_report(failures), pytrace=False)
 
     def stack(self, rank: int) -> str:
-        os.kill(self.workers[rank].pid, signal.SIGUSR2)
+        os.kill(self.workers[rank].pid, signal.SIGQUIT)
         time.sleep(0.3)
         dump = Path(self.directory.name, f"stack{rank}").read_text()
         return f"no answer in time\n{dump}"
@@ -155,7 +155,7 @@ def _report(failures: dict[int, str]) -> str:
 
 def _work(rank: int, world_size: int, directory: str, pipe: Connection) -> None:
     stack_file = Path(directory, f"stack{rank}").open("w")
-    faulthandler.register(signal.SIGUSR2, file=stack_file, all_threads=True)
+    faulthandler.register(signal.SIGQUIT, file=stack_file, all_threads=True)
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world_size

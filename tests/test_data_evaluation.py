@@ -72,7 +72,7 @@ def test_windows_follow_each_other_without_overlap() -> None:
         (2, [0]),  # 2 rows; the next does not fit beside it
         (3, [0, 1]),
         (8, [0, 1, 2]),  # 2 + 1 + 5 rows
-        (10, [0, 1, 2, 3]),  # the document of 13 rows is passed over
+        (10, [0, 1, 2, 3, 5]),  # the document of 13 rows is passed over
         (12, [0, 1, 2, 3, 5, 6]),  # the last one, of 3 rows, does not fit
         (100, list(range(8))),
     ],

@@ -41,6 +41,7 @@ def literal_pad(file: TokenFile, seq_length: int) -> list[tuple[list[int], list[
 
 
 def all_rows_in_one(file: TokenFile, rows: PaddedRows, multiple_of: int) -> MicroBatch:
+    """Returns a micro-batch of all rows."""
     numbers = np.arange(len(rows))
     return make_micro_batch(file, rows.spans(numbers), numbers, multiple_of, PADDING)
 

@@ -35,13 +35,13 @@ def test_seeds_differ() -> None:
     assert len(orders) == 6
 
 
-@pytest.mark.parametrize("size", [3, 10, 17, 64])
+@pytest.mark.parametrize("size", [3, 10, 37])
 def test_first_sample_is_uniform_over_epochs(size: int) -> None:
-    """Over many epochs every row comes first equally often (chi-square at 5 standard deviations)."""
-    num_epochs = 200 * size
+    """Over many epochs every row comes first equally often (chi-square, 5 sigma)."""
+    num_epochs = 100 * size
     first = [int(permute(np.array([0]), size, 11, epoch)[0]) for epoch in range(num_epochs)]
     counts = np.bincount(first, minlength=size)
-    chi_square = float(((counts - 200) ** 2 / 200).sum())
+    chi_square = float(((counts - 100) ** 2 / 100).sum())
     assert chi_square < (size - 1) + 5 * np.sqrt(2 * (size - 1))
 
 

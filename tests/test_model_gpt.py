@@ -184,10 +184,10 @@ def test_generation_continues_past_the_context(mesh: Mesh) -> None:
         positions = torch.arange(context.shape[1]).unsqueeze(0)
         logits = reference_logits(weights, TINY, context, positions)
         expected.append(int(logits[0, -1].argmax()))
-    assert generate(model, [1, 2, 3], 14, temperature=0.0, seed=0) == expected
-    sampled = [generate(model, [1], 8, temperature=1.0, seed=seed) for seed in (5, 5, 6)]
+    assert generate(model, [1, 2, 3], 14, num_ids=VOCAB, temperature=0.0, seed=0) == expected
+    sampled = [generate(model, [1], 8, num_ids=VOCAB, temperature=1.0, seed=seed) for seed in (5, 5, 6)]
     assert sampled[0] == sampled[1] != sampled[2]
-    assert generate(model, [1, 2, 3], 14, temperature=0.0, seed=0, end_id=expected[3]) == expected[:4]
+    assert generate(model, [1, 2, 3], 14, num_ids=VOCAB, temperature=0.0, seed=0, end_id=expected[3]) == expected[:4]
 
 
 def test_flops_equal_a_count_by_hand() -> None:

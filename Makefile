@@ -1,0 +1,62 @@
+# What can be done here; `make` alone lists it. Everything runs from .venv, which `setup` makes once.
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+PACKAGES := configs parallel model data checkpoints
+PROGRAMS := $(wildcard *.py)
+ARGS :=
+
+# Says what pyproject.toml wants installed; torch comes first and alone, so that nothing else picks it.
+WANTED = import tomllib; \
+  project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+  print(*project['dependencies'], *sum(project['optional-dependencies'].values(), []), sep='\n')
+IS_NEW_ENOUGH = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+
+.PHONY: help setup train format lint types lines test test-gpu check clean
+
+help:  ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## make .venv with everything that training and tests need (Python 3.11 or newer)
+
+$(STAMP): pyproject.toml
+	@set -e; for python in python3 python3.13 python3.12 python3.11 none; do \
+	  if $$python -c "$(IS_NEW_ENOUGH)" 2>/dev/null; then break; fi; \
+	done; \
+	if [ $$python = none ]; then echo "make setup needs Python 3.11 or newer with venv on PATH" >&2; exit 1; fi; \
+	$$python -m venv .venv
+	$(BIN)/python -c "$(WANTED)" > .venv/wanted.txt
+	grep '^torch==' .venv/wanted.txt > .venv/torch.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r .venv/torch.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r .venv/wanted.txt
+	touch $@
+
+train: setup  ## train a small GPT on two tensor-parallel ranks, about five minutes; ARGS="key=value ..."
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 train.py config=gpt_laptop.yaml \
+	  parallel.tensor_model_parallel_size=2 $(ARGS)
+
+format: setup  ## format the code and repair what the linter can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: setup  ## check format and style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup  ## check types
+	$(BIN)/mypy $(PACKAGES) $(PROGRAMS)
+
+lines: setup  ## check the lines of each file against its budget
+	$(BIN)/python tests/lines.py
+
+test: setup  ## run all tests that need no GPU
+	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+test-gpu: setup  ## run the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+check: lint types lines test  ## everything; do this before a commit
+
+clean:  ## remove caches and the debug run
+	rm -rf .mypy_cache .pytest_cache .ruff_cache runs/gpt_debug
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,435 @@
+"""Every way to get a setting wrong ends in one line that says what to do; here are the lines."""
+
+from pathlib import Path
+
+import pytest
+
+from configs import ConfigError, parse_config
+from configs.keys import KEYS
+from configs.unknown import ALIASES, explain_unknown
+from configs.usage import SHIPPED
+
+SHIPPED_NAMES = f"shipped: {', '.join(path.name for path in SHIPPED)} (config=list describes them)"
+SECTIONS = "run, model, parallel, data, train, optimizer, evaluate, checkpoint, logging"
+NO_FOLDER = "cannot be the name of a folder; use 1 to 64 of the characters A-Z a-z 0-9 . _ - and begin with a letter, a digit or _"
+GIVE_FILES = "give an existing file, a glob, or a folder with .txt files"
+TP = "parallel.tensor_model_parallel_size"
+
+# What follows config=gpt_debug (4 heads, hidden size 128, 16 = 4 x 4 sequences), and the error.
+ARGUMENTS = [
+    # whole numbers
+    (
+        "train.train_steps=abc",
+        "train.train_steps=abc is not a whole number; write for example 1000",
+    ),
+    (
+        "train.train_steps=1.5",
+        "train.train_steps=1.5 is not a whole number; write for example 1000",
+    ),
+    (
+        "train.train_steps=true",
+        "train.train_steps=true is not a whole number; write for example 1000",
+    ),
+    (
+        "run.stop_at_step=x",
+        "run.stop_at_step=x is not a whole number or null; write for example 100",
+    ),
+    ("run.seed=1e99", "run.seed=1e99 is too large; write a smaller number"),
+    ("run.seed=1e-9999", "run.seed=1e-9999 is not a whole number; write for example 1234"),
+    (f"run.seed={10**20}", f"run.seed={10**20} has too many digits; write a smaller number"),
+    ("run.seed=010", "run.seed=010 begins with 0, which YAML may read as octal; write 10"),
+    ("run.seed=0x10", "run.seed=0x10 is not decimal; write 16"),
+    (
+        "run.seed=12:30:45",
+        "run.seed=12:30:45 has colons, which YAML reads as digits of base 60; write a decimal number",
+    ),
+    (
+        "run.seed=",
+        "run.seed has no value; it needs a whole number, and its default is 1234",
+    ),
+    # numbers
+    ("optimizer.lr=fast", "optimizer.lr=fast is not a number; write for example 0.0006"),
+    ("optimizer.lr=.nan", "optimizer.lr=.nan is not a finite number; write for example 0.0006"),
+    ("optimizer.lr=inf", "optimizer.lr=inf is not a finite number; write for example 0.0006"),
+    ("optimizer.lr=1e999", "optimizer.lr=1e999 is too large; write a smaller number"),
+    ("optimizer.lr=01", "optimizer.lr=01 begins with 0, which YAML may read as octal; write 1"),
+    (
+        "model.hidden_dropout=10%",
+        "model.hidden_dropout=10% is a percentage; write the fraction 0.1",
+    ),
+    # words
+    ("parallel.sequence_parallel=yes", "parallel.sequence_parallel=yes is not true or false"),
+    ("logging.wandb=off", "logging.wandb=off is not one of auto, online, offline, disabled"),
+    (
+        "logging.wandb=null",
+        "logging.wandb has no value; it needs auto, online, offline, disabled, and its default is auto",
+    ),
+    ("data.path=None", "data.path=None is not YAML's word for nothing; write null"),
+    (
+        "run.name=${oc.env:HOME}",
+        "run.name=${oc.env:HOME} has ${...} in it, which is not looked up here; write the value itself",
+    ),
+    (
+        "evaluate.sample_prompt=???",
+        "evaluate.sample_prompt=??? is OmegaConf's mark for a missing value; write the value itself",
+    ),
+    ("data.path=\udc80", "data.path='\\udc80' is not valid UTF-8; write it in UTF-8"),
+    ('run.name="\\q"', 'run.name="\\q" is not well quoted; leave the quotes out'),
+    ("data.text_field=", "data.text_field is empty; write for example text"),
+    ("data.path=", "data.path is empty; write null, or a text"),
+    # ranges
+    (
+        "train.train_steps=100000000",
+        "train.train_steps=100000000 is out of range; it must be at least 0 and at most 99999999",
+    ),
+    ("model.num_layers=0", "model.num_layers=0 is out of range; it must be at least 1"),
+    ("optimizer.adam_eps=0", "optimizer.adam_eps=0.0 is out of range; it must be more than 0"),
+    (
+        "optimizer.adam_beta2=1",
+        "optimizer.adam_beta2=1.0 is out of range; it must be at least 0 and less than 1",
+    ),
+    (
+        f"run.seed={2**63}",
+        f"run.seed={2**63} is out of range; it must be at least 0 and at most {2**63 - 1}",
+    ),
+    ("checkpoint.keep=-1", "checkpoint.keep=-1 is out of range; it must be at least 0"),
+    ("logging.log_interval=0", "logging.log_interval=0 is out of range; it must be at least 1"),
+    # relations
+    (
+        "model.hidden_size=130",
+        "model.hidden_size=130 is not divisible by model.num_attention_heads=4; choose model.hidden_size=128 or 132, or a divisor of 130 as model.num_attention_heads",
+    ),
+    (
+        "model.seq_length=100000000",
+        "model.seq_length=100000000 x model.hidden_size=128 is more than 2^32, beyond which dropout masks would repeat; choose model.seq_length=33554432 or less",
+    ),
+    (
+        "optimizer.min_lr=1",
+        "optimizer.min_lr=1.0 is above optimizer.lr=0.003, but the learning rate decays from lr to min_lr; choose optimizer.min_lr=0.0003 (a tenth) or less, or optimizer.lr_decay_style=constant",
+    ),
+    (
+        "optimizer.lr_wsd_decay_steps=10",
+        "optimizer.lr_wsd_decay_steps=10 has no meaning for optimizer.lr_decay_style=cosine; set it to null, or optimizer.lr_decay_style=WSD",
+    ),
+    (
+        "data.vocab_size=256",
+        "data.vocab_size=256 is too small to train a tokenizer, which begins with all 256 bytes and special pieces; choose 300 or more, or give data.tokenizer",
+    ),
+    (
+        "data.path=x",
+        "data.path=x has no meaning for data.source=python_stdlib; set data.path=null, or data.source to what it holds: text, jsonl, parquet, arrow or hub",
+    ),
+    (
+        "data.source=hub",
+        "data.path=null, but data.source=hub needs the name of a dataset; set data.path, or data.source=python_stdlib for the embedded corpus",
+    ),
+    (
+        "data.hub_config=en",
+        "data.hub_config=en has no meaning for data.source=python_stdlib; set data.hub_config=null, or data.source=hub",
+    ),
+    # files
+    (
+        "data.source=text data.path=nowhere.txt",
+        f"data.path=nowhere.txt does not exist; {GIVE_FILES}",
+    ),
+    ("data.source=text data.path=*.txt", f"data.path=*.txt matches no file; {GIVE_FILES}"),
+    (
+        "data.source=text data.path=folder",
+        "data.path=folder is a folder without .txt files, which data.source=text reads; "
+        + GIVE_FILES,
+    ),
+    (
+        "data.source=text data.path=/dev/null",
+        f"data.path=/dev/null is neither a file nor a folder; {GIVE_FILES}",
+    ),
+    (
+        "data.tokenizer=nowhere.model",
+        "data.tokenizer=nowhere.model is not a file; give a sentencepiece model file, or null to train one",
+    ),
+    ("run.directory=file", "run.directory=file is a file; choose a folder, new or old"),
+    # names of runs
+    ("run.name=../up", f"run.name=../up {NO_FOLDER}"),
+    ("run.name=.hidden", f"run.name=.hidden {NO_FOLDER}"),
+    ("run.name=-rf", f"run.name=-rf {NO_FOLDER}"),
+    ('run.name="a\\n"', f"run.name='a\\n' {NO_FOLDER}"),
+    (f"run.name={'x' * 65}", f"run.name={'x' * 60}... {NO_FOLDER}"),
+    # the form of the command line
+    (
+        "train.train_steps",
+        "train.train_steps has no '='; write train.train_steps=1000 or another value, without spaces or dashes",
+    ),
+    ("--train.train_steps=5", "--train.train_steps=5 has dashes; write train.train_steps=5"),
+    ("config=gpt_1b", "config is given twice, as gpt_debug and gpt_1b; remove one"),
+    ("run.seed=5 run.seed=6", "run.seed is given twice, as 5 and 6; remove one"),
+    ("gpt_1b", "gpt_1b has no '='; write config=gpt_1b"),
+    ("--config", "--config has no '='; write config=NAME.yaml, without spaces or dashes"),
+    ("-v", "-v has no '='; write section.key=value, without spaces or dashes (all keys: --help)"),
+    (
+        "model=small",
+        "model=small gives a value to a section; set its keys one by one, such as model.num_layers, or choose a file with config=NAME.yaml",
+    ),
+    (
+        "checkpoint.zzzz=1",
+        "checkpoint.zzzz=1: there is no key checkpoint.zzzz; the keys of checkpoint are: save_interval, keep",
+    ),
+    (
+        "foo.bar=1",
+        f"foo.bar=1: there is no key foo.bar; the sections are: {SECTIONS} (all keys: python train.py --help)",
+    ),
+]
+
+# A key that does not exist, and what it is taken for.
+UNKNOWN = [
+    ("lr", "optimizer.lr"),
+    ("train.lr", "optimizer.lr"),
+    ("optimizer.learning_rate", "optimizer.lr"),
+    ("weight_decay", "optimizer.weight_decay"),
+    ("seed", "run.seed"),
+    ("wandb_project", "logging.wandb_project"),
+    ("n_layer", "model.num_layers"),
+    ("model.n_layers", "model.num_layers"),
+    ("n_head", "model.num_attention_heads"),
+    ("n_embd", "model.hidden_size"),
+    ("block_size", "model.seq_length"),
+    ("batch_size", ALIASES["batch_size"]),
+    ("dropout", "model.hidden_dropout or model.attention_dropout"),
+    ("tp_size", TP),
+    ("max_iters", "train.train_steps"),
+    ("warmup_iters", "optimizer.lr_warmup_steps"),
+    ("max_grad_norm", "optimizer.clip_grad"),
+    ("beta2", "optimizer.adam_beta2"),
+    ("eval_interval", "evaluate.interval"),
+    ("dtype", "train.precision"),
+    ("model.hiddensize", "model.hidden_size"),
+    ("Model.Num-Layers", "model.num_layers"),
+    ("modle.num_layers", "model.num_layers"),
+    ("optimizer.weight_decy", "optimizer.weight_decay"),
+    ("learning_rte", "optimizer.lr"),
+    ("checkpoint.interval", "evaluate.interval"),
+]
+
+# The text of a file bad.yaml, and the error.
+FILES = [
+    (
+        "[1, 2]",
+        "bad.yaml:1: this is not a mapping of sections; write for example 'train:' and below it, indented, 'train_steps: 100'",
+    ),
+    ("run:\n  seed: [1]", "bad.yaml:2: run.seed=[...] is not one value; write a whole number"),
+    ("run:\n  seed: {a: 1}", "bad.yaml:2: run.seed={...} is not one value; write a whole number"),
+    (
+        "run:\n  seed: 5\n  seed: 6",
+        "bad.yaml:3: run.seed is already set in line 2; remove one of the two",
+    ),
+    ("run:\nrun:\n", "bad.yaml:2: run is already set in line 1; remove one of the two"),
+    (
+        "train: [1]",
+        "bad.yaml:1: train=[...] gives a value to a section; set its keys one by one, such as train.train_steps, or choose a file with config=NAME.yaml",
+    ),
+    (
+        "model:\n\tnum_layers: 3",
+        "bad.yaml:2: is not valid YAML: found character '\\t' that cannot start any token; indent with spaces, not tabs",
+    ),
+    ("a: b: c", "bad.yaml:1: is not valid YAML: mapping values are not allowed here"),
+    ("--- 1\n--- 2", "bad.yaml:2: is not valid YAML: but found another document"),
+    ("lr: 3", "bad.yaml:1: lr=3: there is no key lr; did you mean optimizer.lr?"),
+    (
+        "optimizer:\n  # faster\n  learning_rate: 3",
+        "bad.yaml:3: optimizer.learning_rate=3: there is no key optimizer.learning_rate; did you mean optimizer.lr?",
+    ),
+    (
+        "run.seed: 5",
+        "bad.yaml:1: run.seed is written with a dot; in a file write 'run:' and below it, indented, 'seed: VALUE'",
+    ),
+    (
+        "run:\n  name: !!python/name:os.system x",
+        "bad.yaml:2: run.name has the YAML tag tag:yaml.org,2002:python/name:os.system; write the plain value",
+    ),
+    (
+        "run:\n  name: !!python/object/apply:os.system [ls]",
+        "bad.yaml:2: run.name=[...] is not one value; write a text or null",
+    ),
+    ("? [a]\n: b", "bad.yaml:1: a key must be one word"),
+    (
+        "run:\n  seed:",
+        "bad.yaml:2: run.seed has no value; it needs a whole number, and its default is 1234",
+    ),
+    (
+        "run:\n  directory:",
+        "bad.yaml:2: run.directory has no value; it needs a text, and its default is runs (an empty text "
+        'is "")',
+    ),
+    (
+        "logging:\n  wandb: off",
+        "bad.yaml:2: logging.wandb=off is not one of auto, online, offline, disabled",
+    ),
+    (
+        "run:\n  seed: 017",
+        "bad.yaml:2: run.seed=017 begins with 0, which YAML may read as octal; write 17",
+    ),
+    (
+        "model:\n  num_layers: 4\n  hidden_size: 10",
+        "bad.yaml:3: model.hidden_size=10 is not divisible by model.num_attention_heads=12; choose model.hidden_size=12, or a divisor of 10 as model.num_attention_heads",
+    ),
+    (
+        "train:\n  micro_batch_size: 3",
+        "bad.yaml:2: train.global_batch_size=32 is not divisible by train.micro_batch_size=3 x data parallel size 1 = 3; choose train.global_batch_size=30 or 33, or train.micro_batch_size=2",
+    ),
+    (
+        "data:\n  source: text\n  path: nowhere",
+        f"bad.yaml:3: data.path=nowhere does not exist; {GIVE_FILES}",
+    ),
+    ("run:\n  name: ../up", f"bad.yaml:2: run.name=../up {NO_FOLDER}"),
+    (
+        "\x01",
+        "bad.yaml: is not valid YAML: unacceptable character #x0001: special characters are not allowed "
+        'in "<unicode string>", position 0',
+    ),
+    ("[" * 3000, "bad.yaml: is nested too deeply; sections hold plain values"),
+]
+
+# Ranks, what follows config=gpt_debug, and the error.
+LAYOUTS = [
+    (
+        1,
+        f"{TP}=2",
+        f"{TP}=2 needs 2 ranks, or a multiple of it, and there is 1 rank; start with torchrun --nproc-per-node 2 train.py ..., or choose {TP}=1",
+    ),
+    (
+        8,
+        f"{TP}=3",
+        f"{TP}=3 does not divide the number of ranks 8 (torchrun's nodes x --nproc-per-node); choose a divisor of 8 (1, 2, 4, 8)",
+    ),
+    (
+        8,
+        f"{TP}=8 model.num_attention_heads=4",
+        f"model.num_attention_heads=4 is not divisible by {TP}=8; choose a divisor of 4 (1, 2, 4)",
+    ),
+    (
+        4,
+        f"{TP}=4 model.ffn_hidden_size=514",
+        f"model.ffn_hidden_size=514 is not divisible by {TP}=4; choose model.ffn_hidden_size=512 or 516",
+    ),
+    (
+        8,
+        "model.seq_length=9",
+        f"model.seq_length=9 leaves a rank without rows when cut over {TP}=1 x data parallel size 8; with 8 ranks, {TP}=4 works",
+    ),
+    (
+        8,
+        "model.hidden_size=4",
+        f"model.hidden_size=4 leaves a rank without rows when cut over {TP}=1 x data parallel size 8; no layout of 8 ranks works, so use fewer ranks or a larger model.hidden_size",
+    ),
+    (
+        8,
+        "train.global_batch_size=4",
+        "train.global_batch_size=4 is not divisible by train.micro_batch_size=4 x data parallel size 8 = 32; choose train.global_batch_size=32",
+    ),
+    (
+        2,
+        "train.global_batch_size=12",
+        "train.global_batch_size=12 is not divisible by train.micro_batch_size=4 x data parallel size 2 = 8; choose train.global_batch_size=8 or 16, or train.micro_batch_size=3",
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def _alone_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working directory with a file and a folder, and no torchrun around us."""
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("folder").mkdir()
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
+def _error(*arguments: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(list(arguments))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("arguments", "message"), ARGUMENTS)
+def test_a_wrong_argument_is_explained(arguments: str, message: str) -> None:
+    """The error has no place in front: it is on the command line."""
+    assert _error("config=gpt_debug", *arguments.split(" ")) == message
+
+
+@pytest.mark.parametrize(("key", "meant"), UNKNOWN)
+def test_an_unknown_key_is_answered_with_the_right_one(key: str, meant: str) -> None:
+    """Leaf name first, then other trainers' names, then what is spelt nearly so."""
+    message = f"{key}=1: there is no key {key}; did you mean {meant}?"
+    assert _error("config=gpt_debug", f"{key}=1") == message
+
+
+@pytest.mark.parametrize(("text", "message"), FILES)
+def test_a_wrong_file_is_explained_with_its_line(text: str, message: str) -> None:
+    """The error names file and line, whatever else is in the file."""
+    Path("bad.yaml").write_text(text)
+    assert _error("config=bad.yaml") == message
+
+
+@pytest.mark.parametrize(("ranks", "arguments", "message"), LAYOUTS)
+def test_a_layout_that_cannot_be_is_explained(
+    ranks: int, arguments: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torchrun started is known before any process group is formed."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    found = _error("config=gpt_debug", *arguments.split(" "))
+    assert found.partition(": ")[2] == message if ".yaml:" in found else found == message
+
+
+@pytest.mark.parametrize("world_size", ["", "0", "two"])
+def test_a_broken_launch_is_explained(world_size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RANK without a usable WORLD_SIZE is nobody's launcher."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    assert "start with torchrun, or unset RANK" in _error("config=gpt_debug")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("gpt_debg", "did you mean config=gpt_debug.yaml? "),
+        ("zzz", ""),
+        ("folder", ""),  # a folder of that name is no configuration
+        ("~nobody/x", ""),
+    ],
+)
+def test_an_unknown_file_is_answered_with_the_shipped_ones(name: str, hint: str) -> None:
+    """The nearest name comes first."""
+    message = f"config={name} is no file here or in configs/; {hint}{SHIPPED_NAMES}"
+    assert _error(f"config={name}") == message
+
+
+@pytest.mark.parametrize("arguments", [[], ["config="], ["run.seed=1"]])
+def test_a_configuration_must_be_chosen(arguments: list[str]) -> None:
+    """There is no default configuration: it would be the wrong one."""
+    assert _error(*arguments) == f"config=NAME.yaml is required; {SHIPPED_NAMES}"
+
+
+def test_a_name_too_long_for_a_file_is_an_unknown_file() -> None:
+    """The operating system's own error never reaches the user."""
+    assert _error(f"config={'x' * 300}").startswith(f"config={'x' * 60}... is no file here")
+    assert "is not a file; give" in _error("config=gpt_debug", f"data.tokenizer={'x' * 300}")
+
+
+def test_bytes_that_are_no_text_are_refused() -> None:
+    """A file in another encoding would give wrong names."""
+    Path("bad.yaml").write_bytes(b"run:\n  name: \xff")
+    assert _error("config=bad.yaml") == "bad.yaml: is not UTF-8 text (byte 13)"
+
+
+def test_a_file_name_that_names_no_run_is_explained() -> None:
+    """The run takes its name from the file, where the error then comes from."""
+    Path("my run.yaml").touch()
+    assert (
+        _error("config=my run.yaml") == f"run.name=my run (from the file my run.yaml) {NO_FOLDER}"
+    )
+
+
+def test_other_trainers_names_lead_to_keys_that_exist() -> None:
+    """A suggestion that is itself unknown would be the worst answer."""
+    for alias, meant in ALIASES.items():
+        assert meant.split()[0] in KEYS
+        assert f"did you mean {meant}?" in explain_unknown(alias, "1")

@@ -1,0 +1,277 @@
+"""Preparation: what is in the cache, who makes it, and that nothing can leave half of it."""
+
+import fcntl
+import json
+import logging
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from configs.schema import DataConfig
+from data import Corpus, TokenFile, prepare_corpus
+from data.spool import sample_sentences, split_documents, spool_documents
+from data.token_file import open_token_file
+from tests.data_corpora import random_text, small_tokenizer, text_config, write_texts
+
+PREPARE = """
+import logging, sys
+from configs.schema import DataConfig
+from data import prepare_corpus
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+prepare_corpus(DataConfig(source="text", path=sys.argv[1], vocab_size=320, validation_fraction=0.2,
+                          cache_directory=sys.argv[2]), 16, 0)
+"""
+
+
+def start_preparing(folder: Path) -> "subprocess.Popen[str]":
+    """Starts another process that prepares `text_config(folder)`, with its log as stderr."""
+    command = [sys.executable, "-c", PREPARE, str(folder / "texts"), str(folder / "cache")]
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+    )
+
+
+def wait_for_line(process: "subprocess.Popen[str]", words: str) -> None:
+    """Returns when the process has logged a line with these words."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        if words in line:
+            return
+    raise AssertionError(f"the process ended without saying {words!r}")
+
+
+def documents(corpus: Corpus, file: TokenFile) -> list[str]:
+    """Returns the texts of a split; checks that each begins with bos and ends with eos."""
+    texts = []
+    for start, end in zip(file.document_offsets[:-1], file.document_offsets[1:], strict=True):
+        ids = file.tokens[start:end].tolist()
+        assert (ids[0], ids[-1]) == (corpus.tokenizer.bos_id, corpus.tokenizer.eos_id)
+        texts.append(corpus.tokenizer.decode(ids[1:-1]))
+    assert [len(text.encode()) for text in texts] == file.document_bytes.tolist()
+    return texts
+
+
+def entries(folder: Path) -> list[str]:
+    """Returns what is in the cache besides lock files."""
+    return sorted(p.name for p in (folder / "cache").iterdir() if p.suffix != ".lock")
+
+
+def test_every_document_is_in_one_split_unchanged(tmp_path: Path) -> None:
+    """Train keeps the source's order; duplicates are dropped and counted; the summary counts."""
+    texts = write_texts(tmp_path, 30)
+    (tmp_path / "texts" / "again.txt").write_text(texts[3])
+    corpus = prepare_corpus(text_config(tmp_path), 16, 0)
+    train, validation = documents(corpus, corpus.train), documents(corpus, corpus.validation)
+    assert train == [text for text in texts if text not in validation]
+    assert sorted(train + validation) == sorted(texts)
+    assert 1 <= len(validation) <= 15
+    assert corpus.summary["skipped"] == {"duplicate": 1}
+    assert corpus.summary["train"] == {
+        "documents": len(train),
+        "bytes": sum(len(text.encode()) for text in train),
+        "tokens": len(corpus.train.tokens),
+    }
+    assert corpus.tokenizer.vocab_size == 320
+    assert corpus.train.tokens.dtype == np.uint16
+    assert corpus.tokenizer_path.read_bytes() == corpus.tokenizer.model
+
+
+def test_a_document_stays_in_its_split_when_others_come(tmp_path: Path) -> None:
+    """The split depends on the content of a document alone."""
+    write_texts(tmp_path, 40)
+    before = prepare_corpus(text_config(tmp_path), 16, 0)
+    for number in range(40, 60):
+        (tmp_path / "texts" / f"{number}.txt").write_text(random_text(number, 20))
+    after = prepare_corpus(text_config(tmp_path), 16, 0)
+    held_out = set(documents(before, before.validation))
+    assert held_out <= set(documents(after, after.validation))
+    assert before.fingerprint != after.fingerprint
+
+
+def test_both_splits_have_documents_if_there_are_two() -> None:
+    """Whatever the fraction: the smallest hash is held out, the largest is trained on."""
+    hashes = np.array([500_000, 300_000, 900_000], dtype=np.uint64)
+    assert [part.tolist() for part in split_documents(hashes, 1e-6)] == [[0, 2], [1]]
+    assert [part.tolist() for part in split_documents(hashes, 0.99)] == [[2], [1, 0]]
+    assert [part.tolist() for part in split_documents(hashes, 0.4)] == [[0, 2], [1]]
+    assert [part.tolist() for part in split_documents(hashes, 0.0)] == [[0, 1, 2], []]
+    assert [part.tolist() for part in split_documents(hashes[:1], 0.5)] == [[0], []]
+
+
+def test_a_single_document_is_trained_on_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There is nothing to hold out, and the log says so."""
+    write_texts(tmp_path, 1, num_lines=300)
+    corpus = prepare_corpus(text_config(tmp_path), 16, 0)
+    assert (corpus.train.num_documents, corpus.validation.num_documents) == (1, 0)
+    assert len(corpus.validation.tokens) == 0
+    assert "single document" in caplog.text
+
+
+def test_a_source_without_documents_says_what_was_skipped(tmp_path: Path) -> None:
+    """Key, value and the counts; and nothing is left in the cache."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "empty.txt").write_bytes(b"")
+    (tmp_path / "texts" / "latin.txt").write_bytes(b"\xe9")
+    with pytest.raises(ValueError, match=r"data\.source=text.*skipped: 1 empty, 1 not UTF-8"):
+        prepare_corpus(text_config(tmp_path), 16, 0)
+    assert entries(tmp_path) == []
+
+
+def test_too_little_text_for_a_row_is_refused(tmp_path: Path) -> None:
+    """In mode pack there must be one row; mode pad takes shorter documents."""
+    write_texts(tmp_path, 3)
+    with pytest.raises(ValueError, match=r"model\.seq_length=100000"):
+        prepare_corpus(text_config(tmp_path), 100_000, 0)
+    prepare_corpus(text_config(tmp_path, sequence_mode="pad"), 100_000, 0)
+
+
+def test_a_given_tokenizer_is_used_and_checked(tmp_path: Path) -> None:
+    """Its pieces may be fewer than data.vocab_size, not more."""
+    write_texts(tmp_path, 5)
+    path = tmp_path / "given.model"
+    path.write_bytes(small_tokenizer().model)
+    config = text_config(tmp_path, tokenizer=str(path), vocab_size=1000)
+    corpus = prepare_corpus(config, 16, 0)
+    assert corpus.tokenizer.fingerprint == small_tokenizer().fingerprint
+    assert len(documents(corpus, corpus.train)) + len(documents(corpus, corpus.validation)) == 5
+    with pytest.raises(ValueError, match=r"320 pieces, more than data\.vocab_size=319; set"):
+        prepare_corpus(text_config(tmp_path, tokenizer=str(path), vocab_size=319), 16, 0)
+
+
+def test_a_second_start_reads_the_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is prepared again, also after the source has moved; other settings are apart."""
+    write_texts(tmp_path, 10)
+    first = prepare_corpus(text_config(tmp_path), 16, 0)
+    (tmp_path / "texts").rename(tmp_path / "moved")
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        second = prepare_corpus(text_config(tmp_path, path=str(tmp_path / "moved")), 16, 0)
+    assert "preparing" not in caplog.text
+    assert (second.fingerprint, second.summary) == (first.fingerprint, first.summary)
+    assert np.array_equal(first.train.tokens, second.train.tokens)
+    other = prepare_corpus(
+        text_config(tmp_path, path=str(tmp_path / "moved"), vocab_size=300), 16, 0
+    )
+    assert other.fingerprint != first.fingerprint
+    assert len(entries(tmp_path)) == 2
+
+
+def test_preparing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    """The fingerprint in checkpoints must hold on another machine with the same source."""
+    write_texts(tmp_path, 10)
+    first = prepare_corpus(text_config(tmp_path), 16, 0)
+    second = prepare_corpus(text_config(tmp_path, cache_directory=str(tmp_path / "b")), 16, 0)
+    assert first.fingerprint == second.fingerprint
+    assert np.array_equal(first.train.tokens, second.train.tokens)
+
+
+@pytest.mark.parametrize("name", ["train.tokens", "validation.bytes", "tokenizer.model", "header"])
+def test_a_damaged_entry_is_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """A file that is missing or has another size is noticed, with a warning."""
+    write_texts(tmp_path, 10)
+    first = prepare_corpus(text_config(tmp_path), 16, 0)
+    entry = first.tokenizer_path.parent
+    if name == "header":
+        (entry / "header.json").write_text('{"files":')
+    else:
+        (entry / name).write_bytes((entry / name).read_bytes()[:-1])
+    second = prepare_corpus(text_config(tmp_path), 16, 0)
+    assert "is damaged" in caplog.text
+    assert documents(second, second.train) == documents(second, first.train)
+    assert second.fingerprint == first.fingerprint
+    assert entries(tmp_path) == [entry.name]
+
+
+def test_other_ranks_wait_for_local_rank_0(tmp_path: Path) -> None:
+    """They make nothing themselves, and get the same corpus."""
+    write_texts(tmp_path, 10)
+    found: list[Corpus] = []
+    rank_1 = threading.Thread(
+        target=lambda: found.append(prepare_corpus(text_config(tmp_path), 16, 1)), daemon=True
+    )
+    rank_1.start()
+    assert found == []
+    corpus = prepare_corpus(text_config(tmp_path), 16, 0)
+    rank_1.join(timeout=20)
+    assert [each.fingerprint for each in found] == [corpus.fingerprint]
+
+
+def test_two_runs_at_once_prepare_once(tmp_path: Path) -> None:
+    """Both wait for the lock; one makes the corpus and the other finds it made."""
+    write_texts(tmp_path, 10)
+    key = prepare_corpus(text_config(tmp_path, cache_directory=str(tmp_path / "b")), 16, 0)
+    (tmp_path / "cache").mkdir()
+    lock = tmp_path / "cache" / f"{key.tokenizer_path.parent.name}.lock"
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        runs = [start_preparing(tmp_path) for _ in range(2)]
+        for run in runs:
+            wait_for_line(run, "waiting for another run")
+    logs = [run.communicate(timeout=60)[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0]
+    assert "".join(logs).count("prepared the corpus") == 1
+    assert len(entries(tmp_path)) == 1
+
+
+def test_a_killed_preparation_leaves_nothing_that_counts(tmp_path: Path) -> None:
+    """After kill -9 there is no entry; the next start sweeps up and prepares."""
+    texts = write_texts(tmp_path, 20, num_lines=2000)  # training the tokenizer takes a while
+    run = start_preparing(tmp_path)
+    wait_for_line(run, "training a tokenizer")
+    run.kill()
+    run.communicate(timeout=60)
+    (leftover,) = entries(tmp_path)
+    assert ".tmp-" in leftover
+    corpus = prepare_corpus(text_config(tmp_path), 16, 0)
+    assert entries(tmp_path) == [corpus.tokenizer_path.parent.name]
+    found = documents(corpus, corpus.train) + documents(corpus, corpus.validation)
+    assert sorted(found) == sorted(texts)
+
+
+def test_wide_vocabularies_take_four_bytes(tmp_path: Path) -> None:
+    """65536 ids fit two bytes, one more does not."""
+    for vocab_size, dtype in ((65_536, "<u2"), (65_537, "<u4")):
+        for part, content in (("tokens", np.array([65_535], dtype)), ("offsets", np.array([0, 1]))):
+            (tmp_path / f"x.{part}").write_bytes(content.tobytes())
+        (tmp_path / "x.bytes").write_bytes(np.array([3]).tobytes())
+        assert open_token_file(tmp_path, "x", vocab_size).tokens.tolist() == [65_535]
+
+
+def test_the_tokenizer_learns_from_a_bounded_sample_of_training_lines(tmp_path: Path) -> None:
+    """Lines are spread evenly, keep their indentation, and are about as many bytes as asked for."""
+    texts = [random_text(seed, 200) for seed in range(20)]
+    spool = spool_documents(texts, tmp_path / "spool", Counter())
+    lines = list(sample_sentences(spool, np.arange(5, 20), max_bytes=30_000))
+    allowed = {line for text in texts[5:] for line in text.split("\n")}
+    assert set(lines) <= allowed
+    assert any(line.startswith("    ") for line in lines)
+    assert sum(len(line) for line in lines) == pytest.approx(30_000, rel=0.1)
+    everything = list(sample_sentences(spool, np.arange(20), max_bytes=10**9))
+    assert everything == [line for text in texts for line in text.split("\n") if line]
+
+
+def test_the_default_source_works_as_it_is(tmp_path: Path) -> None:
+    """The standard library's sources: thousands of documents, no download, bytes exact."""
+    config = DataConfig(vocab_size=1024, cache_directory=str(tmp_path))
+    corpus = prepare_corpus(config, 256, 0)
+    counts: dict[str, Any] = corpus.summary
+    assert counts["train"]["documents"] > 500
+    assert counts["validation"]["documents"] >= 5
+    assert counts["validation"]["bytes"] == int(corpus.validation.document_bytes.sum())
+    assert json.dumps(counts)
+    for split in (corpus.train, corpus.validation):
+        end = int(split.document_offsets[1])
+        text = corpus.tokenizer.decode(split.tokens[1 : end - 1].tolist())
+        assert len(text.encode()) == split.document_bytes[0]
+        assert len(split.tokens) == split.document_offsets[-1]
+        assert int(split.tokens.max()) < 1024

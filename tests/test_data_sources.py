@@ -1,0 +1,191 @@
+"""Every kind of source: what is a document, what is skipped, and what an error says."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from configs.schema import DataConfig
+from data.files import source_files, source_fingerprint
+from data.sources import read_documents
+
+
+def read(config: DataConfig, scratch: Path) -> tuple[list[str], dict[str, int]]:
+    """Returns the documents of a source, and what was skipped by reason."""
+    skipped: Counter[str] = Counter()
+    documents = list(read_documents(config, source_files(config), scratch / "scratch", skipped))
+    return documents, dict(skipped)
+
+
+def write_lines(path: Path, rows: list[Any]) -> None:
+    """Writes one JSON value a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_text_files_are_documents_byte_for_byte(tmp_path: Path) -> None:
+    """Line ends, NUL and order are kept; empty and undecodable files are counted."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.txt").write_bytes(b"one\r\ntwo\rthree\x00\n\n")
+    (tmp_path / "b.txt").write_bytes("\ufeff\u00e9\U0001f600".encode())
+    (tmp_path / "a[1]*.txt").write_bytes(b"odd name")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "other.md").write_bytes(b"not a .txt file")
+    documents, skipped = read(DataConfig(source="text", path=str(tmp_path)), tmp_path)
+    assert documents == ["odd name", "\ufeff\u00e9\U0001f600", "one\r\ntwo\rthree\x00\n\n"]
+    assert skipped == {"empty": 1, "not UTF-8": 1}
+
+
+def test_a_path_is_a_file_a_folder_or_a_glob(tmp_path: Path) -> None:
+    """The three forms find the same documents, in order of their names."""
+    for name in ("b.txt", "a.txt", "c.txt"):
+        (tmp_path / name).write_text(name)
+    folder = read(DataConfig(source="text", path=str(tmp_path)), tmp_path)
+    pattern = read(DataConfig(source="text", path=str(tmp_path / "*.txt")), tmp_path)
+    single = read(DataConfig(source="text", path=str(tmp_path / "b.txt")), tmp_path)
+    assert folder == pattern == (["a.txt", "b.txt", "c.txt"], {})
+    assert single == (["b.txt"], {})
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    """Only non-empty strings are documents; what looks like a date or a number stays text."""
+    rows: list[Any] = [
+        {"text": "a\r\nb\u2028c", "meta": None},
+        {"text": "2020-01-01T00:00:00", "meta": {"k": [1]}},
+        {"text": None},
+        {"text": 5, "meta": "x"},
+        {"text": ["list"]},
+        {"text": ""},
+        {"other": 1},
+        {"text": "half \ud800 pair"},
+        {"text": "\u00e9\U0001f600\x00"},
+    ]
+    write_lines(tmp_path / "a.jsonl", rows)
+    with (tmp_path / "a.jsonl").open("ab") as file:
+        file.write(b'\n   \n{"text": "\xff"}\r\n{"text": "last"}')
+    (tmp_path / "b.jsonl").write_bytes(b"")
+    (tmp_path / "c.json").write_text(json.dumps([{"text": "in an array"}, {"text": None}]))
+    documents, skipped = read(DataConfig(source="jsonl", path=str(tmp_path)), tmp_path)
+    assert documents == [
+        "a\r\nb\u2028c",
+        "2020-01-01T00:00:00",
+        "\u00e9\U0001f600\x00",
+        "last",
+        "in an array",
+    ]
+    assert skipped == {"null": 3, "not a string": 2, "empty": 1, "not UTF-8": 2}
+
+
+def test_json_columns_may_change_type_far_into_the_file(tmp_path: Path) -> None:
+    """Other columns do not matter, beyond the first block that a reader would look at."""
+    long_text = "x" * 5000
+    rows: list[Any] = [{"text": long_text, "meta": None}] * 2500
+    write_lines(tmp_path / "a.jsonl", [*rows, {"text": "last", "meta": {"k": 1}}])
+    documents, skipped = read(DataConfig(source="jsonl", path=str(tmp_path)), tmp_path)
+    assert (len(documents), documents[-1], skipped) == (2501, "last", {})
+
+
+@pytest.mark.parametrize("source", ["parquet", "arrow"])
+def test_columnar_files(tmp_path: Path, source: Any) -> None:
+    """Strings and large strings are read; null, empty and other types are skipped."""
+    strings = pyarrow.table({"body": ["a", None, "", "b\n"], "id": [1, 2, 3, 4]})
+    large = pyarrow.table({"body": pyarrow.array(["c"], pyarrow.large_string())})
+    numbers = pyarrow.table({"body": [7, 8], "more": ["x", "y"]})
+    for name, table in (("1", strings), ("2", large), ("3", numbers)):
+        path = tmp_path / f"{name}.{source}"
+        if source == "parquet":
+            pyarrow.parquet.write_table(table, path)
+        else:
+            with pyarrow.ipc.new_stream(path, table.schema) as writer:
+                writer.write_table(table)
+    config = DataConfig(source=source, path=str(tmp_path), text_field="body")
+    documents, skipped = read(config, tmp_path)
+    assert documents == ["a", "b\n", "c"]
+    assert skipped == {"null": 1, "empty": 1, "not a string": 2}
+
+
+def test_hub_datasets_are_opened_by_name(tmp_path: Path) -> None:
+    """`datasets` takes a local folder for a name too, which needs no network."""
+    (tmp_path / "repo").mkdir()
+    write_lines(tmp_path / "repo" / "train.jsonl", [{"text": "a"}, {"text": ""}, {"text": "b"}])
+    config = DataConfig(source="hub", path=str(tmp_path / "repo"))
+    assert read(config, tmp_path) == (["a", "b"], {"empty": 1})
+
+
+def test_a_hub_dataset_that_is_not_there_names_the_keys(tmp_path: Path) -> None:
+    """The message has what was asked for, and a way out."""
+    (tmp_path / "repo").mkdir()
+    write_lines(tmp_path / "repo" / "train.jsonl", [{"text": "a"}])
+    config = DataConfig(source="hub", path=str(tmp_path / "repo"), hub_split="nosplit")
+    with pytest.raises(ValueError, match=r"data\.hub_split=nosplit.*local data\.source"):
+        read(config, tmp_path)
+
+
+@pytest.mark.parametrize("source", ["jsonl", "parquet"])
+def test_a_missing_column_names_those_there_are(tmp_path: Path, source: Any) -> None:
+    """Key, value, and what could be meant."""
+    write_lines(tmp_path / "a.jsonl", [{"content": "x", "id": 1}])
+    table = pyarrow.table({"content": ["x"], "id": [1]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(
+        ValueError, match=r"data\.text_field='text'.*columns there are: content, id"
+    ):
+        read(DataConfig(source=source, path=str(tmp_path)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"text": ', r"line 2 of .*a\.jsonl is not JSON"),
+        ("a.jsonl", b'"only a string"\n', r"line 1 of .*a\.jsonl is not a JSON object"),
+        ("a.json", b'[{"text": ', r"a\.json cannot be read as json"),
+        ("a.parquet", b"junk", r"a\.parquet cannot be read as parquet"),
+        ("a.arrow", b"junk", r"a\.arrow cannot be read as arrow"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    """The message has the key and the file, and for lines the number."""
+    (tmp_path / name).write_bytes(content)
+    source: Any = {"a.json": "jsonl"}.get(name, name.removeprefix("a."))
+    with pytest.raises(ValueError, match=r"data\.path.*" + message):
+        read(DataConfig(source=source, path=str(tmp_path)), tmp_path)
+
+
+def test_a_path_without_files_names_what_is_needed(tmp_path: Path) -> None:
+    """No path, and a path where nothing is."""
+    with pytest.raises(ValueError, match=r"data\.path is null; data\.source=parquet needs"):
+        source_files(DataConfig(source="parquet"))
+    with pytest.raises(ValueError, match=r"data\.path is null; data\.source=hub needs"):
+        source_files(DataConfig(source="hub"))
+    with pytest.raises(FileNotFoundError, match=r"matches no files.*\.jsonl or \.json files"):
+        source_files(DataConfig(source="jsonl", path=str(tmp_path)))
+
+
+def test_the_standard_library_is_found_without_installed_packages() -> None:
+    """Its own modules, by name; nothing that pip put there."""
+    files = source_files(DataConfig())
+    names = {file.name for file in files}
+    assert {"argparse.py", "dataclasses.py", "this.py"} <= names
+    assert not any({"site-packages", "dist-packages"} & set(file.parts) for file in files)
+    assert len(files) > 500
+
+
+def test_the_fingerprint_is_that_of_the_content(tmp_path: Path) -> None:
+    """A moved folder is the same source; one changed byte, or another order, is not."""
+
+    def fingerprint(folder: str, **changes: Any) -> str:
+        config = DataConfig(**{"source": "text", "path": str(tmp_path / folder), **changes})
+        return source_fingerprint(config, source_files(config))
+
+    for folder, texts in (("x", "ab"), ("moved", "ab"), ("changed", "ac"), ("swapped", "ba")):
+        (tmp_path / folder).mkdir()
+        for number, text in enumerate(texts):
+            (tmp_path / folder / f"{number}.txt").write_text(text)
+    assert fingerprint("x") == fingerprint("moved")
+    assert len({fingerprint(folder) for folder in ("x", "changed", "swapped")}) == 3
+    hub = [fingerprint("x", source="hub", hub_revision=revision) for revision in (None, "v2")]
+    assert hub[0] != hub[1]

@@ -1,0 +1,107 @@
+"""The rules of the project as a whole: who imports whom, who communicates, how long files are."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from configs.keys import KEYS
+from tests.lines import PACKAGES, ROOT, line_counts, source_files
+
+# What each package may import of ours; programs and modules beside them may import everything.
+ALLOWED = {
+    "configs": set(),
+    "parallel": set(),
+    "data": {"configs"},
+    "model": {"parallel", "configs"},
+    "checkpoints": {"parallel"},
+}
+# Outside `parallel/`: the types of distributed tensors, and the launcher's error reports.
+NOT_COMMUNICATION = ("torch.distributed.tensor", "torch.distributed.elastic")
+# Methods of distributed tensors that communicate.
+COMMUNICATING_METHODS = {"full_tensor", "redistribute"}
+PICKLING_MODULES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+PICKLING_CALLS = {"torch.load", "torch.save"}
+MAX_KEYS = 80
+
+sources = pytest.mark.parametrize("file", source_files(), ids=str)
+
+
+def _nodes(file: Path) -> Iterator[ast.AST]:
+    return ast.walk(ast.parse((ROOT / file).read_text("utf-8")))
+
+
+def _imports(file: Path) -> Iterator[str]:
+    """The dotted names that a file imports, wherever in it; an imported name counts as a module."""
+    package = ".".join(file.parts[:-1])
+    for node in _nodes(file):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = f"{package}.{node.module or ''}" if node.level else node.module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def _dotted(node: ast.AST) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{_dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+@sources
+def test_packages_import_only_what_is_below_them(file: Path) -> None:
+    """A package imports itself and what the table allows; none imports a program or the tests."""
+    package = file.parts[0] if len(file.parts) > 1 else None
+    ours = {name.partition(".")[0] for name in _imports(file)}
+    assert "tests" not in ours
+    if package is not None:
+        programs = {path.stem for path in ROOT.glob("*.py")}
+        ours &= {*PACKAGES, *programs}
+        assert ours <= {package, *ALLOWED[package]}
+
+
+@sources
+def test_configs_know_no_torch(file: Path) -> None:
+    """A wrong setting is found before torch's two seconds of import."""
+    if file.parts[0] == "configs":
+        assert not [name for name in _imports(file) if name.partition(".")[0] == "torch"]
+
+
+@sources
+def test_only_parallel_communicates(file: Path) -> None:
+    """What crosses the wire is decided in `parallel/` and nowhere else."""
+    if file.parts[0] == "parallel":
+        return
+    for name in _imports(file):
+        if name.startswith("torch.distributed"):
+            assert name.startswith(NOT_COMMUNICATION), name
+    attributes = [node for node in _nodes(file) if isinstance(node, ast.Attribute)]
+    dotted = [name for name in map(_dotted, attributes) if name.startswith("torch.distributed.")]
+    assert [name for name in dotted if not name.startswith(NOT_COMMUNICATION)] == []
+    assert COMMUNICATING_METHODS.isdisjoint(node.attr for node in attributes)
+
+
+@sources
+def test_nothing_is_pickled(file: Path) -> None:
+    """Reading a file of ours or of a stranger never runs code in it."""
+    modules = {name.partition(".")[0] for name in _imports(file)}
+    assert modules.isdisjoint(PICKLING_MODULES)
+    assert "torch.distributed.checkpoint" not in ",".join(_imports(file))
+    for node in _nodes(file):
+        if isinstance(node, ast.Call):
+            assert _dotted(node.func) not in PICKLING_CALLS
+        assert not (isinstance(node, ast.keyword) and node.arg == "allow_pickle")
+
+
+def test_files_keep_to_their_budgets() -> None:
+    """See tests/lines.py; `make lines` prints the table."""
+    over = [
+        f"{file}: {lines} of {budget}" for file, lines, budget in line_counts() if lines > budget
+    ]
+    assert over == []
+
+
+def test_settings_keep_to_their_budget() -> None:
+    """A new key must be worth an old one once there are 80."""
+    assert len(KEYS) <= MAX_KEYS
