@@ -21,8 +21,8 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinite where that overflows."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        """exp(loss)."""
+        return math.exp(self.loss)
 
 
 def held_out(run: Run) -> EvaluationSet:

@@ -13,8 +13,9 @@ _SIZE, _REPEATS = 1024, 5
 def peak_flops_per_second(device: torch.device, precision: str) -> float:
     """The rate that MFU is a fraction of.
 
-    In bf16 on a known GPU the data sheet's. Elsewhere, on a processor too, the best measured rate of
-    a product of two 1024 x 1024 matrices, by this rank with its threads, while its peers do the same.
+    In bf16 on a known GPU the data sheet's. Elsewhere, on a processor too, the best measured rate
+    of a product of two 1024 x 1024 matrices, by this rank with its threads, while its peers do the
+    same.
     """
     if device.type == "cuda" and precision == "bf16":
         name = torch.cuda.get_device_name(device)

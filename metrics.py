@@ -1,7 +1,7 @@
 """What a person and a program can see of a run: the console, metrics.jsonl, and a wandb view of it.
 
-metrics.jsonl is the truth: a JSON object for each step, flushed, in full precision. A resume cuts it at
-the checkpoint's step, so it holds each step once. Only rank 0 writes.
+metrics.jsonl is the truth: a JSON object for each step, flushed, in full precision. A resume cuts
+it at the checkpoint's step, so it holds each step once. Only rank 0 writes.
 """
 
 import json
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO
-
 
 from configs import Config, flatten
 from evaluation import Evaluation
@@ -98,9 +97,7 @@ class RunLog:
         }
         self._write(row)
         previous = self.seconds_per_step or result.elapsed_s
-        self.seconds_per_step = (
-            _RATE_MEMORY * previous + (1 - _RATE_MEMORY) * result.elapsed_s
-        )
+        self.seconds_per_step = _RATE_MEMORY * previous + (1 - _RATE_MEMORY) * result.elapsed_s
         if state.step % self.config.logging.log_interval == 0:
             logger.info("%s", self._step_line(state, row))
 

@@ -17,9 +17,11 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
     first step, so that a checkpoint is read into a new optimizer like into one that has run.
     """
     parameters = list(model.parameters())
+    vectors = [parameter for parameter in parameters if parameter.ndim == 1]
+    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
     optimizer = AdamW(
         groups,
@@ -87,5 +89,3 @@ def learning_rate(step: int, config: Config) -> float:
 def _progress(step: int, start: int, end: int) -> float:
     """How far `step` is from `start` to `end`, as a fraction."""
     return min(1.0, max(0.0, (step - start) / max(1, end - start)))
-
-

@@ -31,7 +31,7 @@ _WAIT_FOR_RUNNING_S, _WAIT_FOR_ENDING_S = 5.0, 30.0
 
 
 class StartError(RuntimeError):
-    """What keeps a run from starting and a person can mend: told in one line, without a traceback."""
+    """What keeps a run from starting and a person can mend: told in one line, no traceback."""
 
 
 @contextmanager
@@ -87,7 +87,7 @@ class RunFolder:
             self._lock.close()
 
     def _open(self) -> None:
-        """Lock the folder, clear what a killed run left, and set aside what `never` must not resume."""
+        """Lock the folder, clear what a killed run left, set aside what `never` must not resume."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._lock = self._acquire()
         self.announce(ending=False)
@@ -110,9 +110,9 @@ class RunFolder:
                 patience = _WAIT_FOR_ENDING_S if holder.get("ending") else _WAIT_FOR_RUNNING_S
                 if time.monotonic() - started_at > patience:
                     raise StartError(
-                        f"run folder {self.path} is in use by process {holder.get('pid')} on "
-                        f"{holder.get('host')} since {holder.get('since')}; wait for it, stop it, or choose "
-                        "another run.name"
+                        f"run folder {self.path} is in use by process {holder.get('pid')} "
+                        f"on {holder.get('host')} since {holder.get('since')}; wait for it, stop "
+                        "it, or choose another run.name"
                     ) from None
                 time.sleep(0.1)
             else:

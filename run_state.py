@@ -22,7 +22,8 @@ from run_folder import RunFolder
 
 logger = logging.getLogger("microtron")
 
-# What may differ between a checkpoint and the run that continues it. All else would make it another run.
+# What may differ between a checkpoint and the run that continues it. All else would make it another
+# run.
 _MAY_CHANGE = ("parallel.", "run.", "logging.", "evaluate.", "checkpoint.", "optimizer.")
 _MAY_CHANGE_KEYS = (
     "train.micro_batch_size",
@@ -72,8 +73,8 @@ def resume(run: Run) -> RunState:
     if checkpoint is None:
         if run.config.run.resume == "must":
             raise CheckpointError(
-                f"run.resume=must, but there is no checkpoint in {run.folder.checkpoints}; check run.name "
-                "and run.directory, or use run.resume=auto"
+                f"run.resume=must, but there is no checkpoint in {run.folder.checkpoints}; "
+                "check run.name and run.directory, or use run.resume=auto"
             )
         return RunState(wandb_id=gather_json(run.mesh, uuid.uuid4().hex[:12])[0])
     _require_same_run(checkpoint, run.config, run.corpus)
@@ -116,8 +117,8 @@ def _require_same_run(checkpoint: Checkpoint, config: Config, corpus: Corpus) ->
     if refused:
         differences = ", ".join(f"{key}={now.get(key)} (was {stored.get(key)})" for key in refused)
         raise CheckpointError(
-            f"cannot resume {checkpoint.directory} with {differences}; change it back, or choose another "
-            "run.name"
+            f"cannot resume {checkpoint.directory} with {differences}; change it back, or "
+            "choose another run.name"
         )
     fingerprints = {
         "the tokenizer": ("tokenizer_fingerprint", corpus.tokenizer.fingerprint),
@@ -127,7 +128,8 @@ def _require_same_run(checkpoint: Checkpoint, config: Config, corpus: Corpus) ->
         if checkpoint.state[key] != fingerprint:
             raise CheckpointError(
                 f"cannot resume {checkpoint.directory}: {what} has changed since (fingerprint "
-                f"{fingerprint}, was {checkpoint.state[key]}); restore it, or choose another run.name"
+                f"{fingerprint}, was {checkpoint.state[key]}); restore it, or choose another "
+                "run.name"
             )
     for key in changed:
         if key.startswith(("optimizer.", "train.precision")):

@@ -1,8 +1,8 @@
 """How a run ends before its last step: signals, a launcher that dies, and the exit codes.
 
-A handler only sets a flag. All ranks agree on it at a step boundary, so that they save the same step and
-leave together. A second signal, a second after the first or later, ends the process at once (torchrun
-may deliver one Ctrl-C twice, but not that far apart).
+A handler only sets a flag. All ranks agree on it at a step boundary, so that they save the same
+step and leave together. A second signal, a second after the first or later, ends the process at
+once (torchrun may deliver one Ctrl-C twice, but not that far apart).
 """
 
 import ctypes
@@ -50,14 +50,14 @@ class StopSignals:
             os._exit(128 + number)
 
     def agreed(self, mesh: Mesh) -> signal.Signals | None:
-        """The signal for which all ranks stop now, None to go on; every rank calls this every step."""
+        """The signal for which all ranks stop now, or None; every rank calls this at each step."""
         flags = torch.tensor(
             [int(self.received == number) for number in _SIGNALS],
             dtype=torch.int32,
             device=mesh.device,
         )
         counts = sum_over(mesh.world, flags).tolist()
-        return next((number for number, count in zip(_SIGNALS, counts, strict=True) if count), None)
+        return next((number for number, n in zip(_SIGNALS, counts, strict=True) if n), None)
 
 
 def _ask_for_a_signal_when_the_launcher_dies() -> None:

@@ -41,11 +41,13 @@ logger = logging.getLogger("microtron")
 
 
 def train(config: Config, mesh: Mesh, folder: RunFolder, signals: StopSignals) -> int:
-    """Train from the newest checkpoint, or from the start, to the last step; returns the exit code."""
+    """Train from the newest checkpoint, or the start, to the last step; returns the exit code."""
     run, state = start(config, mesh, folder)
     last, started_from = last_step(config), state.step
     if state.step >= last:
-        logger.info("run %s is finished: it has done %d of %d steps", config.run.name, state.step, last)
+        logger.info(
+            "run %s is finished: it has done %d of %d steps", config.run.name, state.step, last
+        )
         folder.write_exit(0, "finished before", state.step)
         return 0
 
@@ -102,8 +104,9 @@ def loader(run: Run, state: RunState) -> BatchLoader:
 def train_step(run: Run, state: RunState, batches: BatchLoader) -> StepResult:
     """One update of the weights from the next global batch.
 
-    The loss of a step is the sum over its target tokens divided by their number, over all micro-batches
-    and dp ranks: the number is known before the first backward, so every gradient is a plain sum.
+    The loss of a step is the sum over its target tokens divided by their number, over all
+    micro-batches and dp ranks: the number is known before the first backward, so every gradient is
+    a plain sum.
     """
     started_at = time.perf_counter()
     config, mesh, model = run.config, run.mesh, run.model
@@ -149,7 +152,9 @@ def report_end(
     """Say how the run ended, on the console and in exit.json; returns the exit code."""
     steps = f"{state.step - started_from} steps from step {started_from} on"
     if stop is not None:
-        logger.info("%s: stopped at step %d; resume with\n  %s", stop.name, state.step, resume_command())
+        logger.info(
+            "%s: stopped at step %d; resume with\n  %s", stop.name, state.step, resume_command()
+        )
         folder.write_exit(128 + stop, f"stopped by {stop.name}", state.step)
         return 128 + stop
     done = state.step == config.train.train_steps
@@ -162,9 +167,7 @@ def report_end(
 def main(config: Config) -> int:
     """Join the other ranks, lock the run folder, and train."""
     signals = StopSignals()
-    mesh = init_mesh(
-        config.parallel.tensor_model_parallel_size, config.parallel.sequence_parallel
-    )
+    mesh = init_mesh(config.parallel.tensor_model_parallel_size, config.parallel.sequence_parallel)
     set_up_logging(mesh)
     try:
         with RunFolder(config, mesh) as folder:

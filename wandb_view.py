@@ -5,7 +5,7 @@ import netrc
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from configs import LoggingConfig
@@ -13,6 +13,7 @@ from configs import LoggingConfig
 logger = logging.getLogger("microtron")
 
 _INIT_TIMEOUT_S = 20
+Mode = Literal["online", "offline"]
 
 
 class WandbView:
@@ -22,11 +23,11 @@ class WandbView:
         self, config: LoggingConfig, directory: Path, wandb_id: str, values: Mapping[str, Any]
     ) -> None:
         self._run: Any = None
-        mode = config.wandb
-        if mode == "auto":
-            mode = "online" if _has_key() else "offline"
-        if mode == "disabled":
+        if config.wandb == "disabled":
             return
+        mode: Mode = "offline" if config.wandb == "offline" else "online"
+        if config.wandb == "auto" and not _has_key():
+            mode = "offline"
         self._attempt(lambda: self._open(config, directory, wandb_id, values, mode))
         if self._run is None and mode == "online":
             logger.warning("wandb: going on offline; `wandb sync` sends it later")
@@ -38,7 +39,7 @@ class WandbView:
         directory: Path,
         wandb_id: str,
         values: Mapping[str, Any],
-        mode: str,
+        mode: Mode,
     ) -> None:
         import wandb  # noqa: PLC0415 - half a second that `wandb=disabled` need not pay
 
@@ -79,7 +80,9 @@ class WandbView:
         try:
             action()
         except Exception as error:  # whatever a dashboard raises, training goes on
-            logger.warning("wandb: %s: %s; metrics.jsonl has everything", type(error).__name__, error)
+            logger.warning(
+                "wandb: %s: %s; metrics.jsonl has everything", type(error).__name__, error
+            )
             self._run = None
 
 

@@ -1,7 +1,7 @@
 """Finding the newest whole checkpoint, and reading it into today's layout.
 
-For each local shard that today's layout wants, the overlapping pieces of the stored shards are read, so
-resuming on another number of ranks is no special case. No rank reads more than it keeps.
+For each local shard that today's layout wants, the overlapping pieces of the stored shards are
+read, so resuming on another number of ranks is no special case. No rank reads more than it keeps.
 """
 
 import logging
@@ -22,9 +22,9 @@ logger = logging.getLogger("microtron")
 def find_checkpoint(folder: Path, mesh: Mesh) -> Checkpoint | None:
     """The newest checkpoint of a folder that is whole; None if there are none at all.
 
-    Every rank calls this; the files are verified in shares. A damaged checkpoint is named and passed over.
-    Raises CheckpointError if there are checkpoints and all of them are damaged: starting from scratch
-    is for a person to decide.
+    Every rank calls this; the files are verified in shares. A damaged checkpoint is named and
+    passed over. Raises CheckpointError if there are checkpoints and all of them are damaged:
+    starting from scratch is for a person to decide.
     """
     # All ranks must look at the same list, also if one sees a directory appear later.
     listed = [path.name for path in sorted(folder.glob("step_*"), reverse=True)]
@@ -37,7 +37,8 @@ def find_checkpoint(folder: Path, mesh: Mesh) -> Checkpoint | None:
             logger.warning("checkpoint %s is damaged, passed over: %s", folder / name, problems[0])
     if names:
         raise CheckpointError(
-            f"all {len(names)} checkpoints in {folder} are damaged; move them away to start from scratch"
+            f"all {len(names)} checkpoints in {folder} are damaged; "
+            "move them away to start from scratch"
         )
     return None
 
@@ -56,7 +57,8 @@ def _problem(directory: Path, mesh: Mesh) -> str | None:
 def load_tensors(checkpoint: Checkpoint, tensors: Mapping[str, DTensor], mesh: Mesh) -> None:
     """Fill the local shards of `tensors` from a verified checkpoint.
 
-    Raises CheckpointError if names, shapes or dtypes differ from the checkpoint's, or a part is missing.
+    Raises CheckpointError if names, shapes or dtypes differ from the checkpoint's, or a part is
+    missing.
     """
     _require_same_names(checkpoint, tensors)
     files: dict[str, Any] = {}
@@ -65,8 +67,8 @@ def load_tensors(checkpoint: Checkpoint, tensors: Mapping[str, DTensor], mesh: M
         ours = (list(tensor.shape), str(tensor.dtype).removeprefix("torch."))
         if ours != (stored["shape"], stored["dtype"]):
             raise CheckpointError(
-                f"{checkpoint.directory}: {name} is {stored['dtype']} {stored['shape']}, the model has "
-                f"{ours[1]} {ours[0]}"
+                f"{checkpoint.directory}: {name} is {stored['dtype']} {stored['shape']}, "
+                f"the model has {ours[1]} {ours[0]}"
             )
         local = tensor.to_local()
         wanted = local_slices(tensor.shape, tp_shard_dim(tensor), mesh.tp, mesh.dp)
@@ -82,7 +84,8 @@ def load_tensors(checkpoint: Checkpoint, tensors: Mapping[str, DTensor], mesh: M
             filled += piece.numel()
         if filled != local.numel():
             raise CheckpointError(
-                f"{checkpoint.directory}: {name} has {filled} of the {local.numel()} elements wanted"
+                f"{checkpoint.directory}: {name} has {filled} of the "
+                f"{local.numel()} elements wanted"
             )
 
 
@@ -91,7 +94,8 @@ def _require_same_names(checkpoint: Checkpoint, tensors: Mapping[str, DTensor]) 
     unknown = sorted(set(checkpoint.tensors) - set(tensors))
     if missing or unknown:
         raise CheckpointError(
-            f"{checkpoint.directory} is of another model: lacks {missing[:3]}, has unknown {unknown[:3]}"
+            f"{checkpoint.directory} is of another model: "
+            f"lacks {missing[:3]}, has unknown {unknown[:3]}"
         )
 
 

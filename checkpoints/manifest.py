@@ -2,13 +2,14 @@
 
     step_00001000/
         rank_00000.safetensors ...   each rank's shards, a tensor's replicas once
-        manifest.json                for every tensor its global shape, dtype and where each shard lies;
-                                     for every file its size and hash; the state of the run; the
-                                     manifest's own checksum
+        manifest.json                for every tensor its global shape, dtype and where each
+                                     shard lies; for every file its size and hash; the state of
+                                     the run; the manifest's own checksum
 
-The manifest is written last and the directory is renamed into place after it, so a directory of that
-name without a right manifest is damaged. Nothing in it depends on the layout that wrote it, beyond where
-the cuts are. Nothing is pickled. The hash finds damage; it is no defence against an attacker.
+The manifest is written last and the directory is renamed into place after it, so a directory of
+that name without a right manifest is damaged. Nothing in it depends on the layout that wrote it,
+beyond where the cuts are. Nothing is pickled. The hash finds damage; it is no defence against an
+attacker.
 """
 
 import json

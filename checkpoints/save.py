@@ -1,14 +1,15 @@
 """Writing a checkpoint so that it is there whole or not at all.
 
 [Note: commit]
-Everything is written into a hidden temporary directory: each rank's file, fsynced, then, once all ranks
-have reported theirs, the manifest. One rename makes it a checkpoint. A kill before the rename leaves a
-temporary directory, which the next start sweeps; a kill after it leaves a whole checkpoint. Older ones
-are deleted only then, renamed first so that a half-deleted one has no checkpoint's name.
+Everything is written into a hidden temporary directory: each rank's file, fsynced, then, once all
+ranks have reported theirs, the manifest. One rename makes it a checkpoint. A kill before the rename
+leaves a temporary directory, which the next start sweeps; a kill after it leaves a whole
+checkpoint. Older ones are deleted only then, renamed first so that a half-deleted one has no
+checkpoint's name.
 
-A rank that fails (a full disk) reports that instead of raising, or its peers would wait for it for ever.
-Only the holder of the run folder's lock may call this, so no two writers share a directory. All ranks
-must see the same file system.
+A rank that fails (a full disk) reports that instead of raising, or its peers would wait for it for
+ever. Only the holder of the run folder's lock may call this, so no two writers share a directory.
+All ranks must see the same file system.
 """
 
 import shutil
@@ -43,8 +44,8 @@ def save_checkpoint(
 ) -> Path:
     """Commit the tensors and the state (JSON) as the checkpoint of `step`; every rank calls this.
 
-    Keeps the `keep` newest checkpoints (0: all). Raises CheckpointError on all ranks if any rank could
-    not write; what was there before is then still there.
+    Keeps the `keep` newest checkpoints (0: all). Raises CheckpointError on all ranks if any rank
+    could not write; what was there before is then still there.
     """
     temporary = folder / f"{_TEMPORARY}{step_directory(folder, step).name}"
     _on_rank_0(mesh, "cannot create", lambda: _make_empty(temporary))
@@ -117,7 +118,11 @@ def _write_shards(directory: Path, tensors: Mapping[str, DTensor], mesh: Mesh) -
 
 
 def _commit(
-    temporary: Path, directory: Path, step: int, state: dict[str, Any], reports: list[dict[str, Any]]
+    temporary: Path,
+    directory: Path,
+    step: int,
+    state: dict[str, Any],
+    reports: list[dict[str, Any]],
 ) -> None:
     """Write the manifest from all ranks' reports and rename the directory into place."""
     files = {
@@ -134,7 +139,8 @@ def _commit(
             entry["shards"].append({"file": report["file"], **where})
     write_manifest(temporary, step, state, tensors, files)
     if directory.exists():
-        # Only a damaged one is ever saved again. It is kept, out of the way, for whoever wants to look.
+        # Only a damaged one is ever saved again. It is kept, out of the way, for whoever wants to
+        # look.
         aside = next(
             path
             for number in range(1, 10**6)
@@ -152,4 +158,3 @@ def _prune(folder: Path, keep: int) -> None:
         deleted = folder / f"{_DELETED}{directory.name}"
         directory.rename(deleted)
         shutil.rmtree(deleted)
-

@@ -94,14 +94,13 @@ def _information(arguments: list[str]) -> str | None:
 
 
 def _split(arguments: list[str]) -> tuple[str, list[Written]]:
-    """Takes the command line apart into the config's name and the settings after it."""
+    """Takes the command line apart into the config's name and the settings after it.
+
+    Of a key given twice the last counts, so that a script can add to a command line.
+    """
     given: dict[str, str] = {}
     for argument in arguments:
         key, value = _key_and_value(argument)
-        if key in given:
-            raise ConfigError(
-                f"{key} is given twice, as {shown(given[key])} and {shown(value)}; remove one"
-            )
         given[key] = value
     if not given.get("config"):
         raise ConfigError(f"config=NAME.yaml is required; {_shipped_names()}")

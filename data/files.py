@@ -13,15 +13,9 @@ from pathlib import Path
 
 import xxhash
 
+from configs.inputs import SOURCE_EXTENSIONS
 from configs.schema import DataConfig
 
-# What a folder given as `data.path` is searched for; a file or a glob may have any extension.
-_EXTENSIONS = {
-    "text": (".txt",),
-    "jsonl": (".jsonl", ".json"),
-    "parquet": (".parquet",),
-    "arrow": (".arrow",),
-}
 # Folders of the standard library that hold other people's packages, or nothing to read.
 _NOT_STDLIB = {"site-packages", "dist-packages", "lib-dynload", "__pycache__"}
 _READ_BYTES = 1 << 20
@@ -42,11 +36,11 @@ def source_files(config: DataConfig) -> list[Path]:
         raise ValueError(
             f"data.path is null; data.source={config.source} needs a file, a folder or a glob"
         )
-    files = _matching_files(config.path, _EXTENSIONS[config.source])
+    files = _matching_files(config.path, SOURCE_EXTENSIONS[config.source])
     if not files:
         raise FileNotFoundError(
             f"data.path={config.path!r} matches no files for data.source={config.source}; give a "
-            f"file, a glob, or a folder with {' or '.join(_EXTENSIONS[config.source])} files"
+            f"file, a glob, or a folder with {' or '.join(SOURCE_EXTENSIONS[config.source])} files"
         )
     return files
 

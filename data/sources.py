@@ -86,7 +86,7 @@ def _text_documents(files: list[Path], skipped: Counter[str]) -> Iterator[str]:
         else:
             yield row["text"]
     if undecodable:
-        names = ", ".join(undecodable[:_NAMES_SHOWN])
+        names = ", ".join(Path(name).name for name in undecodable[:_NAMES_SHOWN])
         more = ", ..." if len(undecodable) > _NAMES_SHOWN else ""
         logger.info("skipped %d files that are not UTF-8: %s%s", len(undecodable), names, more)
 

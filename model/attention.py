@@ -12,8 +12,9 @@ from parallel import ColumnParallelLinear, DropoutStream, Mesh, Normal, RowParal
 class SelfAttention(nn.Module):
     """y = proj(softmax(q k^T / sqrt(d)) v) for each head; `[s/t, b, h]` in and out.
 
-    q and kv are weights of their own that read one gathered input. The rows of kv go head by head: the
-    d rows of a head's key, then the d rows of its value, so that a tp shard is one contiguous slice.
+    q and kv are weights of their own that read one gathered input. The rows of kv go head by head:
+    the d rows of a head's key, then the d rows of its value, so that a tp shard is one contiguous
+    slice.
     """
 
     def __init__(self, config: ModelConfig, layer: int, mesh: Mesh) -> None:
@@ -41,8 +42,8 @@ class SelfAttention(nn.Module):
     def drop(self, stream: DropoutStream | None) -> float:
         """The dropout rate, having seeded the generator that SDPA will draw from.
 
-        Nothing else in the project draws from the default generator, so seeding it disturbs nobody, and
-        recomputation seeds it alike.
+        Nothing else in the project draws from the default generator, so seeding it disturbs nobody,
+        and recomputation seeds it alike.
         """
         if stream is None or self.dropout == 0.0:
             return 0.0

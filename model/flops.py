@@ -17,9 +17,10 @@ def num_parameters(config: ModelConfig, vocab_size: int) -> int:
 def flops_per_token(config: ModelConfig, vocab_size: int) -> int:
     """Floating-point operations of forward and backward for one position of a full row.
 
-    6 per matrix weight (2 in forward, 4 in backward; Kaplan et al. 2020, section 2.1), the head included
-    and the embedding, a lookup, not; and 12 L h s for the two products of attention (Chowdhery et al.
-    2022, appendix B), not halved for the causal mask. Recomputation is not counted: it is no progress.
+    6 per matrix weight (2 in forward, 4 in backward; Kaplan et al. 2020, section 2.1), the head
+    included and the embedding, a lookup, not; and 12 L h s for the two products of attention
+    (Chowdhery et al. 2022, appendix B), not halved for the causal mask. Recomputation is not
+    counted: it is no progress.
     """
     h, f = config.hidden_size, config.ffn_size
     matrix_weights = config.num_layers * (4 * h * h + 2 * h * f) + vocab_size * h

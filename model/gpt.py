@@ -1,12 +1,14 @@
 """GPT: embedding, blocks, head.
 
-Legend (Korthikanti et al. 2022, table 1, with d and f added): `s` sequence length, `b` micro-batch size,
-`h` hidden size, `a` attention heads, `d = h/a` head dimension, `f` feed-forward size, `v` vocabulary,
-`t` tensor-parallel size, `L` layers. Sequence first: `[s, b, h]`, so that a sequence shard is a
-contiguous piece of dim 0. `[s/t, ...]` is with sequence parallelism; without it, `[s, ...]`.
+Legend (Korthikanti et al. 2022, table 1, with d and f added): `s` sequence length, `b` micro-batch
+size, `h` hidden size, `a` attention heads, `d = h/a` head dimension, `f` feed-forward size, `v`
+vocabulary, `t` tensor-parallel size, `L` layers. Sequence first: `[s, b, h]`, so that a sequence
+shard is a contiguous piece of dim 0. `[s/t, ...]` is with sequence parallelism; without it, `[s,
+...]`.
 """
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -53,7 +55,9 @@ class Block(nn.Module):
 
     def residuals(self, x: Tensor, stream: DropoutStream | None) -> Tensor:
         """The two residual equations of the block."""
-        x = self.dropout_add(self.attention(self.attention_norm(x), stream), x, stream, AFTER_ATTENTION)
+        x = self.dropout_add(
+            self.attention(self.attention_norm(x), stream), x, stream, AFTER_ATTENTION
+        )
         return self.dropout_add(self.mlp(self.mlp_norm(x)), x, stream, AFTER_MLP)
 
     def dropout_add(self, y: Tensor, x: Tensor, stream: DropoutStream | None, site: int) -> Tensor:
@@ -66,6 +70,9 @@ class GPT(nn.Module):
 
     tokens -> embedding + position, dropout -> L blocks -> norm -> logits.
     """
+
+    positions: DTensor  # [s, h]
+    lm_head: DTensor  # [v, h], where it is not tied
 
     def __init__(
         self, config: ModelConfig, vocab_size: int, mesh: Mesh, recompute: bool = False
@@ -101,22 +108,24 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Sum of the losses of all targets, in nats, a float32 scalar; the same on all tp ranks.
 
-        `tokens`, `positions`, `targets` `[b, s]`; s a multiple of t. Targets below 0 don't count. Without
-        targets: the logits, `[b, s, v]` float32. Without a `stream` there is no dropout.
+        `tokens`, `positions`, `targets` `[b, s]`; s a multiple of t. Targets below 0 don't count.
+        Without targets: the logits, `[b, s, v]` float32. Without a `stream` there is no dropout.
         """
         # The only transpose: data is batch first, the model sequence first.
         x = self.embed(tokens.t(), positions.t(), stream)  # [s/t, b, h]
         for block in self.blocks:
             x = block(x, stream)
         x = self.norm(x)
-        table = self.lm_head if self.config.untie_embeddings_and_output_weights else self.embedding.weight
+        table = (
+            self.lm_head
+            if self.config.untie_embeddings_and_output_weights
+            else self.embedding.weight
+        )
         logits = vocab_parallel_logits(x, table.to_local(), self.mesh)  # [s, b, v/t]
         if targets is None:
             return gather_vocabulary(logits, self.mesh, self.vocab_size).transpose(0, 1).float()
         # Inside the root's forward, because FSDP2 frees the head's weight after it.
-        return vocab_parallel_cross_entropy(
-            logits, targets.t(), self.vocab_size, self.mesh
-        ).sum()
+        return vocab_parallel_cross_entropy(logits, targets.t(), self.vocab_size, self.mesh).sum()
 
     def embed(self, tokens: Tensor, positions: Tensor, stream: DropoutStream | None) -> Tensor:
         """Token plus position, with dropout; `[s, b]` to `[s/t, b, h]`."""

@@ -1,6 +1,7 @@
 """Normalisation of each token over its channels."""
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from configs.schema import ModelConfig
@@ -10,9 +11,12 @@ from parallel import Constant, Mesh, declare_parameter
 class LayerNorm(nn.Module):
     """y = (x - mean) / sqrt(var + epsilon) * w + b, over the channels of a token; `[s/t, b, h]`.
 
-    Per token, so a sequence shard gives what the whole sequence would. With sequence parallelism the
-    gradients of w and b are sums over s/t positions: partial.
+    Per token, so a sequence shard gives what the whole sequence would. With sequence parallelism
+    the gradients of w and b are sums over s/t positions: partial.
     """
+
+    weight: DTensor
+    bias: DTensor
 
     def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
         super().__init__()

@@ -20,10 +20,10 @@ def generate(
 ) -> list[int]:
     """The prompt continued by up to `num_tokens` tokens, ending early after `end_id`.
 
-    Every rank calls this with the same arguments and gets the same tokens: logits are gathered over tp
-    bit for bit alike, and each rank draws from a generator of the same seed. Only the first `num_ids` ids
-    are drawn: a vocabulary may have more rows than the tokenizer has pieces. Temperature 0 takes the
-    likeliest. The last `seq_length` tokens are the context.
+    Every rank calls this with the same arguments and gets the same tokens: logits are gathered over
+    tp bit for bit alike, and each rank draws from a generator of the same seed. Only the first
+    `num_ids` ids are drawn: a vocabulary may have more rows than the tokenizer has pieces.
+    Temperature 0 takes the likeliest. The last `seq_length` tokens are the context.
     """
     device, t = model.mesh.device, model.mesh.tp.size
     generator = torch.Generator().manual_seed(seed)

@@ -1,7 +1,7 @@
 """Data parallelism: PyTorch's FSDP2 on the dp axis, set so that gradients are sums.
 
-Master weights, gradients and optimizer state are float32 and sharded over dp; the forward and backward
-pass see gathered copies in the compute precision. One rank takes the same path.
+Master weights, gradients and optimizer state are float32 and sharded over dp; the forward and
+backward pass see gathered copies in the compute precision. One rank takes the same path.
 """
 
 from collections.abc import Iterable
@@ -18,8 +18,8 @@ def shard_over_data_parallel(
 ) -> None:
     """Wrap each block, and the rest of the model as the root, in FSDP2.
 
-    Embedding, positions, final norm and head stay together in the root: a tied embedding wrapped apart
-    would be freed between its two uses.
+    Embedding, positions, final norm and head stay together in the root: a tied embedding wrapped
+    apart would be freed between its two uses.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -44,7 +44,7 @@ def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
 
 
 def free_gathered_weights(model: nn.Module) -> None:
-    """Free the gathered copies that a forward without backward leaves, so that shards are seen again."""
+    """Free the gathered copies that a forward without backward leaves; shards are seen again."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -1,7 +1,7 @@
 """Gradients after the backward pass: the sum of partial ones, the global norm, clipping.
 
-By then FSDP2 has summed every gradient over dp and left each rank its float32 shard. What remains is
-tp: see [Note: partial gradients] in parameters.py.
+By then FSDP2 has summed every gradient over dp and left each rank its float32 shard. What remains
+is tp: see [Note: partial gradients] in parameters.py.
 """
 
 import torch
@@ -32,8 +32,8 @@ def sum_partial_gradients(model: nn.Module, mesh: Mesh) -> None:
 def clip_gradients(model: nn.Module, largest_norm: float, mesh: Mesh) -> Tensor:
     """Scale all gradients so that their global norm is at most `largest_norm`; 0 never scales.
 
-    Returns the norm before scaling, a float32 scalar and the same on every rank. A gradient that every
-    tp rank has in full counts once. One all-reduce.
+    Returns the norm before scaling, a float32 scalar and the same on every rank. A gradient that
+    every tp rank has in full counts once. One all-reduce.
     """
     gradients, counted = [], []
     for parameter in model.parameters():

@@ -7,6 +7,7 @@ parallelism; without it every rank has all `s`.
 from collections.abc import Mapping
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from parallel.mappings import enter_tensor_parallel_region, exit_tensor_parallel_region
@@ -17,6 +18,9 @@ from parallel.sharding import shard_range
 
 class _WeightShard(nn.Module):
     """One weight of a column-parallel layer, `[out/t, in]`, and its bias `[out/t]`."""
+
+    weight: DTensor
+    bias: DTensor
 
     def __init__(self, in_size: int, out_size: int, mesh: Mesh, init: Normal) -> None:
         super().__init__()
@@ -29,14 +33,14 @@ class _WeightShard(nn.Module):
 
 
 class ColumnParallelLinear(nn.Module):
-    """Y_w = X A_w^T + b_w for one or several weights A_w, each split by rows of A_w over the tp axis.
+    """Y_w = X A_w^T + b_w for one or several weights A_w, each split by rows over the tp axis.
 
         A = [A_1; ...; A_t]      Y = [Y_1 ... Y_t]      Y_i = X A_i^T + b_i
 
     Input `[s/t, b, in]`. Output, one tensor for each weight in the order given: `[s, b, out/t]`.
     Forward: all-gather of the input (or nothing). Backward: reduce-scatter (or all-reduce) of dX.
-    Weights that read the same input share the gather. Each is a parameter of its own, so that a shard
-    is one contiguous slice and the names do not depend on the layout.
+    Weights that read the same input share the gather. Each is a parameter of its own, so that a
+    shard is one contiguous slice and the names do not depend on the layout.
     """
 
     def __init__(
@@ -59,9 +63,12 @@ class RowParallelLinear(nn.Module):
 
     Input `[s, b, in/t]`. Output `[s/t, b, out]`.
     Forward: reduce-scatter (or all-reduce) of the output. Backward: all-gather (or nothing).
-    The bias is added once, after the sum: inside the product it would be added t times. With sequence
-    parallelism it then meets s/t positions only, so its gradient is partial.
+    The bias is added once, after the sum: inside the product it would be added t times. With
+    sequence parallelism it then meets s/t positions only, so its gradient is partial.
     """
+
+    weight: DTensor
+    bias: DTensor
 
     def __init__(self, in_size: int, out_size: int, mesh: Mesh, init: Normal) -> None:
         super().__init__()
@@ -90,6 +97,8 @@ class VocabParallelEmbedding(nn.Module):
     Forward: reduce-scatter (or all-reduce). Backward: all-gather (or nothing).
     """
 
+    weight: DTensor
+
     def __init__(self, vocab_size: int, hidden_size: int, mesh: Mesh, init: Normal) -> None:
         super().__init__()
         self.mesh = mesh
@@ -113,4 +122,3 @@ def vocab_parallel_logits(x: Tensor, weight: Tensor, mesh: Mesh) -> Tensor:
     `[s, b, v/t]`. Forward: all-gather of x (or nothing). Backward: reduce-scatter (or all-reduce).
     """
     return F.linear(enter_tensor_parallel_region(x, mesh), weight)
-

@@ -6,9 +6,11 @@ For one position with logits z and target k:
     loss = log sum_j exp(z_j - m) + m - z_k            m = max_j z_j
     dz_j = (softmax(z)_j - [j = k]) dloss
 
-Each rank has some of the j. Crossing the wire, all float32 of `[s, b]`: the maximum, then the sum of
-exponentials and z_k together. Backward is local. (Megatron-LM exchanges the last two apart.)
+Each rank has some of the j. Crossing the wire, all float32 of `[s, b]`: the maximum, then the sum
+of exponentials and z_k together. Backward is local. (Megatron-LM exchanges the last two apart.)
 """
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,9 +19,10 @@ from torch import Tensor
 from parallel.mesh import Axis, Mesh
 from parallel.sharding import shard_range
 
+
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor, first_id: int, tp: Axis) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, first_id: int, tp: Axis) -> Tensor:
         z = logits.float()
         maximum = z.amax(dim=-1)  # [s, b]
         if tp.size > 1:
@@ -41,7 +44,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return (log_sum - sums[1]).masked_fill(ignored, 0.0)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, log_sum, column, is_ours, ignored = ctx.saved_tensors
         grad_logits = (logits.float() - log_sum.unsqueeze(-1)).exp_()  # softmax
         grad_logits.scatter_add_(-1, column, -is_ours.float().unsqueeze(-1))
@@ -57,5 +60,7 @@ def vocab_parallel_cross_entropy(
     `logits` `[s, b, v/t]`, `targets` `[s, b]` global token ids; negative: ignored.
     """
     first_id, end_id = shard_range(vocab_size, mesh.tp.size, mesh.tp.rank)
-    assert logits.shape[-1] == end_id - first_id, "logits must be this rank's part of the vocabulary"
+    assert logits.shape[-1] == end_id - first_id, (
+        "logits must be this rank's part of the vocabulary"
+    )
     return _VocabParallelCrossEntropy.apply(logits, targets, first_id, mesh.tp)

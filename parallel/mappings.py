@@ -6,16 +6,18 @@
     gather          all-gather    reduce-scatter     \\  conjugate: with sequence parallelism,
     reduce_scatter  reduce-scatter  all-gather       /   a rank has s/t positions
 
-Each backward is the forward of its conjugate: if A maps ranks' inputs to ranks' outputs, the other is A
-transposed. All act on dim 0, the sequence, of `[s, b, h]`. An all-reduce is a reduce-scatter followed
-by an all-gather, so in forward both pairs move the same bytes.
+Each backward is the forward of its conjugate: if A maps ranks' inputs to ranks' outputs, the other
+is A transposed. All act on dim 0, the sequence, of `[s, b, h]`. An all-reduce is a reduce-scatter
+followed by an all-gather, so in forward both pairs move the same bytes.
 
-`enter_tensor_parallel_region` and `exit_tensor_parallel_region` are the only code for activations that
-asks whether sequence parallelism is on. Collectives need contiguous tensors and must not write into a
-tensor that autograd has saved, so each makes its own output.
+`enter_tensor_parallel_region` and `exit_tensor_parallel_region` are the only code for activations
+that asks whether sequence parallelism is on. Collectives need contiguous tensors and must not write
+into a tensor that autograd has saved, so each makes its own output.
 
 Sources: Shoeybi et al. 2019 (f and g), Korthikanti et al. 2022, section 4.2.2 (g and g-bar).
 """
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,44 +47,44 @@ def _all_reduce(x: Tensor, axis: Axis) -> Tensor:
 
 class _Copy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _all_reduce(grad, ctx.axis), None
 
 
 class _Reduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         return _all_reduce(x, axis)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad, None
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
         return _all_gather(x, axis)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _reduce_scatter(grad, ctx.axis), None
 
 
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
         return _reduce_scatter(x, axis)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _all_gather(grad, ctx.axis), None
 
 
@@ -97,15 +99,16 @@ def reduce_over_ranks(x: Tensor, axis: Axis) -> Tensor:
 
 
 def gather_sequence(x: Tensor, axis: Axis) -> Tensor:
-    """All positions from every rank's shard, `[s/t, ...]` to `[s, ...]`, for tensor-parallel compute.
+    """All positions from every rank's shard, `[s/t, ...]` to `[s, ...]`.
 
-    Each rank computes something else with the result, so backward sums: a reduce-scatter.
+    For tensor-parallel compute: each rank computes something else with the result, so backward
+    sums over ranks: a reduce-scatter.
     """
     return _Gather.apply(x, axis)
 
 
 def reduce_scatter_sequence(x: Tensor, axis: Axis) -> Tensor:
-    """The sum of x over the axis, of which each rank keeps its positions, `[s, ...]` to `[s/t, ...]`."""
+    """The sum of x over the axis; each rank keeps its positions, `[s, ...]` to `[s/t, ...]`."""
     return _ReduceScatter.apply(x, axis)
 
 
@@ -117,7 +120,7 @@ def enter_tensor_parallel_region(x: Tensor, mesh: Mesh) -> Tensor:
 
 
 def exit_tensor_parallel_region(x: Tensor, mesh: Mesh) -> Tensor:
-    """Sum partial results over tp; result `[s/t, b, h]` with sequence parallelism, else `[s, b, h]`."""
+    """Sum partial results over tp; `[s/t, b, h]`, or `[s, b, h]` without sequence parallelism."""
     if mesh.tp.size == 1:
         return x
     if mesh.sequence_parallel:
@@ -136,7 +139,7 @@ def sequence_shard(x: Tensor, mesh: Mesh) -> Tensor:
 
 
 def gather_vocabulary(logits: Tensor, mesh: Mesh, vocab_size: int) -> Tensor:
-    """Whole rows of logits from vocabulary shards, `[..., v/t]` to `[..., v]`; for inference only."""
+    """Whole rows of logits from vocabulary shards, `[..., v/t]` to `[..., v]`; no gradient."""
     if mesh.tp.size == 1:
         return logits
     # Shards may differ by a few columns, a collective's pieces may not: pad, gather, and cut.

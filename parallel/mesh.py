@@ -60,7 +60,8 @@ def init_mesh(tensor_model_parallel_size: int, sequence_parallel: bool) -> Mesh:
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
     return lay_mesh(tensor_model_parallel_size, sequence_parallel, device, local_rank)
 
 
@@ -82,7 +83,9 @@ def lay_mesh(
         group = device_mesh.get_group(name)
         return Axis(dist.get_world_size(group), dist.get_rank(group), group)
 
-    world = Axis(world_size, dist.get_rank(), dist.group.WORLD)
+    everyone = dist.group.WORLD
+    assert everyone is not None, "lay_mesh needs a process group"
+    world = Axis(world_size, dist.get_rank(), everyone)
     return Mesh(
         device_mesh=device_mesh,
         device=device,

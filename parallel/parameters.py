@@ -1,16 +1,17 @@
 """Parameters: what each one is, said once, where it is made.
 
 [Note: parameters]
-A parameter is a DTensor on the tp axis. The DTensor is a declaration (global shape, how it is cut) for
-those who need the whole picture: FSDP2, gradient clipping, checkpoints. Layers take `.to_local()` once
-and compute on plain tensors. What a DTensor cannot say is kept beside it on the module that owns the
-parameter (FSDP2 replaces the parameter object itself): how it is initialised, and whether its gradient
-is partial over the tp axis.
+A parameter is a DTensor on the tp axis. The DTensor is a declaration (global shape, how it is cut)
+for those who need the whole picture: FSDP2, gradient clipping, checkpoints. Layers take
+`.to_local()` once and compute on plain tensors. What a DTensor cannot say is kept beside it on the
+module that owns the parameter (FSDP2 replaces the parameter object itself): how it is initialised,
+and whether its gradient is partial over the tp axis.
 
 [Note: partial gradients]
-With sequence parallelism a tp rank sees s/t of the positions. A replicated weight used there (a norm
-weight, the bias after a reduce-scatter, a position table) therefore gets a gradient summed over those
-positions only, and the true one is the sum over the tp axis. Sharded weights never need this.
+With sequence parallelism a tp rank sees s/t of the positions. A replicated weight used there (a
+norm weight, the bias after a reduce-scatter, a position table) therefore gets a gradient summed
+over those positions only, and the true one is the sum over the tp axis. Sharded weights never need
+this.
 """
 
 from collections.abc import Sequence
@@ -59,8 +60,8 @@ def declare_parameter(
 ) -> None:
     """Register `module.name`, cut along `tp_dim` over the tp axis (None: replicated).
 
-    The values are unset until `initialise_parameters`, and no memory is taken (meta device), so that
-    a model larger than a rank can be described before it is sharded.
+    The values are unset until `initialise_parameters`, and no memory is taken (meta device), so
+    that a model larger than a rank can be described before it is sharded.
     """
     local_shape = list(shape)
     placement: Placement = Replicate()

@@ -1,14 +1,15 @@
 """Randomness as a pure function: a mask is named, not drawn.
 
-Nothing here depends on the layout or on what was drawn before. A dropout mask is a function of (seed,
-step, layer, site, global sample index, global position, channel): the first five are hashed on the host
-into a 64-bit key per sample, the last two are a 32-bit counter, and a finaliser of two multiplications
-mixes counter and key. Every rank can therefore make just its part of a mask, and backward and
-recomputation make it again instead of storing it.
+Nothing here depends on the layout or on what was drawn before. A dropout mask is a function of
+(seed, step, layer, site, global sample index, global position, channel): the first five are hashed
+on the host into a 64-bit key per sample, the last two are a 32-bit counter, and a finaliser of two
+multiplications mixes counter and key. Every rank can therefore make just its part of a mask, and
+backward and recomputation make it again instead of storing it.
 """
 
 import struct
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import xxhash
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from parallel.mesh import Mesh
 
-# The multipliers of Wellons' hash-prospector search (lowbias32): two rounds of xorshift and multiply
-# in which every input bit flips every output bit with probability near one half.
+# The multipliers of Wellons' hash-prospector search (lowbias32): two rounds of xorshift and
+# multiply in which every input bit flips every output bit with probability near one half.
 _MULTIPLIER_1 = 0x7FEB352D
 _MULTIPLIER_2 = 0x846CA68B - (1 << 32)  # the same bits as a signed 32-bit integer
 
@@ -84,7 +85,7 @@ class _DropoutAdd(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, residual: Tensor | None, keys: Tensor, first_position: int, rate: float
+        ctx: Any, x: Tensor, residual: Tensor | None, keys: Tensor, first_position: int, rate: float
     ) -> Tensor:
         ctx.mask = (x.shape, first_position, rate, keys)
         y = (x * (1.0 / (1.0 - rate))).mul_(keep_mask(*ctx.mask))
@@ -92,13 +93,13 @@ class _DropoutAdd(torch.autograd.Function):
         return y if residual is None else y.add_(residual)
 
     @staticmethod
-    def backward(ctx, grad_y: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         rate = ctx.mask[2]
         grad_x = (grad_y * (1.0 / (1.0 - rate))).mul_(keep_mask(*ctx.mask))
         return grad_x, grad_y if ctx.has_residual else None, None, None, None
 
 
-def dropout_add(  # noqa: PLR0913 - the name of a mask has this many parts
+def dropout_add(
     x: Tensor,
     residual: Tensor | None,
     rate: float,

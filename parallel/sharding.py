@@ -1,20 +1,21 @@
 """Which part of a tensor a rank owns: the one table that weights, gradients and checkpoints read.
 
-A tensor is cut first along the tensor-parallel axis (by rows, by columns, or not at all), and what a
-tp rank has is then cut by rows along the data-parallel axis. Cuts are torch.chunk's: pieces of
-ceil(size / parts) rows, of which the last may be shorter. So a vocabulary of 603 rows over two ranks is
-302 + 301, and no row is ever padded.
+A tensor is cut first along the tensor-parallel axis (by rows, by columns, or not at all), and what
+a tp rank has is then cut by rows along the data-parallel axis. Cuts are torch.chunk's: pieces of
+ceil(size / parts) rows, of which the last may be shorter. So a vocabulary of 603 rows over two
+ranks is 302 + 301, and no row is ever padded.
 """
 
 from collections.abc import Sequence
 
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from parallel.mesh import Axis
 
 
 def shard_range(size: int, parts: int, index: int) -> tuple[int, int]:
-    """First row and one past the last row of piece `index` when `size` rows are cut into `parts`."""
+    """First row of piece `index`, and one past its last, when `size` rows are cut into `parts`."""
     chunk = -(-size // parts)
     return min(index * chunk, size), min((index + 1) * chunk, size)
 
@@ -34,7 +35,8 @@ def local_slices(
     return tuple(slice(start, stop) for start, stop in zip(starts, stops, strict=True))
 
 
-def tp_shard_dim(tensor: DTensor) -> int | None:
+def tp_shard_dim(tensor: Tensor) -> int | None:
     """The dim along which a parameter is cut over the tp axis, None if it is replicated."""
+    assert isinstance(tensor, DTensor), "parameters are made by declare_parameter"
     placement = tensor.placements[-1]  # tp is the last axis of the mesh
     return placement.dim if placement.is_shard() else None  # type: ignore[attr-defined]

@@ -1,9 +1,10 @@
 """Tests whose body every rank runs: `@distributed(layout, ...)`.
 
-One pool of worker processes per number of ranks lives for the whole session, because importing torch
-takes seconds. A test names the layouts it wants; the body runs on every rank with a `mesh` of that
-layout as its first argument. Rendezvous is a file, so no port can be taken. A test that hangs fails: the
-stacks of all ranks are shown, and the pool is replaced, as its collectives may be out of step.
+One pool of worker processes per number of ranks lives for the whole session, because importing
+torch takes seconds. A test names the layouts it wants; the body runs on every rank with a `mesh` of
+that layout as its first argument. Rendezvous is a file, so no port can be taken. A test that hangs
+fails: the stacks of all ranks are shown, and the pool is replaced, as its collectives may be out of
+step.
 """
 
 import atexit
@@ -59,7 +60,8 @@ def distributed(*layouts: Layout) -> Callable[[Callable[..., None]], Callable[..
 
         functools.update_wrapper(test, body)
         test.body = body  # type: ignore[attr-defined]
-        # pytest gives what the signature asks for: the body's own parameters, and a layout for mesh.
+        # pytest gives what the signature asks for: the body's own parameters, and a layout for
+        # mesh.
         signature = inspect.signature(body)
         named = ["layout", *(name for name in signature.parameters if name != "mesh")]
         test.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -71,7 +73,7 @@ def distributed(*layouts: Layout) -> Callable[[Callable[..., None]], Callable[..
 
 
 def run_on(layout: Layout, body: Callable[..., None], **parameters: Any) -> None:
-    """Run a module's function on every rank of a layout, a mesh first; fail the test if any rank fails."""
+    """Run a module's function on every rank of a layout, a mesh first; any rank's failure fails."""
     _pool(layout.tp * layout.dp).run(body.__module__, body.__qualname__, layout, parameters)
 
 
@@ -154,7 +156,8 @@ def _report(failures: dict[int, str]) -> str:
 
 
 def _work(rank: int, world_size: int, directory: str, pipe: Connection) -> None:
-    stack_file = Path(directory, f"stack{rank}").open("w")
+    # Open for life: the handler writes to it.
+    stack_file = Path(directory, f"stack{rank}").open("w")  # noqa: SIM115
     faulthandler.register(signal.SIGQUIT, file=stack_file, all_threads=True)
     torch.set_num_threads(1)
     dist.init_process_group(

@@ -1,7 +1,8 @@
 """The oracle: a dense GPT in plain torch, one process, no parallel code.
 
-Written from the equations. It takes its weights by the names of ours, so that loss and every gradient
-can be compared name by name; dropout masks come as a function, since a mask is a fact about the run.
+Written from the equations. It takes its weights by the names of ours, so that loss and every
+gradient can be compared name by name; dropout masks come as a function, since a mask is a fact
+about the run.
 """
 
 from collections.abc import Callable

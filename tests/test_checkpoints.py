@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+import checkpoints.save as save_module
 from checkpoints import (
     CheckpointError,
     find_checkpoint,
@@ -53,7 +54,7 @@ def assert_loads(mesh: Mesh, folder: Path, step: int) -> None:
 
 @distributed(*EVERY_LAYOUT)
 def test_save_then_load(mesh: Mesh, tmp_path: Path) -> None:
-    """The same layout gives every shard back; replicas are written once; nothing temporary stays."""
+    """The same layout gives every shard back; replicas are written once; no temporary stays."""
     directory = save(mesh, tmp_path, 3)
     assert_loads(mesh, tmp_path, 3)
     manifest = json.loads((directory / "manifest.json").read_text())
@@ -90,12 +91,14 @@ def test_newest_are_kept(mesh: Mesh, tmp_path: Path) -> None:
 
 
 def flip(path: Path) -> None:
+    """One bit in the middle."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
 
 
 def truncate(path: Path) -> None:
+    """The last byte is gone."""
     path.write_bytes(path.read_bytes()[:-1])
 
 
@@ -116,10 +119,8 @@ DAMAGES = {"flip": flip, "truncate": truncate, "remove": Path.unlink, "swap": sw
 
 @distributed(ONE_RANK, Layout(tp=2))
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_found_and_passed_over(
-    mesh: Mesh, tmp_path: Path, damage: str
-) -> None:
-    """Each file damaged in each way: the checkpoint before is used instead, and all damaged is an error."""
+def test_damage_is_found_and_passed_over(mesh: Mesh, tmp_path: Path, damage: str) -> None:
+    """Each file damaged in each way: the checkpoint before is used instead."""
     save(mesh, tmp_path, 1)
     newest = save(mesh, tmp_path, 2)
     names = sorted(path.name for path in newest.iterdir())
@@ -150,7 +151,7 @@ def test_all_damaged_is_an_error(mesh: Mesh, tmp_path: Path) -> None:
     if mesh.world.rank == 0:
         flip(directory / "rank_00000.safetensors")
     barrier(mesh)
-    with pytest.raises(CheckpointError, match="all 1 checkpoints in .* are damaged"):
+    with pytest.raises(CheckpointError, match=r"all 1 checkpoints in .* are damaged"):
         find_checkpoint(tmp_path, mesh)
 
 
@@ -165,22 +166,20 @@ def test_nothing_there(mesh: Mesh, tmp_path: Path) -> None:
 def test_a_rank_that_cannot_write_fails_the_save_on_all(mesh: Mesh, tmp_path: Path) -> None:
     """The error names the rank; what was there before still loads, and nothing temporary stays."""
     save(mesh, tmp_path, 1)
-    # Rank 1 finds a folder where its file should go: it cannot write, and its peer can.
-    import checkpoints.save as module
-
-    original = module.save_file
+    # Rank 1 finds its disk full, and its peer does not.
+    original = save_module.save_file
 
     def failing(tensors: Any, path: Path) -> None:
         if mesh.world.rank == 1:
             raise OSError(28, "No space left on device")
         original(tensors, path)
 
-    module.save_file = failing
+    save_module.save_file = failing
     try:
-        with pytest.raises(CheckpointError, match="rank 1 cannot write .*No space left"):
+        with pytest.raises(CheckpointError, match=r"rank 1 cannot write .*No space left"):
             save(mesh, tmp_path, 2)
     finally:
-        module.save_file = original
+        save_module.save_file = original
     barrier(mesh)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
     assert_loads(mesh, tmp_path, 1)
@@ -208,5 +207,7 @@ def test_another_model_is_refused(mesh: Mesh, tmp_path: Path) -> None:
         load_tensors(checkpoint, tensors, mesh)
     with pytest.raises(CheckpointError, match=r"lacks \['new'\]"):
         load_tensors(checkpoint, {**tensors, "rows": rows, "new": rows}, mesh)
-    with pytest.raises(CheckpointError, match=r"rows is float32 \[13, 6\], the model has .* \[5, 11\]"):
+    with pytest.raises(
+        CheckpointError, match=r"rows is float32 \[13, 6\], the model has .* \[5, 11\]"
+    ):
         load_tensors(checkpoint, {**tensors, "rows": tensors["columns"]}, mesh)

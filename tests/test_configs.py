@@ -236,3 +236,8 @@ def test_under_torchrun_an_error_is_printed_once_and_is_the_root_cause() -> None
     assert f"traceback : {message}\n" in root_cause
     assert "exitcode  : 2 " in root_cause
     assert done.stdout == ""
+
+
+def test_the_last_of_two_settings_counts() -> None:
+    """A script can add to a command line without knowing what is in it."""
+    assert parse_config(["config=gpt_debug", "run.seed=5", "run.seed=6"]).run.seed == 6

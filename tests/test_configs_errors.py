@@ -159,8 +159,6 @@ ARGUMENTS = [
         "train.train_steps has no '='; write train.train_steps=1000 or another value, without spaces or dashes",
     ),
     ("--train.train_steps=5", "--train.train_steps=5 has dashes; write train.train_steps=5"),
-    ("config=gpt_1b", "config is given twice, as gpt_debug and gpt_1b; remove one"),
-    ("run.seed=5 run.seed=6", "run.seed is given twice, as 5 and 6; remove one"),
     ("gpt_1b", "gpt_1b has no '='; write config=gpt_1b"),
     ("--config", "--config has no '='; write config=NAME.yaml, without spaces or dashes"),
     ("-v", "-v has no '='; write section.key=value, without spaces or dashes (all keys: --help)"),

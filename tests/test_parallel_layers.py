@@ -40,7 +40,9 @@ def fill(layer: nn.Module, mesh: Mesh) -> dict[str, Tensor]:
     for number, (name, parameter) in enumerate(layer.named_parameters()):
         dense[name] = seeded(1000 + number, *parameter.shape).requires_grad_()
         with torch.no_grad():
-            parameter.to_local().copy_(shard_of(dense[name].detach(), tp_shard_dim(parameter), mesh))
+            parameter.to_local().copy_(
+                shard_of(dense[name].detach(), tp_shard_dim(parameter), mesh)
+            )
     return dense
 
 
@@ -170,7 +172,7 @@ def test_loss_equals_dense(mesh: Mesh, vocab_size: int, scale: float) -> None:
 
 @distributed(*LAYOUTS)
 def test_logits_equal_dense(mesh: Mesh) -> None:
-    """The gather is before the head, and its backward sums what every vocabulary shard says of x."""
+    """The gather is before the head; its backward sums what every vocabulary shard says of x."""
     table_dense = seeded(1, 23, H).requires_grad_()
     table = shard_of(table_dense.detach(), 0, mesh).clone().requires_grad_()
     x_dense = seeded(2, S, B, H).requires_grad_()

@@ -9,6 +9,7 @@ from parallel import (
     Mesh,
     Normal,
     declare_parameter,
+    fold_seed,
     initialise_parameters,
     local_slices,
     shard_range,
@@ -29,9 +30,7 @@ def test_shard_range_is_torch_chunk(size: int, parts: int) -> None:
 
 @distributed(*EVERY_LAYOUT)
 @pytest.mark.parametrize(("shape", "tp_dim"), [((13, 6), 0), ((5, 11), 1), ((7,), None), ((9,), 0)])
-def test_slices_are_what_fsdp_keeps(
-    mesh: Mesh, shape: tuple[int, ...], tp_dim: int | None
-) -> None:
+def test_slices_are_what_fsdp_keeps(mesh: Mesh, shape: tuple[int, ...], tp_dim: int | None) -> None:
     """After FSDP2 a rank's shard is the slice that our table names, uneven shapes included."""
     layer = nn.Module()
     declare_parameter(layer, "weight", shape, mesh, init=Normal(1.0), tp_dim=tp_dim)
@@ -56,8 +55,6 @@ def test_initial_weights_do_not_depend_on_the_layout(mesh: Mesh) -> None:
     fully_shard(layer, mesh=mesh.device_mesh["dp"])
     layer.to_empty(device="cpu")
     initialise_parameters(layer, 1234, mesh)
-    from parallel import fold_seed
-
     generator = torch.Generator().manual_seed(fold_seed(1234, "weight"))
     expected = torch.empty(6, 4).normal_(0.0, 0.5, generator=generator)
     assert torch.equal(layer.weight.full_tensor(), expected)

@@ -1,7 +1,7 @@
 """A run: the same losses on every layout, and none of them lost.
 
-The layouts are compared inside the pool of workers; what a person does (start, kill, Ctrl-C, resume) goes
-through the real command line.
+The layouts are compared inside the pool of workers; what a person does (start, kill, Ctrl-C,
+resume) goes through the real command line.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from tests.distributed import ONE_RANK, Layout, run_on
 from train import train
 
 REPOSITORY = Path(__file__).parent.parent
-WORDS = "def return self import class for while if else None True print value index name".split()
+WORDS = ["def", "return", "self", "import", "class", "for", "while", "if", "else", "None", "True"]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,11 @@ def rows(directory: Path, name: str = "test") -> list[dict[str, Any]]:
     """What metrics.jsonl says, without what depends on the clock."""
     lines = (directory / name / "metrics.jsonl").read_text().splitlines()
     return [
-        {key: value for key, value in json.loads(line).items() if not key.startswith(("speed", "mem"))}
+        {
+            key: value
+            for key, value in json.loads(line).items()
+            if not key.startswith(("speed", "mem"))
+        }
         for line in lines
     ]
 
@@ -95,9 +99,7 @@ def train_on(layout: Layout, arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize("mode", ["pack", "pad"])
-def test_every_layout_gives_the_same_losses(
-    corpus: Path, tmp_path: Path, mode: str
-) -> None:
+def test_every_layout_gives_the_same_losses(corpus: Path, tmp_path: Path, mode: str) -> None:
     """Float32, dropout, rows and vocabulary that no layout divides: within 2e-6 over six steps."""
     layouts = {
         ONE_RANK: 4,
@@ -123,7 +125,11 @@ def test_every_layout_gives_the_same_losses(
             # A gradient norm is a sum of squares of differences: an order looser.
             for key, value in row.items():
                 tolerance = 2e-5 if key == "train/grad_norm" else 2e-6
-                assert value == pytest.approx(expected[key], rel=tolerance), (layout, row["step"], key)
+                assert value == pytest.approx(expected[key], rel=tolerance), (
+                    layout,
+                    row["step"],
+                    key,
+                )
 
 
 @pytest.mark.parametrize("gradient_sync", ["step", "micro_batch"])
@@ -259,7 +265,7 @@ def unbroken(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dic
 def test_kill_9_loses_nothing(
     corpus: Path, tmp_path: Path, unbroken: list[dict[str, Any]], victim: str
 ) -> None:
-    """Killed in the middle and started again: every loss is bit for bit that of the unbroken run."""
+    """Killed in the middle and started again: every loss is the unbroken run's, to the bit."""
     arguments = settings(corpus, tmp_path, *LONG)
     process = start(2, arguments)
     wait_for(lambda: steps_done(tmp_path) >= 12, process)
@@ -281,7 +287,7 @@ def test_kill_9_loses_nothing(
 def test_a_signal_saves_and_the_run_goes_on(
     corpus: Path, tmp_path: Path, number: signal.Signals, ranks: int
 ) -> None:
-    """Ctrl-C or SIGTERM: all ranks save the same step, say how to resume, and exit.json has the code."""
+    """Ctrl-C or SIGTERM: all ranks save the same step, and the run says how to resume."""
     arguments = settings(corpus, tmp_path, *LONG, "checkpoint.save_interval=0")
     process = start(ranks, arguments)
     wait_for(lambda: steps_done(tmp_path) >= 3, process)
@@ -298,14 +304,20 @@ def test_a_signal_saves_and_the_run_goes_on(
 
 
 def test_the_run_folder_holds_what_it_should(corpus: Path, tmp_path: Path) -> None:
-    """Every file of the contract, no pickle, no absolute path; finished again says so and exits 0."""
+    """Every file of the contract, no pickle; finished again says so; a moved folder goes on."""
     arguments = settings(corpus, tmp_path, "logging.wandb=offline")
     finish(start(1, arguments))
     folder = tmp_path / "test"
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        ".lock", "checkpoints", "config.yaml", "exit.json", "metrics.jsonl", "tokenizer.model", "wandb",
-    }  # fmt: skip
+        ".lock",
+        "checkpoints",
+        "config.yaml",
+        "exit.json",
+        "metrics.jsonl",
+        "tokenizer.model",
+        "wandb",
+    }
     assert json.loads((folder / "exit.json").read_text())["code"] == 0
     for path in folder.rglob("*"):
         if path.is_file() and "wandb" not in path.parts:
@@ -318,7 +330,7 @@ def test_the_run_folder_holds_what_it_should(corpus: Path, tmp_path: Path) -> No
 
 
 def test_what_may_not_change_is_refused(corpus: Path, tmp_path: Path) -> None:
-    """A resume with another model, seed, data or global batch names the keys and changes nothing."""
+    """A resume with another model, seed or global batch names the keys and changes nothing."""
     finish(start(1, settings(corpus, tmp_path)))
     before = (tmp_path / "test" / "metrics.jsonl").read_bytes()
     changes = ("model.num_layers=3", "train.global_batch_size=4", "run.seed=5")
@@ -330,7 +342,7 @@ def test_what_may_not_change_is_refused(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_must_never_and_in_use(corpus: Path, tmp_path: Path) -> None:
-    """`must` without a checkpoint is an error; a second writer is refused; `never` loses nothing."""
+    """`must` with nothing there is an error; a second writer is refused; `never` loses nothing."""
     arguments = settings(corpus, tmp_path, "train.train_steps=400", "evaluate.interval=0")
     output = finish(start(1, [*arguments, "run.resume=must"]), expected=2)
     assert "run.resume=must, but there is no checkpoint in" in output
