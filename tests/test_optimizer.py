@@ -1,0 +1,87 @@
+"""The learning rate against numbers worked out by hand, AdamW against torch's on dense weights."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from configs import Config, OptimizerConfig, TrainConfig
+from optimizer import apply_update, build_optimizer, learning_rate, training_tensors
+from parallel import Mesh, Normal, declare_parameter, initialise_parameters, local_slices
+from parallel import tp_shard_dim as cut_dim
+from tests.distributed import EVERY_LAYOUT, distributed
+
+BASE = OptimizerConfig(lr=1.0, min_lr=0.1, lr_warmup_steps=4)
+
+
+def rates(style: str, steps: int = 14, **changes: object) -> list[float]:
+    optimizer = dataclasses.replace(BASE, lr_decay_style=style, **changes)  # type: ignore[arg-type]
+    config = Config(optimizer=optimizer, train=TrainConfig(train_steps=steps))
+    return [learning_rate(step, config) for step in range(steps)]
+
+
+@pytest.mark.parametrize("style", ["constant", "linear", "cosine", "WSD"])
+def test_warm_up_ends_at_the_peak(style: str) -> None:
+    """A quarter, a half, three quarters, all; the first update already moves."""
+    assert rates(style)[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+
+
+@pytest.mark.parametrize("style", ["linear", "cosine", "WSD"])
+def test_the_last_update_has_the_least_rate(style: str) -> None:
+    """The decay is over when training is."""
+    assert rates(style)[-1] == pytest.approx(0.1)
+
+
+def test_decays_in_between() -> None:
+    """Nine updates from the peak at step 4 to the least at step 13."""
+    assert rates("constant")[4:] == [1.0] * 10
+    assert rates("linear")[4:] == pytest.approx([1 - 0.1 * n for n in range(10)])
+    assert rates("cosine")[7] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 3)))
+    assert rates("WSD", lr_wsd_decay_steps=3)[9:] == pytest.approx([1, 1, 0.7, 0.4, 0.1])
+
+
+def test_warm_up_may_be_longer_than_the_run() -> None:
+    """A short try of a long configuration never leaves the warm-up."""
+    assert rates("cosine", steps=2, lr_warmup_steps=10) == pytest.approx([0.1, 0.2])
+
+
+@distributed(*EVERY_LAYOUT)
+def test_updates_equal_adamw_on_dense_weights(mesh: Mesh) -> None:
+    """Three updates of a matrix (decayed) and a vector (not) from given gradients."""
+    module, shapes = nn.Module(), {"matrix": (13, 6), "vector": (9,)}
+    for name, shape in shapes.items():
+        declare_parameter(module, name, shape, mesh, init=Normal(1.0), tp_dim=0)
+    fully_shard(module, mesh=mesh.device_mesh["dp"])
+    module.to_empty(device="cpu")
+    initialise_parameters(module, 1, mesh)
+    config = OptimizerConfig(weight_decay=0.1)
+    optimizer = build_optimizer(module, config)
+    dense = {name: nn.Parameter(p.full_tensor()) for name, p in module.named_parameters()}
+    reference = torch.optim.AdamW(
+        [
+            {"params": [dense["matrix"]], "weight_decay": 0.1},
+            {"params": [dense["vector"]], "weight_decay": 0.0},
+        ],
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_eps,
+    )
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        for name, parameter in module.named_parameters():
+            dense[name].grad = torch.randn(parameter.shape, generator=generator)
+            mine = local_slices(parameter.shape, cut_dim(parameter), mesh.tp, mesh.dp)
+            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad.to_local().copy_(dense[name].grad[mine])
+        apply_update(optimizer, lr=0.01)
+        for group in reference.param_groups:
+            group["lr"] = 0.01
+        reference.step()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is None
+        torch.testing.assert_close(parameter.full_tensor(), dense[name].data, rtol=1e-5, atol=1e-6)
+    assert set(training_tensors(module, optimizer)) == {
+        f"{kind}.{name}" for kind in ("parameters", "exp_avg", "exp_avg_sq") for name in shapes
+    }
