@@ -52,6 +52,7 @@ def train(config: Config, mesh: Mesh, folder: RunFolder, signals: StopSignals) -
         return 0
 
     documents = held_out(run)
+    evaluation_interval = config.evaluate.interval if documents.num_targets else 0
     stop: signal.Signals | None = None
     saved_step = state.step
     with RunLog(run, state) as log, loader(run, state) as batches:
@@ -60,7 +61,7 @@ def train(config: Config, mesh: Mesh, folder: RunFolder, signals: StopSignals) -
             result = train_step(run, state, batches)
             state = state.advance(result.num_targets, config.train.global_batch_size)
             log.step(state, result)
-            if documents.num_targets and due(state.step, config.evaluate.interval, last):
+            if due(state.step, evaluation_interval, at_end=config.train.train_steps):
                 log.evaluation(state, evaluate(run, state, documents))
             if due(state.step, config.checkpoint.save_interval):
                 save(run, state)
@@ -137,9 +138,9 @@ def train_step(run: Run, state: RunState, batches: BatchLoader) -> StepResult:
     )
 
 
-def due(step: int, interval: int, last: int | None = None) -> bool:
-    """Whether something that is done every `interval` steps (0: never), and at `last`, is due."""
-    return interval > 0 and (step % interval == 0 or step == last)
+def due(step: int, interval: int, at_end: int | None = None) -> bool:
+    """Whether what is done every `interval` steps (0: never), and at the end, is due."""
+    return interval > 0 and (step % interval == 0 or step == at_end)
 
 
 def report_end(

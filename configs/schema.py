@@ -111,7 +111,7 @@ class EvaluateConfig:
     interval: int = 250  # steps between evaluations; there is one at the end too; 0: none at all
     max_sequences: int = 128  # rows of held-out text at most; whole documents are taken
     sample_tokens: int = 128  # tokens of text written at each evaluation; 0: no sample
-    sample_prompt: str = "def"  # without a space after it: pieces begin with their space
+    sample_prompt: str = "def __init__(self"  # no space at its end: pieces begin with theirs
     sample_temperature: float = 0.7  # 0: always the likeliest token
 
 

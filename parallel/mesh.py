@@ -58,7 +58,9 @@ def init_mesh(tensor_model_parallel_size: int, sequence_parallel: bool) -> Mesh:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     backend = "nccl" if use_cuda else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group(
+            backend, timeout=COLLECTIVE_TIMEOUT, device_id=device if use_cuda else None
+        )
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)

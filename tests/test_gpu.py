@@ -1,0 +1,52 @@
+"""What only a GPU can show: `make test-gpu`. Skipped without one."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from parallel import DropoutStream
+from parallel.randomness import keep_mask
+from tests.test_train import corpus, finish, rows, settings, start  # noqa: F401 - a fixture
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def test_masks_are_those_of_the_processor() -> None:
+    """The hash is integer arithmetic: the same bits on every device."""
+    stream, shape = DropoutStream(1, 2, (3, 4)), torch.Size((64, 2, 96))
+    masks = [
+        keep_mask(shape, 7, 0.1, stream.keys(0, 1, torch.device(device))).cpu()
+        for device in ("cpu", "cuda")
+    ]
+    assert torch.equal(*masks)
+
+
+def test_float32_losses_are_those_of_the_processor(
+    corpus: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Six steps with dropout: the same weights, masks and samples; sums in another order."""
+    curves = {}
+    for name, visible in (("gpu", os.environ.get("CUDA_VISIBLE_DEVICES", "0")), ("cpu", "")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        finish(start(1, settings(corpus, tmp_path, f"run.name={name}")))
+        curves[name] = [row["train/loss"] for row in rows(tmp_path, name) if "train/loss" in row]
+    assert curves["gpu"] == pytest.approx(curves["cpu"], rel=1e-4)
+
+
+def test_bf16_trains_and_resumes(corpus: Path, tmp_path: Path) -> None:  # noqa: F811
+    """The loss falls; stopped and resumed, with recomputation, the run goes on where it was."""
+    arguments = settings(
+        corpus, tmp_path, "train.precision=bf16", "parallel.recompute_granularity=full"
+    )
+    finish(start(1, [*arguments, "run.stop_at_step=3"]))
+    finish(start(1, arguments))
+    curve = rows(tmp_path)
+    assert [row["step"] for row in curve] == [1, 2, 3, 3, 4, 5, 6, 6]
+    assert curve[-2]["train/loss"] < 0.95 * curve[0]["train/loss"]
