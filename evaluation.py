@@ -1,6 +1,7 @@
 """How good the model is on held-out text, and what it writes."""
 
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from data import EvaluationSet, evaluation_batches
 from model import generate
 from parallel import fold_seed, free_gathered_weights, sum_over
 from run_state import Run, RunState
+from stopping import NonFiniteError
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,8 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
-        return math.exp(self.loss)
+        """exp(loss), infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < math.log(sys.float_info.max) else math.inf
 
 
 def held_out(run: Run) -> EvaluationSet:
@@ -47,6 +49,8 @@ def evaluate(run: Run, state: RunState, documents: EvaluationSet) -> Evaluation:
     for batch in documents.batches:
         nats += run.model(*(x.to(device) for x in (batch.tokens, batch.positions, batch.targets)))
     total = sum_over(run.mesh.dp, nats).item()
+    if not math.isfinite(total):
+        raise NonFiniteError(state.step, f"the loss on held-out text is {total}")
     sample = write_sample(run, state)
     free_gathered_weights(run.model)
     return Evaluation(

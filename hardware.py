@@ -7,14 +7,14 @@ import torch
 
 # Dense matrix products per second, in operations, from the makers' data sheets (bf16, no sparsity).
 _DATA_SHEET_BF16 = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12}
-_SIZE, _REPEATS = 1024, 5
+_REPEATS = 5
 
 
 def peak_flops_per_second(device: torch.device, precision: str) -> float:
     """The rate that MFU is a fraction of.
 
     In bf16 on a known GPU the data sheet's. Elsewhere, on a processor too, the best measured rate
-    of a product of two 1024 x 1024 matrices, by this rank with its threads, while its peers do the
+    of a product of two square matrices, by this rank with its threads, while its peers do the
     same.
     """
     if device.type == "cuda" and precision == "bf16":
@@ -23,9 +23,10 @@ def peak_flops_per_second(device: torch.device, precision: str) -> float:
             if part in name:
                 return rate
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a = torch.ones(_SIZE, _SIZE, dtype=dtype, device=device)
+    size = 1024 if device.type == "cpu" else 8192  # a GPU would time its launch
+    a = torch.ones(size, size, dtype=dtype, device=device)
     best_s = min(_seconds_of_product(a) for _ in range(_REPEATS))
-    return 2 * _SIZE**3 / best_s
+    return 2 * size**3 / best_s
 
 
 def _seconds_of_product(a: torch.Tensor) -> float:

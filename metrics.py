@@ -105,7 +105,6 @@ class RunLog:
         """One evaluation, and its sample."""
         row = {
             "step": state.step,
-            "tokens": state.tokens,
             "eval/loss": evaluation.loss,
             "eval/perplexity": evaluation.perplexity,
             "eval/bits_per_byte": evaluation.bits_per_byte,

@@ -12,7 +12,6 @@ import fcntl
 import json
 import os
 import shlex
-import shutil
 import socket
 import sys
 import time
@@ -25,6 +24,7 @@ from typing import IO
 from checkpoints import sweep_leftovers
 from configs import EXIT_BEFORE_TRAINING, Config, to_yaml
 from parallel import Mesh, gather_json
+from stopping import EXIT_NON_FINITE, NonFiniteError
 
 _PREVIOUS = "previous_"
 _WAIT_FOR_RUNNING_S, _WAIT_FOR_ENDING_S = 5.0, 30.0
@@ -43,6 +43,17 @@ def mendable(*kinds: type[Exception]) -> Iterator[None]:
         raise StartError(str(error)) from error
 
 
+def require_same_on_all_ranks(mesh: Mesh, value: str, what: str) -> None:
+    """Raise StartError on every rank if ranks differ: hosts may have other files or Pythons."""
+    values = gather_json(mesh, value)
+    if len(set(values)) > 1:
+        others = [rank for rank, other in enumerate(values) if other != values[0]]
+        raise StartError(
+            f"{what} of ranks {others} differs from that of rank 0; give all hosts the same "
+            "files, and for data.source=python_stdlib the same Python"
+        )
+
+
 class RunFolder:
     """`runs/<run.name>`, locked from the moment this is entered."""
 
@@ -52,7 +63,9 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.tokenizer = self.path / "tokenizer.model"
+        self.step: int | None = None  # finished updates, for exit.json
         self._config, self._mesh = config, mesh
+        self._since = time.strftime("%Y-%m-%d %H:%M:%S")
         self._is_writer = mesh.world.rank == 0
         self._lock: IO[str] | None = None
 
@@ -78,11 +91,13 @@ class RunFolder:
         traceback: TracebackType | None,
     ) -> None:
         if isinstance(error, StartError):
-            self.write_exit(EXIT_BEFORE_TRAINING, str(error), step=None)
+            self.write_exit(EXIT_BEFORE_TRAINING, str(error))
+        elif isinstance(error, NonFiniteError):
+            self.write_exit(EXIT_NON_FINITE, str(error))
         elif isinstance(error, SystemExit):
-            self.write_exit(int(error.code or 0), "stopped before the first step", step=None)
+            self.write_exit(int(error.code or 0), "stopped before the first step")
         elif error is not None:
-            self.write_exit(1, f"{type(error).__name__}: {error}", step=None)
+            self.write_exit(1, f"{type(error).__name__}: {error}")
         if self._lock is not None:
             self._lock.close()
 
@@ -91,11 +106,10 @@ class RunFolder:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._lock = self._acquire()
         self.announce(ending=False)
-        (self.path / "exit.json").unlink(missing_ok=True)
         if self._config.run.resume == "never":
             self._set_aside()
+        (self.path / "exit.json").unlink(missing_ok=True)
         sweep_leftovers(self.checkpoints)
-        _write(self.path / "config.yaml", to_yaml(self._config))
 
     def _acquire(self) -> IO[str]:
         lock = (self.path / ".lock").open("a+")
@@ -125,7 +139,7 @@ class RunFolder:
         holder = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "since": self._since,
             "ending": ending,
         }
         self._lock.seek(0)
@@ -151,32 +165,43 @@ class RunFolder:
             path.rename(previous / path.name)
         self.checkpoints.mkdir()
 
-    def keep_tokenizer(self, path: Path) -> None:
-        """Copy the tokenizer into the folder, which must stand on its own."""
-        if self._is_writer and not self.tokenizer.exists():
-            temporary = self.tokenizer.with_suffix(".tmp")
-            shutil.copyfile(path, temporary)
-            temporary.rename(self.tokenizer)
+    def describe(self, tokenizer: Path) -> None:
+        """Leave the configuration and the tokenizer of the run that now begins or goes on."""
+        if self._is_writer:
+            _write(self.path / "config.yaml", to_yaml(self._config).encode())
+            _write(self.tokenizer, tokenizer.read_bytes())
 
-    def write_exit(self, code: int, reason: str, step: int | None) -> None:
+    def write_exit(self, code: int, reason: str) -> None:
         """Leave exit.json: torchrun turns every code but 0 into 1, this file keeps it."""
         if self._is_writer:
-            report = {"code": code, "reason": reason, "step": step, "resume": resume_command()}
-            _write(self.path / "exit.json", json.dumps(report, indent=1) + "\n")
+            report = {
+                "code": code,
+                "reason": reason,
+                "step": self.step,
+                "resume": self.resume_command(),
+            }
+            _write(self.path / "exit.json", (json.dumps(report, indent=1) + "\n").encode())
+
+    def resume_command(self) -> str:
+        """The command line that goes on with this run."""
+        arguments = [arg for arg in sys.argv if not arg.startswith("run.resume=")]
+        if self.step == self._config.run.stop_at_step:
+            arguments = [arg for arg in arguments if not arg.startswith("run.stop_at_step=")]
+        if self._config.run.resume == "never":
+            arguments.append("run.resume=auto")
+        return f"{_launcher()} {shlex.join(arguments)}"
 
 
-def resume_command() -> str:
-    """The command line that goes on with this run."""
-    program = shlex.join(arg for arg in sys.argv if not arg.startswith("run.resume="))
+def _launcher() -> str:
     ranks_here = os.environ.get("LOCAL_WORLD_SIZE")
     if ranks_here is None:
-        return f"python {program}"
+        return "python"
     nodes = int(os.environ["WORLD_SIZE"]) // int(ranks_here)
     several = f"--nnodes {nodes} " if nodes > 1 else ""
-    return f"torchrun {several}--nproc-per-node {ranks_here} {program}"
+    return f"torchrun {several}--nproc-per-node {ranks_here}"
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
+    temporary.write_bytes(content)
     temporary.rename(path)

@@ -10,15 +10,27 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
 
 import torch
 
 from parallel import Mesh, sum_over
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+EXIT_NON_FINITE = 5
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _SECOND_SIGNAL_AFTER_S = 1.0
 _PR_SET_PDEATHSIG = 1
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or gradient norm that is not a finite number, found by all ranks at once."""
+
+    def __init__(self, step: int, what: str) -> None:
+        super().__init__(
+            f"step {step}: {what}; the run has ended without saving; resume from the last "
+            "checkpoint with a smaller optimizer.lr"
+        )
 
 
 class StopSignals:
@@ -31,14 +43,17 @@ class StopSignals:
         self.received: signal.Signals | None = None
         self._received_at = 0.0
         self._training = False
+        self._on_stop: Callable[[], None] = lambda: None
         for number in _SIGNALS:
-            signal.signal(number, self._handle)
+            # nohup has a run ignore SIGHUP, and means it.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._handle)
         if "TORCHELASTIC_RUN_ID" in os.environ:
             _ask_for_a_signal_when_the_launcher_dies()
 
-    def training(self) -> None:
-        """From here on, a signal asks for a save at the next step boundary."""
-        self._training = True
+    def training(self, on_stop: Callable[[], None]) -> None:
+        """From here on, a signal asks for a save at the next step boundary, and calls `on_stop`."""
+        self._training, self._on_stop = True, on_stop
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self._training:
@@ -46,6 +61,7 @@ class StopSignals:
         now = time.monotonic()
         if self.received is None:
             self.received, self._received_at = signal.Signals(number), now
+            self._on_stop()
         elif now - self._received_at >= _SECOND_SIGNAL_AFTER_S:
             os._exit(128 + number)
 
@@ -64,6 +80,7 @@ def _ask_for_a_signal_when_the_launcher_dies() -> None:
     """Have the kernel send SIGTERM if torchrun is killed, so that no orphan trains on (Linux)."""
     if sys.platform != "linux":
         return
+    launcher = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() == 1:  # it died before we asked
+    if os.getppid() != launcher:  # it died before we asked
         sys.exit(128 + signal.SIGTERM)

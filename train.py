@@ -4,6 +4,7 @@ The story of a run. What a step does is in `train_step`; where the ranks talk is
 """
 
 import logging
+import math
 import signal
 import sys
 import time
@@ -33,9 +34,9 @@ from parallel import (
     sum_over,
     sum_partial_gradients,
 )
-from run_folder import RunFolder, StartError, mendable, resume_command
+from run_folder import RunFolder, StartError, mendable, require_same_on_all_ranks
 from run_state import Run, RunState, resume, save
-from stopping import StopSignals
+from stopping import EXIT_NON_FINITE, NonFiniteError, StopSignals
 
 logger = logging.getLogger("microtron")
 
@@ -44,22 +45,21 @@ def train(config: Config, mesh: Mesh, folder: RunFolder, signals: StopSignals) -
     """Train from the newest checkpoint, or the start, to the last step; returns the exit code."""
     run, state = start(config, mesh, folder)
     last, started_from = last_step(config), state.step
+    folder.step = state.step
     if state.step >= last:
-        logger.info(
-            "run %s is finished: it has done %d of %d steps", config.run.name, state.step, last
-        )
-        folder.write_exit(0, "finished before", state.step)
-        return 0
+        return report_end(config, folder, state, started_from, None)
 
+    folder.describe(run.corpus.tokenizer_path)
     documents = held_out(run)
     evaluation_interval = config.evaluate.interval if documents.num_targets else 0
     stop: signal.Signals | None = None
     saved_step = state.step
     with RunLog(run, state) as log, loader(run, state) as batches:
-        signals.training()
+        signals.training(on_stop=lambda: folder.announce(ending=True))
         while state.step < last and not (stop := signals.agreed(mesh)):
             result = train_step(run, state, batches)
             state = state.advance(result.num_targets, config.train.global_batch_size)
+            folder.step = state.step
             log.step(state, result)
             if due(state.step, evaluation_interval, at_end=config.train.train_steps):
                 log.evaluation(state, evaluate(run, state, documents))
@@ -76,7 +76,7 @@ def start(config: Config, mesh: Mesh, folder: RunFolder) -> tuple[Run, RunState]
     """Prepare text, model and optimizer, and take up the run where it was left."""
     with mendable(ValueError, OSError):
         corpus = prepare_corpus(config.data, config.model.seq_length, mesh.local_rank)
-    folder.keep_tokenizer(corpus.tokenizer_path)
+        require_same_on_all_ranks(mesh, corpus.fingerprint, "the tokenized text")
     model = build_model(config, mesh)
     optimizer = build_optimizer(model, config.optimizer)
     run = Run(config, mesh, folder, corpus, model, optimizer)
@@ -87,19 +87,20 @@ def start(config: Config, mesh: Mesh, folder: RunFolder) -> tuple[Run, RunState]
 def loader(run: Run, state: RunState) -> BatchLoader:
     """This rank's batches from the state on."""
     config, mesh = run.config, run.mesh
-    return BatchLoader(
-        run.corpus,
-        seed=config.run.seed,
-        seq_length=config.model.seq_length,
-        sequence_mode=config.data.sequence_mode,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        consumed_samples=state.consumed_samples,
-        dp_rank=mesh.dp.rank,
-        dp_size=mesh.dp.size,
-        tp_size=mesh.tp.size,
-        device_is_cuda=mesh.device.type == "cuda",
-    )
+    with mendable(ValueError):
+        return BatchLoader(
+            run.corpus,
+            seed=config.run.seed,
+            seq_length=config.model.seq_length,
+            sequence_mode=config.data.sequence_mode,
+            global_batch_size=config.train.global_batch_size,
+            micro_batch_size=config.train.micro_batch_size,
+            consumed_samples=state.consumed_samples,
+            dp_rank=mesh.dp.rank,
+            dp_size=mesh.dp.size,
+            tp_size=mesh.tp.size,
+            device_is_cuda=mesh.device.type == "cuda",
+        )
 
 
 def train_step(run: Run, state: RunState, batches: BatchLoader) -> StepResult:
@@ -125,13 +126,17 @@ def train_step(run: Run, state: RunState, batches: BatchLoader) -> StepResult:
         (loss / num_targets).backward()
         loss_sum += loss.detach()
     sum_partial_gradients(model, mesh)
-    grad_norm = clip_gradients(model, config.optimizer.clip_grad, mesh)
+    grad_norm = clip_gradients(model, config.optimizer.clip_grad, mesh).item()
+    mean_loss = (sum_over(mesh.dp, loss_sum) / num_targets).item()
+    if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
+        # Both are the same on every rank, so all leave together, before any weight has changed.
+        what = f"the loss is {mean_loss}, the gradient norm {grad_norm}"
+        raise NonFiniteError(state.step + 1, what)
     rate = learning_rate(state.step, config)
     apply_update(run.optimizer, rate)
-    mean_loss = (sum_over(mesh.dp, loss_sum) / num_targets).item()
     return StepResult(
         loss=mean_loss,
-        grad_norm=grad_norm.item(),
+        grad_norm=grad_norm,
         learning_rate=rate,
         num_targets=int(num_targets),
         elapsed_s=time.perf_counter() - started_at,
@@ -151,17 +156,24 @@ def report_end(
     stop: signal.Signals | None,
 ) -> int:
     """Say how the run ended, on the console and in exit.json; returns the exit code."""
-    steps = f"{state.step - started_from} steps from step {started_from} on"
     if stop is not None:
-        logger.info(
-            "%s: stopped at step %d; resume with\n  %s", stop.name, state.step, resume_command()
-        )
-        folder.write_exit(128 + stop, f"stopped by {stop.name}", state.step)
-        return 128 + stop
-    done = state.step == config.train.train_steps
-    logger.info("%s at step %d: %s", "finished" if done else "stopped", state.step, steps)
-    folder.write_exit(0, "finished" if done else "run.stop_at_step", state.step)
-    return 0
+        reason, code = f"stopped by {stop.name}", 128 + stop
+    elif state.step >= config.train.train_steps:
+        reason, code = "finished", 0
+    else:
+        reason, code = f"reached run.stop_at_step={config.run.stop_at_step}", 0
+    folder.write_exit(code, reason)
+    logger.info(
+        "run %s %s: step %d of %d, %d of them now",
+        config.run.name,
+        f"is {reason}" if reason == "finished" else reason,
+        state.step,
+        config.train.train_steps,
+        state.step - started_from,
+    )
+    if reason != "finished":
+        logger.info("resume with\n  %s", folder.resume_command())
+    return code
 
 
 @record
@@ -172,11 +184,14 @@ def main(config: Config) -> int:
     set_up_logging(mesh)
     try:
         with RunFolder(config, mesh) as folder:
-            return train(config, mesh, folder, signals)
+            code = train(config, mesh, folder, signals)
     except StartError as error:
         exit_with_error(str(error))
-    finally:
-        close_mesh()
+    except NonFiniteError as error:
+        exit_with_error(str(error), EXIT_NON_FINITE)
+    # Only here: with an error under way, a peer may be in a collective, and leaving waits for it.
+    close_mesh()
+    return code
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from configs import LoggingConfig
 
 logger = logging.getLogger("microtron")
 
-_INIT_TIMEOUT_S = 20
+_TIMEOUT_S = 20
 Mode = Literal["online", "offline"]
 
 
@@ -26,8 +26,10 @@ class WandbView:
         if config.wandb == "disabled":
             return
         mode: Mode = "offline" if config.wandb == "offline" else "online"
-        if config.wandb == "auto" and not _has_key():
-            mode = "offline"
+        if mode == "online" and not _has_key():
+            mode = "offline"  # logging in would ask, and nobody may be there to answer
+            if config.wandb == "online":
+                logger.warning("wandb: no API key; logging offline, `wandb sync` sends it later")
         self._attempt(lambda: self._open(config, directory, wandb_id, values, mode))
         if self._run is None and mode == "online":
             logger.warning("wandb: going on offline; `wandb sync` sends it later")
@@ -44,7 +46,9 @@ class WandbView:
         import wandb  # noqa: PLC0415 - half a second that `wandb=disabled` need not pay
 
         settings = wandb.Settings(
-            init_timeout=_INIT_TIMEOUT_S,
+            init_timeout=_TIMEOUT_S,
+            login_timeout=_TIMEOUT_S,
+            finish_timeout=_TIMEOUT_S,
             # Nothing of the machine or the command line leaves it: arguments may hold secrets.
             x_disable_meta=True,
             disable_git=True,

@@ -13,7 +13,13 @@ import torch
 from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 
-from checkpoints.manifest import Checkpoint, CheckpointError, read_manifest, verify_file
+from checkpoints.manifest import (
+    Checkpoint,
+    CheckpointError,
+    checkpoint_directories,
+    read_manifest,
+    verify_file,
+)
 from parallel import Mesh, gather_json, local_slices, tp_shard_dim
 
 logger = logging.getLogger("microtron")
@@ -27,7 +33,7 @@ def find_checkpoint(folder: Path, mesh: Mesh) -> Checkpoint | None:
     starting from scratch is for a person to decide.
     """
     # All ranks must look at the same list, also if one sees a directory appear later.
-    listed = [path.name for path in sorted(folder.glob("step_*"), reverse=True)]
+    listed = [path.name for path in reversed(checkpoint_directories(folder))]
     names = gather_json(mesh, listed)[0]
     for name in names:
         problems = [found for found in gather_json(mesh, _problem(folder / name, mesh)) if found]
@@ -77,6 +83,10 @@ def load_tensors(checkpoint: Checkpoint, tensors: Mapping[str, DTensor], mesh: M
             source, target = _overlap(wanted, shard["offsets"], shard["shape"])
             if target is None:
                 continue
+            if shard["file"] not in checkpoint.files:
+                raise CheckpointError(
+                    f"{checkpoint.directory}: {name} is in {shard['file']}, which was not verified"
+                )
             if shard["file"] not in files:
                 files[shard["file"]] = safe_open(checkpoint.directory / shard["file"], "pt")
             piece = files[shard["file"]].get_slice(name)[source]

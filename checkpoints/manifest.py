@@ -45,6 +45,11 @@ def step_directory(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08d}"
 
 
+def checkpoint_directories(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, oldest first; what is named otherwise is someone else's."""
+    return sorted(folder.glob(f"step_{'[0-9]' * 8}"))
+
+
 def hash_file(path: Path) -> str:
     """xxh3_128 of a file's bytes, in hexadecimal."""
     digest = xxhash.xxh3_128()

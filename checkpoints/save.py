@@ -12,6 +12,7 @@ ever. Only the holder of the run folder's lock may call this, so no two writers 
 All ranks must see the same file system.
 """
 
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,12 +24,15 @@ from torch.distributed.tensor import DTensor
 
 from checkpoints.manifest import (
     CheckpointError,
+    checkpoint_directories,
     fsync,
     hash_file,
     step_directory,
     write_manifest,
 )
 from parallel import Mesh, any_rank, gather_json, local_slices, tp_shard_dim
+
+logger = logging.getLogger("microtron")
 
 _TEMPORARY, _DELETED = ".tmp-", ".del-"
 
@@ -57,7 +61,8 @@ def save_checkpoint(
 
     directory = step_directory(folder, step)
     _on_rank_0(mesh, "cannot commit", lambda: _commit(temporary, directory, step, state, reports))
-    _on_rank_0(mesh, "cannot delete old", lambda: _prune(folder, keep))
+    if keep > 0:
+        _on_rank_0(mesh, "cannot prune", lambda: _prune(directory, keep))
     return directory
 
 
@@ -151,10 +156,16 @@ def _commit(
     fsync(directory.parent)
 
 
-def _prune(folder: Path, keep: int) -> None:
-    if keep == 0:
-        return
-    for directory in sorted(folder.glob("step_*"))[:-keep]:
-        deleted = folder / f"{_DELETED}{directory.name}"
-        directory.rename(deleted)
-        shutil.rmtree(deleted)
+def _prune(committed: Path, keep: int) -> None:
+    """Delete all but the `keep` newest of the checkpoints up to the one just committed.
+
+    A later one is what a resume has passed over as damaged. It must not count as one of those kept.
+    """
+    older = [path for path in checkpoint_directories(committed.parent) if path <= committed]
+    for directory in older[:-keep]:
+        deleted = directory.with_name(f"{_DELETED}{directory.name}")
+        try:
+            directory.rename(deleted)
+            shutil.rmtree(deleted)
+        except OSError as error:
+            logger.warning("cannot delete old checkpoint %s: %s", directory, error.strerror)

@@ -40,7 +40,7 @@ class MicroBatch:
             self.tokens.pin_memory(),
             self.targets.pin_memory(),
             self.positions.pin_memory(),
-            self.sample_indices.pin_memory(),
+            self.sample_indices,  # only the host reads them
             self.num_targets,
         )
 

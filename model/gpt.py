@@ -9,7 +9,6 @@ shard is a contiguous piece of dim 0. `[s/t, ...]` is with sequence parallelism;
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from configs.schema import ModelConfig
@@ -24,6 +23,7 @@ from parallel import (
     declare_parameter,
     dropout_add,
     gather_vocabulary,
+    lookup,
     sequence_shard,
     vocab_parallel_cross_entropy,
     vocab_parallel_logits,
@@ -130,7 +130,7 @@ class GPT(nn.Module):
     def embed(self, tokens: Tensor, positions: Tensor, stream: DropoutStream | None) -> Tensor:
         """Token plus position, with dropout; `[s, b]` to `[s/t, b, h]`."""
         x = self.embedding(tokens)  # [s/t, b, h]
-        x = x + F.embedding(sequence_shard(positions, self.mesh), self.positions.to_local())
+        x = x + lookup(self.positions.to_local(), sequence_shard(positions, self.mesh))
         # Layer -1: the site before all layers.
         return dropout_add(
             x, None, self.config.hidden_dropout, stream, -1, AFTER_EMBEDDING, self.mesh

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from model.gpt import GPT
+from parallel import sum_over
 
 
 @torch.no_grad()
@@ -20,8 +21,7 @@ def generate(
 ) -> list[int]:
     """The prompt continued by up to `num_tokens` tokens, ending early after `end_id`.
 
-    Every rank calls this with the same arguments and gets the same tokens: logits are gathered over
-    tp bit for bit alike, and each rank draws from a generator of the same seed. Only the first
+    Every rank calls this with the same arguments and gets the same tokens. Only the first
     `num_ids` ids are drawn: a vocabulary may have more rows than the tokenizer has pieces.
     Temperature 0 takes the likeliest. The last `seq_length` tokens are the context.
     """
@@ -40,6 +40,10 @@ def generate(
         else:
             probabilities = (last / temperature).softmax(dim=-1)
             token = int(torch.multinomial(probabilities, 1, generator=generator))
+        # Rank 0 decides for all: dp groups compute apart, and a last bit that differed would have
+        # them part ways here.
+        decided = torch.tensor(token if model.mesh.world.rank == 0 else 0, device=device)
+        token = int(sum_over(model.mesh.world, decided))
         tokens.append(token)
         if token == end_id:
             break

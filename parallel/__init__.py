@@ -3,7 +3,7 @@
 This package is the only one that crosses the wire. It takes plain ints and bools and knows no GPT.
 """
 
-from parallel.agreement import all_ranks, any_rank, barrier, gather_json, sum_over
+from parallel.agreement import any_rank, gather_json, sum_over
 from parallel.data_parallel import (
     free_gathered_weights,
     set_gradient_sync,
@@ -14,6 +14,7 @@ from parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
+    lookup,
     vocab_parallel_logits,
 )
 from parallel.loss import vocab_parallel_cross_entropy
@@ -43,9 +44,7 @@ __all__ = [
     "Normal",
     "RowParallelLinear",
     "VocabParallelEmbedding",
-    "all_ranks",
     "any_rank",
-    "barrier",
     "clip_gradients",
     "close_mesh",
     "declare_parameter",
@@ -59,6 +58,7 @@ __all__ = [
     "init_mesh",
     "initialise_parameters",
     "local_slices",
+    "lookup",
     "parameter_facts",
     "sequence_shard",
     "set_gradient_sync",

@@ -27,16 +27,6 @@ def any_rank(mesh: Mesh, flag: bool) -> bool:
     return bool(sum_over(mesh.world, count).item())
 
 
-def all_ranks(mesh: Mesh, flag: bool) -> bool:
-    """Whether every rank says yes."""
-    return not any_rank(mesh, not flag)
-
-
-def barrier(mesh: Mesh) -> None:
-    """Wait until every rank has come here."""
-    any_rank(mesh, False)
-
-
 def gather_json(mesh: Mesh, report: Any) -> list[Any]:
     """Every rank's report, in the order of ranks, on every rank.
 

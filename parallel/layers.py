@@ -5,7 +5,9 @@ parallelism; without it every rank has all `s`.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
@@ -89,6 +91,34 @@ class RowParallelLinear(nn.Module):
         return y + self.bias.to_local()
 
 
+class _Lookup(torch.autograd.Function):
+    """y = A[ids].     dA[i] = sum of dy over all ids equal to i, in float32 at least.
+
+    torch sums in the precision of dy, which on a processor loses percents of a frequent token's
+    gradient in bfloat16 (measured: 7 % at 2,500 occurrences).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.num_rows = table.shape[0]
+        return F.embedding(ids, table)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (ids,) = ctx.saved_tensors
+        accumulate = torch.promote_types(grad.dtype, torch.float32)
+        grad_table = torch.ops.aten.embedding_dense_backward(
+            grad.to(accumulate), ids, ctx.num_rows, padding_idx=-1, scale_grad_by_freq=False
+        )
+        return grad_table.to(grad.dtype), None
+
+
+def lookup(table: Tensor, ids: Tensor) -> Tensor:
+    """Rows of a table, `[rows, h]` and `[...]` to `[..., h]`; its gradient is summed in float32."""
+    return _Lookup.apply(table, ids)
+
+
 class VocabParallelEmbedding(nn.Module):
     """Rows of a table that is split by vocabulary over the tp axis.
 
@@ -108,9 +138,9 @@ class VocabParallelEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         table = self.weight.to_local()
         if self.mesh.tp.size == 1:
-            return F.embedding(tokens, table)
+            return lookup(table, tokens)
         elsewhere = (tokens < self.first_id) | (tokens >= self.end_id)
-        rows = F.embedding((tokens - self.first_id).masked_fill(elsewhere, 0), table)
+        rows = lookup(table, (tokens - self.first_id).masked_fill(elsewhere, 0))
         rows = rows.masked_fill(elsewhere.unsqueeze(-1), 0.0)  # [s, b, h]
         return exit_tensor_parallel_region(rows, self.mesh)  # [s/t, b, h]
 

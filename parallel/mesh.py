@@ -5,6 +5,7 @@ neighbours on one node: rank = dp.rank * tp.size + tp.rank. One rank is a grid o
 case. The environment of the launcher is read in this file and nowhere else in the package.
 """
 
+import logging
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-# Long enough for a slow rank to compile, load or evaluate; a lost peer is noticed at once anyway,
-# because its connection closes.
+logger = logging.getLogger("microtron")
+
+# Of the group of all ranks: time for a slow one to load. The axes have the backend's default.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
@@ -44,18 +46,20 @@ class Mesh:
 def init_mesh(tensor_model_parallel_size: int, sequence_parallel: bool) -> Mesh:
     """Join the process group that torchrun describes (or a group of one) and lay the grid over it.
 
-    NCCL on CUDA, gloo on CPU. Every rank of a host gets an equal share of its processor cores.
+    NCCL and a GPU for each rank of the host if it has as many, else gloo on its processors. Each
+    rank gets an equal share of those for its threads.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    use_cuda = torch.cuda.is_available()
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # torchrun sets OMP_NUM_THREADS=1, which would leave most of a machine idle.
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+    num_gpus = torch.cuda.device_count()
+    use_cuda = num_gpus >= ranks_here
+    if 0 < num_gpus < ranks_here:
+        logger.warning("%d ranks on this host, %d GPUs: using processors", ranks_here, num_gpus)
+    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
-        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-        # torchrun sets OMP_NUM_THREADS=1, which would leave most of a machine idle.
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     backend = "nccl" if use_cuda else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(

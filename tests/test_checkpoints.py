@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+import checkpoints.manifest as manifest_module
 import checkpoints.save as save_module
 from checkpoints import (
     CheckpointError,
@@ -19,7 +20,7 @@ from checkpoints import (
     save_checkpoint,
     sweep_leftovers,
 )
-from parallel import Mesh, Normal, barrier, declare_parameter, initialise_parameters
+from parallel import Mesh, Normal, any_rank, declare_parameter, initialise_parameters
 from tests.distributed import EVERY_LAYOUT, ONE_RANK, Layout, distributed, run_on
 
 SHAPES = {"rows": ((13, 6), 0), "columns": ((5, 11), 1), "norm": ((7,), None), "bias": ((9,), 0)}
@@ -88,6 +89,61 @@ def test_newest_are_kept(mesh: Mesh, tmp_path: Path) -> None:
         save(mesh, tmp_path, step, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000010"]
     assert_loads(mesh, tmp_path, 10)
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+def test_a_damaged_newer_one_is_not_counted(mesh: Mesh, tmp_path: Path) -> None:
+    """Resumed behind a damaged one, keep=1 keeps the one just saved; strangers are left alone."""
+    for step in (1, 2):
+        save(mesh, tmp_path, step)
+    if mesh.world.rank == 0:
+        flip(tmp_path / "step_00000002" / "rank_00000.safetensors")
+        shutil.copytree(tmp_path / "step_00000001", tmp_path / "step_00000001_best")
+    barrier(mesh)
+    save_checkpoint(
+        tmp_path, 1, make_tensors(mesh, 1), STATE, mesh, keep=1
+    )  # the steps after 1 begin again
+    assert_loads(mesh, tmp_path, 1)
+    assert (tmp_path / "step_00000001_best").is_dir()
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing in the code under test can catch it."""
+
+
+@distributed(ONE_RANK)
+@pytest.mark.parametrize(
+    ("moment", "survivor"),
+    [("save_file", 1), ("write_manifest", 1), ("fsync_manifest", 1), ("rename", 1), ("rmtree", 2)],
+)
+def test_killed_at_any_moment_of_a_commit(
+    mesh: Mesh, tmp_path: Path, moment: str, survivor: int
+) -> None:
+    """Before the rename the old one stands, after it the new one; the next start sweeps up."""
+    save(mesh, tmp_path, 1)
+
+    def kill(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        if moment == "fsync_manifest":
+            patch.setattr(manifest_module, "fsync", kill)
+        elif moment == "rename":
+            patch.setattr(Path, "rename", kill)
+        elif moment == "rmtree":
+            patch.setattr(save_module.shutil, "rmtree", kill)
+        else:
+            patch.setattr(save_module, moment, kill)
+        with pytest.raises(Killed):
+            save(mesh, tmp_path, 2, keep=1)
+    sweep_leftovers(tmp_path)
+    assert_loads(mesh, tmp_path, survivor)
+    assert [path.name for path in tmp_path.iterdir()] == [f"step_{survivor:08d}"]
+
+
+def barrier(mesh: Mesh) -> None:
+    """Wait until every rank has come here."""
+    any_rank(mesh, False)
 
 
 def flip(path: Path) -> None:

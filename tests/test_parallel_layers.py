@@ -18,6 +18,7 @@ from parallel import (
     RowParallelLinear,
     VocabParallelEmbedding,
     enter_tensor_parallel_region,
+    lookup,
     parameter_facts,
     sequence_shard,
     shard_range,
@@ -144,6 +145,17 @@ def test_embedding_equals_dense(mesh: Mesh, vocab_size: int) -> None:
     y_dense.backward(upstream)
     assert torch.equal(y, sequence_shard(y_dense, mesh))
     assert_gradients(layer, dense, mesh)
+
+
+def test_lookup_sums_in_float32() -> None:
+    """A row looked up 4,096 times in bfloat16 has a gradient right to bfloat16's eight bits."""
+    table = torch.ones(3, 5, dtype=torch.bfloat16).requires_grad_()
+    ids = torch.zeros(4096, dtype=torch.int64)
+    upstream = seeded(1, 4096, 5).bfloat16()
+    lookup(table, ids).backward(upstream)
+    expected = torch.zeros(3, 5, dtype=torch.float64)
+    expected[0] = upstream.double().sum(0)
+    assert_close(table.grad.double(), expected, rtol=2**-8, atol=0)
 
 
 @distributed(*LAYOUTS)

@@ -133,19 +133,20 @@ def test_every_layout_gives_the_same_losses(corpus: Path, tmp_path: Path, mode: 
 
 
 @pytest.mark.parametrize("gradient_sync", ["step", "micro_batch"])
+@pytest.mark.parametrize("layout", [ONE_RANK, Layout(dp=2)], ids=str)
 def test_micro_batches_and_recompute_change_nothing(
-    corpus: Path, tmp_path: Path, gradient_sync: str
+    corpus: Path, tmp_path: Path, gradient_sync: str, layout: Layout
 ) -> None:
     """How a global batch is split, synchronised or recomputed is a matter of memory alone."""
     curves = []
-    for number, (micro_batch_size, recompute) in enumerate([(8, "none"), (4, "full"), (1, "none")]):
+    for number, (micro_batch_size, recompute) in enumerate([(4, "none"), (2, "full"), (1, "none")]):
         directory = tmp_path / str(number)
         overrides = (
             f"train.micro_batch_size={micro_batch_size}",
             f"parallel.recompute_granularity={recompute}",
             f"parallel.gradient_sync={gradient_sync}",
         )
-        train_on(ONE_RANK, settings(corpus, directory, *overrides))
+        train_on(layout, settings(corpus, directory, *overrides))
         curves.append([row["train/loss"] for row in rows(directory) if "train/loss" in row])
     for curve in curves[1:]:
         assert curve == pytest.approx(curves[0], rel=2e-6)
@@ -295,7 +296,7 @@ def test_a_signal_saves_and_the_run_goes_on(
     output = finish(process, expected=128 + number if ranks == 1 else 1)
     report = json.loads((tmp_path / "test" / "exit.json").read_text())
     assert report["code"] == 128 + number
-    assert f"{number.name}: stopped at step {report['step']}; resume with" in output
+    assert f"run test stopped by {number.name}: step {report['step']} of 40" in output
     assert report["resume"] in output
     (saved,) = (tmp_path / "test" / "checkpoints").iterdir()
     assert saved.name == f"step_{report['step']:08d}"
@@ -321,7 +322,9 @@ def test_the_run_folder_holds_what_it_should(corpus: Path, tmp_path: Path) -> No
     assert json.loads((folder / "exit.json").read_text())["code"] == 0
     for path in folder.rglob("*"):
         if path.is_file() and "wandb" not in path.parts:
-            assert not path.read_bytes().startswith(b"\x80"), f"{path} may be a pickle"
+            start_of_file = path.read_bytes()[:2]
+            assert start_of_file[:1] != b"\x80", f"{path} may be a pickle"
+            assert start_of_file != b"PK", f"{path} may be torch's zip of pickles"
     assert "is finished" in finish(start(1, arguments))
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 3, 4, 5, 6, 6]
     folder.rename(tmp_path / "moved")
@@ -332,13 +335,16 @@ def test_the_run_folder_holds_what_it_should(corpus: Path, tmp_path: Path) -> No
 def test_what_may_not_change_is_refused(corpus: Path, tmp_path: Path) -> None:
     """A resume with another model, seed or global batch names the keys and changes nothing."""
     finish(start(1, settings(corpus, tmp_path)))
-    before = (tmp_path / "test" / "metrics.jsonl").read_bytes()
+    files = [
+        tmp_path / "test" / name for name in ("metrics.jsonl", "config.yaml", "tokenizer.model")
+    ]
+    before = [path.read_bytes() for path in files]
     changes = ("model.num_layers=3", "train.global_batch_size=4", "run.seed=5")
     output = finish(start(1, settings(corpus, tmp_path, *changes)), expected=2)
     assert "Traceback" not in output
     for change in changes:
         assert f"{change} (was " in output
-    assert (tmp_path / "test" / "metrics.jsonl").read_bytes() == before
+    assert [path.read_bytes() for path in files] == before
 
 
 def test_must_never_and_in_use(corpus: Path, tmp_path: Path) -> None:
@@ -358,3 +364,27 @@ def test_must_never_and_in_use(corpus: Path, tmp_path: Path) -> None:
     previous = tmp_path / "test" / "previous_1"
     assert (previous / "metrics.jsonl").read_bytes() == kept
     assert list((previous / "checkpoints").glob("step_*"))
+
+
+def test_the_resume_line_goes_on(corpus: Path, tmp_path: Path) -> None:
+    """What exit.json says after run.stop_at_step, typed as it stands, finishes the run."""
+    once = settings(corpus, tmp_path, "run.stop_at_step=2", "run.resume=never")
+    assert "reached run.stop_at_step=2: step 2 of 6" in finish(start(1, once))
+    line = json.loads((tmp_path / "test" / "exit.json").read_text())["resume"]
+    assert line.startswith("python ")
+    arguments = line.partition("train.py ")[2].split()
+    assert "run test is finished: step 6 of 6, 4 of them now" in finish(start(1, arguments))
+
+
+def test_a_run_that_is_not_finite_ends(corpus: Path, tmp_path: Path) -> None:
+    """Exit code 5, and no save: what was saved before stays."""
+    finish(start(1, settings(corpus, tmp_path, "run.stop_at_step=2")))
+    wild = settings(corpus, tmp_path, "optimizer.lr=1e30", "optimizer.clip_grad=0")
+    output = finish(start(1, wild), expected=5)
+    assert "Traceback" not in output
+    report = json.loads((tmp_path / "test" / "exit.json").read_text())
+    assert report["code"] == 5
+    assert "the run has ended without saving" in report["reason"]
+    assert [path.name for path in (tmp_path / "test" / "checkpoints").iterdir()] == [
+        "step_00000002"
+    ]
