@@ -10,13 +10,12 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
 from configs import Config, flatten
 from evaluation import Evaluation
 from hardware import peak_flops_per_second, peak_memory_gib
-from model import flops_per_token
+from model import flops_per_token, num_parameters
 from parallel import Mesh
 from run_state import Run, RunState
 from wandb_view import WandbView
@@ -59,6 +58,14 @@ class RunLog:
             run.mesh.device, run.config.train.precision
         )
         self.seconds_per_step: float | None = None
+        logger.info(
+            "%s parameters on %d data-parallel x %d tensor-parallel ranks%s, %s rows a step",
+            f"{num_parameters(run.config.model, run.config.data.vocab_size):,}",
+            run.mesh.dp.size,
+            run.mesh.tp.size,
+            " with sequence parallelism" if run.mesh.sequence_parallel else "",
+            f"{run.config.train.global_batch_size} x {run.config.model.seq_length}",
+        )
         self.file: IO[str] | None = None
         self.wandb: WandbView | None = None
         if self.is_writer:
@@ -71,12 +78,7 @@ class RunLog:
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.file is not None:
             self.file.close()
         if self.wandb is not None:
@@ -96,9 +98,10 @@ class RunLog:
             "memory/peak_gib": peak_memory_gib(self.mesh.device),
         }
         self._write(row)
+        is_first, is_last = self.seconds_per_step is None, state.step == last_step(self.config)
         previous = self.seconds_per_step or result.elapsed_s
         self.seconds_per_step = _RATE_MEMORY * previous + (1 - _RATE_MEMORY) * result.elapsed_s
-        if state.step % self.config.logging.log_interval == 0:
+        if is_first or is_last or state.step % self.config.logging.log_interval == 0:
             logger.info("%s", self._step_line(state, row))
 
     def evaluation(self, state: RunState, evaluation: Evaluation) -> None:

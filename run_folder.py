@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
 from checkpoints import sweep_leftovers
@@ -84,12 +83,7 @@ class RunFolder:
             raise StartError(failure)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, StartError):
             self.write_exit(EXIT_BEFORE_TRAINING, str(error))
         elif isinstance(error, NonFiniteError):

@@ -8,7 +8,6 @@ Ranks of one tensor-parallel group construct the same loader and get equal batch
 import queue
 import threading
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Literal
 
 import numpy as np
@@ -75,12 +74,7 @@ class BatchLoader:
     def __enter__(self) -> "BatchLoader":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __iter__(self) -> "BatchLoader":

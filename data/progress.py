@@ -4,7 +4,6 @@ seconds."""
 import logging
 import sys
 import time
-from types import TracebackType
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -34,12 +33,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.close()
 
     def advance(self, num_bytes: int) -> None:
