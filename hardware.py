@@ -1,13 +1,21 @@
 """What this rank's device can do at most, for figures in proportion to it."""
 
+import ctypes
+import os
 import resource
+import sys
 import time
 
 import torch
 
+from parallel import Mesh
+
 # Dense matrix products per second, in operations, from the makers' data sheets (bf16, no sparsity).
 _DATA_SHEET_BF16 = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12}
 _REPEATS = 5
+# Float32 weights, gradients and two moments.
+_STATE_BYTES_PER_PARAMETER = 16
+_M_MMAP_THRESHOLD, _LARGE_BYTES = -3, 1 << 20  # mallopt(3)
 
 
 def peak_flops_per_second(device: torch.device, precision: str) -> float:
@@ -27,6 +35,21 @@ def peak_flops_per_second(device: torch.device, precision: str) -> float:
     a = torch.ones(size, size, dtype=dtype, device=device)
     best_s = min(_seconds_of_product(a) for _ in range(_REPEATS))
     return 2 * size**3 / best_s
+
+
+def give_back_freed_memory(mesh: Mesh, num_parameters: int) -> None:
+    """Have glibc return every large freed tensor to the system, if a run needs most of the memory.
+
+    By itself it keeps freed blocks of up to 32 MiB for later, which is faster, and ends up with
+    more of them than a nearly full machine can spare.
+    """
+    if mesh.device.type != "cpu" or sys.platform != "linux":
+        return
+    hosts = mesh.world.size // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    state_bytes = _STATE_BYTES_PER_PARAMETER * num_parameters / hosts
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if state_bytes > memory_bytes / 2:
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
 def _seconds_of_product(a: torch.Tensor) -> float:

@@ -21,8 +21,9 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from checkpoints import CheckpointError
 from data import BatchLoader, prepare_corpus
 from evaluation import evaluate, held_out
+from hardware import give_back_freed_memory
 from metrics import RunLog, StepResult, last_step, set_up_logging
-from model import build_model
+from model import build_model, num_parameters
 from optimizer import apply_update, build_optimizer, learning_rate
 from parallel import (
     DropoutStream,
@@ -77,6 +78,7 @@ def start(config: Config, mesh: Mesh, folder: RunFolder) -> tuple[Run, RunState]
     with mendable(ValueError, OSError):
         corpus = prepare_corpus(config.data, config.model.seq_length, mesh.local_rank)
         require_same_on_all_ranks(mesh, corpus.fingerprint, "the tokenized text")
+    give_back_freed_memory(mesh, num_parameters(config.model, config.data.vocab_size))
     model = build_model(config, mesh)
     optimizer = build_optimizer(model, config.optimizer)
     run = Run(config, mesh, folder, corpus, model, optimizer)
