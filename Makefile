@@ -20,6 +20,7 @@ help:  ## list these targets
 setup: $(STAMP)  ## make .venv with everything that training and tests need (Python 3.11 or newer)
 
 $(STAMP): pyproject.toml
+	@echo "setting up .venv: about 2 GB, two to three minutes"
 	@set -e; for python in python3 python3.13 python3.12 python3.11 none; do \
 	  if $$python -c "$(IS_NEW_ENOUGH)" 2>/dev/null; then break; fi; \
 	done; \
@@ -32,7 +33,7 @@ $(STAMP): pyproject.toml
 	touch $@
 
 train: setup  ## train a small GPT on two tensor-parallel ranks, about five minutes; ARGS="key=value ..."
-	@trap 'echo "Stopped: make train goes on from the last save." >&2' INT; \
+	@trap 'echo "Stopped: make train$(if $(ARGS), with the same ARGS,) goes on from the last save." >&2' INT; \
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 train.py config=gpt_laptop.yaml \
 	  parallel.tensor_model_parallel_size=2 $(ARGS)
 

@@ -168,11 +168,12 @@ class RunFolder:
     def write_exit(self, code: int, reason: str) -> None:
         """Leave exit.json: torchrun turns every code but 0 into 1, this file keeps it."""
         if self._is_writer:
+            finished = self.step is not None and self.step >= self._config.train.train_steps
             report = {
                 "code": code,
                 "reason": reason,
                 "step": self.step,
-                "resume": self.resume_command(),
+                "resume": None if finished else self.resume_command(),
             }
             _write(self.path / "exit.json", (json.dumps(report, indent=1) + "\n").encode())
 

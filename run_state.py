@@ -134,3 +134,10 @@ def _require_same_run(checkpoint: Checkpoint, config: Config, corpus: Corpus) ->
     for key in changed:
         if key.startswith(("optimizer.", "train.precision")):
             logger.warning("%s=%s differs from the checkpoint's %s", key, now[key], stored[key])
+        elif key == "train.train_steps" and config.optimizer.lr_decay_style != "constant":
+            logger.warning(
+                "%s=%s, was %s: the learning rate goes on along the new schedule",
+                key,
+                now[key],
+                stored[key],
+            )

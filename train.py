@@ -166,7 +166,7 @@ def report_end(
         reason, code = f"reached run.stop_at_step={config.run.stop_at_step}", 0
     folder.write_exit(code, reason)
     logger.info(
-        "run %s %s: step %d of %d, %d of them now",
+        "run %s %s: step %d of %d (%d in this launch)",
         config.run.name,
         f"is {reason}" if reason == "finished" else reason,
         state.step,

@@ -96,11 +96,15 @@ def _information(arguments: list[str]) -> str | None:
 def _split(arguments: list[str]) -> tuple[str, list[Written]]:
     """Takes the command line apart into the config's name and the settings after it.
 
-    Of a key given twice the last counts, so that a script can add to a command line.
+    Of a key given twice the last counts, so that a script can add to a command line. Two configs
+    are a mistake: the second would be another run altogether.
     """
     given: dict[str, str] = {}
     for argument in arguments:
         key, value = _key_and_value(argument)
+        if key == "config" and key in given:
+            both = f"{shown(given[key])} and {shown(value)}"
+            raise ConfigError(f"config is given twice, as {both}; give one")
         given[key] = value
     if not given.get("config"):
         raise ConfigError(f"config=NAME.yaml is required; {_shipped_names()}")

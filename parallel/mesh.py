@@ -51,8 +51,11 @@ def init_mesh(tensor_model_parallel_size: int, sequence_parallel: bool) -> Mesh:
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    # torchrun sets OMP_NUM_THREADS=1, which would leave most of a machine idle.
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+    under_torchrun = "RANK" in os.environ
+    # torchrun sets 1 where nobody has chosen, which would leave most of a machine idle.
+    nobodys_choice = "1" if under_torchrun else None
+    if os.environ.get("OMP_NUM_THREADS") in (None, nobodys_choice):
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     num_gpus = torch.cuda.device_count()
     use_cuda = num_gpus >= ranks_here
     if 0 < num_gpus < ranks_here:
@@ -61,7 +64,7 @@ def init_mesh(tensor_model_parallel_size: int, sequence_parallel: bool) -> Mesh:
     if use_cuda:
         torch.cuda.set_device(device)
     backend = "nccl" if use_cuda else "gloo"
-    if "RANK" in os.environ:
+    if under_torchrun:
         dist.init_process_group(
             backend, timeout=COLLECTIVE_TIMEOUT, device_id=device if use_cuda else None
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from configs import Config, flatten, parse_config, read_config, to_yaml
+from configs import Config, ConfigError, flatten, parse_config, read_config, to_yaml
 from configs.inputs import SOURCE_EXTENSIONS
 from configs.keys import KEYS
 from configs.layout import check_layout, last_chunk
@@ -236,6 +236,14 @@ def test_under_torchrun_an_error_is_printed_once_and_is_the_root_cause() -> None
     assert f"traceback : {message}\n" in root_cause
     assert "exitcode  : 2 " in root_cause
     assert done.stdout == ""
+
+
+def test_two_configs_are_refused() -> None:
+    """The second would silently start another model."""
+    with pytest.raises(
+        ConfigError, match="config is given twice, as gpt_debug and gpt_1b; give one"
+    ):
+        parse_config(["config=gpt_debug", "config=gpt_1b"])
 
 
 def test_the_last_of_two_settings_counts() -> None:

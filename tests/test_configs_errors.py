@@ -105,7 +105,7 @@ ARGUMENTS = [
     ),
     (
         "optimizer.min_lr=1",
-        "optimizer.min_lr=1.0 is above optimizer.lr=0.003, but the learning rate decays from lr to min_lr; choose optimizer.min_lr=0.0003 (a tenth) or less, or optimizer.lr_decay_style=constant",
+        "optimizer.min_lr=1.0 is above optimizer.lr=0.002, but the learning rate decays from lr to min_lr; choose optimizer.min_lr=0.0002 (a tenth) or less, or optimizer.lr_decay_style=constant",
     ),
     (
         "optimizer.lr_wsd_decay_steps=10",

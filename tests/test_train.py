@@ -373,7 +373,7 @@ def test_the_resume_line_goes_on(corpus: Path, tmp_path: Path) -> None:
     line = json.loads((tmp_path / "test" / "exit.json").read_text())["resume"]
     assert line.startswith("python ")
     arguments = line.partition("train.py ")[2].split()
-    assert "run test is finished: step 6 of 6, 4 of them now" in finish(start(1, arguments))
+    assert "run test is finished: step 6 of 6 (4 in this launch)" in finish(start(1, arguments))
 
 
 def test_a_run_that_is_not_finite_ends(corpus: Path, tmp_path: Path) -> None:
