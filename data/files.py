@@ -5,6 +5,7 @@ a corpus that is already in the cache is found by reading the source's bytes onc
 """
 
 import glob
+import hashlib
 import json
 import os
 import sysconfig
@@ -18,7 +19,6 @@ from configs.schema import DataConfig
 
 # Folders of the standard library that hold other people's packages, or nothing to read.
 _NOT_STDLIB = {"site-packages", "dist-packages", "lib-dynload", "__pycache__"}
-_READ_BYTES = 1 << 20
 
 
 def source_files(config: DataConfig) -> list[Path]:
@@ -67,11 +67,8 @@ def source_fingerprint(config: DataConfig, files: list[Path]) -> str:
 
 def file_digest(file: Path) -> bytes:
     """Returns the xxh3_128 of a file's content."""
-    digest = xxhash.xxh3_128()
     with file.open("rb") as stream:
-        while block := stream.read(_READ_BYTES):
-            digest.update(block)
-    return digest.digest()
+        return hashlib.file_digest(stream, xxhash.xxh3_128).digest()
 
 
 def _stdlib_files() -> list[Path]:
