@@ -107,7 +107,9 @@ def save(run: Run, state: RunState) -> None:
 
 def _require_same_run(checkpoint: Checkpoint, config: Config, corpus: Corpus) -> None:
     """Refuse what would make the continued run another one, naming the keys."""
-    stored, now = checkpoint.state["config"], flatten(config)
+    now = flatten(config)
+    # A key that came after the checkpoint had, in effect, its default.
+    stored = flatten(Config()) | checkpoint.state["config"]
     changed = [key for key in sorted(stored.keys() | now.keys()) if stored.get(key) != now.get(key)]
     refused = [
         key

@@ -53,11 +53,20 @@ def _check_ranks(tp: int, world_size: int) -> None:
 def _check_split(config: Config, tp: int) -> None:
     size = f"parallel.tensor_model_parallel_size={tp}"
     heads, ffn = config.model.num_attention_heads, config.model.ffn_size
+    groups = config.model.num_groups
     if heads % tp:
         raise ConfigError(
             f"model.num_attention_heads={heads} is not divisible by {size}; choose a divisor of "
             f"{heads} ({_listed(divisors(heads))})",
             "parallel.tensor_model_parallel_size",
+        )
+    if not _groups_fit(groups, tp):
+        fitting = [divisor for divisor in divisors(heads) if _groups_fit(groups, divisor)]
+        raise ConfigError(
+            f"model.num_query_groups={groups} neither divides {size} nor is divisible by it; "
+            f"choose parallel.tensor_model_parallel_size={_listed(fitting)}, or another "
+            "model.num_query_groups",
+            "model.num_query_groups",
         )
     if ffn % tp:
         lower, upper = ffn // tp * tp, (ffn // tp + 1) * tp
@@ -66,6 +75,11 @@ def _check_split(config: Config, tp: int) -> None:
             f"{f'{lower} or ' if lower else ''}{upper}",
             "model.ffn_hidden_size",
         )
+
+
+def _groups_fit(groups: int, tp: int) -> bool:
+    """Whether each rank has whole groups, or shares one with whole ranks."""
+    return groups % tp == 0 or tp % groups == 0
 
 
 def _check_shards(config: Config, tp: int, dp: int) -> None:
@@ -85,20 +99,30 @@ def _check_shards(config: Config, tp: int, dp: int) -> None:
 
 
 def _splits(config: Config, tp: int, world_size: int) -> bool:
-    divisible = not (config.model.num_attention_heads % tp or config.model.ffn_size % tp)
-    return divisible and not any(_tensors_with_an_empty_shard(config, tp, world_size // tp))
+    model = config.model
+    divisible = not (model.num_attention_heads % tp or model.ffn_size % tp)
+    return (
+        divisible
+        and _groups_fit(model.num_groups, tp)
+        and not any(_tensors_with_an_empty_shard(config, tp, world_size // tp))
+    )
 
 
 def _tensors_with_an_empty_shard(config: Config, tp: int, dp: int) -> Iterator[tuple[str, int]]:
     """The key and the rows of each kind of tensor that some rank would have nothing of."""
     model = config.model
+    kv_parts = tp if model.num_groups >= tp else 1  # too few groups to cut are on every rank
     kinds = [
         ("data.vocab_size", config.data.vocab_size, tp),  # embedding and head
-        ("model.hidden_size", model.hidden_size, tp),  # q; kv has twice as many
+        ("model.hidden_size", model.hidden_size, tp),  # q
         ("model.hidden_size", model.hidden_size, 1),  # norms, row-parallel weights and biases
-        ("model.ffn_hidden_size", model.ffn_size, tp),  # the MLP's first weight
-        ("model.seq_length", model.seq_length, 1),  # the position table
+        ("model.hidden_size", 2 * model.num_groups * model.head_dim, kv_parts),
+        ("model.ffn_hidden_size", model.ffn_size, tp),  # the MLP's first weights
     ]
+    if model.qk_layernorm:
+        kinds.append(("model.hidden_size", model.head_dim, 1))  # the norms of a head
+    if model.position_embedding_type == "learned_absolute":
+        kinds.append(("model.seq_length", model.seq_length, 1))  # the position table
     for key, rows, parts in kinds:
         # The last tp rank may have fewer rows than the others, and either may be cut badly over dp.
         shards = {-(-rows // parts), last_chunk(rows, parts)}

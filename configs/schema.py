@@ -10,6 +10,8 @@ Names are Megatron-LM's where Megatron-LM has one. Nothing here imports torch.
 from dataclasses import dataclass, field
 from typing import Literal
 
+_SWIGLU_MULTIPLE = 64  # divides over up to 64 tensor-parallel ranks
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -29,14 +31,21 @@ class ModelConfig:
     num_layers: int = 12
     hidden_size: int = 768
     num_attention_heads: int = 12
-    ffn_hidden_size: int | None = None  # null: 4 x hidden_size
-    seq_length: int = 1024  # positions in a row, also the rows of the position table
+    num_query_groups: int | None = None  # key-value heads (GQA); null: as many as attention heads
+    ffn_hidden_size: int | None = None  # null: 4 x hidden_size; swiglu: 8/3, up to a multiple of 64
+    seq_length: int = 1024  # positions in a row, also the rows of a learned position table
     hidden_dropout: float = 0.0  # after the embedding, the attention projection and the MLP
     attention_dropout: float = 0.0  # on attention probabilities; depends on the layout
+    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     norm_epsilon: float = 1e-5
-    activation: Literal["gelu", "gelu_tanh"] = "gelu_tanh"  # exact, or GPT-2's tanh form
+    activation: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu_tanh"  # exact, GPT-2's form, gated
+    position_embedding_type: Literal["learned_absolute", "rope"] = "learned_absolute"
+    rotary_base: float = 10000.0  # of rope: the slowest pair of channels turns once in 2 pi base
+    add_bias_linear: bool = True  # biases of all linear layers
+    qk_layernorm: bool = False  # normalise each head's query and key, before rope
     untie_embeddings_and_output_weights: bool = False
-    init_method_std: float = 0.02  # residual projections: divided by sqrt(2 x num_layers)
+    init_method_std: float = 0.02  # of all matrices and embeddings
+    use_scaled_init_method: bool = True  # residual projections: divided by sqrt(2 x num_layers)
 
     @property
     def head_dim(self) -> int:
@@ -44,9 +53,19 @@ class ModelConfig:
         return self.hidden_size // self.num_attention_heads
 
     @property
+    def num_groups(self) -> int:
+        """Key-value heads, `g`; each serves a/g query heads."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
     def ffn_size(self) -> int:
         """Channels inside the MLP, `f`."""
-        return self.ffn_hidden_size or 4 * self.hidden_size
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        if self.activation == "swiglu":
+            # Three matrices of 8/3 h have the weights of two of 4 h (Shazeer 2020).
+            return -(-8 * self.hidden_size // (3 * _SWIGLU_MULTIPLE)) * _SWIGLU_MULTIPLE
+        return 4 * self.hidden_size
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,12 @@ _BATCHES = "train.global_batch_size (sequences a step) or train.micro_batch_size
 _LAYERS = "model.num_layers"
 _HIDDEN = "model.hidden_size"
 _HEADS = "model.num_attention_heads"
+_GROUPS = "model.num_query_groups"
 _FFN = "model.ffn_hidden_size"
+_NORM = "model.normalization"
+_POSITIONS = "model.position_embedding_type"
+_ROTARY = "model.rotary_base"
+_BIASES = "model.add_bias_linear"
 _LENGTH = "model.seq_length"
 _DROPOUT = "model.hidden_dropout or model.attention_dropout"
 _TENSOR = "parallel.tensor_model_parallel_size"
@@ -34,6 +39,12 @@ ALIASES = {
     "n_head": _HEADS,
     "n_heads": _HEADS,
     "num_heads": _HEADS,
+    "n_kv_heads": _GROUPS,
+    "n_kv_head": _GROUPS,
+    "num_kv_heads": _GROUPS,
+    "num_key_value_heads": _GROUPS,
+    "n_query_groups": _GROUPS,
+    "group_query_attention": _GROUPS,
     "d_ff": _FFN,
     "ffn_dim": _FFN,
     "n_inner": _FFN,
@@ -50,9 +61,26 @@ ALIASES = {
     "resid_pdrop": "model.hidden_dropout",
     "embd_pdrop": "model.hidden_dropout",
     "attn_pdrop": "model.attention_dropout",
+    "norm_type": _NORM,
+    "norm": _NORM,
+    "rms_norm_eps": "model.norm_epsilon",
     "layer_norm_epsilon": "model.norm_epsilon",
     "layernorm_epsilon": "model.norm_epsilon",
     "activation_function": "model.activation",
+    "hidden_act": "model.activation",
+    "swiglu": "model.activation",
+    "position_embedding": _POSITIONS,
+    "pos_emb": _POSITIONS,
+    "rope": _POSITIONS,
+    "use_rope": _POSITIONS,
+    "rope_theta": _ROTARY,
+    "rope_base": _ROTARY,
+    "bias": _BIASES,
+    "use_bias": _BIASES,
+    "disable_bias_linear": f"{_BIASES} (false: no biases)",
+    "attention_bias": _BIASES,
+    "mlp_bias": _BIASES,
+    "qk_norm": "model.qk_layernorm",
     "tie_word_embeddings": "model.untie_embeddings_and_output_weights (true: not tied)",
     "initializer_range": "model.init_method_std",
     "init_std": "model.init_method_std",

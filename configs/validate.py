@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from configs.errors import ConfigError, shown
 from configs.keys import KEYS, flatten
-from configs.layout import check_layout
+from configs.layout import check_layout, divisors
 from configs.schema import Config
 
 # A trained tokenizer begins with 256 byte pieces, three special ones and the newline.
@@ -51,11 +51,13 @@ RANGES = {
     "model.num_layers": _COUNT,
     "model.hidden_size": _COUNT,
     "model.num_attention_heads": _COUNT,
+    "model.num_query_groups": _COUNT,
     "model.ffn_hidden_size": _COUNT,
     "model.seq_length": _COUNT,
     "model.hidden_dropout": _FRACTION,
     "model.attention_dropout": _FRACTION,
     "model.norm_epsilon": _POSITIVE,
+    "model.rotary_base": _POSITIVE,
     "model.init_method_std": _POSITIVE,
     "parallel.tensor_model_parallel_size": _COUNT,
     "data.vocab_size": Range(1, 2**31),
@@ -115,6 +117,21 @@ def _check_model(config: Config) -> None:
             f"model.hidden_size={f'{lower} or ' if lower else ''}{upper}, or a divisor of {h} as "
             "model.num_attention_heads",
             "model.hidden_size",
+        )
+    groups, head_dim = config.model.num_groups, config.model.head_dim
+    if heads % groups:
+        fitting = ", ".join(map(str, divisors(heads)))
+        raise ConfigError(
+            f"model.num_query_groups={groups} does not divide model.num_attention_heads={heads}; "
+            f"choose one of {fitting}",
+            "model.num_query_groups",
+        )
+    if config.model.position_embedding_type == "rope" and head_dim % 2:
+        raise ConfigError(
+            "model.position_embedding_type=rope turns channels in pairs, but a head has "
+            f"{head_dim} (model.hidden_size={h} / model.num_attention_heads={heads}); choose "
+            f"model.hidden_size={h + heads}, or model.position_embedding_type=learned_absolute",
+            "model.position_embedding_type",
         )
     if config.model.seq_length * h > _LARGEST_ACTIVATION:
         raise ConfigError(

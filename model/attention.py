@@ -5,37 +5,63 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from configs.schema import ModelConfig
-from model.initialisation import residual_init
-from parallel import ColumnParallelLinear, DropoutStream, Mesh, Normal, RowParallelLinear
+from model.context import Context
+from model.initialisation import matrix_init, residual_init
+from model.norm import make_head_norm
+from model.rotary import rotate
+from parallel import ColumnParallelLinear, DropoutStream, Mesh, RowParallelLinear
 
 
 class SelfAttention(nn.Module):
     """y = proj(softmax(q k^T / sqrt(d)) v) for each head; `[s/t, b, h]` in and out.
 
-    q and kv are weights of their own that read one gathered input. The rows of kv go head by head:
-    the d rows of a head's key, then the d rows of its value, so that a tp shard is one contiguous
-    slice.
+    g groups of a/g heads share a key and a value (Ainslie et al. 2023); g = a: each has its own. q
+    and kv are weights of their own that read one gathered input. The rows of kv go group by group:
+    the d rows of a group's key, then the d rows of its value, so that a tp shard is one contiguous
+    slice. With g < t groups every rank keeps kv in full and computes the one group it needs.
     """
 
     def __init__(self, config: ModelConfig, layer: int, mesh: Mesh) -> None:
         super().__init__()
         self.layer, self.mesh = layer, mesh
         self.dropout = config.attention_dropout
-        self.head_dim = config.head_dim
-        h = config.hidden_size
+        self.head_dim, self.qk_layernorm = config.head_dim, config.qk_layernorm
+        h, g = config.hidden_size, config.num_groups
         self.qkv = ColumnParallelLinear(
-            h, {"q": h, "kv": 2 * h}, mesh, Normal(config.init_method_std)
+            h,
+            {"q": h, "kv": 2 * g * config.head_dim},
+            mesh,
+            matrix_init(config),
+            has_bias=config.add_bias_linear,
+            num_blocks={"kv": g},
         )
-        self.proj = RowParallelLinear(h, h, mesh, residual_init(config))
+        if config.qk_layernorm:
+            self.q_norm = make_head_norm(config, mesh)
+            self.k_norm = make_head_norm(config, mesh)
+        self.proj = RowParallelLinear(
+            h, h, mesh, residual_init(config), has_bias=config.add_bias_linear
+        )
 
-    def forward(self, x: Tensor, stream: DropoutStream | None) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         d = self.head_dim
-        q, kv = self.qkv(x)  # [s, b, h/t], [s, b, 2h/t]
+        q, kv = self.qkv(x)  # [s, b, h/t], [s, b, 2gd/t]
         s, b, _ = q.shape
         q = q.view(s, b, -1, d)  # [s, b, a/t, d]
-        k, v = kv.view(s, b, -1, 2, d).unbind(dim=3)  # each [s, b, a/t, d]
-        q, k, v = (heads.permute(1, 2, 0, 3) for heads in (q, k, v))  # [b, a/t, s, d]
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.drop(stream), is_causal=True)
+        k, v = kv.view(s, b, -1, 2, d).unbind(dim=3)  # each [s, b, g/t, d]
+        if self.qk_layernorm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if context.rotation is not None:
+            q, k = rotate(q, context.rotation), rotate(k, context.rotation)
+        q, k, v = (heads.permute(1, 2, 0, 3) for heads in (q, k, v))  # [b, a/t or g/t, s, d]
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=context.mask,
+            dropout_p=self.drop(context.stream),
+            is_causal=context.mask is None,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # [b, a/t, s, d]
         y = y.permute(2, 0, 1, 3).reshape(s, b, -1)  # [s, b, h/t]
         return self.proj(y)  # [s/t, b, h]
 

@@ -1,10 +1,10 @@
 """GPT: embedding, blocks, head.
 
-Legend (Korthikanti et al. 2022, table 1, with d and f added): `s` sequence length, `b` micro-batch
-size, `h` hidden size, `a` attention heads, `d = h/a` head dimension, `f` feed-forward size, `v`
-vocabulary, `t` tensor-parallel size, `L` layers. Sequence first: `[s, b, h]`, so that a sequence
-shard is a contiguous piece of dim 0. `[s/t, ...]` is with sequence parallelism; without it, `[s,
-...]`.
+Legend (Korthikanti et al. 2022, table 1, with g, d and f added): `s` sequence length, `b`
+micro-batch size, `h` hidden size, `a` attention heads, `g` groups of them that share a key and a
+value, `d = h/a` head dimension, `f` feed-forward size, `v` vocabulary, `t` tensor-parallel size,
+`L` layers. Sequence first: `[s, b, h]`, so that a sequence shard is a contiguous piece of dim 0.
+`[s/t, ...]` is with sequence parallelism; without it, `[s, ...]`.
 """
 
 from torch import Tensor, nn
@@ -13,12 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from configs.schema import ModelConfig
 from model.attention import SelfAttention
+from model.context import Context, make_context
+from model.initialisation import matrix_init
 from model.mlp import MLP
-from model.norm import LayerNorm
+from model.norm import make_norm
 from parallel import (
     DropoutStream,
     Mesh,
-    Normal,
     VocabParallelEmbedding,
     declare_parameter,
     dropout_add,
@@ -40,25 +41,24 @@ class Block(nn.Module):
         super().__init__()
         self.mesh, self.layer, self.recompute = mesh, layer, recompute
         self.hidden_dropout = config.hidden_dropout
-        self.attention_norm = LayerNorm(config, mesh)
+        self.attention_norm = make_norm(config, mesh)
         self.attention = SelfAttention(config, layer, mesh)
-        self.mlp_norm = LayerNorm(config, mesh)
+        self.mlp_norm = make_norm(config, mesh)
         self.mlp = MLP(config, mesh)
 
-    def forward(self, x: Tensor, stream: DropoutStream | None) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         if self.recompute:
             # Only x is kept. Masks are functions of their names, so there is no state to restore.
             return checkpoint(
-                self.residuals, x, stream, use_reentrant=False, preserve_rng_state=False
+                self.residuals, x, context, use_reentrant=False, preserve_rng_state=False
             )
-        return self.residuals(x, stream)
+        return self.residuals(x, context)
 
-    def residuals(self, x: Tensor, stream: DropoutStream | None) -> Tensor:
+    def residuals(self, x: Tensor, context: Context) -> Tensor:
         """The two residual equations of the block."""
-        x = self.dropout_add(
-            self.attention(self.attention_norm(x), stream), x, stream, AFTER_ATTENTION
-        )
-        return self.dropout_add(self.mlp(self.mlp_norm(x)), x, stream, AFTER_MLP)
+        y = self.attention(self.attention_norm(x), context)
+        x = self.dropout_add(y, x, context.stream, AFTER_ATTENTION)
+        return self.dropout_add(self.mlp(self.mlp_norm(x)), x, context.stream, AFTER_MLP)
 
     def dropout_add(self, y: Tensor, x: Tensor, stream: DropoutStream | None, site: int) -> Tensor:
         """`x + dropout(y)`."""
@@ -66,12 +66,12 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer with learned positions, pre-norm, and a tied or separate head.
+    """A decoder-only transformer: pre-norm, learned or rotary positions, a tied or separate head.
 
-    tokens -> embedding + position, dropout -> L blocks -> norm -> logits.
+    tokens -> embedding (+ position), dropout -> L blocks -> norm -> logits.
     """
 
-    positions: DTensor  # [s, h]
+    positions: DTensor  # [s, h], where they are learned
     lm_head: DTensor  # [v, h], where it is not tied
 
     def __init__(
@@ -79,21 +79,23 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.vocab_size, self.mesh = config, vocab_size, mesh
-        init = Normal(config.init_method_std)
+        self.learns_positions = config.position_embedding_type == "learned_absolute"
+        init = matrix_init(config)
         self.embedding = VocabParallelEmbedding(vocab_size, config.hidden_size, mesh, init)
-        # Looked up on the sequence shard, after the reduce-scatter of the embedding.
-        declare_parameter(
-            self,
-            "positions",
-            (config.seq_length, config.hidden_size),
-            mesh,
-            init=init,
-            grad_is_partial=mesh.sequence_parallel,
-        )
+        if self.learns_positions:
+            # Looked up on the sequence shard, after the reduce-scatter of the embedding.
+            declare_parameter(
+                self,
+                "positions",
+                (config.seq_length, config.hidden_size),
+                mesh,
+                init=init,
+                grad_is_partial=mesh.sequence_parallel,
+            )
         self.blocks = nn.ModuleList(
             Block(config, layer, mesh, recompute) for layer in range(config.num_layers)
         )
-        self.norm = LayerNorm(config, mesh)
+        self.norm = make_norm(config, mesh)
         if config.untie_embeddings_and_output_weights:
             declare_parameter(
                 self, "lm_head", (vocab_size, config.hidden_size), mesh, init=init, tp_dim=0
@@ -105,16 +107,20 @@ class GPT(nn.Module):
         positions: Tensor,
         targets: Tensor | None = None,
         stream: DropoutStream | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """Sum of the losses of all targets, in nats, a float32 scalar; the same on all tp ranks.
 
         `tokens`, `positions`, `targets` `[b, s]`; s a multiple of t. Targets below 0 don't count.
         Without targets: the logits, `[b, s, v]` float32. Without a `stream` there is no dropout.
+        With `documents` `[b, s]`, tokens see only those that have the same number.
         """
         # The only transpose: data is batch first, the model sequence first.
-        x = self.embed(tokens.t(), positions.t(), stream)  # [s/t, b, h]
+        positions, documents = positions.t(), None if documents is None else documents.t()
+        x = self.embed(tokens.t(), positions, stream)  # [s/t, b, h]
+        context = make_context(self.config, positions, documents, stream, x.dtype)
         for block in self.blocks:
-            x = block(x, stream)
+            x = block(x, context)
         x = self.norm(x)
         table = (
             self.lm_head
@@ -128,9 +134,10 @@ class GPT(nn.Module):
         return vocab_parallel_cross_entropy(logits, targets.t(), self.vocab_size, self.mesh).sum()
 
     def embed(self, tokens: Tensor, positions: Tensor, stream: DropoutStream | None) -> Tensor:
-        """Token plus position, with dropout; `[s, b]` to `[s/t, b, h]`."""
+        """Token (plus learned position), with dropout; `[s, b]` to `[s/t, b, h]`."""
         x = self.embedding(tokens)  # [s/t, b, h]
-        x = x + lookup(self.positions.to_local(), sequence_shard(positions, self.mesh))
+        if self.learns_positions:
+            x = x + lookup(self.positions.to_local(), sequence_shard(positions, self.mesh))
         # Layer -1: the site before all layers.
         return dropout_add(
             x, None, self.config.hidden_dropout, stream, -1, AFTER_EMBEDDING, self.mesh

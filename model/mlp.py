@@ -1,23 +1,53 @@
 """The feed-forward half of a block."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from configs.schema import ModelConfig
-from model.initialisation import residual_init
-from parallel import ColumnParallelLinear, Mesh, Normal, RowParallelLinear
+from model.initialisation import matrix_init, residual_init
+from parallel import ColumnParallelLinear, Mesh, RowParallelLinear
+
+
+def gelu(x: Tensor) -> Tensor:
+    """x times the normal distribution function of x (Hendrycks and Gimpel 2016)."""
+    return F.gelu(x)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GPT-2's approximation of gelu, up to 5e-4 away from it."""
+    return F.gelu(x, approximate="tanh")
+
+
+def swiglu(x: Tensor, gate: Tensor) -> Tensor:
+    """x, let through as far as a second product says (Shazeer 2020)."""
+    return F.silu(gate) * x
+
+
+_ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "swiglu": swiglu,
+}
 
 
 class MLP(nn.Module):
-    """y = down(gelu(up(x))); `[s/t, b, h]` in and out."""
+    """y = down(activation(up(x))), or gated down(activation(up(x), gate(x))).
+
+    `[s/t, b, h]` in and out. up and gate are weights of their own that read one gathered input.
+    """
 
     def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
         super().__init__()
-        self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
-        h, f = config.hidden_size, config.ffn_size
-        self.expand = ColumnParallelLinear(h, {"up": f}, mesh, Normal(config.init_method_std))
-        self.down = RowParallelLinear(f, h, mesh, residual_init(config))
+        self.activation = _ACTIVATIONS[config.activation]
+        h, f, has_bias = config.hidden_size, config.ffn_size, config.add_bias_linear
+        names = ("up", "gate") if config.activation == "swiglu" else ("up",)
+        self.expand = ColumnParallelLinear(
+            h, dict.fromkeys(names, f), mesh, matrix_init(config), has_bias=has_bias
+        )
+        self.down = RowParallelLinear(f, h, mesh, residual_init(config), has_bias=has_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        (x,) = self.expand(x)  # [s, b, f/t]
-        return self.down(F.gelu(x, approximate=self.approximate))  # [s/t, b, h]
+        x = self.activation(*self.expand(x))  # [s, b, f/t]
+        return self.down(x)  # [s/t, b, h]

@@ -18,20 +18,51 @@ from parallel.parameters import Constant, Normal, declare_parameter
 from parallel.sharding import shard_range
 
 
-class _WeightShard(nn.Module):
-    """One weight of a column-parallel layer, `[out/t, in]`, and its bias `[out/t]`."""
+class _ColumnWeight(nn.Module):
+    """One weight of a column-parallel layer and its bias; computes this rank's columns of Y.
+
+    Cut by rows, `[out/t, in]`. Or, if its rows come in `num_blocks` < t blocks that must stay
+    whole, kept in full by every rank, of which t / num_blocks compute the same block. The gradient
+    of such a weight is partial: a rank has it for its own block, from its own consumers of it.
+    """
 
     weight: DTensor
-    bias: DTensor
+    bias: DTensor | None
 
-    def __init__(self, in_size: int, out_size: int, mesh: Mesh, init: Normal) -> None:
+    def __init__(
+        self,
+        in_size: int,
+        out_size: int,
+        mesh: Mesh,
+        init: Normal,
+        *,
+        has_bias: bool,
+        num_blocks: int | None,
+    ) -> None:
         super().__init__()
-        declare_parameter(self, "weight", (out_size, in_size), mesh, init=init, tp_dim=0)
-        # The bias sees every position, like the weight: its gradient is whole.
-        declare_parameter(self, "bias", (out_size,), mesh, init=Constant(0.0), tp_dim=0)
+        self.block: tuple[int, int] | None = None  # first row and number of rows, if kept in full
+        if num_blocks is not None and num_blocks < mesh.tp.size:
+            assert mesh.tp.size % num_blocks == 0, f"{num_blocks} blocks over tp={mesh.tp.size}"
+            rows = out_size // num_blocks
+            self.block = (mesh.tp.rank * num_blocks // mesh.tp.size * rows, rows)
+        # The bias sees every position, like the weight: with rows of its own its gradient is whole.
+        place: dict[str, Any] = {
+            "tp_dim": None if self.block else 0,
+            "grad_is_partial": self.block is not None,
+        }
+        declare_parameter(self, "weight", (out_size, in_size), mesh, init=init, **place)
+        if has_bias:
+            declare_parameter(self, "bias", (out_size,), mesh, init=Constant(0.0), **place)
+        else:
+            self.bias = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to_local(), self.bias.to_local())
+        weight = self.weight.to_local()
+        bias = None if self.bias is None else self.bias.to_local()
+        if self.block is not None:
+            weight = weight.narrow(0, *self.block)
+            bias = None if bias is None else bias.narrow(0, *self.block)
+        return F.linear(x, weight, bias)
 
 
 class ColumnParallelLinear(nn.Module):
@@ -43,19 +74,33 @@ class ColumnParallelLinear(nn.Module):
     Forward: all-gather of the input (or nothing). Backward: reduce-scatter (or all-reduce) of dX.
     Weights that read the same input share the gather. Each is a parameter of its own, so that a
     shard is one contiguous slice and the names do not depend on the layout.
+
+    `num_blocks` names the weights whose rows come in blocks that no two ranks may split. With fewer
+    blocks than ranks, several ranks compute the same block, `[s, b, out/num_blocks]`.
     """
 
     def __init__(
-        self, in_size: int, out_sizes: Mapping[str, int], mesh: Mesh, init: Normal
+        self,
+        in_size: int,
+        out_sizes: Mapping[str, int],
+        mesh: Mesh,
+        init: Normal,
+        *,
+        has_bias: bool = True,
+        num_blocks: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
         self.mesh = mesh
         for name, out_size in out_sizes.items():
-            self.add_module(name, _WeightShard(in_size, out_size, mesh, init))
+            blocks = (num_blocks or {}).get(name)
+            weight = _ColumnWeight(
+                in_size, out_size, mesh, init, has_bias=has_bias, num_blocks=blocks
+            )
+            self.add_module(name, weight)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         x = enter_tensor_parallel_region(x, self.mesh)  # [s, b, in]
-        return tuple(shard(x) for shard in self.children())  # each [s, b, out/t]
+        return tuple(weight(x) for weight in self.children())  # each [s, b, out/t]
 
 
 class RowParallelLinear(nn.Module):
@@ -70,25 +115,30 @@ class RowParallelLinear(nn.Module):
     """
 
     weight: DTensor
-    bias: DTensor
+    bias: DTensor | None
 
-    def __init__(self, in_size: int, out_size: int, mesh: Mesh, init: Normal) -> None:
+    def __init__(
+        self, in_size: int, out_size: int, mesh: Mesh, init: Normal, *, has_bias: bool = True
+    ) -> None:
         super().__init__()
         self.mesh = mesh
         declare_parameter(self, "weight", (out_size, in_size), mesh, init=init, tp_dim=1)
-        declare_parameter(
-            self,
-            "bias",
-            (out_size,),
-            mesh,
-            init=Constant(0.0),
-            grad_is_partial=mesh.sequence_parallel,
-        )
+        if has_bias:
+            declare_parameter(
+                self,
+                "bias",
+                (out_size,),
+                mesh,
+                init=Constant(0.0),
+                grad_is_partial=mesh.sequence_parallel,
+            )
+        else:
+            self.bias = None
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight.to_local())  # [s, b, out], a partial sum
         y = exit_tensor_parallel_region(y, self.mesh)  # [s/t, b, out]
-        return y + self.bias.to_local()
+        return y if self.bias is None else y + self.bias.to_local()
 
 
 class _Lookup(torch.autograd.Function):

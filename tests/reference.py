@@ -23,9 +23,10 @@ def reference_loss(
     positions: Tensor,
     targets: Tensor,
     mask: Mask | None = None,
+    documents: Tensor | None = None,
 ) -> Tensor:
     """Sum of the losses of targets >= 0; `[b, s]` inputs, `[b, s, h]` inside."""
-    logits = reference_logits(weights, config, tokens, positions, mask)
+    logits = reference_logits(weights, config, tokens, positions, mask, documents)
     return F.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
     )
@@ -37,51 +38,87 @@ def reference_logits(
     tokens: Tensor,
     positions: Tensor,
     mask: Mask | None = None,
+    documents: Tensor | None = None,
 ) -> Tensor:
     """Logits `[b, s, v]`."""
+    if documents is None:
+        documents = torch.zeros_like(tokens)
 
     def drop(x: Tensor, layer: int, site: int) -> Tensor:
         return x if mask is None else x * mask(tuple(x.shape), layer, site)
 
     table = weights["embedding.weight"]
-    x = drop(table[tokens] + weights["positions"][positions], -1, 0)
+    x = table[tokens]
+    if config.position_embedding_type == "learned_absolute":
+        x = x + weights["positions"][positions]
+    x = drop(x, -1, 0)
     for layer in range(config.num_layers):
         w = {
             name.removeprefix(f"blocks.{layer}."): weight
             for name, weight in weights.items()
             if name.startswith(f"blocks.{layer}.")
         }
-        y = _norm(x, w["attention_norm.weight"], w["attention_norm.bias"], config)
-        x = x + drop(_attention(y, w, config), layer, 1)
-        y = _norm(x, w["mlp_norm.weight"], w["mlp_norm.bias"], config)
+        y = _norm(x, w, "attention_norm", config)
+        x = x + drop(_attention(y, w, config, positions, documents), layer, 1)
+        y = _norm(x, w, "mlp_norm", config)
         x = x + drop(_mlp(y, w, config), layer, 2)
-    x = _norm(x, weights["norm.weight"], weights["norm.bias"], config)
+    x = _norm(x, weights, "norm", config)
     return x @ weights.get("lm_head", table).T
 
 
-def _norm(x: Tensor, weight: Tensor, bias: Tensor, config: ModelConfig) -> Tensor:
+def _linear(x: Tensor, w: dict[str, Tensor], name: str) -> Tensor:
+    y = x @ w[f"{name}.weight"].T
+    return y + w[f"{name}.bias"] if f"{name}.bias" in w else y
+
+
+def _norm(x: Tensor, w: dict[str, Tensor], name: str, config: ModelConfig) -> Tensor:
+    if config.normalization == "RMSNorm":
+        square = x.square().mean(-1, keepdim=True)
+        return x / (square + config.norm_epsilon).sqrt() * w[f"{name}.weight"]
     mean = x.mean(-1, keepdim=True)
     variance = (x - mean).square().mean(-1, keepdim=True)
-    return (x - mean) / (variance + config.norm_epsilon).sqrt() * weight + bias
+    return (x - mean) / (variance + config.norm_epsilon).sqrt() * w[f"{name}.weight"] + w[
+        f"{name}.bias"
+    ]
 
 
-def _attention(x: Tensor, w: dict[str, Tensor], config: ModelConfig) -> Tensor:
+def _attention(
+    x: Tensor, w: dict[str, Tensor], config: ModelConfig, positions: Tensor, documents: Tensor
+) -> Tensor:
     b, s, h = x.shape
-    a, d = config.num_attention_heads, config.head_dim
-    q = (x @ w["attention.qkv.q.weight"].T + w["attention.qkv.q.bias"]).view(b, s, a, d)
-    kv = (x @ w["attention.qkv.kv.weight"].T + w["attention.qkv.kv.bias"]).view(b, s, a, 2, d)
-    scores = torch.einsum("bqad,bkad->baqk", q, kv[..., 0, :]) / d**0.5
-    future = torch.ones(s, s, dtype=torch.bool).triu(1)
-    probabilities = scores.masked_fill(future, float("-inf")).softmax(-1)
-    y = torch.einsum("baqk,bkad->bqad", probabilities, kv[..., 1, :]).reshape(b, s, h)
-    return y @ w["attention.proj.weight"].T + w["attention.proj.bias"]
+    a, d, g = config.num_attention_heads, config.head_dim, config.num_groups
+    q = _linear(x, w, "attention.qkv.q").view(b, s, a, d)
+    k, v = _linear(x, w, "attention.qkv.kv").view(b, s, g, 2, d).unbind(3)
+    if config.qk_layernorm:
+        q, k = _norm(q, w, "attention.q_norm", config), _norm(k, w, "attention.k_norm", config)
+    if config.position_embedding_type == "rope":
+        q, k = _turn(q, positions, config), _turn(k, positions, config)
+    mine = torch.arange(a) * g // a  # the group of each head
+    scores = torch.einsum("bqad,bkad->baqk", q, k[:, :, mine]) / d**0.5
+    hidden = torch.ones(s, s, dtype=torch.bool).triu(1)
+    hidden = hidden | (documents[:, :, None] != documents[:, None, :])  # [b, s, s]
+    probabilities = scores.masked_fill(hidden.unsqueeze(1), float("-inf")).softmax(-1)
+    y = torch.einsum("baqk,bkad->bqad", probabilities, v[:, :, mine]).reshape(b, s, h)
+    return _linear(y, w, "attention.proj")
+
+
+def _turn(x: Tensor, positions: Tensor, config: ModelConfig) -> Tensor:
+    """Rope as the complex number that it is: channels i and i + d/2 are its two parts."""
+    half = config.head_dim // 2
+    frequencies = config.rotary_base ** -(torch.arange(half, dtype=torch.float64) / half)
+    angles = positions[..., None].double() * frequencies  # [b, s, d/2]
+    turned = torch.complex(x[..., :half], x[..., half:]) * torch.exp(1j * angles).unsqueeze(2)
+    return torch.cat((turned.real, turned.imag), -1)
 
 
 def _mlp(x: Tensor, w: dict[str, Tensor], config: ModelConfig) -> Tensor:
-    y = x @ w["mlp.expand.up.weight"].T + w["mlp.expand.up.bias"]
-    if config.activation == "gelu_tanh":
+    y = _linear(x, w, "mlp.expand.up")
+    if config.activation == "swiglu":
+        gate = _linear(x, w, "mlp.expand.gate")
+        y = y * gate / (1 + torch.exp(-gate))
+    elif config.activation == "gelu_tanh":
         inner = (2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3)
         y = 0.5 * y * (1 + inner.tanh())
     else:
         y = 0.5 * y * (1 + torch.erf(y / 2**0.5))
-    return y @ w["mlp.down.weight"].T + w["mlp.down.bias"]
+    return _linear(y, w, "mlp.down")

@@ -101,15 +101,20 @@ def test_a_file_here_wins_over_a_shipped_one() -> None:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_every_shipped_file_starts_as_one_process_from_anywhere(path: Path) -> None:
-    """Each has a description, takes its name as the run's, needs one rank, and exports as GPT-2."""
+    """Each has a description, takes its name as the run's, needs one rank, and can be exported."""
     config = parse_config([f"config={path.name}"])
     assert config.run.name == path.stem
     assert config.parallel.tensor_model_parallel_size == 1
-    assert config.model.activation == "gelu_tanh"
+    # What GPT2LMHeadModel and LlamaForCausalLM compute.
+    expected = "swiglu" if path.stem.startswith("llama") else "gelu_tanh"
+    assert config.model.activation == expected
     assert path.read_text().startswith("# ")
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("gpt_125m", 8), ("gpt_1b", 64), ("gpt_7b", 64)])
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [("gpt_125m", 8), ("gpt_1b", 64), ("gpt_7b", 64), ("llama_1b", 64)],
+)
 def test_shipped_files_start_on_whole_nodes(name: str, ranks: int) -> None:
     """Every power of two up to eight is a tensor-parallel size, unless heads do not divide."""
     config = parse_config([f"config={name}"])
@@ -117,6 +122,14 @@ def test_shipped_files_start_on_whole_nodes(name: str, ranks: int) -> None:
         if config.model.num_attention_heads % size == 0:
             parallel = dataclasses.replace(config.parallel, tensor_model_parallel_size=size)
             check_layout(dataclasses.replace(config, parallel=parallel), ranks)
+
+
+def test_llama_1b_is_a_billion_parameters() -> None:
+    """Counted by hand: tied embedding, and in each block q, kv, proj, 3 h x f and two norms."""
+    model, v = parse_config(["config=llama_1b"]).model, 32768
+    h, f, d, g = model.hidden_size, model.ffn_size, 64, 8
+    block = 2 * h * h + 2 * g * d * h + 3 * h * f + 2 * h
+    assert 1.0e9 < v * h + model.num_layers * block + h < 1.1e9
 
 
 def test_gpt_1b_is_a_billion_parameters() -> None:

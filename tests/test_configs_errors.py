@@ -100,6 +100,15 @@ ARGUMENTS = [
         "model.hidden_size=130 is not divisible by model.num_attention_heads=4; choose model.hidden_size=128 or 132, or a divisor of 130 as model.num_attention_heads",
     ),
     (
+        "model.num_query_groups=3",
+        "model.num_query_groups=3 does not divide model.num_attention_heads=4; choose one of 1, 2, 4",
+    ),
+    (
+        "model.position_embedding_type=rope model.hidden_size=132",
+        "model.position_embedding_type=rope turns channels in pairs, but a head has 33 (model.hidden_size=132 / model.num_attention_heads=4); choose model.hidden_size=136, or model.position_embedding_type=learned_absolute",
+    ),
+    ("model.rotary_base=0", "model.rotary_base=0.0 is out of range; it must be more than 0"),
+    (
         "model.seq_length=100000000",
         "model.seq_length=100000000 x model.hidden_size=128 is more than 2^32, beyond which dropout masks would repeat; choose model.seq_length=33554432 or less",
     ),
@@ -188,6 +197,8 @@ UNKNOWN = [
     ("model.n_layers", "model.num_layers"),
     ("n_head", "model.num_attention_heads"),
     ("n_embd", "model.hidden_size"),
+    ("n_kv_heads", "model.num_query_groups"),
+    ("rope_theta", "model.rotary_base"),
     ("block_size", "model.seq_length"),
     ("batch_size", ALIASES["batch_size"]),
     ("dropout", "model.hidden_dropout or model.attention_dropout"),
@@ -285,50 +296,6 @@ FILES = [
     ("[" * 3000, "bad.yaml: is nested too deeply; sections hold plain values"),
 ]
 
-# Ranks, what follows config=gpt_debug, and the error.
-LAYOUTS = [
-    (
-        1,
-        f"{TP}=2",
-        f"{TP}=2 needs 2 ranks, or a multiple of it, and there is 1 rank; start with torchrun --nproc-per-node 2 train.py ..., or choose {TP}=1",
-    ),
-    (
-        8,
-        f"{TP}=3",
-        f"{TP}=3 does not divide the number of ranks 8 (torchrun's nodes x --nproc-per-node); choose a divisor of 8 (1, 2, 4, 8)",
-    ),
-    (
-        8,
-        f"{TP}=8 model.num_attention_heads=4",
-        f"model.num_attention_heads=4 is not divisible by {TP}=8; choose a divisor of 4 (1, 2, 4)",
-    ),
-    (
-        4,
-        f"{TP}=4 model.ffn_hidden_size=514",
-        f"model.ffn_hidden_size=514 is not divisible by {TP}=4; choose model.ffn_hidden_size=512 or 516",
-    ),
-    (
-        8,
-        "model.seq_length=9",
-        f"model.seq_length=9 leaves a rank without rows when cut over {TP}=1 x data parallel size 8; with 8 ranks, {TP}=4 works",
-    ),
-    (
-        8,
-        "model.hidden_size=4",
-        f"model.hidden_size=4 leaves a rank without rows when cut over {TP}=1 x data parallel size 8; no layout of 8 ranks works, so use fewer ranks or a larger model.hidden_size",
-    ),
-    (
-        8,
-        "train.global_batch_size=4",
-        "train.global_batch_size=4 is not divisible by train.micro_batch_size=4 x data parallel size 8 = 32; choose train.global_batch_size=32",
-    ),
-    (
-        2,
-        "train.global_batch_size=12",
-        "train.global_batch_size=12 is not divisible by train.micro_batch_size=4 x data parallel size 2 = 8; choose train.global_batch_size=8 or 16, or train.micro_batch_size=3",
-    ),
-]
-
 
 @pytest.fixture(autouse=True)
 def _alone_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,25 +331,6 @@ def test_a_wrong_file_is_explained_with_its_line(text: str, message: str) -> Non
     """The error names file and line, whatever else is in the file."""
     Path("bad.yaml").write_text(text)
     assert _error("config=bad.yaml") == message
-
-
-@pytest.mark.parametrize(("ranks", "arguments", "message"), LAYOUTS)
-def test_a_layout_that_cannot_be_is_explained(
-    ranks: int, arguments: str, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What torchrun started is known before any process group is formed."""
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", str(ranks))
-    found = _error("config=gpt_debug", *arguments.split(" "))
-    assert found.partition(": ")[2] == message if ".yaml:" in found else found == message
-
-
-@pytest.mark.parametrize("world_size", ["", "0", "two"])
-def test_a_broken_launch_is_explained(world_size: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """RANK without a usable WORLD_SIZE is nobody's launcher."""
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", world_size)
-    assert "start with torchrun, or unset RANK" in _error("config=gpt_debug")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 
 from parallel import DropoutStream
 from parallel.randomness import keep_mask
-from tests.test_train import corpus, finish, rows, settings, start  # noqa: F401 - a fixture
+from tests.runs import finish, rows, settings, start
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,9 +27,7 @@ def test_masks_are_those_of_the_processor() -> None:
 
 
 def test_float32_losses_are_those_of_the_processor(
-    corpus: Path,  # noqa: F811
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Six steps with dropout: the same weights, masks and samples; sums in another order."""
     curves = {}
@@ -40,7 +38,7 @@ def test_float32_losses_are_those_of_the_processor(
     assert curves["gpu"] == pytest.approx(curves["cpu"], rel=1e-4)
 
 
-def test_bf16_trains_and_resumes(corpus: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_bf16_trains_and_resumes(corpus: Path, tmp_path: Path) -> None:
     """The loss falls; stopped and resumed, with recomputation, the run goes on where it was."""
     arguments = settings(
         corpus, tmp_path, "train.precision=bf16", "parallel.recompute_granularity=full"

@@ -1,6 +1,7 @@
 """The model equals the dense reference on every layout: weights, loss and every gradient."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,32 @@ TINY = ModelConfig(
     init_method_std=0.2,
 )
 VOCAB = 23  # no multiple of 2 or 4
+# Every option of the model, in combinations that exercise each with and without its neighbours.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "exact gelu, untied": {"activation": "gelu", "untie_embeddings_and_output_weights": True},
+    "llama": {
+        "normalization": "RMSNorm",
+        "position_embedding_type": "rope",
+        "activation": "swiglu",
+        "add_bias_linear": False,
+        "num_query_groups": 2,
+        "untie_embeddings_and_output_weights": True,
+    },
+    "one group, biases, qk norm": {
+        "position_embedding_type": "rope",
+        "rotary_base": 500.0,
+        "num_query_groups": 1,
+        "qk_layernorm": True,
+        "activation": "swiglu",
+    },
+    "two groups, RMS qk norm, learned positions": {
+        "normalization": "RMSNorm",
+        "num_query_groups": 2,
+        "qk_layernorm": True,
+        "add_bias_linear": False,
+    },
+}
 STREAM = DropoutStream(seed=1, step=3, sample_indices=(7, 8))
 
 
@@ -81,22 +108,27 @@ def dropout_mask(shape: tuple[int, ...], layer: int, site: int) -> Tensor:
 
 
 @distributed(*EVERY_LAYOUT)
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
-@pytest.mark.parametrize("untied", [False, True])
-def test_loss_and_gradients_equal_the_reference(mesh: Mesh, activation: str, untied: bool) -> None:
+@pytest.mark.parametrize("several_documents", [False, True])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_loss_and_gradients_equal_the_reference(
+    mesh: Mesh, options: str, several_documents: bool
+) -> None:
     """With dropout, padding, an uneven vocabulary, random biases; float32: 2e-5 of the largest."""
-    config = dataclasses.replace(
-        TINY, activation=activation, untie_embeddings_and_output_weights=untied
-    )
+    config = dataclasses.replace(TINY, **OPTIONS[options])
     model = tiny_model(mesh, config)
     dense = dense_weights(model)
     tokens, positions, targets = batch()
+    documents = None
+    if several_documents:
+        documents = torch.tensor([[0] * 5 + [1] * 6 + [2], [0, *[1] * 7, 2, 3, 4, 5]])
+        starts = torch.searchsorted(documents, documents)  # where each token's document begins
+        positions = torch.arange(12) - starts
 
-    loss = model(tokens, positions, targets, STREAM)
+    loss = model(tokens, positions, targets, STREAM, documents)
     (loss / mesh.dp.size).backward()  # every dp rank has the same batch here, and gradients sum
     sum_partial_gradients(model, mesh)
 
-    expected = reference_loss(dense, config, tokens, positions, targets, dropout_mask)
+    expected = reference_loss(dense, config, tokens, positions, targets, dropout_mask, documents)
     expected.backward()
     assert_close(loss.double(), expected, rtol=1e-6, atol=0)
     for name, parameter in model.named_parameters():
@@ -159,14 +191,16 @@ def test_attention_dropout_is_repeatable(mesh: Mesh) -> None:
 
 
 @distributed(*EVERY_LAYOUT)
-def test_every_parameter_is_declared_and_trained(mesh: Mesh) -> None:
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_parameter_is_declared_and_trained(mesh: Mesh, options: str) -> None:
     """Facts for each, a gradient for each, and the count of the formula."""
-    model = tiny_model(mesh)
+    config = dataclasses.replace(TINY, **OPTIONS[options])
+    model = tiny_model(mesh, config)
     model(*batch(), STREAM).backward()
     names = [name for name, _ in model.named_parameters()]
     assert set(names) == set(parameter_facts(model))
     assert all(parameter.grad is not None for parameter in model.parameters())
-    assert sum(p.numel() for p in model.parameters()) == num_parameters(TINY, VOCAB)
+    assert sum(p.numel() for p in model.parameters()) == num_parameters(config, VOCAB)
 
 
 @distributed(ONE_RANK, Layout(tp=2), Layout(tp=4))

@@ -88,9 +88,42 @@ def test_column_equals_dense(mesh: Mesh) -> None:
 
 
 @distributed(*LAYOUTS)
-def test_row_equals_dense(mesh: Mesh) -> None:
+@pytest.mark.parametrize("num_blocks", [1, 2])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_shared_blocks_equal_dense(mesh: Mesh, num_blocks: int, has_bias: bool) -> None:
+    """Ranks that share a block of rows compute the same columns, and their gradients add up."""
+    layer = ColumnParallelLinear(
+        H,
+        {"kv": 6 * num_blocks},
+        mesh,
+        Normal(1.0),
+        has_bias=has_bias,
+        num_blocks={"kv": num_blocks},
+    )
+    dense = fill(layer, mesh)
+    x_dense = seeded(1, S, B, H).requires_grad_()
+    x = sequence_shard(x_dense.detach(), mesh).clone().requires_grad_()
+
+    (y,) = layer(x)
+    width = y.shape[-1]  # one block, or several where there are fewer ranks than blocks
+    y.backward(seeded(50 + mesh.tp.rank, S, B, width))
+
+    y_dense = F.linear(x_dense, dense["kv.weight"], dense.get("kv.bias"))
+    for rank in range(mesh.tp.size):
+        first = 6 * (rank * num_blocks // mesh.tp.size)
+        columns = y_dense[..., first : first + width]
+        if rank == mesh.tp.rank:
+            assert_close(y, columns, rtol=1e-12, atol=1e-12)
+        columns.backward(seeded(50 + rank, S, B, width), retain_graph=True)
+    assert_close(x.grad, sequence_shard(x_dense.grad, mesh), rtol=1e-12, atol=1e-12)
+    assert_gradients(layer, dense, mesh)
+
+
+@distributed(*LAYOUTS)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_row_equals_dense(mesh: Mesh, has_bias: bool) -> None:
     """Splitting A by columns changes neither Y nor any gradient, the bias's included."""
-    layer = RowParallelLinear(8, H, mesh, Normal(1.0))
+    layer = RowParallelLinear(8, H, mesh, Normal(1.0), has_bias=has_bias)
     dense = fill(layer, mesh)
     x_dense = seeded(1, S, B, 8).requires_grad_()
     x = shard_of(x_dense.detach(), 2, mesh).clone().requires_grad_()
@@ -99,7 +132,7 @@ def test_row_equals_dense(mesh: Mesh) -> None:
     y = layer(x)
     y.backward(sequence_shard(upstream, mesh))
 
-    y_dense = F.linear(x_dense, dense["weight"], dense["bias"])
+    y_dense = F.linear(x_dense, dense["weight"], dense.get("bias"))
     y_dense.backward(upstream)
     assert_close(y, sequence_shard(y_dense, mesh), rtol=1e-12, atol=1e-12)
     assert_close(x.grad, shard_of(x_dense.grad, 2, mesh), rtol=1e-12, atol=1e-12)

@@ -1,0 +1,41 @@
+"""What all blocks need to know of a micro-batch besides its activations, worked out once."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from configs.schema import ModelConfig
+from model.rotary import Rotation, rotation_of
+from parallel import DropoutStream
+
+
+@dataclass(frozen=True)
+class Context:
+    """Of one micro-batch; the same on all tp ranks, since attention sees all positions."""
+
+    rotation: Rotation | None  # None: positions are learned
+    mask: Tensor | None  # [b, 1, s, s], true where a query (row) may see a key; None: all before it
+    stream: DropoutStream | None  # None: no dropout
+
+
+def make_context(
+    config: ModelConfig,
+    positions: Tensor,
+    documents: Tensor | None,
+    stream: DropoutStream | None,
+    dtype: torch.dtype,
+) -> Context:
+    """`positions` and `documents` `[s, b]`: places in the document, and which document it is."""
+    rotation = None
+    if config.position_embedding_type == "rope":
+        rotation = rotation_of(positions, config.head_dim, config.rotary_base, dtype)
+    mask = None if documents is None else document_mask(documents)
+    return Context(rotation, mask, stream)
+
+
+def document_mask(documents: Tensor) -> Tensor:
+    """A token sees itself and what is before it in its document; `[s, b]` to `[b, 1, s, s]`."""
+    of_token = documents.t().contiguous()  # [b, s]
+    same = of_token.unsqueeze(2) == of_token.unsqueeze(1)  # [b, s, s]
+    return same.tril_().unsqueeze(1)

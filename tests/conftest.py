@@ -1,0 +1,18 @@
+"""What several files of tests begin with."""
+
+from pathlib import Path
+
+import pytest
+
+WORDS = ["def", "return", "self", "import", "class", "for", "while", "if", "else", "None", "True"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty documents of very different length, and a place for their tokens."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(40):
+        words = [WORDS[(number * 7 + i * i) % len(WORDS)] for i in range(3 + 11 * number)]
+        lines = [" ".join(words[i : i + 6]) for i in range(0, len(words), 6)]
+        (folder / f"{number:02d}.txt").write_text("\n".join(lines) + f"\n# {number}\n")
+    return folder

@@ -1,0 +1,86 @@
+"""What cannot be laid out on the ranks that torchrun has started, and the text that says so."""
+
+import pytest
+
+from configs import ConfigError, parse_config
+
+TP = "parallel.tensor_model_parallel_size"
+
+# Ranks, what follows config=gpt_debug, and the error.
+LAYOUTS = [
+    (
+        1,
+        f"{TP}=2",
+        f"{TP}=2 needs 2 ranks, or a multiple of it, and there is 1 rank; start with torchrun --nproc-per-node 2 train.py ..., or choose {TP}=1",
+    ),
+    (
+        8,
+        f"{TP}=3",
+        f"{TP}=3 does not divide the number of ranks 8 (torchrun's nodes x --nproc-per-node); choose a divisor of 8 (1, 2, 4, 8)",
+    ),
+    (
+        8,
+        f"{TP}=8 model.num_attention_heads=4",
+        f"model.num_attention_heads=4 is not divisible by {TP}=8; choose a divisor of 4 (1, 2, 4)",
+    ),
+    (
+        6,
+        f"{TP}=6 model.num_attention_heads=12 model.hidden_size=144 model.num_query_groups=4",
+        f"model.num_query_groups=4 neither divides {TP}=6 nor is divisible by it; choose {TP}=1, 2, 4, 12, or another model.num_query_groups",
+    ),
+    (
+        64,
+        f"{TP}=1 model.qk_layernorm=true train.global_batch_size=256",
+        f"model.hidden_size=32 leaves a rank without rows when cut over {TP}=1 x data parallel size 64; with 64 ranks, {TP}=2, 4 works",
+    ),
+    (
+        4,
+        f"{TP}=4 model.ffn_hidden_size=514",
+        f"model.ffn_hidden_size=514 is not divisible by {TP}=4; choose model.ffn_hidden_size=512 or 516",
+    ),
+    (
+        8,
+        "model.seq_length=9",
+        f"model.seq_length=9 leaves a rank without rows when cut over {TP}=1 x data parallel size 8; with 8 ranks, {TP}=4 works",
+    ),
+    (
+        8,
+        "model.hidden_size=4",
+        f"model.hidden_size=4 leaves a rank without rows when cut over {TP}=1 x data parallel size 8; no layout of 8 ranks works, so use fewer ranks or a larger model.hidden_size",
+    ),
+    (
+        8,
+        "train.global_batch_size=4",
+        "train.global_batch_size=4 is not divisible by train.micro_batch_size=4 x data parallel size 8 = 32; choose train.global_batch_size=32",
+    ),
+    (
+        2,
+        "train.global_batch_size=12",
+        "train.global_batch_size=12 is not divisible by train.micro_batch_size=4 x data parallel size 2 = 8; choose train.global_batch_size=8 or 16, or train.micro_batch_size=3",
+    ),
+]
+
+
+def _error(*arguments: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(list(arguments))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("ranks", "arguments", "message"), LAYOUTS)
+def test_a_layout_that_cannot_be_is_explained(
+    ranks: int, arguments: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torchrun started is known before any process group is formed."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    found = _error("config=gpt_debug", *arguments.split(" "))
+    assert found.partition(": ")[2] == message if ".yaml:" in found else found == message
+
+
+@pytest.mark.parametrize("world_size", ["", "0", "two"])
+def test_a_broken_launch_is_explained(world_size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RANK without a usable WORLD_SIZE is nobody's launcher."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    assert "start with torchrun, or unset RANK" in _error("config=gpt_debug")

@@ -1,0 +1,112 @@
+"""The same losses on every layout, and after a resume on another; in the pool of workers."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import ONE_RANK, Layout
+from tests.runs import rows, settings, train_on
+
+# With two groups, four ranks share each group's keys and values by twos.
+LLAMA = (
+    "config=llama_debug.yaml",
+    "model.qk_layernorm=true",
+    "model.num_query_groups=2",
+)
+
+
+@pytest.mark.parametrize(
+    ("mode", "model"), [("pack", ()), ("pad", ()), ("pad", LLAMA)], ids=["pack", "pad", "llama"]
+)
+def test_every_layout_gives_the_same_losses(
+    corpus: Path, tmp_path: Path, mode: str, model: tuple[str, ...]
+) -> None:
+    """Float32, dropout, rows and vocabulary that no layout divides: within 2e-6 over six steps."""
+    layouts = {
+        ONE_RANK: 4,
+        Layout(tp=2): 8,
+        Layout(tp=2, sp=False): 2,
+        Layout(tp=4): 1,
+        Layout(dp=2): 4,
+        Layout(tp=2, dp=2): 2,
+        Layout(dp=4): 1,
+    }
+    curves = {}
+    for layout, micro_batch_size in layouts.items():
+        directory = tmp_path / str(layout)
+        overrides = (f"data.sequence_mode={mode}", f"train.micro_batch_size={micro_batch_size}")
+        train_on(layout, settings(corpus, directory, *model, *overrides))
+        curves[layout] = rows(directory)
+    reference = curves.pop(ONE_RANK)
+    assert [row["step"] for row in reference] == [1, 2, 3, 3, 4, 5, 6, 6]
+    assert reference[-2]["train/loss"] < 0.95 * reference[0]["train/loss"]
+    for layout, curve in curves.items():
+        for row, expected in zip(curve, reference, strict=True):
+            assert row.keys() == expected.keys()
+            # A gradient norm is a sum of squares of differences: an order looser.
+            for key, value in row.items():
+                tolerance = 2e-5 if key == "train/grad_norm" else 2e-6
+                assert value == pytest.approx(expected[key], rel=tolerance), (
+                    layout,
+                    row["step"],
+                    key,
+                )
+
+
+@pytest.mark.parametrize("gradient_sync", ["step", "micro_batch"])
+@pytest.mark.parametrize("layout", [ONE_RANK, Layout(dp=2)], ids=str)
+def test_micro_batches_and_recompute_change_nothing(
+    corpus: Path, tmp_path: Path, gradient_sync: str, layout: Layout
+) -> None:
+    """How a global batch is split, synchronised or recomputed is a matter of memory alone."""
+    curves = []
+    for number, (micro_batch_size, recompute) in enumerate([(4, "none"), (2, "full"), (1, "none")]):
+        directory = tmp_path / str(number)
+        overrides = (
+            f"train.micro_batch_size={micro_batch_size}",
+            f"parallel.recompute_granularity={recompute}",
+            f"parallel.gradient_sync={gradient_sync}",
+        )
+        train_on(layout, settings(corpus, directory, *overrides))
+        curves.append([row["train/loss"] for row in rows(directory) if "train/loss" in row])
+    for curve in curves[1:]:
+        assert curve == pytest.approx(curves[0], rel=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (Layout(tp=2), Layout(tp=2)),
+        (Layout(tp=2), ONE_RANK),
+        (ONE_RANK, Layout(tp=2, dp=2)),
+        (Layout(tp=2, dp=2), Layout(tp=4)),
+        (Layout(dp=4), Layout(tp=2, sp=False)),
+    ],
+    ids=str,
+)
+def test_resume_continues_the_curve(
+    corpus: Path, tmp_path: Path, before: Layout, after: Layout
+) -> None:
+    """Stopped at step 3 and resumed: bit for bit on the same layout, to 1e-5 on another."""
+    for layout, name in ((before, "whole"), (before, "parts")):
+        stop = ("run.stop_at_step=3",) if name == "parts" else ()
+        train_on(layout, settings(corpus, tmp_path, f"run.name={name}", *stop))
+    assert [row["step"] for row in rows(tmp_path, "parts")] == [1, 2, 3, 3]
+    train_on(after, settings(corpus, tmp_path, "run.name=parts"))
+    whole, parts = rows(tmp_path, "whole"), rows(tmp_path, "parts")
+    if before == after:
+        assert parts == whole
+    else:
+        for row, expected in zip(parts, whole, strict=True):
+            assert row == pytest.approx(expected, rel=1e-5)
+
+
+def test_bf16_repeats_to_the_bit(corpus: Path, tmp_path: Path) -> None:
+    """The same seed, machine and layout: the same bits, in the precision people train in."""
+    curves = []
+    for name in ("first", "second"):
+        overrides = (f"run.name={name}", "train.precision=bf16")
+        train_on(Layout(tp=2, dp=2), settings(corpus, tmp_path, *overrides))
+        curves.append(rows(tmp_path, name))
+    assert curves[0] == curves[1]
+    assert curves[0][-2]["train/loss"] < 0.95 * curves[0][0]["train/loss"]
