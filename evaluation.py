@@ -47,7 +47,7 @@ def evaluate(run: Run, state: RunState, documents: EvaluationSet) -> Evaluation:
     device = run.mesh.device
     nats = torch.zeros((), dtype=torch.float64, device=device)
     for batch in documents.batches:
-        nats += run.model(*(x.to(device) for x in (batch.tokens, batch.positions, batch.targets)))
+        nats += run.model(**batch.inputs(device)).cross_entropy
     total = sum_over(run.mesh.dp, nats).item()
     if not math.isfinite(total):
         raise NonFiniteError(state.step, f"the loss on held-out text is {total}")

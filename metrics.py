@@ -31,6 +31,7 @@ class StepResult:
     """What one update of the weights was."""
 
     loss: float  # nats per target token, over the whole global batch
+    z_loss: float  # what train.z_loss_coeff adds to it in training
     grad_norm: float  # before clipping
     learning_rate: float
     num_targets: int  # target tokens of the whole global batch
@@ -91,6 +92,7 @@ class RunLog:
             "step": state.step,
             "tokens": state.tokens,
             "train/loss": result.loss,
+            **({"train/z_loss": result.z_loss} if self.config.train.z_loss_coeff else {}),
             "train/grad_norm": result.grad_norm,
             "train/learning_rate": result.learning_rate,
             "speed/tokens_per_second": tokens_per_second,

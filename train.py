@@ -88,15 +88,11 @@ def start(config: Config, mesh: Mesh, folder: RunFolder) -> tuple[Run, RunState]
 
 def loader(run: Run, state: RunState) -> BatchLoader:
     """This rank's batches from the state on."""
-    config, mesh = run.config, run.mesh
+    mesh = run.mesh
     with mendable(ValueError):
         return BatchLoader(
             run.corpus,
-            seed=config.run.seed,
-            seq_length=config.model.seq_length,
-            sequence_mode=config.data.sequence_mode,
-            global_batch_size=config.train.global_batch_size,
-            micro_batch_size=config.train.micro_batch_size,
+            run.config,
             consumed_samples=state.consumed_samples,
             dp_rank=mesh.dp.rank,
             dp_size=mesh.dp.size,
@@ -116,20 +112,20 @@ def train_step(run: Run, state: RunState, batches: BatchLoader) -> StepResult:
     config, mesh, model = run.config, run.mesh, run.model
     batch = next(batches)
     num_targets = sum_over(mesh.dp, torch.tensor(batch.num_targets, device=mesh.device))
-    loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     for number, micro_batch in enumerate(batch.micro_batches, start=1):
         is_last = number == len(batch.micro_batches)
         set_gradient_sync(model, is_last or config.parallel.gradient_sync == "micro_batch")
-        inputs = (micro_batch.tokens, micro_batch.positions, micro_batch.targets)
         masks = DropoutStream(
             config.run.seed, state.step, tuple(micro_batch.sample_indices.tolist())
         )
-        loss = model(*(x.to(mesh.device, non_blocking=True) for x in inputs), masks)
-        (loss / num_targets).backward()
-        loss_sum += loss.detach()
+        losses = model(**micro_batch.inputs(mesh.device), stream=masks)
+        z_loss = config.train.z_loss_coeff * losses.log_z_squared
+        ((losses.cross_entropy + z_loss) / num_targets).backward()
+        sums += torch.stack([losses.cross_entropy, z_loss]).detach()
     sum_partial_gradients(model, mesh)
     grad_norm = clip_gradients(model, config.optimizer.clip_grad, mesh).item()
-    mean_loss = (sum_over(mesh.dp, loss_sum) / num_targets).item()
+    mean_loss, z_loss = (sum_over(mesh.dp, sums) / num_targets).tolist()
     if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
         # Both are the same on every rank, so all leave together, before any weight has changed.
         what = f"the loss is {mean_loss}, the gradient norm {grad_norm}"
@@ -138,6 +134,7 @@ def train_step(run: Run, state: RunState, batches: BatchLoader) -> StepResult:
     apply_update(run.optimizer, rate)
     return StepResult(
         loss=mean_loss,
+        z_loss=z_loss,
         grad_norm=grad_norm,
         learning_rate=rate,
         num_targets=int(num_targets),

@@ -93,6 +93,9 @@ class DataConfig:
     tokenizer: str | None = None  # a sentencepiece model file; null: train one on the source
     vocab_size: int = 8192  # rows of the embedding; a trained tokenizer has as many pieces
     sequence_mode: Literal["pack", "pad"] = "pack"
+    # Of pack: attention and positions stay inside each document (in pad they always do). Attention
+    # then takes a mask, [s, s] for each row, where else it knows to be causal.
+    inter_document_masking: bool = False
     validation_fraction: float = 0.01  # share of documents held out for evaluation
     cache_directory: str = "~/.cache/microtron"
 
@@ -104,6 +107,9 @@ class TrainConfig:
     train_steps: int = 1000  # updates of the weights
     global_batch_size: int = 32  # sequences a step over all ranks
     micro_batch_size: int = 8  # sequences in one forward and backward of one data-parallel rank
+    # Times the mean square of log sum exp of the logits, added to the loss; keeps logits from
+    # drifting (PaLM: 1e-4). train/loss in the logs is without it.
+    z_loss_coeff: float = 0.0
     precision: Literal["bf16", "fp32"] = "bf16"  # bf16: bfloat16 compute, float32 master weights
 
 

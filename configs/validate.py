@@ -65,6 +65,7 @@ RANGES = {
     "train.train_steps": _STEPS,
     "train.global_batch_size": _COUNT,
     "train.micro_batch_size": _COUNT,
+    "train.z_loss_coeff": _NOT_NEGATIVE,
     "optimizer.lr": _NOT_NEGATIVE,
     "optimizer.min_lr": _NOT_NEGATIVE,
     "optimizer.lr_warmup_steps": _COUNT_OR_NONE,

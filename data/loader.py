@@ -8,10 +8,10 @@ Ranks of one tensor-parallel group construct the same loader and get equal batch
 import queue
 import threading
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
+from configs.schema import Config
 from data.prepare import Corpus
 from data.rows import MicroBatch, make_micro_batch, training_rows
 from data.sampler import sample_rows
@@ -31,21 +31,19 @@ class StepBatch:
 class BatchLoader:
     """Iterator over the batches of successive steps, without end: epochs follow each other."""
 
-    def __init__(  # noqa: PLR0913  each decides the batches, and callers name each
+    def __init__(
         self,
         corpus: Corpus,
+        config: Config,
         *,
-        seed: int,
-        seq_length: int,
-        sequence_mode: Literal["pack", "pad"],
-        global_batch_size: int,
-        micro_batch_size: int,
         consumed_samples: int,
         dp_rank: int,
         dp_size: int,
         tp_size: int,
         device_is_cuda: bool,
     ) -> None:
+        global_batch_size, seq_length = config.train.global_batch_size, config.model.seq_length
+        sequence_mode = config.data.sequence_mode
         if global_batch_size % dp_size:
             raise ValueError(
                 f"train.global_batch_size={global_batch_size} is not divisible by the "
@@ -58,12 +56,14 @@ class BatchLoader:
                 "more text or a smaller model.seq_length"
             )
         self._corpus = corpus
-        self._seed = seed
+        self._seed = config.run.seed
         self._global_batch_size = global_batch_size
-        self._micro_batch_size = micro_batch_size
+        self._micro_batch_size = config.train.micro_batch_size
         self._share = global_batch_size // dp_size
         self._next_sample = consumed_samples + dp_rank * self._share
         self._multiple_of = tp_size
+        # In mode pad a row is of one document anyway.
+        self._keep_documents_apart = config.data.inter_document_masking and sequence_mode == "pack"
         self._pin_memory = device_is_cuda
         # Holds batches, or the exception that ended the thread.
         self._queue: queue.Queue[StepBatch | Exception] = queue.Queue(_STEPS_AHEAD)
@@ -126,6 +126,7 @@ class BatchLoader:
                 samples[part],
                 self._multiple_of,
                 self._corpus.tokenizer.eos_id,
+                keep_documents_apart=self._keep_documents_apart,
             )
             micro_batches.append(micro_batch.pin_memory() if self._pin_memory else micro_batch)
         return StepBatch(micro_batches, sum(batch.num_targets for batch in micro_batches))

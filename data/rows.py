@@ -6,6 +6,9 @@ token further. The two sequence modes differ only in which spans are rows.
     pack   row k is tokens [k s, k s + s): documents follow each other without regard to rows
     pad    row j of a document is its tokens [j s, j s + s), the last row shorter
 
+Documents that share a row can be kept apart: positions begin again with each, its number goes along
+for attention to keep inside it, and the first token of the next one is no target.
+
 Legend: s = seq_length, b = rows of a micro-batch. Batch first here: [b, s].
 """
 
@@ -33,6 +36,19 @@ class MicroBatch:
     positions: Tensor  # [b, s] int64; 0 in padded slots
     sample_indices: Tensor  # [b] int64, number of the row in the run's order of consumption
     num_targets: int  # targets that are scored
+    documents: Tensor | None = None  # [b, s] int64, a number for each document; None: all one
+
+    def inputs(self, device: torch.device) -> dict[str, Tensor | None]:
+        """What the model is given, by its names, on its device."""
+        return {
+            name: None if tensor is None else tensor.to(device, non_blocking=True)
+            for name, tensor in (
+                ("tokens", self.tokens),
+                ("positions", self.positions),
+                ("targets", self.targets),
+                ("documents", self.documents),
+            )
+        }
 
     def pin_memory(self) -> "MicroBatch":
         """Returns the same rows in page-locked memory, from which a GPU copies without waiting."""
@@ -42,6 +58,7 @@ class MicroBatch:
             self.positions.pin_memory(),
             self.sample_indices,  # only the host reads them
             self.num_targets,
+            None if self.documents is None else self.documents.pin_memory(),
         )
 
 
@@ -116,8 +133,13 @@ def make_micro_batch(
     sample_indices: Int64Array,
     multiple_of: int,
     padding_token: int,
+    *,
+    keep_documents_apart: bool = False,
 ) -> MicroBatch:
-    """Reads rows and pads them to the longest one, rounded up to a multiple of `multiple_of`."""
+    """Reads rows and pads them to the longest one, rounded up to a multiple of `multiple_of`.
+
+    `keep_documents_apart`: for rows that several documents share.
+    """
     starts, lengths = spans
     width = max(1, int(lengths.max()))
     width += -width % multiple_of
@@ -128,11 +150,22 @@ def make_micro_batch(
         tokens[row, :length] = span[:-1]
         targets[row, :length] = span[1:]
     columns = np.arange(width, dtype=np.int64)
-    positions = np.where(columns < lengths[:, None], columns, 0)
+    is_padding = columns >= lengths[:, None]
+    positions, documents = np.where(is_padding, 0, columns), None
+    if keep_documents_apart:
+        places = np.minimum(starts[:, None] + columns, len(file.tokens) - 1)  # in the token stream
+        documents = np.searchsorted(file.document_offsets, places, side="right") - 1
+        # A row may begin inside a document: its positions begin with the row.
+        first = np.maximum(file.document_offsets[documents], starts[:, None])
+        positions = np.where(is_padding, 0, places - first)
+        next_starts = file.document_offsets[documents + 1]
+        targets[places + 1 == next_starts] = IGNORED_TARGET
+        documents[is_padding] = -1
     return MicroBatch(
         torch.from_numpy(tokens),
         torch.from_numpy(targets),
         torch.from_numpy(positions),
         torch.from_numpy(sample_indices),
-        int(lengths.sum()),
+        int((targets != IGNORED_TARGET).sum()),
+        None if documents is None else torch.from_numpy(documents),
     )

@@ -7,6 +7,8 @@ value, `d = h/a` head dimension, `f` feed-forward size, `v` vocabulary, `t` tens
 `[s/t, ...]` is with sequence parallelism; without it, `[s, ...]`.
 """
 
+from typing import NamedTuple
+
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -29,6 +31,14 @@ from parallel import (
     vocab_parallel_cross_entropy,
     vocab_parallel_logits,
 )
+
+
+class Losses(NamedTuple):
+    """Sums over all targets of a micro-batch, float32 scalars, the same on all tp ranks."""
+
+    cross_entropy: Tensor  # -log p(target), in nats
+    log_z_squared: Tensor  # log^2 of the denominator of p, for the z-loss
+
 
 # Sites of hidden dropout inside a layer; with the layer's number they name a mask.
 AFTER_EMBEDDING, AFTER_ATTENTION, AFTER_MLP = range(3)
@@ -108,11 +118,11 @@ class GPT(nn.Module):
         targets: Tensor | None = None,
         stream: DropoutStream | None = None,
         documents: Tensor | None = None,
-    ) -> Tensor:
-        """Sum of the losses of all targets, in nats, a float32 scalar; the same on all tp ranks.
+    ) -> Losses | Tensor:
+        """The losses of all targets; without targets the logits, `[b, s, v]` float32.
 
         `tokens`, `positions`, `targets` `[b, s]`; s a multiple of t. Targets below 0 don't count.
-        Without targets: the logits, `[b, s, v]` float32. Without a `stream` there is no dropout.
+        Without a `stream` there is no dropout.
         With `documents` `[b, s]`, tokens see only those that have the same number.
         """
         # The only transpose: data is batch first, the model sequence first.
@@ -131,7 +141,10 @@ class GPT(nn.Module):
         if targets is None:
             return gather_vocabulary(logits, self.mesh, self.vocab_size).transpose(0, 1).float()
         # Inside the root's forward, because FSDP2 frees the head's weight after it.
-        return vocab_parallel_cross_entropy(logits, targets.t(), self.vocab_size, self.mesh).sum()
+        loss, log_z = vocab_parallel_cross_entropy(
+            logits, targets.t(), self.vocab_size, self.mesh
+        )  # [s, b]
+        return Losses(loss.sum(), log_z.square().sum())
 
     def embed(self, tokens: Tensor, positions: Tensor, stream: DropoutStream | None) -> Tensor:
         """Token (plus learned position), with dropout; `[s, b]` to `[s/t, b, h]`."""

@@ -3,8 +3,11 @@
 [Note: vocab-parallel cross-entropy]
 For one position with logits z and target k:
 
-    loss = log sum_j exp(z_j - m) + m - z_k            m = max_j z_j
-    dz_j = (softmax(z)_j - [j = k]) dloss
+    log_z = log sum_j exp(z_j - m) + m                  m = max_j z_j
+    loss = log_z - z_k
+    dz_j = softmax(z)_j (dloss + dlog_z) - [j = k] dloss
+
+log_z is there for the z-loss, which keeps it near 0 (Chowdhery et al. 2022, section 5).
 
 Each rank has some of the j. Crossing the wire, all float32 of `[s, b]`: the maximum, then the sum
 of exponentials and z_k together. Backward is local. (Megatron-LM exchanges the last two apart.)
@@ -22,7 +25,9 @@ from parallel.sharding import shard_range
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, first_id: int, tp: Axis) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, first_id: int, tp: Axis
+    ) -> tuple[Tensor, Tensor]:
         z = logits.float()
         maximum = z.amax(dim=-1)  # [s, b]
         if tp.size > 1:
@@ -36,28 +41,30 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         sums = torch.stack([exponentials.sum(dim=-1), target_logit])  # [2, s, b]
         if tp.size > 1:
             dist.all_reduce(sums, group=tp.group)
-        log_sum = sums[0].log() + maximum
+        log_z = sums[0].log() + maximum
         ignored = targets < 0
         # The logits are kept in their own precision and exponentiated again in backward: half the
         # memory of float32 probabilities.
-        ctx.save_for_backward(logits, log_sum, column, is_ours, ignored)
-        return (log_sum - sums[1]).masked_fill(ignored, 0.0)
+        ctx.save_for_backward(logits, log_z, column, is_ours, ignored)
+        return (log_z - sums[1]).masked_fill(ignored, 0.0), log_z.masked_fill(ignored, 0.0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        logits, log_sum, column, is_ours, ignored = ctx.saved_tensors
-        grad_logits = (logits.float() - log_sum.unsqueeze(-1)).exp_()  # softmax
-        grad_logits.scatter_add_(-1, column, -is_ours.float().unsqueeze(-1))
-        grad_logits *= grad.masked_fill(ignored, 0.0).unsqueeze(-1)
+    def backward(ctx: Any, grad_loss: Tensor, grad_log_z: Tensor) -> tuple[Tensor | None, ...]:
+        logits, log_z, column, is_ours, ignored = ctx.saved_tensors
+        grad_logits = (logits.float() - log_z.unsqueeze(-1)).exp_()  # softmax
+        grad_logits *= (grad_loss + grad_log_z).masked_fill(ignored, 0.0).unsqueeze(-1)
+        of_target = grad_loss.masked_fill(ignored | ~is_ours, 0.0).unsqueeze(-1)
+        grad_logits.scatter_add_(-1, column, -of_target)
         return grad_logits.to(logits.dtype), None, None, None
 
 
 def vocab_parallel_cross_entropy(
     logits: Tensor, targets: Tensor, vocab_size: int, mesh: Mesh
-) -> Tensor:
-    """Loss of each target in nats, `[s, b]` float32, the same on all tp ranks; 0 where ignored.
+) -> tuple[Tensor, Tensor]:
+    """Loss of each target in nats, and log_z: `[s, b]` float32, 0 where the target is ignored.
 
-    `logits` `[s, b, v/t]`, `targets` `[s, b]` global token ids; negative: ignored.
+    The same on all tp ranks. `logits` `[s, b, v/t]`; `targets` `[s, b]` global token ids, negative
+    where ignored.
     """
     first_id, end_id = shard_range(vocab_size, mesh.tp.size, mesh.tp.rank)
     assert logits.shape[-1] == end_id - first_id, (

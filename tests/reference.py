@@ -16,7 +16,7 @@ from configs.schema import ModelConfig
 Mask = Callable[[tuple[int, ...], int, int], Tensor]  # (shape, layer, site) -> scaled keep mask
 
 
-def reference_loss(
+def reference_losses(
     weights: dict[str, Tensor],
     config: ModelConfig,
     tokens: Tensor,
@@ -24,12 +24,13 @@ def reference_loss(
     targets: Tensor,
     mask: Mask | None = None,
     documents: Tensor | None = None,
-) -> Tensor:
-    """Sum of the losses of targets >= 0; `[b, s]` inputs, `[b, s, h]` inside."""
+) -> tuple[Tensor, Tensor]:
+    """Sums over targets >= 0 of loss and of log^2 sum exp; `[b, s]` inputs, `[b, s, h]` inside."""
     logits = reference_logits(weights, config, tokens, positions, mask, documents)
-    return F.cross_entropy(
+    loss = F.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
     )
+    return loss, logits.logsumexp(-1)[targets >= 0].square().sum()
 
 
 def reference_logits(

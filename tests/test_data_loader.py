@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from configs import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
 from data import BatchLoader, Corpus, StepBatch, TokenFile
 from tests.data_corpora import corpus_of_lengths
 
@@ -20,6 +21,7 @@ def loader(corpus: Corpus, **changes: Any) -> BatchLoader:
         "seed": 1,
         "seq_length": 8,
         "sequence_mode": "pad",
+        "inter_document_masking": False,
         "global_batch_size": 12,
         "micro_batch_size": 12,
         "consumed_samples": 0,
@@ -29,7 +31,19 @@ def loader(corpus: Corpus, **changes: Any) -> BatchLoader:
         "device_is_cuda": False,
         **changes,
     }
-    return BatchLoader(corpus, **settings)
+    config = Config(
+        run=RunConfig(seed=settings.pop("seed")),
+        model=ModelConfig(seq_length=settings.pop("seq_length")),
+        data=DataConfig(
+            sequence_mode=settings.pop("sequence_mode"),
+            inter_document_masking=settings.pop("inter_document_masking"),
+        ),
+        train=TrainConfig(
+            global_batch_size=settings.pop("global_batch_size"),
+            micro_batch_size=settings.pop("micro_batch_size"),
+        ),
+    )
+    return BatchLoader(corpus, config, **settings)
 
 
 def steps(corpus: Corpus, num_steps: int, **changes: Any) -> list[StepBatch]:

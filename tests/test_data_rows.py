@@ -72,6 +72,38 @@ def test_rows_equal_the_literal_ones(mode: str, seq_length: int, multiple_of: in
     assert {t.dtype for t in (batch.tokens, batch.targets, batch.positions)} == {torch.int64}
 
 
+@pytest.mark.parametrize("multiple_of", [1, 3])
+@pytest.mark.parametrize("seq_length", [1, 2, 3, 5, 8, 40])
+def test_documents_of_a_packed_row_are_kept_apart(seq_length: int, multiple_of: int) -> None:
+    """A row says what each of its parts would say alone: positions, numbers, no next bos."""
+    file = token_file([9, 2, 1, 0, 17, 3, 8, 0, 1])
+    rows = training_rows(file, seq_length, "pack")
+    numbers = np.arange(len(rows))
+    batch = make_micro_batch(
+        file, rows.spans(numbers), numbers, multiple_of, PADDING, keep_documents_apart=True
+    )
+    together = make_micro_batch(file, rows.spans(numbers), numbers, multiple_of, PADDING)
+    assert torch.equal(batch.tokens, together.tokens)
+    assert batch.documents is not None
+    owner = [n for n in range(file.num_documents) for _ in range(*file.document_offsets[n : n + 2])]
+    for row in range(len(rows)):
+        place, first = row * seq_length, row * seq_length
+        for column in range(batch.tokens.shape[1]):
+            if column >= seq_length:
+                assert (batch.positions[row, column], batch.documents[row, column]) == (0, -1)
+                assert batch.targets[row, column] == IGNORED_TARGET
+                continue
+            if owner[place] != owner[first]:
+                first = place
+            assert batch.positions[row, column] == place - first
+            assert batch.documents[row, column] == owner[place]
+            is_last = owner[place + 1] != owner[place]
+            expected = IGNORED_TARGET if is_last else file.tokens[place + 1]
+            assert batch.targets[row, column] == expected
+            place += 1
+    assert batch.num_targets == int((batch.targets != IGNORED_TARGET).sum())
+
+
 def test_padding_follows_the_longest_row_of_the_micro_batch() -> None:
     """A micro-batch of short rows is narrow, whatever seq_length is."""
     file = token_file([5, 90, 4])

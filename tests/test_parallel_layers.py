@@ -195,21 +195,23 @@ def test_lookup_sums_in_float32() -> None:
 @pytest.mark.parametrize("vocab_size", [20, 23])
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 def test_loss_equals_dense(mesh: Mesh, vocab_size: int, scale: float) -> None:
-    """Equal to F.cross_entropy with ignored targets and logits of 1e4; float32 inside, so 1e-5."""
+    """Equal to F.cross_entropy and logsumexp, ignored targets, logits of 1e4; float32, so 1e-5."""
     logits_dense = (scale * seeded(1, S, B, vocab_size)).float().requires_grad_()
     targets = torch.randint(vocab_size, (S, B), generator=torch.Generator().manual_seed(5))
     targets[2:4] = -100
     logits = shard_of(logits_dense.detach(), 2, mesh).clone().requires_grad_()
-    upstream = seeded(2, S, B).float()
+    upstream, upstream_z = seeded(2, S, B).float(), seeded(3, S, B).float()
 
-    loss = vocab_parallel_cross_entropy(logits, targets, vocab_size, mesh)
-    loss.backward(upstream)
+    loss, log_z = vocab_parallel_cross_entropy(logits, targets, vocab_size, mesh)
+    (loss * upstream + log_z * upstream_z).sum().backward()
 
     expected = F.cross_entropy(
         logits_dense.flatten(0, 1), targets.flatten(), reduction="none"
     ).view(S, B)
-    expected.backward(upstream)
+    expected_z = logits_dense.logsumexp(-1) * (targets >= 0)
+    (expected * upstream + expected_z * upstream_z).sum().backward()
     assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    assert_close(log_z, expected_z, rtol=1e-5, atol=1e-5)
     assert (loss[2:4] == 0).all()
     assert_close(logits.grad, shard_of(logits_dense.grad, 2, mesh), rtol=1e-5, atol=1e-6)
     assert (logits.grad[2:4] == 0).all()
