@@ -22,7 +22,9 @@ from parallel.mappings import (
     enter_tensor_parallel_region,
     exit_tensor_parallel_region,
     gather_vocabulary,
+    replicate_sequence,
     sequence_shard,
+    split_sequence,
 )
 from parallel.mesh import Axis, Mesh, close_mesh, init_mesh
 from parallel.parameters import (
@@ -60,10 +62,12 @@ __all__ = [
     "local_slices",
     "lookup",
     "parameter_facts",
+    "replicate_sequence",
     "sequence_shard",
     "set_gradient_sync",
     "shard_over_data_parallel",
     "shard_range",
+    "split_sequence",
     "sum_over",
     "sum_partial_gradients",
     "tp_shard_dim",

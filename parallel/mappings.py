@@ -1,14 +1,22 @@
-"""The mappings between regions, as two conjugate pairs of autograd functions.
+"""The mappings between regions, as conjugate pairs of autograd functions.
 
     forward                       backward
     copy            x             all-reduce         \\  conjugate: without sequence parallelism,
     reduce          all-reduce    g                  /   every rank has all positions
     gather          all-gather    reduce-scatter     \\  conjugate: with sequence parallelism,
     reduce_scatter  reduce-scatter  all-gather       /   a rank has s/t positions
+    replicate       all-gather    split              \\  conjugate: from shards to compute that
+    split           own positions all-gather         /   every rank repeats, and back
 
 Each backward is the forward of its conjugate: if A maps ranks' inputs to ranks' outputs, the other
 is A transposed. All act on dim 0, the sequence, of `[s, b, h]`. An all-reduce is a reduce-scatter
-followed by an all-gather, so in forward both pairs move the same bytes.
+followed by an all-gather, so in forward the first two pairs move the same bytes.
+
+[Note: two gathers]
+`gather` and `replicate` do the same in forward. After `gather` each rank computes something else
+(its columns of a product), so a position's gradient is the sum of what all ranks say of it. After
+`replicate` all ranks compute the same, each already has the whole gradient, and a rank keeps that
+of its own positions: to sum them would make it t times too large.
 
 `enter_tensor_parallel_region` and `exit_tensor_parallel_region` are the only code for activations
 that asks whether sequence parallelism is on. Collectives need contiguous tensors and must not write
@@ -43,6 +51,12 @@ def _all_reduce(x: Tensor, axis: Axis) -> Tensor:
     reduced = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(reduced, group=axis.group)
     return reduced
+
+
+def _own_positions(x: Tensor, axis: Axis) -> Tensor:
+    assert x.shape[0] % axis.size == 0, f"{x.shape[0]} positions over tp={axis.size}"
+    # A copy, or the whole of x would stay in memory for the sake of a part.
+    return x.chunk(axis.size)[axis.rank].clone(memory_format=torch.contiguous_format)
 
 
 class _Copy(torch.autograd.Function):
@@ -88,6 +102,28 @@ class _ReduceScatter(torch.autograd.Function):
         return _all_gather(grad, ctx.axis), None
 
 
+class _Replicate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return _all_gather(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _own_positions(grad, ctx.axis), None
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return _own_positions(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _all_gather(grad, ctx.axis), None
+
+
 def copy_to_ranks(x: Tensor, axis: Axis) -> Tensor:
     """The same x on every rank of the axis; backward sums the gradients."""
     return _Copy.apply(x, axis)
@@ -110,6 +146,20 @@ def gather_sequence(x: Tensor, axis: Axis) -> Tensor:
 def reduce_scatter_sequence(x: Tensor, axis: Axis) -> Tensor:
     """The sum of x over the axis; each rank keeps its positions, `[s, ...]` to `[s/t, ...]`."""
     return _ReduceScatter.apply(x, axis)
+
+
+def replicate_sequence(x: Tensor, axis: Axis) -> Tensor:
+    """All positions from every rank's shard, `[s/t, ...]` to `[s, ...]`.
+
+    For compute that every rank repeats with the same result, so backward is a split: see [Note:
+    two gathers].
+    """
+    return _Replicate.apply(x, axis)
+
+
+def split_sequence(x: Tensor, axis: Axis) -> Tensor:
+    """This rank's positions of what every rank has computed alike, `[s, ...]` to `[s/t, ...]`."""
+    return _Split.apply(x, axis)
 
 
 def enter_tensor_parallel_region(x: Tensor, mesh: Mesh) -> Tensor:
@@ -135,7 +185,7 @@ def sequence_shard(x: Tensor, mesh: Mesh) -> Tensor:
     """
     if not mesh.sequence_parallel:
         return x
-    return x.detach().chunk(mesh.tp.size)[mesh.tp.rank].contiguous()
+    return _own_positions(x.detach(), mesh.tp)
 
 
 def gather_vocabulary(logits: Tensor, mesh: Mesh, vocab_size: int) -> Tensor:

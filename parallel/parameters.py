@@ -46,6 +46,7 @@ class ParameterFacts:
 
     init: Normal | Constant
     grad_is_partial: bool  # over the tp axis, see [Note: partial gradients]
+    mesh: Mesh
 
 
 def declare_parameter(
@@ -78,7 +79,7 @@ def declare_parameter(
         stride=torch.empty(tuple(shape), device="meta").stride(),
     )
     module.register_parameter(name, nn.Parameter(parameter))
-    module.__dict__.setdefault("facts", {})[name] = ParameterFacts(init, grad_is_partial)
+    module.__dict__.setdefault("facts", {})[name] = ParameterFacts(init, grad_is_partial, mesh)
 
 
 def parameter_facts(model: nn.Module) -> dict[str, ParameterFacts]:
@@ -90,14 +91,28 @@ def parameter_facts(model: nn.Module) -> dict[str, ParameterFacts]:
     }
 
 
+def _require_one_mesh(facts: dict[str, ParameterFacts], mesh: Mesh) -> None:
+    """Whether there is sequence parallelism is a fact of the mesh, so that layers cannot mix it."""
+    for name, fact in facts.items():
+        if fact.mesh is not mesh:
+            raise RuntimeError(
+                f"{name} was made for a mesh with sequence_parallel={fact.mesh.sequence_parallel} "
+                f"and tp={fact.mesh.tp.size}, the model has one with sequence_parallel="
+                f"{mesh.sequence_parallel} and tp={mesh.tp.size}; give all layers the same mesh"
+            )
+
+
 @torch.no_grad()
 def initialise_parameters(model: nn.Module, seed: int, mesh: Mesh) -> None:
     """Give every parameter its initial values: a function of the seed and the parameter's name.
 
     Each tensor is drawn in full on the CPU and the rank keeps its part, so the values do not depend
     on the layout or the device, and no more than one full tensor is in memory.
+
+    Raises RuntimeError if a layer was made for another mesh than the model.
     """
     facts = parameter_facts(model)
+    _require_one_mesh(facts, mesh)
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor), f"{name} was not made by declare_parameter"
         local, init = parameter.to_local(), facts[name].init

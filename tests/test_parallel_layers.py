@@ -5,6 +5,8 @@ gradient, a wrong conjugate mapping; the weight gradient, a shard of the sequenc
 belongs; the bias gradient, a partial sum that nobody completes.
 """
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from parallel import (
     RowParallelLinear,
     VocabParallelEmbedding,
     enter_tensor_parallel_region,
+    initialise_parameters,
     lookup,
     parameter_facts,
     sequence_shard,
@@ -27,7 +30,7 @@ from parallel import (
     vocab_parallel_logits,
 )
 from parallel.sharding import tp_shard_dim
-from tests.distributed import ONE_RANK, TENSOR_PARALLEL, distributed
+from tests.distributed import ONE_RANK, TENSOR_PARALLEL, Layout, distributed
 from tests.test_parallel_mappings import seeded
 
 LAYOUTS = (ONE_RANK, *TENSOR_PARALLEL)
@@ -233,6 +236,21 @@ def test_logits_equal_dense(mesh: Mesh) -> None:
     assert_close(logits, shard_of(x_dense @ table_dense.T, 2, mesh), rtol=1e-12, atol=1e-12)
     assert_close(x.grad, sequence_shard(x_dense.grad, mesh), rtol=1e-12, atol=1e-12)
     assert_close(table.grad, shard_of(table_dense.grad, 0, mesh), rtol=1e-12, atol=1e-12)
+
+
+@distributed(Layout(tp=2), Layout(tp=4, sp=False))
+def test_sequence_parallelism_cannot_be_mixed(mesh: Mesh) -> None:
+    """A layer made for a mesh that differs in this one fact is refused by the model, by name."""
+    other = dataclasses.replace(mesh, sequence_parallel=not mesh.sequence_parallel)
+    model = nn.ModuleDict(
+        {
+            "column": ColumnParallelLinear(H, {"up": 16}, mesh, Normal(1.0)),
+            "row": RowParallelLinear(16, H, other, Normal(1.0)),
+        }
+    )
+    model.to_empty(device="cpu")
+    with pytest.raises(RuntimeError, match=r"row\.weight was made for a mesh with sequence_para"):
+        initialise_parameters(model, 1, mesh)
 
 
 @distributed(*TENSOR_PARALLEL)

@@ -16,6 +16,8 @@ from parallel.mappings import (
     gather_sequence,
     reduce_over_ranks,
     reduce_scatter_sequence,
+    replicate_sequence,
+    split_sequence,
 )
 from tests.distributed import ONE_RANK, Layout, distributed
 
@@ -25,6 +27,8 @@ MAPPINGS = {
     "reduce": (reduce_over_ranks, copy_to_ranks),
     "gather": (gather_sequence, reduce_scatter_sequence),
     "reduce_scatter": (reduce_scatter_sequence, gather_sequence),
+    "replicate": (replicate_sequence, split_sequence),
+    "split": (split_sequence, replicate_sequence),
 }
 
 
@@ -46,13 +50,15 @@ def test_forward_and_backward_equal_the_formulas(mesh: Mesh, name: str) -> None:
     def formula(kind: str, inputs: list[Tensor]) -> Tensor:
         if kind == "copy":
             return inputs[rank]
-        if kind == "gather":
+        if kind in ("gather", "replicate"):
             return torch.cat(inputs)
+        if kind == "split":
+            return inputs[rank].chunk(t)[rank]
         total = torch.stack(inputs).sum(0)
         return total if kind == "reduce" else total.chunk(t)[rank]
 
     conjugate = {"copy": "reduce", "reduce": "copy", "gather": "reduce_scatter"}
-    conjugate["reduce_scatter"] = "gather"
+    conjugate |= {"reduce_scatter": "gather", "replicate": "split", "split": "replicate"}
     inputs = every_ranks(1, mesh, 2 * t, 3)
     x = inputs[rank].clone().requires_grad_()
 
@@ -82,13 +88,41 @@ def test_pairs_are_conjugate(mesh: Mesh, name: str) -> None:
 
     forward: Callable[[Tensor, Axis], Tensor]
     forward, transposed = MAPPINGS[name]
-    x = seeded(10 if name == "copy" else 10 + mesh.tp.rank, 2 * mesh.tp.size, 3)
+    from_same, to_same = name in ("copy", "split"), name in ("reduce", "replicate")
+    x = seeded(10 if from_same else 10 + mesh.tp.rank, 2 * mesh.tp.size, 3)
     image = forward(x, mesh.tp)
-    y = seeded(20 if name == "reduce" else 20 + mesh.tp.rank, *image.shape)
+    y = seeded(20 if to_same else 20 + mesh.tp.rank, *image.shape)
 
-    before = inner(image, y, same_on_all_ranks=name == "reduce")
-    after = inner(x, transposed(y, mesh.tp), same_on_all_ranks=name == "copy")
+    before = inner(image, y, same_on_all_ranks=to_same)
+    after = inner(x, transposed(y, mesh.tp), same_on_all_ranks=from_same)
     assert_close(before, after, rtol=1e-13, atol=1e-13)
+
+
+@distributed(*TWO_AND_FOUR)
+def test_what_follows_a_gather_decides_its_backward(mesh: Mesh) -> None:
+    """Compute that all ranks repeat needs the split, compute that differs the reduce-scatter.
+
+    The other one is wrong by a factor of t, or lacks what the other ranks say.
+    """
+    t, rank = mesh.tp.size, mesh.tp.rank
+    whole = seeded(1, 2 * t, 3)
+    weight = seeded(2, 3, 5 * t)  # a rank has five columns
+    mine = slice(5 * rank, 5 * rank + 5)
+
+    def gradient(gather: Callable[[Tensor, Axis], Tensor], columns: slice) -> Tensor:
+        x = whole.chunk(t)[rank].clone().requires_grad_()
+        (gather(x, mesh.tp) @ weight[:, columns]).tanh().sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    dense = whole.clone().requires_grad_()
+    (dense @ weight).tanh().sum().backward()
+    assert dense.grad is not None
+    expected = dense.grad.chunk(t)[rank]
+    assert_close(gradient(gather_sequence, mine), expected, rtol=0, atol=1e-12)
+    assert_close(gradient(replicate_sequence, slice(None)), expected, rtol=0, atol=1e-12)
+    assert_close(gradient(gather_sequence, slice(None)), t * expected, rtol=0, atol=1e-12)
+    assert (gradient(replicate_sequence, mine) - expected).abs().max() > 0.01
 
 
 @distributed(*TWO_AND_FOUR)
