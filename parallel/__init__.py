@@ -36,9 +36,11 @@ from parallel.parameters import (
 )
 from parallel.randomness import DropoutStream, dropout_add, fold_seed
 from parallel.sharding import local_slices, shard_range, tp_shard_dim
+from parallel.traffic import Collective, record_traffic
 
 __all__ = [
     "Axis",
+    "Collective",
     "ColumnParallelLinear",
     "Constant",
     "DropoutStream",
@@ -62,6 +64,7 @@ __all__ = [
     "local_slices",
     "lookup",
     "parameter_facts",
+    "record_traffic",
     "replicate_sequence",
     "sequence_shard",
     "set_gradient_sync",
