@@ -12,7 +12,7 @@ WANTED = import tomllib; \
   print(*project['dependencies'], *sum(project['optional-dependencies'].values(), []), sep='\n')
 IS_NEW_ENOUGH = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help setup train format lint types lines test test-gpu test-smollm2 parity check clean
+.PHONY: help setup train trace format lint types lines test test-gpu test-smollm2 parity check clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ train: setup  ## train a small GPT on two tensor-parallel ranks, about five minu
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 train.py config=gpt_laptop.yaml \
 	  parallel.tensor_model_parallel_size=2 $(ARGS)
 
+trace: setup  ## follow one block over two ranks: what each holds, what is sent; docs/sequence-parallelism.md
+	@OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m docs.trace_layer
+
 format: setup  ## format the code and repair what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -46,7 +49,7 @@ lint: setup  ## check format and style
 	$(BIN)/ruff format --check .
 
 types: setup  ## check types
-	$(BIN)/mypy $(PACKAGES) $(PROGRAMS)
+	$(BIN)/mypy $(PACKAGES) docs $(PROGRAMS)
 
 lines: setup  ## check the lines of each file against its budget
 	$(BIN)/python tests/lines.py

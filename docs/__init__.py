@@ -1,0 +1,1 @@
+"""Pages to learn from, and the programs that print what they show."""

@@ -1,0 +1,230 @@
+"""One block, one forward and one backward: what every rank holds, and what crosses the wire.
+
+    torchrun --nproc-per-node 2 -m docs.trace_layer
+
+Prints the tables of docs/sequence-parallelism.md, with sequence parallelism and without. Shapes are
+those of the tensors that go by, read by hooks; collectives and bytes are recorded as they are
+issued; what backward will need is counted as autograd saves it. Only the names of the steps are
+written down here.
+
+A tensor has a line when it is there, its gradient one when that is there, so the lines of backward
+come out in reverse. Collectives stand between the two tensors between which they were issued.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from configs.launch import exit_with_error, world_size_from_environment
+from configs.schema import ModelConfig
+from model.context import make_context
+from model.gpt import Block
+from parallel import (
+    Collective,
+    DropoutStream,
+    Mesh,
+    close_mesh,
+    gather_json,
+    init_mesh,
+    initialise_parameters,
+    parameter_facts,
+    record_traffic,
+    sequence_shard,
+    sum_partial_gradients,
+)
+
+# No two of s, b, h, f and their quotients by 2 or 4 are equal, but 2h/t = h where t is 2.
+S, B = 8, 3
+CONFIG = ModelConfig(
+    num_layers=1,
+    hidden_size=20,
+    num_attention_heads=4,
+    ffn_hidden_size=64,
+    seq_length=S,
+    hidden_dropout=0.1,
+)
+SEED = 1
+
+# The tensors that get a line: where a module takes them in, or gives them out.
+STEPS = {
+    ("attention_norm", "in"): "x, the block's input",
+    ("attention_norm", "out"): "norm",
+    ("attention.qkv.q", "in"): "what q and kv read",
+    ("attention.qkv.q", "out"): "q",
+    ("attention.qkv.kv", "out"): "kv",
+    ("attention.proj", "in"): "attention",
+    ("attention.proj", "out"): "proj + bias",
+    ("mlp_norm", "in"): "dropout + residual",
+    ("mlp_norm", "out"): "norm",
+    ("mlp.expand.up", "in"): "what up reads",
+    ("mlp.expand.up", "out"): "up",
+    ("mlp.down", "in"): "gelu",
+    ("mlp.down", "out"): "down + bias",
+    ("", "out"): "dropout + residual, the output",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A tensor that this rank holds, and the collectives issued since the line before."""
+
+    step: str
+    shape: tuple[int, ...]
+    traffic: tuple[Collective, ...]
+
+
+class Tracer:
+    """Writes a line whenever a tensor of STEPS, or its gradient, is there."""
+
+    def __init__(self, block: Block, traffic: list[Collective]) -> None:
+        self.traffic, self.num_seen = traffic, 0
+        self.forward: list[Line] = []
+        self.backward: list[Line] = []
+        for name, module in block.named_modules():
+            if (name, "in") in STEPS:
+                module.register_forward_pre_hook(partial(self.see_input, STEPS[name, "in"]))
+            if (name, "out") in STEPS:
+                module.register_forward_hook(partial(self.see_output, STEPS[name, "out"]))
+
+    def see_input(self, step: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """A forward pre-hook of a module."""
+        self.see(step, inputs[0])
+
+    def see_output(self, step: str, _: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
+        """A forward hook of a module."""
+        self.see(step, output)
+
+    def see(self, step: str, tensor: Tensor) -> None:
+        """Write the line of a tensor now, and that of its gradient once autograd has it."""
+        self.forward.append(self.line(step, tensor))
+        tensor.register_hook(lambda grad: self.backward.append(self.line(step, grad)))
+
+    def line(self, step: str, tensor: Tensor) -> Line:
+        """The line of a tensor, with the collectives since the line before."""
+        new = tuple(self.traffic[self.num_seen :])
+        self.num_seen = len(self.traffic)
+        return Line(step, tuple(tensor.shape), new)
+
+
+def make_block(mesh: Mesh) -> Block:
+    """A block with its weights."""
+    block = Block(CONFIG, 0, mesh, recompute=False)
+    block.to_empty(device=mesh.device)
+    initialise_parameters(block, SEED, mesh)
+    return block
+
+
+def trace(mesh: Mesh) -> Iterator[str]:
+    """The lines of one layout. Collective: every rank must go through all of it."""
+    block = make_block(mesh)
+    positions = torch.arange(S, device=mesh.device).unsqueeze(1).expand(S, B)
+    stream = DropoutStream(SEED, 0, tuple(range(B)))
+    context = make_context(CONFIG, positions, None, stream, torch.float32)
+    generator = torch.Generator().manual_seed(SEED)
+    whole = torch.randn(S, B, CONFIG.hidden_size, generator=generator).to(mesh.device)
+    x = sequence_shard(whole, mesh).clone().requires_grad_()
+    with record_traffic() as traffic:
+        tracer = Tracer(block, traffic)
+        with count_saved(block) as saved_bytes:
+            y = block(x, context)
+        y.backward(torch.ones_like(y))
+    assert tracer.num_seen == len(traffic), "every collective belongs before some line"
+    with record_traffic() as summing:
+        sum_partial_gradients(block, mesh)
+
+    number, on = mesh.tp.size, "with" if mesh.sequence_parallel else "without"
+    yield f"{number} rank{'s' * (number > 1)}, {on} sequence parallelism"
+    yield ""
+    yield row("forward", "on each rank", "on the wire", "full B", "sent B")
+    yield from table(tracer.forward, mesh)
+    yield row(f"  kept for backward: {sum(saved_bytes.values())} B")
+    yield ""
+    yield row("backward: the gradient of")
+    yield from table(tracer.backward, mesh)
+    yield ""
+    yield row("after backward: the sum of partial gradients")
+    yield from wire(summing)
+    if not summing:
+        yield row("  none is partial")
+    yield ""
+
+
+def row(step: str, shape: str = "", kind: str = "", full: object = "", sent: object = "") -> str:
+    """Cells in columns: step, shape, kind, bytes in full, bytes sent."""
+    return f"{step:<34} {shape:<14} {kind:<15} {full!s:>7} {sent!s:>7}".rstrip()
+
+
+def table(lines: list[Line], mesh: Mesh) -> Iterator[str]:
+    """A line for each tensor, with its shape on all ranks (once if it is the same), and a sum."""
+    of_ranks = gather_json(mesh, [line.shape for line in lines])
+    for number, line in enumerate(lines):
+        yield from wire(line.traffic)
+        shapes = dict.fromkeys(str(shapes[number]) for shapes in of_ranks)
+        yield row("  " + line.step, " / ".join(shapes))
+    sent = sum(collective.sent_bytes for line in lines for collective in line.traffic)
+    yield row("  in all", "", "", "", f"{sent:.0f}")
+
+
+def wire(traffic: Sequence[Collective]) -> Iterator[str]:
+    """A line for each collective: kind, bytes of the full tensor, bytes that a rank sends."""
+    for collective in traffic:
+        kind = collective.kind.replace("_", "-")
+        yield row("", "", kind, collective.full_bytes, f"{collective.sent_bytes:.0f}")
+
+
+def weights(mesh: Mesh) -> Iterator[str]:
+    """A line for each parameter: shape, shape on a rank, and whether a rank's gradient is whole."""
+    block = make_block(mesh)
+    facts = parameter_facts(block)
+    yield f"{'weights':<34} {'in full':<14} {'on each rank':<15} gradient"
+    for name, parameter in block.named_parameters():
+        full, local = list(parameter.shape), list(parameter.to_local().shape)  # type: ignore[attr-defined]
+        gradient = "partial" if facts[name].grad_is_partial else "whole"
+        yield f"  {name:<32} {full!s:<14} {local!s:<15} {gradient}"
+
+
+@contextmanager
+def count_saved(block: Block) -> Iterator[dict[int, int]]:
+    """Bytes of each piece of memory that autograd keeps inside, by its address; no weights."""
+    of_weights = {
+        parameter.to_local().untyped_storage().data_ptr()  # type: ignore[attr-defined]
+        for parameter in block.parameters()
+    }
+    saved_bytes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in of_weights:
+            saved_bytes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved_bytes
+
+
+def main() -> int:
+    """Print the tables with sequence parallelism and without; rank 0 alone writes."""
+    num_ranks = world_size_from_environment()
+    if CONFIG.num_attention_heads % num_ranks:
+        exit_with_error(f"{num_ranks} ranks cannot share 4 attention heads; start 1, 2 or 4")
+    mesh = init_mesh(num_ranks, sequence_parallel=True)
+    lines: list[str] = []
+    for sequence_parallel in dict.fromkeys((mesh.sequence_parallel, False)):
+        layout = dataclasses.replace(mesh, sequence_parallel=sequence_parallel)
+        lines += trace(layout)
+    lines += weights(mesh)
+    if mesh.world.rank == 0:
+        sys.stdout.write("\n".join([*lines, ""]))
+    close_mesh()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

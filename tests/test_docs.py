@@ -1,0 +1,91 @@
+"""The pages in docs/ are true: what they quote is what a program prints, what they name exists."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from docs.trace_layer import CONFIG, B, S, trace
+from parallel import Mesh
+from tests.distributed import TENSOR_PARALLEL, distributed
+from tests.lines import ROOT
+
+PAGE = ROOT / "docs" / "sequence-parallelism.md"
+LONGEST_LINE = 120
+
+
+def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program of the virtual environment from the root, on processors."""
+    return subprocess.run(
+        [Path(sys.executable).with_name(str(command[0])), *command[1:]],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_page_quotes_the_trace() -> None:
+    """Word for word: shapes, collectives, bytes. If the program is right, paste what it prints."""
+    ended = run("torchrun", "--nproc-per-node", "2", "-m", "docs.trace_layer")
+    assert ended.returncode == 0, ended.stderr
+    assert f"```\n{ended.stdout}```\n" in PAGE.read_text("utf-8")
+
+
+def test_a_wrong_number_of_ranks_is_told() -> None:
+    """Four heads cannot be shared by three ranks."""
+    ended = run("python", "-m", "docs.trace_layer", RANK="0", WORLD_SIZE="3", LOCAL_RANK="0")
+    assert ended.returncode == 2
+    assert ended.stderr == "3 ranks cannot share 4 attention heads; start 1, 2 or 4\n"
+
+
+@distributed(*TENSOR_PARALLEL)
+def test_the_trace_follows_the_layout(mesh: Mesh) -> None:
+    """Shapes and bytes, by formula: s/t positions outside the matrices, h/t channels inside."""
+    t, h = mesh.tp.size, CONFIG.hidden_size
+    lines = [line.split() for line in trace(mesh)]
+    outside = S // t if mesh.sequence_parallel else S
+    # Once in forward, once as a gradient in backward.
+    assert lines.count(["proj", "+", "bias", f"[{outside},", f"{B},", f"{h}]"]) == 2
+    assert lines.count(["q", f"[{S},", f"{B},", f"{h // t}]"]) == 2
+    full = S * B * h * 4
+    if mesh.sequence_parallel:
+        sent = (t - 1) * full // t
+        assert lines.count(["all-gather", str(full), str(sent)]) == 4
+        assert lines.count(["reduce-scatter", str(full), str(sent)]) == 4
+        assert ["all-reduce", str(6 * h * 4), str(2 * (t - 1) * 6 * h * 4 // t)] in lines
+    else:
+        assert lines.count(["all-reduce", str(full), str(2 * (t - 1) * full // t)]) == 4
+    assert lines.count(["in", "all", str(4 * (t - 1) * full // t)]) == 2
+
+
+@distributed(*TENSOR_PARALLEL)
+def test_what_is_kept_for_backward(mesh: Mesh) -> None:
+    """The page's formula, sbh (4 + 28/t) or (8 + 24/t), with what it leaves out, in float32.
+
+    Cut by sequence parallelism: the inputs of two norms, with a mean and a deviation of each token.
+    By nobody: two gathered inputs. By tensor parallelism: q, k, v, what attention gives and its
+    sum of each query, and both sides of gelu. No masks.
+    """
+    t, h, a, f = mesh.tp.size, CONFIG.hidden_size, CONFIG.num_attention_heads, CONFIG.ffn_size
+    outside = S // t if mesh.sequence_parallel else S
+    norms = 2 * outside * B * (h + 2)
+    matrices = S * B * (4 * h + a + 2 * f) // t
+    kept_bytes = 4 * (norms + 2 * S * B * h + matrices)
+    assert f"  kept for backward: {kept_bytes} B" in list(trace(mesh))
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_what_a_page_names_exists(page: Path) -> None:
+    """Files linked to, tests pointed to; and lines are short enough to read in a terminal."""
+    text = page.read_text("utf-8")
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert link.startswith("https://") or (page.parent / link).is_file(), link
+    for file, name in re.findall(r"`(tests/\w+\.py)::(\w+)`", text):
+        assert f"def {name}(" in (ROOT / file).read_text("utf-8"), name
+    long = [line for line in text.splitlines() if len(line) > LONGEST_LINE]
+    assert [line for line in long if not line.startswith("|")] == []  # a row of a table may be
