@@ -52,6 +52,14 @@ def give_back_freed_memory(mesh: Mesh, num_parameters: int) -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
+def use_deterministic_kernels() -> None:
+    """Have torch take kernels that give the same bits each time, or say so where it has none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True)
+    # Would write over all new memory first; what we make with empty is filled before it is read.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def _seconds_of_product(a: torch.Tensor) -> float:
     started_at = time.perf_counter()
     _ = a @ a

@@ -23,7 +23,7 @@ from typing import IO
 from checkpoints import sweep_leftovers
 from configs import EXIT_BEFORE_TRAINING, Config, to_yaml
 from parallel import Mesh, gather_json
-from stopping import EXIT_NON_FINITE, NonFiniteError
+from stopping import FatalError
 
 _PREVIOUS = "previous_"
 _WAIT_FOR_RUNNING_S, _WAIT_FOR_ENDING_S = 5.0, 30.0
@@ -86,8 +86,8 @@ class RunFolder:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, StartError):
             self.write_exit(EXIT_BEFORE_TRAINING, str(error))
-        elif isinstance(error, NonFiniteError):
-            self.write_exit(EXIT_NON_FINITE, str(error))
+        elif isinstance(error, FatalError):
+            self.write_exit(error.exit_code, str(error))
         elif isinstance(error, SystemExit):
             self.write_exit(int(error.code or 0), "stopped before the first step")
         elif error is not None:

@@ -14,17 +14,17 @@ from torch.optim import AdamW
 
 from checkpoints import Checkpoint, CheckpointError, find_checkpoint, load_tensors, save_checkpoint
 from configs import Config, flatten
-from data import Corpus
+from data import BatchLoader, Corpus
 from model import GPT
 from optimizer import set_num_updates, training_tensors
 from parallel import Mesh, gather_json
-from run_folder import RunFolder
+from run_folder import RunFolder, mendable
 
 logger = logging.getLogger("microtron")
 
 # What may differ between a checkpoint and the run that continues it. All else would make it another
 # run.
-_MAY_CHANGE = ("parallel.", "run.", "logging.", "evaluate.", "checkpoint.", "optimizer.")
+_MAY_CHANGE = ("parallel.", "run.", "logging.", "evaluate.", "checkpoint.", "optimizer.", "debug.")
 _MAY_CHANGE_KEYS = (
     "train.micro_batch_size",
     "train.train_steps",
@@ -83,6 +83,21 @@ def resume(run: Run) -> RunState:
     set_num_updates(run.optimizer, state.step)
     logger.info("resuming from %s", checkpoint.directory)
     return state
+
+
+def training_batches(run: Run, state: RunState) -> BatchLoader:
+    """This rank's batches from the state on."""
+    mesh = run.mesh
+    with mendable(ValueError):
+        return BatchLoader(
+            run.corpus,
+            run.config,
+            consumed_samples=state.consumed_samples,
+            dp_rank=mesh.dp.rank,
+            dp_size=mesh.dp.size,
+            tp_size=mesh.tp.size,
+            device_is_cuda=mesh.device.type == "cuda",
+        )
 
 
 def save(run: Run, state: RunState) -> None:

@@ -17,19 +17,42 @@ import torch
 
 from parallel import Mesh, sum_over
 
-EXIT_NON_FINITE = 5
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _SECOND_SIGNAL_AFTER_S = 1.0
 _PR_SET_PDEATHSIG = 1
+_DIFFERENCES_SHOWN = 5
 
 
-class NonFiniteError(ArithmeticError):
-    """A loss or gradient norm that is not a finite number, found by all ranks at once."""
+class FatalError(RuntimeError):
+    """What all ranks have found at once and no further step can mend: ends the run, unsaved."""
+
+    exit_code: int
+
+
+class NonFiniteError(FatalError):
+    """A loss or gradient norm that is not a finite number."""
+
+    exit_code = 5
 
     def __init__(self, step: int, what: str) -> None:
         super().__init__(
             f"step {step}: {what}; the run has ended without saving; resume from the last "
             "checkpoint with a smaller optimizer.lr"
+        )
+
+
+class DriftError(FatalError):
+    """Copies of one tensor that should be alike and are not."""
+
+    exit_code = 6
+
+    def __init__(self, step: int, differences: list[str]) -> None:
+        shown = "; ".join(differences[:_DIFFERENCES_SHOWN])
+        more = len(differences) - _DIFFERENCES_SHOWN
+        super().__init__(
+            f"step {step}: ranks hold different copies of {shown}"
+            f"{f'; and of {more} more' if more > 0 else ''}; the run has ended without saving; "
+            "resume from the last checkpoint, and if one rank is named again, leave out its host"
         )
 
 

@@ -18,10 +18,11 @@ if __name__ == "__main__":
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from audit import audit
 from checkpoints import CheckpointError
 from data import BatchLoader, prepare_corpus
 from evaluation import evaluate, held_out
-from hardware import give_back_freed_memory
+from hardware import give_back_freed_memory, use_deterministic_kernels
 from metrics import RunLog, StepResult, last_step, set_up_logging
 from model import build_model, num_parameters
 from optimizer import apply_update, build_optimizer, learning_rate
@@ -36,8 +37,8 @@ from parallel import (
     sum_partial_gradients,
 )
 from run_folder import RunFolder, StartError, mendable, require_same_on_all_ranks
-from run_state import Run, RunState, resume, save
-from stopping import EXIT_NON_FINITE, NonFiniteError, StopSignals
+from run_state import Run, RunState, resume, save, training_batches
+from stopping import FatalError, NonFiniteError, StopSignals
 
 logger = logging.getLogger("microtron")
 
@@ -55,7 +56,7 @@ def train(config: Config, mesh: Mesh, folder: RunFolder, signals: StopSignals) -
     evaluation_interval = config.evaluate.interval if documents.num_targets else 0
     stop: signal.Signals | None = None
     saved_step = state.step
-    with RunLog(run, state) as log, loader(run, state) as batches:
+    with RunLog(run, state) as log, training_batches(run, state) as batches:
         signals.training(on_stop=lambda: folder.announce(ending=True))
         while state.step < last and not (stop := signals.agreed(mesh)):
             result = train_step(run, state, batches)
@@ -64,6 +65,8 @@ def train(config: Config, mesh: Mesh, folder: RunFolder, signals: StopSignals) -
             log.step(state, result)
             if due(state.step, evaluation_interval, at_end=config.train.train_steps):
                 log.evaluation(state, evaluate(run, state, documents))
+            if due(state.step, config.debug.audit_interval):
+                audit(run, state)
             if due(state.step, config.checkpoint.save_interval):
                 save(run, state)
                 saved_step = state.step
@@ -83,22 +86,9 @@ def start(config: Config, mesh: Mesh, folder: RunFolder) -> tuple[Run, RunState]
     optimizer = build_optimizer(model, config.optimizer)
     run = Run(config, mesh, folder, corpus, model, optimizer)
     with mendable(CheckpointError):
-        return run, resume(run)
-
-
-def loader(run: Run, state: RunState) -> BatchLoader:
-    """This rank's batches from the state on."""
-    mesh = run.mesh
-    with mendable(ValueError):
-        return BatchLoader(
-            run.corpus,
-            run.config,
-            consumed_samples=state.consumed_samples,
-            dp_rank=mesh.dp.rank,
-            dp_size=mesh.dp.size,
-            tp_size=mesh.tp.size,
-            device_is_cuda=mesh.device.type == "cuda",
-        )
+        state = resume(run)
+    audit(run, state)
+    return run, state
 
 
 def train_step(run: Run, state: RunState, batches: BatchLoader) -> StepResult:
@@ -179,6 +169,8 @@ def report_end(
 def main(config: Config) -> int:
     """Join the other ranks, lock the run folder, and train."""
     signals = StopSignals()
+    if config.debug.deterministic:
+        use_deterministic_kernels()
     mesh = init_mesh(config.parallel.tensor_model_parallel_size, config.parallel.sequence_parallel)
     set_up_logging(mesh)
     try:
@@ -186,8 +178,8 @@ def main(config: Config) -> int:
             code = train(config, mesh, folder, signals)
     except StartError as error:
         exit_with_error(str(error))
-    except NonFiniteError as error:
-        exit_with_error(str(error), EXIT_NON_FINITE)
+    except FatalError as error:
+        exit_with_error(str(error), error.exit_code)
     # Only here: with an error under way, a peer may be in a collective, and leaving waits for it.
     close_mesh()
     return code

@@ -158,6 +158,18 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True)
+class DebugConfig:
+    """Checks on the run itself."""
+
+    # Steps between comparisons, by hash, of what ranks should hold alike (norms and their moments
+    # over tp, gathered weights over dp); there is one at the start always; 0: only that.
+    audit_interval: int = 100
+    # On a GPU: kernels that add in a fixed order, so that a run repeats to the bit; slower. On a
+    # processor all do.
+    deterministic: bool = False
+
+
+@dataclass(frozen=True)
 class Config:
     """All sections."""
 
@@ -170,3 +182,4 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)

@@ -82,6 +82,7 @@ RANGES = {
     "checkpoint.save_interval": _COUNT_OR_NONE,
     "checkpoint.keep": _COUNT_OR_NONE,
     "logging.log_interval": _COUNT,
+    "debug.audit_interval": _COUNT_OR_NONE,
 }
 _MAY_BE_EMPTY = {"evaluate.sample_prompt"}
 

@@ -35,6 +35,7 @@ from parallel.parameters import (
     parameter_facts,
 )
 from parallel.randomness import DropoutStream, dropout_add, fold_seed
+from parallel.replicas import Drift, find_drift
 from parallel.sharding import local_slices, shard_range, tp_shard_dim
 from parallel.traffic import Collective, record_traffic
 
@@ -43,6 +44,7 @@ __all__ = [
     "Collective",
     "ColumnParallelLinear",
     "Constant",
+    "Drift",
     "DropoutStream",
     "Mesh",
     "Normal",
@@ -55,6 +57,7 @@ __all__ = [
     "dropout_add",
     "enter_tensor_parallel_region",
     "exit_tensor_parallel_region",
+    "find_drift",
     "fold_seed",
     "free_gathered_weights",
     "gather_json",

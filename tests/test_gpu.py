@@ -38,6 +38,19 @@ def test_float32_losses_are_those_of_the_processor(
     assert curves["gpu"] == pytest.approx(curves["cpu"], rel=1e-4)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_deterministic_kernels_repeat_to_the_bit(
+    corpus: Path, tmp_path: Path, precision: str
+) -> None:
+    """The same run twice, with debug.deterministic: every loss and norm the same."""
+    curves = []
+    for name in ("first", "second"):
+        overrides = (f"run.name={name}", f"train.precision={precision}", "debug.deterministic=true")
+        finish(start(1, settings(corpus, tmp_path, *overrides)))
+        curves.append(rows(tmp_path, name))
+    assert curves[0] == curves[1]
+
+
 def test_bf16_trains_and_resumes(corpus: Path, tmp_path: Path) -> None:
     """The loss falls; stopped and resumed, with recomputation, the run goes on where it was."""
     arguments = settings(
