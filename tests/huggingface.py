@@ -1,4 +1,4 @@
-"""Models of Hugging Face transformers as the oracle, and the program behind `make parity`.
+"""Models of Hugging Face transformers as the oracle.
 
 A case is one of their models, with our options for the same function. The parent process makes the
 model with random weights, norms and biases too, runs it in float64, and leaves weights, logits,
@@ -6,10 +6,6 @@ losses and gradients in a file, by our names; ranks read the file and need no tr
 Documents are run through their model one by one, so that nothing of theirs about masks is trusted.
 """
 
-import dataclasses
-import json
-import sys
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +19,7 @@ from configs import Config, DataConfig, ModelConfig, TrainConfig
 from model import GPT, build_model
 from model.huggingface import Family, from_huggingface
 from parallel import Mesh, local_slices, sum_partial_gradients, tp_shard_dim
-from tests.distributed import ONE_RANK, TENSOR_PARALLEL, Layout, run_on
-from tests.lines import ROOT
+from tests.distributed import ONE_RANK, TENSOR_PARALLEL, Layout
 
 LAYOUTS = (ONE_RANK, *TENSOR_PARALLEL, Layout(tp=2, dp=2))
 VOCAB, LENGTH, PADDED_FROM = 23, 12, 9  # the vocabulary is no multiple of 2; the last row is padded
@@ -257,43 +252,3 @@ def measure(mesh: Mesh, name: str, path: Path) -> Difference:
         gradients[parameter_name] = ((ours - expected).abs().max() / expected.abs().max()).item()
     worst = max(gradients, key=lambda key: gradients[key])
     return Difference(loss_difference.item(), logits_difference.item(), gradients[worst], worst)
-
-
-# --- the table ---
-
-
-def measure_to_file(mesh: Mesh, name: str, path: Path, report: Path) -> None:
-    """Leave what `measure` finds in a file; rank 0 writes."""
-    difference = measure(mesh, name, path)
-    if mesh.world.rank == 0:
-        report.write_text(json.dumps(dataclasses.asdict(difference)))
-
-
-def table() -> str:
-    """Every case on every layout, as Markdown."""
-    heads = " | ".join(str(layout) for layout in LAYOUTS)
-    lines = [f"| model | {heads} |", "|---" * (len(LAYOUTS) + 1) + "|"]
-    with tempfile.TemporaryDirectory() as folder:
-        for name in CASES:
-            path, report, cells = Path(folder, "case"), Path(folder, "report"), []
-            write_case(name, path)
-            for layout in LAYOUTS:
-                run_on(layout, measure_to_file, name=name, path=path, report=report)
-                found = json.loads(report.read_text())
-                cells.append(f"{found['logits']:.1e} / {found['gradients']:.1e}")
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    """Measure, and put the table into docs/parity.md between its two marks."""
-    page = ROOT / "docs" / "parity.md"
-    begin, end = "<!-- table: make parity -->\n", "<!-- end of table -->"
-    before, _, rest = page.read_text().partition(begin)
-    text = before + begin + "\n" + table() + "\n\n" + end + rest.partition(end)[2]
-    page.write_text(text)
-    sys.stdout.write(f"wrote {page}\n")
-
-
-if __name__ == "__main__":
-    main()
