@@ -60,6 +60,16 @@ def use_deterministic_kernels() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
+def copies_fit(num_bytes: int) -> bool:
+    """Whether every rank of this host can copy so much and leave half of what is free (Linux)."""
+    if sys.platform != "linux":
+        return True
+    with open("/proc/meminfo", encoding="ascii") as file:
+        fields = dict(line.split(":") for line in file)
+    available_bytes = 1024 * int(fields["MemAvailable"].split()[0])
+    return num_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < available_bytes / 2
+
+
 def _seconds_of_product(a: torch.Tensor) -> float:
     started_at = time.perf_counter()
     _ = a @ a

@@ -5,14 +5,12 @@ optimizer's moments are all that decides the next step.
 """
 
 import logging
-import time
 import uuid
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from torch.optim import AdamW
 
-from checkpoints import Checkpoint, CheckpointError, find_checkpoint, load_tensors, save_checkpoint
+from checkpoints import Checkpoint, CheckpointError, find_checkpoint, load_tensors
 from configs import Config, flatten
 from data import BatchLoader, Corpus
 from model import GPT
@@ -98,26 +96,6 @@ def training_batches(run: Run, state: RunState) -> BatchLoader:
             tp_size=mesh.tp.size,
             device_is_cuda=mesh.device.type == "cuda",
         )
-
-
-def save(run: Run, state: RunState) -> None:
-    """Commit a checkpoint of this state."""
-    contents: dict[str, Any] = {
-        "progress": asdict(state),
-        "config": flatten(run.config),
-        "data_fingerprint": run.corpus.fingerprint,
-        "tokenizer_fingerprint": run.corpus.tokenizer.fingerprint,
-    }
-    started_at = time.perf_counter()
-    directory = save_checkpoint(
-        run.folder.checkpoints,
-        state.step,
-        training_tensors(run.model, run.optimizer),
-        contents,
-        run.mesh,
-        keep=run.config.checkpoint.keep,
-    )
-    logger.info("saved %s in %.1f s", directory, time.perf_counter() - started_at)
 
 
 def _require_same_run(checkpoint: Checkpoint, config: Config, corpus: Corpus) -> None:

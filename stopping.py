@@ -56,6 +56,18 @@ class DriftError(FatalError):
         )
 
 
+class SaveError(FatalError):
+    """A last checkpoint that cannot be written."""
+
+    exit_code = 1
+
+    def __init__(self, step: int, saved_step: int, why: str) -> None:
+        super().__init__(
+            f"step {step} is not saved: {why}; make room and resume, which goes on from step "
+            f"{saved_step}"
+        )
+
+
 class StopSignals:
     """The signals this process has got.
 

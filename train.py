@@ -37,7 +37,8 @@ from parallel import (
     sum_partial_gradients,
 )
 from run_folder import RunFolder, StartError, mendable, require_same_on_all_ranks
-from run_state import Run, RunState, resume, save, training_batches
+from run_state import Run, RunState, resume, training_batches
+from saving import Saving
 from stopping import FatalError, NonFiniteError, StopSignals
 
 logger = logging.getLogger("microtron")
@@ -55,7 +56,7 @@ def train(config: Config, mesh: Mesh, folder: RunFolder, signals: StopSignals) -
     documents = held_out(run)
     evaluation_interval = config.evaluate.interval if documents.num_targets else 0
     stop: signal.Signals | None = None
-    saved_step = state.step
+    saving = Saving(run, state)
     with RunLog(run, state) as log, training_batches(run, state) as batches:
         signals.training(on_stop=lambda: folder.announce(ending=True))
         while state.step < last and not (stop := signals.agreed(mesh)):
@@ -67,12 +68,11 @@ def train(config: Config, mesh: Mesh, folder: RunFolder, signals: StopSignals) -
                 log.evaluation(state, evaluate(run, state, documents))
             if due(state.step, config.debug.audit_interval):
                 audit(run, state)
+            saving.settle()
             if due(state.step, config.checkpoint.save_interval):
-                save(run, state)
-                saved_step = state.step
+                saving.begin(state, background=config.checkpoint.async_save)
         folder.announce(ending=True)
-        if state.step > saved_step:
-            save(run, state)
+        saving.end(state)
     return report_end(config, folder, state, started_from, stop)
 
 

@@ -2,11 +2,14 @@
 
 from checkpoints.load import find_checkpoint, load_tensors
 from checkpoints.manifest import Checkpoint, CheckpointError
-from checkpoints.save import save_checkpoint, sweep_leftovers
+from checkpoints.save import Save, begin_save, commit_save, save_checkpoint, sweep_leftovers
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "Save",
+    "begin_save",
+    "commit_save",
     "find_checkpoint",
     "load_tensors",
     "save_checkpoint",

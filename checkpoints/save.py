@@ -7,6 +7,11 @@ leaves a temporary directory, which the next start sweeps; a kill after it leave
 checkpoint. Older ones are deleted only then, renamed first so that a half-deleted one has no
 checkpoint's name.
 
+[Note: in the background]
+Training may go on while files are written: what it would change is copied first, and a thread of
+each rank writes the copy. The thread talks to nobody. All that ranks do together, creating the
+directory, reporting and committing, is done by their main threads, between steps.
+
 A rank that fails (a full disk) reports that instead of raising, or its peers would wait for it for
 ever. Only the holder of the run folder's lock may call this, so no two writers share a directory.
 All ranks must see the same file system.
@@ -15,11 +20,14 @@ All ranks must see the same file system.
 import logging
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from checkpoints.manifest import (
@@ -37,6 +45,77 @@ logger = logging.getLogger("microtron")
 _TEMPORARY, _DELETED = ".tmp-", ".del-"
 
 
+@dataclass(frozen=True)
+class Save:
+    """A checkpoint that all ranks have begun to write and that is not there yet."""
+
+    step: int
+    folder: Path
+    temporary: Path
+    state: dict[str, Any]
+    report: "Future[dict[str, Any]]"  # what the manifest says of this rank's file, or the failure
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank's file is done, or has failed."""
+        return self.report.done()
+
+
+def begin_save(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, DTensor],
+    state: dict[str, Any],
+    mesh: Mesh,
+    *,
+    background: bool,
+) -> Save:
+    """Begin the checkpoint of `step`: the tensors and the state (JSON); every rank calls this.
+
+    In the background returns once the tensors are copied, else once they are written. Raises
+    CheckpointError on all ranks if nothing can be written here.
+    """
+    temporary = folder / f"{_TEMPORARY}{step_directory(folder, step).name}"
+    _on_rank_0(mesh, "cannot create", lambda: _make_empty(temporary))
+    path = temporary / f"rank_{mesh.world.rank:05d}.safetensors"
+    mine, shards = _local_shards(tensors, mesh, copy=background)
+    report: Future[dict[str, Any]]
+    if background:
+        writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-writer")
+        report = writer.submit(_write_file, path, mine, shards)
+        writer.shutdown(wait=False)
+    else:
+        report = Future()
+        report.set_result(_write_file(path, mine, shards))
+    return Save(step, folder, temporary, state, report)
+
+
+def commit_save(save: Save, mesh: Mesh, *, keep: int) -> Path:
+    """Wait for all ranks to have written, and make it a checkpoint; every rank calls this.
+
+    Keeps the `keep` newest checkpoints (0: all). Raises CheckpointError on all ranks if any rank
+    could not write; what was there before is then still there.
+    """
+    reports = gather_json(mesh, save.report.result())
+    failures = [
+        f"rank {rank} {report['failure']}"
+        for rank, report in enumerate(reports)
+        if "failure" in report
+    ]
+    if failures:
+        _on_rank_0(mesh, "cannot remove", lambda: shutil.rmtree(save.temporary, ignore_errors=True))
+        raise CheckpointError(f"cannot save step {save.step}: {'; '.join(failures)}")
+    directory = step_directory(save.folder, save.step)
+    _on_rank_0(
+        mesh,
+        "cannot commit",
+        lambda: _commit(save.temporary, directory, save.step, save.state, reports),
+    )
+    if keep > 0:
+        _on_rank_0(mesh, "cannot prune", lambda: _prune(directory, keep))
+    return directory
+
+
 def save_checkpoint(
     folder: Path,
     step: int,
@@ -46,24 +125,9 @@ def save_checkpoint(
     *,
     keep: int,
 ) -> Path:
-    """Commit the tensors and the state (JSON) as the checkpoint of `step`; every rank calls this.
-
-    Keeps the `keep` newest checkpoints (0: all). Raises CheckpointError on all ranks if any rank
-    could not write; what was there before is then still there.
-    """
-    temporary = folder / f"{_TEMPORARY}{step_directory(folder, step).name}"
-    _on_rank_0(mesh, "cannot create", lambda: _make_empty(temporary))
-    reports = gather_json(mesh, _write_shards(temporary, tensors, mesh))
-    failures = [report["failure"] for report in reports if "failure" in report]
-    if failures:
-        _on_rank_0(mesh, "cannot remove", lambda: shutil.rmtree(temporary, ignore_errors=True))
-        raise CheckpointError(f"cannot save step {step}: {'; '.join(failures)}")
-
-    directory = step_directory(folder, step)
-    _on_rank_0(mesh, "cannot commit", lambda: _commit(temporary, directory, step, state, reports))
-    if keep > 0:
-        _on_rank_0(mesh, "cannot prune", lambda: _prune(directory, keep))
-    return directory
+    """Begin and commit at once; every rank calls this."""
+    save = begin_save(folder, step, tensors, state, mesh, background=False)
+    return commit_save(save, mesh, keep=keep)
 
 
 def sweep_leftovers(folder: Path) -> None:
@@ -91,23 +155,29 @@ def _make_empty(directory: Path) -> None:
     directory.mkdir(parents=True)
 
 
-def _write_shards(directory: Path, tensors: Mapping[str, DTensor], mesh: Mesh) -> dict[str, Any]:
-    """Write this rank's file; returns what the manifest says about it, or the failure."""
-    path = directory / f"rank_{mesh.world.rank:05d}.safetensors"
-    shards, mine = {}, {}
+def _local_shards(
+    tensors: Mapping[str, DTensor], mesh: Mesh, *, copy: bool
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What this rank writes, in the memory of the host, and what the manifest says about it."""
+    mine, shards = {}, {}
     for name, tensor in tensors.items():
         tp_dim = tp_shard_dim(tensor)
         local = tensor.to_local().detach()
         if (tp_dim is None and mesh.tp.rank > 0) or local.numel() == 0:
             continue  # another tp rank has the same and writes it
         slices = local_slices(tensor.shape, tp_dim, mesh.tp, mesh.dp)
-        mine[name] = local.to("cpu").contiguous()
+        mine[name] = local.to("cpu", copy=copy).contiguous()
         shards[name] = {
             "global_shape": list(tensor.shape),
             "dtype": str(tensor.dtype).removeprefix("torch."),
             "offsets": [part.start for part in slices],
             "shape": list(local.shape),
         }
+    return mine, shards
+
+
+def _write_file(path: Path, mine: dict[str, Tensor], shards: dict[str, Any]) -> dict[str, Any]:
+    """Write this rank's file; returns what the manifest says about it, or the failure."""
     try:
         # The file is hashed as it lies on the disk: hashing the bytes first would hold them twice.
         save_file(mine, path)
@@ -119,7 +189,7 @@ def _write_shards(directory: Path, tensors: Mapping[str, DTensor], mesh: Mesh) -
             "shards": shards,
         }
     except (OSError, SafetensorError) as error:
-        return {"failure": f"rank {mesh.world.rank} cannot write {path}: {error}"}
+        return {"failure": f"cannot write {path}: {error}"}
 
 
 def _commit(

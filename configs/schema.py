@@ -146,6 +146,7 @@ class CheckpointConfig:
 
     save_interval: int = 250  # steps; there is a save at the end and on a signal too; 0: only those
     keep: int = 2  # newest checkpoints kept; 0: all
+    async_save: bool = True  # train on while a copy is written, where there is memory for the copy
 
 
 @dataclass(frozen=True)

@@ -88,11 +88,19 @@ def command(ranks: int, arguments: list[str]) -> list[str]:
     return [*launcher, *program, f"parallel.tensor_model_parallel_size={ranks}"]
 
 
-def start(ranks: int, arguments: list[str]) -> "subprocess.Popen[str]":
-    """Start a run, away from the repository and in a process group of its own."""
+def start(
+    ranks: int, arguments: list[str], *, largest_file_kib: int | None = None
+) -> "subprocess.Popen[str]":
+    """Start a run, away from the repository and in a process group of its own.
+
+    `largest_file_kib`: the system refuses to write a larger file, as a full disk would.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    limited: list[str] = []
+    if largest_file_kib is not None:
+        limited = ["bash", "-c", 'ulimit -f "$0"; exec "$@"', str(largest_file_kib)]
     return subprocess.Popen(
-        command(ranks, arguments),
+        [*limited, *command(ranks, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -15,6 +15,8 @@ import checkpoints.manifest as manifest_module
 import checkpoints.save as save_module
 from checkpoints import (
     CheckpointError,
+    begin_save,
+    commit_save,
     find_checkpoint,
     load_tensors,
     save_checkpoint,
@@ -239,6 +241,19 @@ def test_a_rank_that_cannot_write_fails_the_save_on_all(mesh: Mesh, tmp_path: Pa
     barrier(mesh)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
     assert_loads(mesh, tmp_path, 1)
+
+
+@distributed(*EVERY_LAYOUT)
+def test_a_save_in_the_background_is_of_the_moment_it_began(mesh: Mesh, tmp_path: Path) -> None:
+    """What training changes afterwards is not in it; it is no checkpoint before it is committed."""
+    tensors = make_tensors(mesh, 7)
+    pending = begin_save(tmp_path, 7, tensors, STATE, mesh, background=True)
+    for tensor in tensors.values():
+        tensor.to_local().detach().fill_(float("nan"))
+    barrier(mesh)
+    assert [path.name for path in tmp_path.iterdir()] == [".tmp-step_00000007"]
+    commit_save(pending, mesh, keep=0)
+    assert_loads(mesh, tmp_path, 7)
 
 
 @distributed(ONE_RANK)

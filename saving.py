@@ -1,0 +1,97 @@
+"""When a run saves, and how long that holds it up.
+
+A save is begun at a step boundary and settled at a later one. In between a thread of each rank
+writes a copy of the weights and moments, and training goes on. There is one save at a time. One
+that fails is said and done with: the checkpoint before it stands, and training goes on.
+"""
+
+import logging
+import time
+from dataclasses import asdict
+from typing import Any
+
+from checkpoints import CheckpointError, Save, begin_save, commit_save
+from configs import flatten
+from hardware import copies_fit
+from optimizer import training_tensors
+from parallel import any_rank
+from run_state import Run, RunState
+from stopping import SaveError
+
+logger = logging.getLogger("microtron")
+
+
+class Saving:
+    """The saves of one launch; every rank calls each method at the same steps."""
+
+    def __init__(self, run: Run, state: RunState) -> None:
+        self.run = run
+        self.saved_step = state.step
+        self.pending: Save | None = None
+        self.begun_at, self.held_s = 0.0, 0.0
+        self.failure: CheckpointError | None = None
+
+    def begin(self, state: RunState, *, background: bool) -> None:
+        """Begin a checkpoint of this state, after the one under way."""
+        self.settle(wait=True)
+        run, tensors = self.run, training_tensors(self.run.model, self.run.optimizer)
+        num_bytes = sum(tensor.to_local().nbytes for tensor in tensors.values())
+        if background and any_rank(run.mesh, not copies_fit(num_bytes)):
+            logger.warning("no memory for a copy of the weights: training waits for this save")
+            background = False
+        contents: dict[str, Any] = {
+            "progress": asdict(state),
+            "config": flatten(run.config),
+            "data_fingerprint": run.corpus.fingerprint,
+            "tokenizer_fingerprint": run.corpus.tokenizer.fingerprint,
+        }
+        self.begun_at = time.perf_counter()
+        try:
+            self.pending = begin_save(
+                run.folder.checkpoints,
+                state.step,
+                tensors,
+                contents,
+                run.mesh,
+                background=background,
+            )
+        except CheckpointError as error:
+            self._report_failure(error)
+        self.held_s = time.perf_counter() - self.begun_at
+
+    def settle(self, *, wait: bool = False) -> None:
+        """Commit the save under way, if all ranks have written it; `wait` until they have."""
+        if self.pending is None:
+            return
+        mesh = self.run.mesh
+        if not wait and any_rank(mesh, not self.pending.is_written):
+            return
+        pending, self.pending = self.pending, None
+        settling_at = time.perf_counter()
+        try:
+            directory = commit_save(pending, mesh, keep=self.run.config.checkpoint.keep)
+        except CheckpointError as error:
+            self._report_failure(error)
+            return
+        now = time.perf_counter()
+        self.saved_step, self.failure = pending.step, None
+        logger.info(
+            "saved %s in %.1f s, of which training waited %.2f s",
+            directory,
+            now - self.begun_at,
+            self.held_s + now - settling_at,
+        )
+
+    def end(self, state: RunState) -> None:
+        """Leave this state saved; raises SaveError on all ranks if that cannot be."""
+        self.settle(wait=True)
+        if state.step > self.saved_step:
+            self.begin(state, background=False)
+            self.settle(wait=True)
+        if self.failure is not None:
+            raise SaveError(state.step, self.saved_step, str(self.failure))
+
+    def _report_failure(self, error: CheckpointError) -> None:
+        self.failure = error
+        if self.run.mesh.world.rank == 0:
+            logger.error("%s; the checkpoint before it stands", error)
