@@ -16,6 +16,7 @@ from parallel import (
     clip_gradients,
     local_slices,
     parameter_facts,
+    sum_over,
     sum_partial_gradients,
     tp_shard_dim,
 )
@@ -101,9 +102,11 @@ def dense_weights(model: GPT) -> dict[str, Tensor]:
     }
 
 
-def dropout_mask(shape: tuple[int, ...], layer: int, site: int) -> Tensor:
+def dropout_mask(
+    shape: tuple[int, ...], layer: int, site: int, stream: DropoutStream = STREAM
+) -> Tensor:
     b, s, h = shape
-    keep = keep_mask(torch.Size((s, b, h)), 0, 0.1, STREAM.keys(layer, site, torch.device("cpu")))
+    keep = keep_mask(torch.Size((s, b, h)), 0, 0.1, stream.keys(layer, site, torch.device("cpu")))
     return keep.transpose(0, 1).double() / 0.9
 
 
@@ -191,6 +194,18 @@ def test_attention_dropout_is_repeatable(mesh: Mesh) -> None:
         assert torch.equal(a.grad.to_local(), b.grad.to_local()), name
     other = plain(*batch(), dataclasses.replace(STREAM, step=4)).cross_entropy
     assert not torch.equal(plain(*batch(), STREAM).cross_entropy, other)
+
+
+@distributed(Layout(tp=2), Layout(tp=2, sp=False))
+def test_ranks_drop_their_own_attention(mesh: Mesh) -> None:
+    """Heads of different ranks are different heads: their attention masks are drawn apart."""
+    attention = (
+        tiny_model(mesh, dataclasses.replace(TINY, attention_dropout=0.2)).blocks[0].attention
+    )
+    assert attention.drop(STREAM) == 0.2
+    drawn = torch.rand(64, dtype=torch.float64)
+    of_both = sum_over(mesh.tp, drawn.clone())
+    assert (of_both != 2 * drawn).all()
 
 
 @distributed(*EVERY_LAYOUT)

@@ -1,11 +1,23 @@
 """The same losses on every layout, and after a resume on another; in the pool of workers."""
 
+import dataclasses
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from torch.testing import assert_close
 
-from tests.distributed import ONE_RANK, Layout
+from configs import Config, parse_config
+from data import BatchLoader
+from parallel import DropoutStream, Mesh
+from run_folder import RunFolder
+from run_state import training_batches
+from tests.distributed import EVERY_LAYOUT, ONE_RANK, Layout, distributed
+from tests.reference import reference_losses
 from tests.runs import rows, settings, train_on
+from tests.test_model_gpt import dense_weights, dropout_mask
+from train import start, train_step
 
 # With two groups, four ranks share each group's keys and values by twos.
 LLAMA = (
@@ -16,6 +28,63 @@ LLAMA = (
     "data.sequence_mode=pack",
     "data.inter_document_masking=true",
 )
+
+
+@pytest.fixture
+def config(corpus: Path, tmp_path: Path) -> Config:
+    """Micro-batches of two rows that have other numbers of targets each; gradients are clipped."""
+    overrides = (
+        "data.sequence_mode=pad",
+        "model.seq_length=69",
+        "train.micro_batch_size=2",
+        "optimizer.clip_grad=0.5",
+        "model.init_method_std=0.2",
+    )
+    return parse_config(settings(corpus, tmp_path, *overrides))
+
+
+@distributed(*EVERY_LAYOUT)
+def test_a_step_equals_the_reference(mesh: Mesh, config: Config) -> None:
+    """Loss, norm and every clipped gradient are those of the whole global batch at once, dense.
+
+    The optimizer's first moment tells the gradients after the step: (1 - beta1) times each.
+    """
+    with RunFolder(config, mesh) as folder:
+        run, state = start(config, mesh, folder)
+        dense = dense_weights(run.model)
+        with training_batches(run, state) as batches:
+            result = train_step(run, state, batches)
+    train = dataclasses.replace(config.train, micro_batch_size=8)
+    everything = dataclasses.replace(config, train=train)
+    with BatchLoader(
+        run.corpus,
+        everything,
+        consumed_samples=0,
+        dp_rank=0,
+        dp_size=1,
+        tp_size=1,
+        device_is_cuda=False,
+    ) as batches:
+        (whole,) = next(batches).micro_batches
+    stream = DropoutStream(config.run.seed, step=0, sample_indices=tuple(range(8)))
+    mask = partial(dropout_mask, stream=stream)
+    inputs = (whole.tokens, whole.positions, whole.targets)
+    loss = reference_losses(dense, config.model, *inputs, mask)[0] / whole.num_targets
+    loss.backward()
+    norm = torch.stack([weight.grad.norm() for weight in dense.values()]).norm().item()
+
+    of_pairs = (whole.targets >= 0).view(4, -1).sum(1)
+    assert len(of_pairs.unique()) > 1, "a mean of means would be right"
+    assert result.num_targets == whole.num_targets
+    assert result.loss == pytest.approx(loss.item(), rel=1e-6)
+    assert result.grad_norm == pytest.approx(norm, rel=2e-5)
+    assert norm > config.optimizer.clip_grad
+    factor = (1 - config.optimizer.adam_beta1) * config.optimizer.clip_grad / norm
+    for name, parameter in run.model.named_parameters():
+        moment = run.optimizer.state[parameter]["exp_avg"].full_tensor().double()
+        expected = factor * dense[name].grad
+        scale = expected.abs().max().item()
+        assert_close(moment, expected, rtol=0, atol=2e-5 * scale, msg=name)
 
 
 @pytest.mark.parametrize(
