@@ -12,7 +12,7 @@ WANTED = import tomllib; \
   print(*project['dependencies'], *sum(project['optional-dependencies'].values(), []), sep='\n')
 IS_NEW_ENOUGH = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help setup train trace format lint types lines test test-gpu test-smollm2 parity check clean
+.PHONY: help setup train trace format lint types lines test test-gpu test-smollm2 parity mutations check clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ test-smollm2: setup  ## import SmolLM2-135M (fetches 93 MB), compare with transf
 
 parity: setup  ## compare every layout with Hugging Face and with one process; writes docs/parity.md
 	$(BIN)/python -m tests.tables
+
+mutations: setup  ## plant each classic mistake and see a test fail; ARGS="part of a name" for one
+	$(BIN)/python -m tests.mutations $(ARGS)
 
 check: lint types lines test  ## everything; do this before a commit
 

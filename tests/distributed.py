@@ -32,6 +32,8 @@ import torch.distributed as dist
 from parallel.mesh import Mesh, lay_mesh
 
 TIME_LIMIT_S = 60.0
+# Safe in any process. mutations.py, whose process has done nothing but imports, sets "fork".
+START_METHOD = "spawn"
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class _Pool:
 
     def __init__(self, world_size: int) -> None:
         self.directory = tempfile.TemporaryDirectory()
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context(START_METHOD)
         self.workers, self.pipes = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()

@@ -1,0 +1,365 @@
+"""The classic mistakes of tensor and sequence parallelism, and the tests that catch each.
+
+What is done with this table is in mutations.py. Choose the smallest edit that makes the mistake as
+people make it, a program that runs and is wrong; and the quickest tests that fail for it: two ranks
+are quicker than four, a layer quicker than a step. The text that is replaced must be in its file
+exactly once, so that whoever changes that code is told that the table has to follow.
+"""
+
+from dataclasses import dataclass
+
+_MAPPINGS = "tests/test_parallel_mappings.py::"
+_LAYERS = "tests/test_parallel_layers.py::"
+_LOSS = _LAYERS + "test_loss_equals_dense"
+_MODEL = "tests/test_model_gpt.py::test_loss_and_gradients_equal_the_reference"
+_DROPOUT = "tests/test_parallel_randomness.py::test_dropout_add_equals_the_formula"
+_WEIGHTS = "tests/test_parallel_sharding.py::test_initial_weights_do_not_depend_on_the_layout"
+_STEP = "tests/test_train_layouts.py::test_a_step_equals_the_reference"
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One way to get it wrong: the edit that makes it, and the tests of which one must fail."""
+
+    name: str
+    file: str
+    right: str  # in the file exactly once
+    wrong: str
+    tests: tuple[str, ...]  # node ids, the quickest that catch it
+
+
+MISTAKES = (
+    # Gradients that each rank has for some positions, heads or groups only.
+    Mistake(
+        "gradients of norms are not summed over the sequence shards",
+        "model/norm.py",
+        "config.norm_epsilon, mesh, mesh.sequence_parallel)",
+        "config.norm_epsilon, mesh, False)",
+        (_MODEL + "[gpt2-False-tp2+sp-dp1]",),
+    ),
+    Mistake(
+        "the gradient of a row-parallel bias is not summed over the sequence shards",
+        "parallel/layers.py",
+        "grad_is_partial=mesh.sequence_parallel",
+        "grad_is_partial=False",
+        (_LAYERS + "test_row_equals_dense[True-tp2+sp-dp1]",),
+    ),
+    Mistake(
+        "gradients of learned positions are not summed over the sequence shards",
+        "model/gpt.py",
+        "grad_is_partial=mesh.sequence_parallel",
+        "grad_is_partial=False",
+        (_MODEL + "[gpt2-False-tp2+sp-dp1]",),
+    ),
+    Mistake(
+        "gradients of QK-norms are summed over tp with sequence parallelism only",
+        "model/norm.py",
+        "mesh.tp.size > 1)",
+        "mesh.sequence_parallel)",
+        (_MODEL + "[one group, biases, qk norm-False-tp2-dp1]",),
+    ),
+    Mistake(
+        "gradients of keys and values that ranks share are not summed over tp",
+        "parallel/layers.py",
+        '"grad_is_partial": self.block is not None',
+        '"grad_is_partial": False',
+        (_LAYERS + "test_shared_blocks_equal_dense[False-1-tp2-dp1]",),
+    ),
+    Mistake(
+        "partial gradients are averaged over tp where they should be summed",
+        "parallel/gradients.py",
+        "torch.cat([grad.view(-1) for grad in partial]))",
+        "torch.cat([grad.view(-1) for grad in partial])) / mesh.tp.size",
+        (_MODEL + "[gpt2-False-tp2+sp-dp1]",),
+    ),
+    Mistake(
+        "the step forgets to sum partial gradients over tp",
+        "train.py",
+        "    sum_partial_gradients(model, mesh)\n",
+        "",
+        (_STEP + "[tp2+sp-dp1]",),
+    ),
+    # Layers: what crosses the wire, where, and back.
+    Mistake(
+        "the row-parallel bias is inside the product and so added t times",
+        "parallel/layers.py",
+        """\
+        y = F.linear(x, self.weight.to_local())  # [s, b, out], a partial sum
+        y = exit_tensor_parallel_region(y, self.mesh)  # [s/t, b, out]
+        return y if self.bias is None else y + self.bias.to_local()
+""",
+        """\
+        bias = None if self.bias is None else self.bias.to_local()
+        y = F.linear(x, self.weight.to_local(), bias)
+        return exit_tensor_parallel_region(y, self.mesh)
+""",
+        (_LAYERS + "test_row_equals_dense[True-tp2-dp1]",),
+    ),
+    Mistake(
+        "a rank computes the wrong group of keys and values",
+        "parallel/layers.py",
+        "mesh.tp.rank * num_blocks // mesh.tp.size * rows",
+        "mesh.tp.rank % num_blocks * rows",
+        (_LAYERS + "test_shared_blocks_equal_dense[False-2-tp4-dp1]",),
+    ),
+    Mistake(
+        "the gather before tensor-parallel compute has a split as its backward",
+        "parallel/mappings.py",
+        "return _reduce_scatter(grad, ctx.axis), None",
+        "return grad.chunk(ctx.axis.size)[ctx.axis.rank], None",
+        (_LAYERS + "test_column_equals_dense[tp2+sp-dp1]",),
+    ),
+    Mistake(
+        "the gather before duplicated compute has a reduce-scatter as its backward",
+        "parallel/mappings.py",
+        "return _own_positions(grad, ctx.axis), None",
+        "return _reduce_scatter(grad, ctx.axis), None",
+        (_MAPPINGS + "test_what_follows_a_gather_decides_its_backward[tp2+sp-dp1]",),
+    ),
+    Mistake(
+        "the sequence is gathered outside autograd, which cuts the graph",
+        "parallel/mappings.py",
+        "return _Gather.apply(x, axis)",
+        "return _all_gather(x.detach(), axis)",
+        (_LAYERS + "test_column_then_row_equals_dense[tp2+sp-dp1]",),
+    ),
+    Mistake(
+        "without sequence parallelism dX is not summed before a column-parallel layer",
+        "parallel/mappings.py",
+        "return _all_reduce(grad, ctx.axis), None",
+        "return grad, None",
+        (_LAYERS + "test_column_equals_dense[tp2-dp1]",),
+    ),
+    Mistake(
+        "the sum after a row-parallel layer sums gradients too, t times what they are",
+        "parallel/mappings.py",
+        """\
+        return _all_reduce(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, None
+""",
+        """\
+        ctx.axis = axis
+        return _all_reduce(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _all_reduce(grad, ctx.axis), None
+""",
+        (_LAYERS + "test_row_equals_dense[True-tp2-dp1]",),
+    ),
+    Mistake(
+        "an all-reduce writes into its input, which autograd may have saved",
+        "parallel/mappings.py",
+        "x.clone(memory_format=torch.contiguous_format)",
+        "x.contiguous()",
+        (_MAPPINGS + "test_inputs_are_not_written_to[reduce-tp2+sp-dp1]",),
+    ),
+    Mistake(
+        "the head multiplies x without entering the region, so its dX is not summed",
+        "parallel/layers.py",
+        "F.linear(enter_tensor_parallel_region(x, mesh), weight)",
+        "F.linear(x, weight)",
+        (_LAYERS + "test_logits_equal_dense[tp2-dp1]",),
+    ),
+    Mistake(
+        "embedding rows of ids on other ranks are not zeroed",
+        "parallel/layers.py",
+        "        rows = rows.masked_fill(elsewhere.unsqueeze(-1), 0.0)  # [s, b, h]\n",
+        "",
+        (_LAYERS + "test_embedding_equals_dense[20-tp2+sp-dp1]",),
+    ),
+    # Positions and documents.
+    Mistake(
+        "every rank adds the learned positions of the first sequence shard",
+        "model/gpt.py",
+        "sequence_shard(positions, self.mesh))",
+        "positions[: x.shape[0]])",
+        (_MODEL + "[gpt2-False-tp2+sp-dp1]",),
+    ),
+    Mistake(
+        "rotary angles start anew in every sequence shard",
+        "model/gpt.py",
+        "make_context(self.config, positions, ",
+        "make_context(self.config, positions % x.shape[0], ",
+        (_MODEL + "[llama-False-tp2+sp-dp1]",),
+    ),
+    Mistake(
+        "a token attends to the documents before its own",
+        "model/context.py",
+        "mask = None if documents is None else document_mask(documents)",
+        "mask = None",
+        (_MODEL + "[gpt2-True-tp1-dp1]",),
+    ),
+    # Cross-entropy over vocabulary shards.
+    Mistake(
+        "rows that pad the vocabulary count in the softmax, with logits of 0",
+        "parallel/loss.py",
+        """\
+    assert logits.shape[-1] == end_id - first_id, (
+        "logits must be this rank's part of the vocabulary"
+    )
+""",
+        """\
+    missing = -(-vocab_size // mesh.tp.size) - (end_id - first_id)
+    logits = torch.nn.functional.pad(logits, (0, missing))
+""",
+        (_LOSS + "[1.0-23-tp2-dp1]",),
+    ),
+    Mistake(
+        "each rank subtracts its own maximum from the logits",
+        "parallel/loss.py",
+        "dist.all_reduce(maximum, dist.ReduceOp.MAX, group=tp.group)",
+        "pass",
+        (_LOSS + "[1.0-20-tp2-dp1]",),
+    ),
+    Mistake(
+        "no maximum is subtracted from the logits, and exp(1e4) overflows",
+        "parallel/loss.py",
+        "maximum = z.amax(dim=-1)",
+        "maximum = torch.zeros_like(z[..., 0])",
+        (_LOSS + "[10000.0-20-tp2-dp1]",),
+    ),
+    Mistake(
+        "ranks that do not have the target add the logit of another column",
+        "parallel/loss.py",
+        ".squeeze(-1).masked_fill(~is_ours, 0.0)",
+        ".squeeze(-1)",
+        (_LOSS + "[1.0-20-tp2-dp1]",),
+    ),
+    Mistake(
+        "ignored targets have a gradient",
+        "parallel/loss.py",
+        "(grad_loss + grad_log_z).masked_fill(ignored, 0.0)",
+        "(grad_loss + grad_log_z)",
+        (_LOSS + "[1.0-20-tp2-dp1]",),
+    ),
+    # The mean over the global batch.
+    Mistake(
+        "mean of means: each micro-batch is divided by its own number of targets",
+        "train.py",
+        "+ z_loss) / num_targets).backward()",
+        "+ z_loss) / micro_batch.num_targets / len(batch.micro_batches) / mesh.dp.size).backward()",
+        (_STEP + "[tp1-dp1]",),
+    ),
+    Mistake(
+        "targets are counted on this data-parallel rank alone",
+        "train.py",
+        "sum_over(mesh.dp, torch.tensor(batch.num_targets, device=mesh.device))",
+        "torch.tensor(batch.num_targets, device=mesh.device)",
+        (_STEP + "[tp1-dp2]",),
+    ),
+    Mistake(
+        "targets are counted once for each tensor-parallel rank",
+        "train.py",
+        "sum_over(mesh.dp, torch.tensor(",
+        "sum_over(mesh.world, torch.tensor(",
+        (_STEP + "[tp2-dp1]",),
+    ),
+    Mistake(
+        "the loss is summed over tp, where every rank has all of it",
+        "train.py",
+        "sum_over(mesh.dp, sums)",
+        "sum_over(mesh.world, sums)",
+        (_STEP + "[tp2-dp1]",),
+    ),
+    Mistake(
+        "FSDP2 averages gradients that are already divided",
+        "parallel/data_parallel.py",
+        """\
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+""",
+        """\
+            pass
+""",
+        (_MODEL + "[gpt2-False-tp1-dp2]",),
+    ),
+    Mistake(
+        "tensor-parallel ranks read different batches, as if data-parallel",
+        "run_state.py",
+        "            dp_rank=mesh.dp.rank,\n            dp_size=mesh.dp.size,\n",
+        "            dp_rank=mesh.world.rank,\n            dp_size=mesh.world.size,\n",
+        (_STEP + "[tp2-dp1]",),
+    ),
+    # The gradient norm.
+    Mistake(
+        "each rank clips by the norm of its own gradients",
+        "parallel/gradients.py",
+        "sum_over(mesh.world, norms.double().square().sum())",
+        "norms.double().square().sum()",
+        (_MODEL + "[gpt2-False-tp1-dp2]",),
+    ),
+    Mistake(
+        "replicated gradients count t times in the norm",
+        "parallel/gradients.py",
+        "        if tp_shard_dim(parameter) is not None or mesh.tp.rank == 0:\n            counted",
+        "        counted",
+        (_MODEL + "[gpt2-False-tp2+sp-dp1]",),
+    ),
+    Mistake(
+        "the norm is taken before partial gradients are summed",
+        "train.py",
+        """\
+    sum_partial_gradients(model, mesh)
+    grad_norm = clip_gradients(model, config.optimizer.clip_grad, mesh).item()
+""",
+        """\
+    grad_norm = clip_gradients(model, config.optimizer.clip_grad, mesh).item()
+    sum_partial_gradients(model, mesh)
+""",
+        (_STEP + "[tp2+sp-dp1]",),
+    ),
+    Mistake(
+        "only the first rank clips",
+        "parallel/gradients.py",
+        "if largest_norm > 0:",
+        "if largest_norm > 0 and mesh.world.rank == 0:",
+        (_MODEL + "[gpt2-False-tp1-dp2]",),
+    ),
+    # Randomness.
+    Mistake(
+        "a sequence shard is dropped by its local positions, alike on every rank",
+        "parallel/randomness.py",
+        "mesh.tp.rank * x.shape[0] if mesh.sequence_parallel else 0",
+        "0",
+        (_DROPOUT + "[tp2+sp-dp1]",),
+    ),
+    Mistake(
+        "without sequence parallelism ranks drop differently what they all have",
+        "parallel/randomness.py",
+        "mesh.tp.rank * x.shape[0] if mesh.sequence_parallel else 0",
+        "mesh.tp.rank * x.shape[0]",
+        (_DROPOUT + "[tp2-dp1]",),
+    ),
+    Mistake(
+        "a mask goes by the place in the micro-batch, not by the global sample",
+        "train.py",
+        "tuple(micro_batch.sample_indices.tolist())",
+        "tuple(range(len(micro_batch.sample_indices)))",
+        (_STEP + "[tp1-dp1]",),
+    ),
+    Mistake(
+        "heads of all tensor-parallel ranks have the same attention dropout",
+        "model/attention.py",
+        "stream.attention_seed(self.layer, self.mesh.tp.rank)",
+        "stream.attention_seed(self.layer, 0)",
+        ("tests/test_model_gpt.py::test_ranks_drop_their_own_attention[tp2+sp-dp1]",),
+    ),
+    Mistake(
+        "each rank draws its own initial weights, not a part of the whole",
+        "parallel/parameters.py",
+        "local.copy_(full[mine])",
+        "local.normal_(0.0, init.std, generator=generator)",
+        (_WEIGHTS + "[tp2+sp-dp1]",),
+    ),
+    Mistake(
+        "every rank takes the first rank's part of a weight",
+        "parallel/sharding.py",
+        "shard_range(global_shape[tp_dim], tp.size, tp.rank)",
+        "shard_range(global_shape[tp_dim], tp.size, 0)",
+        (_WEIGHTS + "[tp2+sp-dp1]",),
+    ),
+)
