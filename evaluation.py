@@ -10,7 +10,6 @@ from data import EvaluationSet, evaluation_batches
 from model import generate
 from parallel import fold_seed, free_gathered_weights, sum_over
 from run_state import Run, RunState
-from stopping import NonFiniteError
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss), infinite where that overflows."""
+        """exp(loss), infinite where that overflows or the loss is no number."""
         return math.exp(self.loss) if self.loss < math.log(sys.float_info.max) else math.inf
 
 
@@ -49,9 +48,8 @@ def evaluate(run: Run, state: RunState, documents: EvaluationSet) -> Evaluation:
     for batch in documents.batches:
         nats += run.model(**batch.inputs(device)).cross_entropy
     total = sum_over(run.mesh.dp, nats).item()
-    if not math.isfinite(total):
-        raise NonFiniteError(state.step, f"the loss on held-out text is {total}")
-    sample = write_sample(run, state)
+    # Weights that give no number write nothing either; the next step finds out and acts on it.
+    sample = write_sample(run, state) if math.isfinite(total) else None
     free_gathered_weights(run.model)
     return Evaluation(
         loss=total / documents.num_targets,

@@ -6,9 +6,9 @@ it at the checkpoint's step, so it holds each step once. Only rank 0 writes.
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -17,25 +17,13 @@ from evaluation import Evaluation
 from hardware import peak_flops_per_second, peak_memory_gib
 from model import flops_per_token, num_parameters
 from parallel import Mesh
-from run_state import Run, RunState
+from run_state import Run, RunState, StepResult
 from wandb_view import WandbView
 
 logger = logging.getLogger("microtron")
 
 # A rate from the last few seconds says more about the time left than one from the first step on.
 _RATE_MEMORY = 0.9
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one update of the weights was."""
-
-    loss: float  # nats per target token, over the whole global batch
-    z_loss: float  # what train.z_loss_coeff adds to it in training
-    grad_norm: float  # before clipping
-    learning_rate: float
-    num_targets: int  # target tokens of the whole global batch
-    elapsed_s: float
 
 
 def set_up_logging(mesh: Mesh) -> None:
@@ -95,6 +83,7 @@ class RunLog:
             **({"train/z_loss": result.z_loss} if self.config.train.z_loss_coeff else {}),
             "train/grad_norm": result.grad_norm,
             "train/learning_rate": result.learning_rate,
+            **({"train/skipped_steps": state.skipped_steps} if state.skipped_steps else {}),
             "speed/tokens_per_second": tokens_per_second,
             "speed/mfu": self.flops_per_token * tokens_per_second / self.peak_flops,
             "memory/peak_gib": peak_memory_gib(self.mesh.device),
@@ -103,6 +92,8 @@ class RunLog:
         is_first, is_last = self.seconds_per_step is None, state.step == last_step(self.config)
         previous = self.seconds_per_step or result.elapsed_s
         self.seconds_per_step = _RATE_MEMORY * previous + (1 - _RATE_MEMORY) * result.elapsed_s
+        if result.why_skipped is not None and self.is_writer:
+            logger.warning("step %d: %s; its update is left out", state.step, result.why_skipped)
         if is_first or is_last or state.step % self.config.logging.log_interval == 0:
             logger.info("%s", self._step_line(state, row))
 
@@ -127,7 +118,9 @@ class RunLog:
 
     def _write(self, row: Mapping[str, float | int]) -> None:
         if self.file is not None:
-            self.file.write(json.dumps(row) + "\n")
+            # JSON has no NaN: what is not finite is null.
+            finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
+            self.file.write(json.dumps(finite, allow_nan=False) + "\n")
             self.file.flush()
         if self.wandb is not None:
             self.wandb.log(row)

@@ -64,6 +64,11 @@ def apply_update(optimizer: AdamW, lr: float) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
+def leave_out_update(optimizer: AdamW) -> None:
+    """Free the gradients; weights, moments and AdamW's count stay as they are."""
+    optimizer.zero_grad(set_to_none=True)
+
+
 def learning_rate(step: int, config: Config) -> float:
     """Learning rate of the update that follows `step` finished ones.
 

@@ -10,8 +10,10 @@ All ranks must see the same file system. Nothing inside holds an absolute path, 
 
 import fcntl
 import json
+import logging
 import os
 import shlex
+import signal
 import socket
 import sys
 import time
@@ -24,6 +26,8 @@ from checkpoints import sweep_leftovers
 from configs import EXIT_BEFORE_TRAINING, Config, to_yaml
 from parallel import Mesh, gather_json
 from stopping import FatalError
+
+logger = logging.getLogger("microtron")
 
 _PREVIOUS = "previous_"
 _WAIT_FOR_RUNNING_S, _WAIT_FOR_ENDING_S = 5.0, 30.0
@@ -176,6 +180,29 @@ class RunFolder:
                 "resume": None if finished else self.resume_command(),
             }
             _write(self.path / "exit.json", (json.dumps(report, indent=1) + "\n").encode())
+
+    def report_end(self, started_from: int, stop: signal.Signals | None) -> int:
+        """Say how the run ended, on the console and in exit.json; returns the exit code."""
+        assert self.step is not None, "a run that ends has begun"
+        run, num_steps = self._config.run, self._config.train.train_steps
+        if stop is not None:
+            reason, code = f"stopped by {stop.name}", 128 + stop
+        elif self.step >= num_steps:
+            reason, code = "finished", 0
+        else:
+            reason, code = f"reached run.stop_at_step={run.stop_at_step}", 0
+        self.write_exit(code, reason)
+        logger.info(
+            "run %s %s: step %d of %d (%d in this launch)",
+            run.name,
+            f"is {reason}" if reason == "finished" else reason,
+            self.step,
+            num_steps,
+            self.step - started_from,
+        )
+        if reason != "finished":
+            logger.info("resume with\n  %s", self.resume_command())
+        return code
 
     def resume_command(self) -> str:
         """The command line that goes on with this run."""

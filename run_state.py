@@ -7,6 +7,7 @@ optimizer's moments are all that decides the next step.
 import logging
 import uuid
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch.optim import AdamW
 
@@ -27,26 +28,59 @@ _MAY_CHANGE_KEYS = (
     "train.micro_batch_size",
     "train.train_steps",
     "train.precision",
+    "train.max_skipped_in_a_row",
+    "train.max_rollbacks",
+    "train.loss_spike_nats",
     "data.cache_directory",
 )
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step was."""
+
+    loss: float  # nats per target token, over the whole global batch
+    z_loss: float  # what train.z_loss_coeff adds to it in training
+    grad_norm: float  # before clipping
+    learning_rate: float
+    num_targets: int  # target tokens of the whole global batch
+    elapsed_s: float
+    why_skipped: str | None  # why its update was left out; None if it was not
 
 
 @dataclass(frozen=True)
 class RunState:
     """Progress of a run."""
 
+    NUM_RECENT: ClassVar[int] = 32
+
     wandb_id: str
-    step: int = 0  # finished updates
+    step: int = 0  # finished steps
     tokens: int = 0  # target tokens so far
     consumed_samples: int = 0  # sequences so far, over all ranks
+    skipped_steps: int = 0  # those of `step` whose update was left out
+    skipped_in_a_row: int = 0
+    recent_losses: tuple[float, ...] = ()  # of the last NUM_RECENT updates
+    # What going back to a checkpoint has passed over: its step, and samples from .. before.
+    skipped_windows: tuple[tuple[int, int, int], ...] = ()
 
-    def advance(self, num_targets: int, num_samples: int) -> "RunState":
-        """The state after one more update."""
+    @property
+    def num_updates(self) -> int:
+        """Updates of the weights, which AdamW counts."""
+        return self.step - self.skipped_steps
+
+    def advance(self, result: StepResult, num_samples: int) -> "RunState":
+        """The state after one more step."""
+        skipped = result.why_skipped is not None
+        losses = (*self.recent_losses, result.loss)[-self.NUM_RECENT :]
         return replace(
             self,
             step=self.step + 1,
-            tokens=self.tokens + num_targets,
+            tokens=self.tokens + result.num_targets,
             consumed_samples=self.consumed_samples + num_samples,
+            skipped_steps=self.skipped_steps + skipped,
+            skipped_in_a_row=self.skipped_in_a_row + 1 if skipped else 0,
+            recent_losses=self.recent_losses if skipped else losses,
         )
 
 
@@ -76,10 +110,21 @@ def resume(run: Run) -> RunState:
             )
         return RunState(wandb_id=gather_json(run.mesh, uuid.uuid4().hex[:12])[0])
     _require_same_run(checkpoint, run.config, run.corpus)
-    load_tensors(checkpoint, training_tensors(run.model, run.optimizer), run.mesh)
-    state = RunState(**checkpoint.state["progress"])
-    set_num_updates(run.optimizer, state.step)
     logger.info("resuming from %s", checkpoint.directory)
+    return load(run, checkpoint)
+
+
+def load(run: Run, checkpoint: Checkpoint) -> RunState:
+    """Fill model and optimizer from a checkpoint of this run; returns its state."""
+    load_tensors(checkpoint, training_tensors(run.model, run.optimizer), run.mesh)
+    progress = checkpoint.state["progress"]
+    # JSON has lists only.
+    for name in ("recent_losses", "skipped_windows"):
+        progress[name] = tuple(
+            tuple(item) if isinstance(item, list) else item for item in progress.get(name, ())
+        )
+    state = RunState(**progress)
+    set_num_updates(run.optimizer, state.num_updates)
     return state
 
 

@@ -7,8 +7,12 @@ that fails is said and done with: the checkpoint before it stands, and training 
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
 
 from checkpoints import CheckpointError, Save, begin_save, commit_save
 from configs import flatten
@@ -16,9 +20,13 @@ from hardware import copies_fit
 from optimizer import training_tensors
 from parallel import any_rank
 from run_state import Run, RunState
-from stopping import SaveError
+from stopping import NonFiniteError, SaveError
 
 logger = logging.getLogger("microtron")
+
+
+class _NotFiniteError(CheckpointError):
+    """Weights that are not worth a checkpoint."""
 
 
 class Saving:
@@ -32,9 +40,16 @@ class Saving:
         self.failure: CheckpointError | None = None
 
     def begin(self, state: RunState, *, background: bool) -> None:
-        """Begin a checkpoint of this state, after the one under way."""
+        """Begin a checkpoint of this state, after the one under way.
+
+        Not in a row of bad steps, for which the weights may be to blame: a run that goes back is to
+        get behind its beginning.
+        """
+        run, is_last = self.run, state.step == self.run.config.train.train_steps
+        if state.skipped_in_a_row > 0 and not is_last:
+            return
         self.settle(wait=True)
-        run, tensors = self.run, training_tensors(self.run.model, self.run.optimizer)
+        tensors = training_tensors(run.model, run.optimizer)
         num_bytes = sum(tensor.to_local().nbytes for tensor in tensors.values())
         if background and any_rank(run.mesh, not copies_fit(num_bytes)):
             logger.warning("no memory for a copy of the weights: training waits for this save")
@@ -47,6 +62,7 @@ class Saving:
         }
         self.begun_at = time.perf_counter()
         try:
+            self._require_finite(state, tensors)
             self.pending = begin_save(
                 run.folder.checkpoints,
                 state.step,
@@ -88,8 +104,16 @@ class Saving:
         if state.step > self.saved_step:
             self.begin(state, background=False)
             self.settle(wait=True)
+        if isinstance(self.failure, _NotFiniteError):
+            raise NonFiniteError(state.step, "its weights or moments are not finite")
         if self.failure is not None:
             raise SaveError(state.step, self.saved_step, str(self.failure))
+
+    def _require_finite(self, state: RunState, tensors: Mapping[str, DTensor]) -> None:
+        """A run that went back to such weights could not go on from them."""
+        norms = torch._foreach_norm([tensor.to_local() for tensor in tensors.values()])
+        if any_rank(self.run.mesh, not bool(torch.stack(norms).isfinite().all())):
+            raise _NotFiniteError(f"step {state.step} has weights or moments that are not finite")
 
     def _report_failure(self, error: CheckpointError) -> None:
         self.failure = error

@@ -30,7 +30,7 @@ class FatalError(RuntimeError):
 
 
 class NonFiniteError(FatalError):
-    """A loss or gradient norm that is not a finite number."""
+    """Losses or gradient norms that are not finite, and nothing left to try."""
 
     exit_code = 5
 
@@ -63,7 +63,7 @@ class SaveError(FatalError):
 
     def __init__(self, step: int, saved_step: int, why: str) -> None:
         super().__init__(
-            f"step {step} is not saved: {why}; make room and resume, which goes on from step "
+            f"step {step} is not saved: {why}; mend that and resume, which goes on from step "
             f"{saved_step}"
         )
 

@@ -4,7 +4,6 @@ The story of a run. What a step does is in `train_step`; where the ranks talk is
 """
 
 import logging
-import math
 import signal
 import sys
 import time
@@ -19,13 +18,14 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from audit import audit
+from bad_numbers import roll_back, too_many_skipped, why_to_skip
 from checkpoints import CheckpointError
 from data import BatchLoader, prepare_corpus
 from evaluation import evaluate, held_out
 from hardware import give_back_freed_memory, use_deterministic_kernels
-from metrics import RunLog, StepResult, last_step, set_up_logging
+from metrics import RunLog, last_step, set_up_logging
 from model import build_model, num_parameters
-from optimizer import apply_update, build_optimizer, learning_rate
+from optimizer import apply_update, build_optimizer, learning_rate, leave_out_update
 from parallel import (
     DropoutStream,
     Mesh,
@@ -37,9 +37,9 @@ from parallel import (
     sum_partial_gradients,
 )
 from run_folder import RunFolder, StartError, mendable, require_same_on_all_ranks
-from run_state import Run, RunState, resume, training_batches
+from run_state import Run, RunState, StepResult, resume, training_batches
 from saving import Saving
-from stopping import FatalError, NonFiniteError, StopSignals
+from stopping import FatalError, StopSignals
 
 logger = logging.getLogger("microtron")
 
@@ -50,18 +50,31 @@ def train(config: Config, mesh: Mesh, folder: RunFolder, signals: StopSignals) -
     last, started_from = last_step(config), state.step
     folder.step = state.step
     if state.step >= last:
-        return report_end(config, folder, state, started_from, None)
+        return folder.report_end(started_from, None)
 
     folder.describe(run.corpus.tokenizer_path)
+    signals.training(on_stop=lambda: folder.announce(ending=True))
+    stop: signal.Signals | None = None
+    while state.step < last and stop is None:
+        state, stop = train_from(run, state, signals)
+        if too_many_skipped(state, config.train):
+            state = roll_back(run, state)
+    return folder.report_end(started_from, stop)
+
+
+def train_from(
+    run: Run, state: RunState, signals: StopSignals
+) -> tuple[RunState, signal.Signals | None]:
+    """Train to the last step, to a signal, or until leaving out bad updates does not help."""
+    config, folder, last = run.config, run.folder, last_step(run.config)
     documents = held_out(run)
     evaluation_interval = config.evaluate.interval if documents.num_targets else 0
     stop: signal.Signals | None = None
     saving = Saving(run, state)
     with RunLog(run, state) as log, training_batches(run, state) as batches:
-        signals.training(on_stop=lambda: folder.announce(ending=True))
-        while state.step < last and not (stop := signals.agreed(mesh)):
+        while state.step < last and not (stop := signals.agreed(run.mesh)):
             result = train_step(run, state, batches)
-            state = state.advance(result.num_targets, config.train.global_batch_size)
+            state = state.advance(result, config.train.global_batch_size)
             folder.step = state.step
             log.step(state, result)
             if due(state.step, evaluation_interval, at_end=config.train.train_steps):
@@ -71,9 +84,12 @@ def train(config: Config, mesh: Mesh, folder: RunFolder, signals: StopSignals) -
             saving.settle()
             if due(state.step, config.checkpoint.save_interval):
                 saving.begin(state, background=config.checkpoint.async_save)
+            if too_many_skipped(state, config.train):
+                saving.settle(wait=True)
+                return state, None
         folder.announce(ending=True)
         saving.end(state)
-    return report_end(config, folder, state, started_from, stop)
+    return state, stop
 
 
 def start(config: Config, mesh: Mesh, folder: RunFolder) -> tuple[Run, RunState]:
@@ -116,12 +132,12 @@ def train_step(run: Run, state: RunState, batches: BatchLoader) -> StepResult:
     sum_partial_gradients(model, mesh)
     grad_norm = clip_gradients(model, config.optimizer.clip_grad, mesh).item()
     mean_loss, z_loss = (sum_over(mesh.dp, sums) / num_targets).tolist()
-    if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
-        # Both are the same on every rank, so all leave together, before any weight has changed.
-        what = f"the loss is {mean_loss}, the gradient norm {grad_norm}"
-        raise NonFiniteError(state.step + 1, what)
     rate = learning_rate(state.step, config)
-    apply_update(run.optimizer, rate)
+    why_skipped = why_to_skip(mean_loss, grad_norm, state, config.train, mesh)
+    if why_skipped is None:
+        apply_update(run.optimizer, rate)
+    else:
+        leave_out_update(run.optimizer)
     return StepResult(
         loss=mean_loss,
         z_loss=z_loss,
@@ -129,40 +145,13 @@ def train_step(run: Run, state: RunState, batches: BatchLoader) -> StepResult:
         learning_rate=rate,
         num_targets=int(num_targets),
         elapsed_s=time.perf_counter() - started_at,
+        why_skipped=why_skipped,
     )
 
 
 def due(step: int, interval: int, at_end: int | None = None) -> bool:
     """Whether what is done every `interval` steps (0: never), and at the end, is due."""
     return interval > 0 and (step % interval == 0 or step == at_end)
-
-
-def report_end(
-    config: Config,
-    folder: RunFolder,
-    state: RunState,
-    started_from: int,
-    stop: signal.Signals | None,
-) -> int:
-    """Say how the run ended, on the console and in exit.json; returns the exit code."""
-    if stop is not None:
-        reason, code = f"stopped by {stop.name}", 128 + stop
-    elif state.step >= config.train.train_steps:
-        reason, code = "finished", 0
-    else:
-        reason, code = f"reached run.stop_at_step={config.run.stop_at_step}", 0
-    folder.write_exit(code, reason)
-    logger.info(
-        "run %s %s: step %d of %d (%d in this launch)",
-        config.run.name,
-        f"is {reason}" if reason == "finished" else reason,
-        state.step,
-        config.train.train_steps,
-        state.step - started_from,
-    )
-    if reason != "finished":
-        logger.info("resume with\n  %s", folder.resume_command())
-    return code
 
 
 @record

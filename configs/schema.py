@@ -110,6 +110,12 @@ class TrainConfig:
     # Times the mean square of log sum exp of the logits, added to the loss; keeps logits from
     # drifting (PaLM: 1e-4). train/loss in the logs is without it.
     z_loss_coeff: float = 0.0
+    # Steps whose loss or gradient norm is not finite are left out, so many in a row; one more, and
+    # the run goes back to its newest checkpoint and passes over the samples since.
+    max_skipped_in_a_row: int = 5
+    max_rollbacks: int = 2  # to one checkpoint; one more ends the run with exit code 5
+    # A loss so many nats above the median of the last 32 counts as not finite; null: none does.
+    loss_spike_nats: float | None = None
     precision: Literal["bf16", "fp32"] = "bf16"  # bf16: bfloat16 compute, float32 master weights
 
 

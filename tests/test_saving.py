@@ -142,6 +142,6 @@ def test_a_full_disk_costs_only_the_save(corpus: Path, tmp_path: Path) -> None:
     report = json.loads((tmp_path / "parts" / "exit.json").read_text())
     assert report["code"] == 1
     assert report["reason"].startswith("step 6 is not saved: cannot save step 6: rank 0 cannot wr")
-    assert report["reason"].endswith("make room and resume, which goes on from step 3")
+    assert report["reason"].endswith("mend that and resume, which goes on from step 3")
     assert "resuming from" in finish(start(1, arguments))
     assert rows(tmp_path, "parts") == rows(tmp_path, "whole")

@@ -142,7 +142,7 @@ def train_on(mesh: Mesh, file: Path, report: Path) -> None:
     state, curve = RunState(wandb_id=""), []
     for _ in range(STEPS):
         result = train_step(run, state, batches)
-        state = state.advance(result.num_targets, ROWS)
+        state = state.advance(result, ROWS)
         curve.append(result.loss)
     assert gather_json(mesh, curve) == [curve] * mesh.world.size
     report.write_text(json.dumps(curve))

@@ -139,12 +139,22 @@ def test_the_resume_line_goes_on(corpus: Path, tmp_path: Path) -> None:
 def test_a_run_that_is_not_finite_ends(corpus: Path, tmp_path: Path) -> None:
     """Exit code 5, and no save: what was saved before stays."""
     finish(start(1, settings(corpus, tmp_path, "run.stop_at_step=2")))
-    wild = settings(corpus, tmp_path, "optimizer.lr=1e30", "optimizer.clip_grad=0")
+    wild = settings(
+        corpus,
+        tmp_path,
+        "optimizer.lr=1e30",
+        "optimizer.clip_grad=0",
+        "train.max_skipped_in_a_row=1",
+        "train.max_rollbacks=1",
+    )
     output = finish(start(1, wild), expected=5)
     assert "Traceback" not in output
+    assert output.count("going back from step 5 to step 2, passing over samples 16 to 39") == 1
     report = json.loads((tmp_path / "test" / "exit.json").read_text())
     assert report["code"] == 5
-    assert "the run has ended without saving" in report["reason"]
+    assert report["reason"].startswith(
+        "step 5: 2 updates in a row had to be left out, after going back to step 2 1 times"
+    )
     assert [path.name for path in (tmp_path / "test" / "checkpoints").iterdir()] == [
         "step_00000002"
     ]
