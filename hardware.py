@@ -5,6 +5,7 @@ import os
 import resource
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -61,12 +62,15 @@ def use_deterministic_kernels() -> None:
 
 
 def copies_fit(num_bytes: int) -> bool:
-    """Whether every rank of this host can copy so much and leave half of what is free (Linux)."""
+    """Whether every rank of this host can copy so much to it and leave half of what is free."""
     if sys.platform != "linux":
         return True
-    with open("/proc/meminfo", encoding="ascii") as file:
-        fields = dict(line.split(":") for line in file)
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     available_bytes = 1024 * int(fields["MemAvailable"].split()[0])
+    # A container may have less than its host.
+    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit.exists() and (allowed := limit.read_text().strip()) != "max":
+        available_bytes = min(available_bytes, int(allowed) - int(used.read_text()))
     return num_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < available_bytes / 2
 
 

@@ -39,6 +39,14 @@ class Saving:
         self.begun_at, self.held_s = 0.0, 0.0
         self.failure: CheckpointError | None = None
 
+    def __enter__(self) -> "Saving":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # After an error: no thread of this run writes into its folder once the lock is gone.
+        if self.pending is not None:
+            self.pending.wait()
+
     def begin(self, state: RunState, *, background: bool) -> None:
         """Begin a checkpoint of this state, after the one under way.
 
@@ -52,7 +60,11 @@ class Saving:
         tensors = training_tensors(run.model, run.optimizer)
         num_bytes = sum(tensor.to_local().nbytes for tensor in tensors.values())
         if background and any_rank(run.mesh, not copies_fit(num_bytes)):
-            logger.warning("no memory for a copy of the weights: training waits for this save")
+            logger.info(
+                "step %d: no memory for copies of %.1f GiB, so training waits for this save",
+                state.step,
+                num_bytes / 2**30,
+            )
             background = False
         contents: dict[str, Any] = {
             "progress": asdict(state),
@@ -74,6 +86,8 @@ class Saving:
         except CheckpointError as error:
             self._report_failure(error)
         self.held_s = time.perf_counter() - self.begun_at
+        if not background:
+            self.settle(wait=True)
 
     def settle(self, *, wait: bool = False) -> None:
         """Commit the save under way, if all ranks have written it; `wait` until they have."""
@@ -103,7 +117,6 @@ class Saving:
         self.settle(wait=True)
         if state.step > self.saved_step:
             self.begin(state, background=False)
-            self.settle(wait=True)
         if isinstance(self.failure, _NotFiniteError):
             raise NonFiniteError(state.step, "its weights or moments are not finite")
         if self.failure is not None:

@@ -49,6 +49,7 @@ def train(config: Config, mesh: Mesh, folder: RunFolder, signals: StopSignals) -
     run, state = start(config, mesh, folder)
     last, started_from = last_step(config), state.step
     folder.step = state.step
+    audit(run, state)
     if state.step >= last:
         return folder.report_end(started_from, None)
 
@@ -70,8 +71,11 @@ def train_from(
     documents = held_out(run)
     evaluation_interval = config.evaluate.interval if documents.num_targets else 0
     stop: signal.Signals | None = None
-    saving = Saving(run, state)
-    with RunLog(run, state) as log, training_batches(run, state) as batches:
+    with (
+        RunLog(run, state) as log,
+        training_batches(run, state) as batches,
+        Saving(run, state) as saving,
+    ):
         while state.step < last and not (stop := signals.agreed(run.mesh)):
             result = train_step(run, state, batches)
             state = state.advance(result, config.train.global_batch_size)
@@ -102,9 +106,7 @@ def start(config: Config, mesh: Mesh, folder: RunFolder) -> tuple[Run, RunState]
     optimizer = build_optimizer(model, config.optimizer)
     run = Run(config, mesh, folder, corpus, model, optimizer)
     with mendable(CheckpointError):
-        state = resume(run)
-    audit(run, state)
-    return run, state
+        return run, resume(run)
 
 
 def train_step(run: Run, state: RunState, batches: BatchLoader) -> StepResult:

@@ -2,7 +2,7 @@
 
 from checkpoints.load import find_checkpoint, load_tensors
 from checkpoints.manifest import Checkpoint, CheckpointError
-from checkpoints.save import Save, begin_save, commit_save, save_checkpoint, sweep_leftovers
+from checkpoints.save import Save, begin_save, commit_save, sweep_leftovers
 
 __all__ = [
     "Checkpoint",
@@ -12,6 +12,5 @@ __all__ = [
     "commit_save",
     "find_checkpoint",
     "load_tensors",
-    "save_checkpoint",
     "sweep_leftovers",
 ]

@@ -42,6 +42,10 @@ def main(arguments: list[str]) -> int:
     is_damaged = False
     for directory in directories:
         checkpoint, problems = examine(directory, verify)
+        if not directory.exists():
+            # The run goes on and keeps its newest ones only.
+            sys.stdout.write(f"{directory.name}  deleted meanwhile\n")
+            continue
         is_damaged |= bool(problems)
         lines = [summary(directory, checkpoint, problems, verify)]
         if step is not None and checkpoint is not None:
@@ -116,26 +120,25 @@ def summary(
 
 
 def describe(checkpoint: Checkpoint) -> list[str]:
-    """What it holds: progress, settings, and every weight with its shape and its pieces."""
-    weights = {
-        name.removeprefix("parameters."): entry
-        for name, entry in checkpoint.tensors.items()
-        if name.startswith("parameters.")
-    }
-    numbers = sum(math.prod(entry["shape"]) for entry in weights.values())
-    lines = ["", "progress"]
-    lines += _items(checkpoint.state.get("progress", {}))
-    lines += ["", "settings", *_items(checkpoint.state.get("config", {}))]
-    lines += ["", f"weights: {numbers:,} numbers in {len(weights)} tensors, two moments of each"]
-    for name, entry in weights.items():
-        pieces = len(entry["shards"])
-        in_pieces = f" in {pieces} pieces" if pieces > 1 else ""
-        lines.append(f"  {name}  {entry['dtype']} {entry['shape']}{in_pieces}")
+    """What it holds: the state of the run, and every tensor with its shape and its pieces."""
+    lines: list[str] = []
+    for heading, value in checkpoint.state.items():
+        if isinstance(value, dict):
+            lines += ["", heading, *(f"  {key}: {item}" for key, item in value.items())]
+        else:
+            lines += ["", f"{heading}: {value}"]
+    kinds: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, entry in checkpoint.tensors.items():
+        kind, _, rest = name.partition(".")
+        kinds.setdefault(kind, {})[rest] = entry
+    for kind, entries in kinds.items():
+        numbers, count = sum(math.prod(entry["shape"]) for entry in entries.values()), len(entries)
+        lines += ["", f"{kind}: {numbers:,} numbers in {count} tensor{'s' if count > 1 else ''}"]
+        for name, entry in entries.items():
+            pieces = len(entry["shards"])
+            in_pieces = f" in {pieces} pieces" if pieces > 1 else ""
+            lines.append(f"  {name}  {entry['dtype']} {entry['shape']}{in_pieces}")
     return lines
-
-
-def _items(values: dict[str, Any]) -> list[str]:
-    return [f"  {key}: {value}" for key, value in values.items()]
 
 
 if __name__ == "__main__":

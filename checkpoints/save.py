@@ -60,6 +60,13 @@ class Save:
         """Whether this rank's file is done, or has failed."""
         return self.report.done()
 
+    def wait(self) -> dict[str, Any]:
+        """Wait for this rank's file; returns what the manifest says of it, or the failure."""
+        error = self.report.exception()
+        if isinstance(error, Exception):
+            return {"failure": f"cannot write: {error!r}"}
+        return self.report.result()
+
 
 def begin_save(
     folder: Path,
@@ -79,14 +86,9 @@ def begin_save(
     _on_rank_0(mesh, "cannot create", lambda: _make_empty(temporary))
     path = temporary / f"rank_{mesh.world.rank:05d}.safetensors"
     mine, shards = _local_shards(tensors, mesh, copy=background)
-    report: Future[dict[str, Any]]
-    if background:
-        writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-writer")
-        report = writer.submit(_write_file, path, mine, shards)
-        writer.shutdown(wait=False)
-    else:
-        report = Future()
-        report.set_result(_write_file(path, mine, shards))
+    writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-writer")
+    report = writer.submit(_write_file, path, mine, shards)
+    writer.shutdown(wait=not background)
     return Save(step, folder, temporary, state, report)
 
 
@@ -96,38 +98,28 @@ def commit_save(save: Save, mesh: Mesh, *, keep: int) -> Path:
     Keeps the `keep` newest checkpoints (0: all). Raises CheckpointError on all ranks if any rank
     could not write; what was there before is then still there.
     """
-    reports = gather_json(mesh, save.report.result())
+    reports = gather_json(mesh, save.wait())
     failures = [
         f"rank {rank} {report['failure']}"
         for rank, report in enumerate(reports)
         if "failure" in report
     ]
-    if failures:
-        _on_rank_0(mesh, "cannot remove", lambda: shutil.rmtree(save.temporary, ignore_errors=True))
-        raise CheckpointError(f"cannot save step {save.step}: {'; '.join(failures)}")
     directory = step_directory(save.folder, save.step)
-    _on_rank_0(
-        mesh,
-        "cannot commit",
-        lambda: _commit(save.temporary, directory, save.step, save.state, reports),
-    )
+    try:
+        if failures:
+            raise CheckpointError(f"cannot save step {save.step}: {'; '.join(failures)}")
+        _on_rank_0(
+            mesh,
+            "cannot commit",
+            lambda: _commit(save.temporary, directory, save.step, save.state, reports),
+        )
+    except CheckpointError:
+        # It may be what fills the disk. All ranks are here.
+        _on_rank_0(mesh, "cannot remove", lambda: shutil.rmtree(save.temporary, ignore_errors=True))
+        raise
     if keep > 0:
         _on_rank_0(mesh, "cannot prune", lambda: _prune(directory, keep))
     return directory
-
-
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    tensors: Mapping[str, DTensor],
-    state: dict[str, Any],
-    mesh: Mesh,
-    *,
-    keep: int,
-) -> Path:
-    """Begin and commit at once; every rank calls this."""
-    save = begin_save(folder, step, tensors, state, mesh, background=False)
-    return commit_save(save, mesh, keep=keep)
 
 
 def sweep_leftovers(folder: Path) -> None:

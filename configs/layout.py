@@ -83,7 +83,7 @@ def _groups_fit(groups: int, tp: int) -> bool:
 
 
 def _check_shards(config: Config, tp: int, dp: int) -> None:
-    for key, rows in _tensors_with_an_empty_shard(config, tp, dp):
+    for key, written in _tensors_with_an_empty_shard(config, tp, dp):
         world_size = tp * dp
         working = [size for size in divisors(world_size) if _splits(config, size, world_size)]
         fix = (
@@ -92,7 +92,7 @@ def _check_shards(config: Config, tp: int, dp: int) -> None:
             else f"no layout of {world_size} ranks works, so use fewer ranks or a larger {key}"
         )
         raise ConfigError(
-            f"{key}={rows} leaves a rank without rows when cut over "
+            f"{written} leaves a rank without rows when cut over "
             f"parallel.tensor_model_parallel_size={tp} x data parallel size {dp}; {fix}",
             key,
         )
@@ -108,26 +108,33 @@ def _splits(config: Config, tp: int, world_size: int) -> bool:
     )
 
 
-def _tensors_with_an_empty_shard(config: Config, tp: int, dp: int) -> Iterator[tuple[str, int]]:
-    """The key and the rows of each kind of tensor that some rank would have nothing of."""
+def _tensors_with_an_empty_shard(config: Config, tp: int, dp: int) -> Iterator[tuple[str, str]]:
+    """The key behind each kind of tensor that some rank would have nothing of, and its rows."""
     model = config.model
+    h, d = model.hidden_size, model.head_dim
+    of_heads = f"model.hidden_size={h} / model.num_attention_heads={model.num_attention_heads}"
     kv_parts = tp if model.num_groups >= tp else 1  # too few groups to cut are on every rank
     kinds = [
-        ("data.vocab_size", config.data.vocab_size, tp),  # embedding and head
-        ("model.hidden_size", model.hidden_size, tp),  # q
-        ("model.hidden_size", model.hidden_size, 1),  # norms, row-parallel weights and biases
-        ("model.hidden_size", 2 * model.num_groups * model.head_dim, kv_parts),
-        ("model.ffn_hidden_size", model.ffn_size, tp),  # the MLP's first weights
+        ("data.vocab_size", config.data.vocab_size, tp, ""),  # embedding and head
+        ("model.hidden_size", h, tp, ""),  # q
+        ("model.hidden_size", h, 1, ""),  # norms, row-parallel weights and biases
+        (
+            "model.hidden_size",
+            2 * model.num_groups * d,
+            kv_parts,
+            f"2 x {model.num_groups} groups x {of_heads} (keys and values) = ",
+        ),
+        ("model.ffn_hidden_size", model.ffn_size, tp, ""),  # the MLP's first weights
     ]
     if model.qk_layernorm:
-        kinds.append(("model.hidden_size", model.head_dim, 1))  # the norms of a head
+        kinds.append(("model.hidden_size", d, 1, f"{of_heads} (the norm of a head) = "))
     if model.position_embedding_type == "learned_absolute":
-        kinds.append(("model.seq_length", model.seq_length, 1))  # the position table
-    for key, rows, parts in kinds:
+        kinds.append(("model.seq_length", model.seq_length, 1, ""))  # the position table
+    for key, rows, parts, product in kinds:
         # The last tp rank may have fewer rows than the others, and either may be cut badly over dp.
         shards = {-(-rows // parts), last_chunk(rows, parts)}
         if any(last_chunk(shard, dp) == 0 for shard in shards):
-            yield key, rows
+            yield key, f"{product or f'{key}='}{rows}"
 
 
 def _check_batch(config: Config, dp: int) -> None:

@@ -40,7 +40,7 @@ class ModelConfig:
     norm_epsilon: float = 1e-5
     activation: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu_tanh"  # exact, GPT-2's form, gated
     position_embedding_type: Literal["learned_absolute", "rope"] = "learned_absolute"
-    rotary_base: float = 10000.0  # of rope: the slowest pair of channels turns once in 2 pi base
+    rotary_base: float = 10000.0  # of rope: pair i of d/2 turns once in 2 pi base^(2 i / d) tokens
     add_bias_linear: bool = True  # biases of all linear layers
     qk_layernorm: bool = False  # normalise each head's query and key, before rope
     untie_embeddings_and_output_weights: bool = False

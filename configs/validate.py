@@ -57,7 +57,7 @@ RANGES = {
     "model.hidden_dropout": _FRACTION,
     "model.attention_dropout": _FRACTION,
     "model.norm_epsilon": _POSITIVE,
-    "model.rotary_base": _POSITIVE,
+    "model.rotary_base": Range(1),
     "model.init_method_std": _POSITIVE,
     "parallel.tensor_model_parallel_size": _COUNT,
     "data.vocab_size": Range(1, 2**31),

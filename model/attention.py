@@ -52,6 +52,11 @@ class SelfAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if context.rotation is not None:
             q, k = rotate(q, context.rotation), rotate(k, context.rotation)
+        if q.shape[2] != k.shape[2] and (context.mask is not None or q.dtype == torch.float32):
+            # Of the kernels for a GPU only flash attention knows groups, and it takes no mask and
+            # no float32: a head each, or the one that keeps all s x s probabilities would run.
+            heads_per_group = q.shape[2] // k.shape[2]
+            k, v = (heads.repeat_interleave(heads_per_group, dim=2) for heads in (k, v))
         q, k, v = (heads.permute(1, 2, 0, 3) for heads in (q, k, v))  # [b, a/t or g/t, s, d]
         y = F.scaled_dot_product_attention(
             q,

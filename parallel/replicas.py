@@ -3,10 +3,11 @@
 [Note: replicas]
 Over tp, a tensor that is not cut (a norm weight, a row-parallel bias, and the moments of each) is
 on every rank, and each rank updates its own copy. The copies stay equal because the gradients are:
-they are summed by one collective, whose result is the same everywhere. If a gradient is forgotten
-in that sum, or a bit flips in one memory, the copies part, and nothing fails; the loss only gets
-worse. Over dp no copy is kept: FSDP2 cuts every tensor. What dp ranks have alike is what they
-gather for a pass over a block, so that is gathered and compared.
+partial ones are summed by one collective, whose result is the same everywhere; others (a norm's
+without sequence parallelism) every rank computes alike. If a gradient is forgotten in that sum, a
+kernel adds in another order on one rank, or a bit flips in one memory, the copies part, and nothing
+fails; the loss only gets worse. Over dp no copy is kept: FSDP2 cuts every tensor. What dp ranks
+have alike is what they gather for a pass over a block, so that is gathered and compared.
 """
 
 from collections.abc import Mapping
@@ -41,8 +42,8 @@ class Drift:
 def find_drift(model: nn.Module, tensors: Mapping[str, DTensor], mesh: Mesh) -> list[Drift]:
     """Compare all replicas: `tensors` by their names over tp, the gathered weights over dp.
 
-    Every rank calls this and gets the same answer, empty if all is well. Two small all-gathers, and
-    over dp those of one forward pass.
+    Every rank calls this and gets the same answer, empty if all is well. Over tp one small
+    all-gather, over dp those of one forward pass and a small one for each block, and a report.
     """
     replicated = {
         name: tensor.to_local() for name, tensor in tensors.items() if tp_shard_dim(tensor) is None

@@ -19,7 +19,6 @@ from checkpoints import (
     commit_save,
     find_checkpoint,
     load_tensors,
-    save_checkpoint,
     sweep_leftovers,
 )
 from parallel import Mesh, Normal, any_rank, declare_parameter, initialise_parameters
@@ -38,6 +37,20 @@ def make_tensors(mesh: Mesh, seed: int) -> dict[str, DTensor]:
     module.to_empty(device="cpu")
     initialise_parameters(module, seed, mesh)
     return dict(module.named_parameters())  # type: ignore[arg-type]
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    tensors: dict[str, DTensor],
+    state: dict[str, Any],
+    mesh: Mesh,
+    *,
+    keep: int,
+) -> Path:
+    """Begin and commit at once."""
+    pending = begin_save(folder, step, tensors, state, mesh, background=False)
+    return commit_save(pending, mesh, keep=keep)
 
 
 def save(mesh: Mesh, folder: Path, step: int, keep: int = 0) -> Path:
@@ -254,6 +267,41 @@ def test_a_save_in_the_background_is_of_the_moment_it_began(mesh: Mesh, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == [".tmp-step_00000007"]
     commit_save(pending, mesh, keep=0)
     assert_loads(mesh, tmp_path, 7)
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+def test_a_commit_that_fails_leaves_nothing(mesh: Mesh, tmp_path: Path) -> None:
+    """A disk that is full when the manifest comes: its files make room again, the old one loads."""
+    save(mesh, tmp_path, 1)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device", "manifest.json")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(save_module, "write_manifest", full)
+        with pytest.raises(CheckpointError, match="cannot commit a checkpoint"):
+            save(mesh, tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    assert_loads(mesh, tmp_path, 1)
+
+
+@distributed(Layout(tp=2))
+def test_any_failure_of_a_writer_is_reported(mesh: Mesh, tmp_path: Path) -> None:
+    """Raised on one rank alone it would leave the others waiting."""
+    original = save_module.save_file
+
+    def failing(tensors: Any, path: Path) -> None:
+        if mesh.world.rank == 1:
+            raise MemoryError("no memory")
+        original(tensors, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(save_module, "save_file", failing)
+        pending = begin_save(tmp_path, 1, make_tensors(mesh, 1), STATE, mesh, background=True)
+        with pytest.raises(
+            CheckpointError, match=r"rank 1 cannot write: MemoryError\('no memory'\)"
+        ):
+            commit_save(pending, mesh, keep=0)
 
 
 @distributed(ONE_RANK)

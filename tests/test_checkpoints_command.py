@@ -1,15 +1,17 @@
 """`python -m checkpoints`: what it says of whole, damaged and missing checkpoints."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from checkpoints import save_checkpoint
+import checkpoints.__main__ as command
+from checkpoints import Checkpoint
 from checkpoints.__main__ import main
 from parallel import Mesh
 from tests.distributed import Layout, run_on
-from tests.test_checkpoints import flip, make_tensors
+from tests.test_checkpoints import flip, make_tensors, save_checkpoint
 
 STATE = {
     "progress": {"step": 3, "tokens": 4096},
@@ -20,6 +22,7 @@ STATE = {
 def save_two(mesh: Mesh, folder: Path) -> None:
     for step in (3, 4):
         tensors = {f"parameters.{name}": t for name, t in make_tensors(mesh, step).items()}
+        tensors["exp_avg.norm"] = make_tensors(mesh, step)["norm"]
         save_checkpoint(folder, step, tensors, STATE, mesh, keep=0)
 
 
@@ -73,7 +76,8 @@ def test_one_is_described(run: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert lines[0].startswith("step_00000003")
     assert "  tokens: 4096" in lines
     assert "  model.num_layers: 2" in lines
-    assert "weights: 149 numbers in 4 tensors, two moments of each" in lines
+    assert "parameters: 149 numbers in 4 tensors" in lines
+    assert "exp_avg: 7 numbers in 1 tensor" in lines
     assert "  rows  float32 [13, 6] in 2 pieces" in lines
     assert "  norm  float32 [7]" in lines
 
@@ -99,6 +103,24 @@ def test_a_wrong_line_is_explained(
         message,
         "usage: python -m checkpoints run=RUN_FOLDER [verify=true] [step=N]",
     ]
+
+
+def test_one_that_is_deleted_meanwhile_is_no_damage(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on prunes while this reads."""
+    verify = command.verify_file
+
+    def prune(checkpoint: Checkpoint, name: str) -> str | None:
+        if checkpoint.step == 3:
+            shutil.rmtree(checkpoint.directory, ignore_errors=True)
+        return verify(checkpoint, name)
+
+    monkeypatch.setattr(command, "verify_file", prune)
+    code, lines, _ = answer(capsys, f"run={run}", "verify=true")
+    assert code == 0
+    assert lines[0] == "step_00000003  deleted meanwhile"
+    assert lines[1].endswith("verified")
 
 
 def test_it_only_reads(run: Path) -> None:

@@ -10,7 +10,7 @@ from configs.unknown import ALIASES, explain_unknown
 from configs.usage import SHIPPED
 
 SHIPPED_NAMES = f"shipped: {', '.join(path.name for path in SHIPPED)} (config=list describes them)"
-SECTIONS = "run, model, parallel, data, train, optimizer, evaluate, checkpoint, logging"
+SECTIONS = "run, model, parallel, data, train, optimizer, evaluate, checkpoint, logging, debug"
 NO_FOLDER = "cannot be the name of a folder; use 1 to 64 of the characters A-Z a-z 0-9 . _ - and begin with a letter, a digit or _"
 GIVE_FILES = "give an existing file, a glob, or a folder with .txt files"
 TP = "parallel.tensor_model_parallel_size"
@@ -107,7 +107,7 @@ ARGUMENTS = [
         "model.position_embedding_type=rope model.hidden_size=132",
         "model.position_embedding_type=rope turns channels in pairs, but a head has 33 (model.hidden_size=132 / model.num_attention_heads=4); choose model.hidden_size=136, or model.position_embedding_type=learned_absolute",
     ),
-    ("model.rotary_base=0", "model.rotary_base=0.0 is out of range; it must be more than 0"),
+    ("model.rotary_base=0", "model.rotary_base=0.0 is out of range; it must be at least 1"),
     (
         "model.seq_length=100000000",
         "model.seq_length=100000000 x model.hidden_size=128 is more than 2^32, beyond which dropout masks would repeat; choose model.seq_length=33554432 or less",
@@ -177,7 +177,7 @@ ARGUMENTS = [
     ),
     (
         "checkpoint.zzzz=1",
-        "checkpoint.zzzz=1: there is no key checkpoint.zzzz; the keys of checkpoint are: save_interval, keep",
+        "checkpoint.zzzz=1: there is no key checkpoint.zzzz; the keys of checkpoint are: save_interval, keep, async_save",
     ),
     (
         "foo.bar=1",

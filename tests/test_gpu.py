@@ -9,6 +9,7 @@ import torch
 from parallel import DropoutStream
 from parallel.randomness import keep_mask
 from tests.runs import finish, rows, settings, start
+from tests.test_train_layouts import LLAMA
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,14 +27,15 @@ def test_masks_are_those_of_the_processor() -> None:
     assert torch.equal(*masks)
 
 
+@pytest.mark.parametrize("options", [(), LLAMA], ids=["gpt", "llama"])
 def test_float32_losses_are_those_of_the_processor(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
 ) -> None:
     """Six steps with dropout: the same weights, masks and samples; sums in another order."""
     curves = {}
     for name, visible in (("gpu", os.environ.get("CUDA_VISIBLE_DEVICES", "0")), ("cpu", "")):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        finish(start(1, settings(corpus, tmp_path, f"run.name={name}")))
+        finish(start(1, settings(corpus, tmp_path, *options, f"run.name={name}")))
         curves[name] = [row["train/loss"] for row in rows(tmp_path, name) if "train/loss" in row]
     assert curves["gpu"] == pytest.approx(curves["cpu"], rel=1e-4)
 
@@ -51,10 +53,19 @@ def test_deterministic_kernels_repeat_to_the_bit(
     assert curves[0] == curves[1]
 
 
-def test_bf16_trains_and_resumes(corpus: Path, tmp_path: Path) -> None:
-    """The loss falls; stopped and resumed, with recomputation, the run goes on where it was."""
+@pytest.mark.parametrize("options", [(), LLAMA], ids=["gpt", "llama"])
+def test_bf16_trains_and_resumes(corpus: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    """The loss falls; stopped and resumed, with recomputation, the run goes on where it was.
+
+    It saves in the background at every step.
+    """
     arguments = settings(
-        corpus, tmp_path, "train.precision=bf16", "parallel.recompute_granularity=full"
+        corpus,
+        tmp_path,
+        *options,
+        "train.precision=bf16",
+        "parallel.recompute_granularity=full",
+        "checkpoint.save_interval=1",
     )
     finish(start(1, [*arguments, "run.stop_at_step=3"]))
     finish(start(1, arguments))

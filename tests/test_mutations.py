@@ -1,7 +1,7 @@
 """Each classic mistake of tensor and sequence parallelism fails a test; see mistakes.py.
 
 Measured on two idle cores: 76 s in all, of which the named tests without any mistake take 9 s, the
-slips of the table 9 s and each of the forty mistakes 0.7 to 3 s: torch is imported once and forked.
+slips of the table 9 s and each of the 41 mistakes 0.7 to 3 s: torch is imported once and forked.
 """
 
 import signal

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +125,31 @@ def test_without_memory_for_a_copy_training_waits(mesh: Mesh, config: Config) ->
         patch.setattr(saving_module, "copies_fit", lambda _: mesh.tp.rank == 0)
         saving = Saving(run, state)
         saving.begin(at(state, 1), background=True)
-        assert saving.pending is not None
-        assert saving.pending.is_written
-        saving.end(at(state, 1))
+        assert saving.pending is None
+        assert steps_saved(folder) == ["step_00000001"]
+        assert saving.saved_step == 1
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+def test_no_writer_outlives_the_lock(mesh: Mesh, config: Config) -> None:
+    """After an error a save under way is no checkpoint, and nobody writes into the folder."""
+    config = on_layout(config, mesh)
+    original = save_module.save_file
+
+    def slow(tensors: Any, path: Path) -> None:
+        time.sleep(0.5)
+        original(tensors, path)
+
+    with RunFolder(config, mesh) as folder, pytest.MonkeyPatch.context() as patch:
+        run, state = start_run(config, mesh, folder)
+        patch.setattr(save_module, "save_file", slow)
+        with pytest.raises(KeyError), Saving(run, state) as saving:  # noqa: PT012
+            saving.begin(at(state, 1), background=True)
+            pending = saving.pending
+            raise KeyError
+        assert pending is not None
+        assert pending.is_written
+        assert steps_saved(folder) == []
 
 
 def test_a_full_disk_costs_only_the_save(corpus: Path, tmp_path: Path) -> None:
