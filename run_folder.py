@@ -101,6 +101,7 @@ class RunFolder:
 
     def _open(self) -> None:
         """Lock the folder, clear what a killed run left, set aside what `never` must not resume."""
+        self._refuse_links()
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._lock = self._acquire()
         self.announce(ending=False)
@@ -108,6 +109,16 @@ class RunFolder:
             self._set_aside()
         (self.path / "exit.json").unlink(missing_ok=True)
         sweep_leftovers(self.checkpoints)
+
+    def _refuse_links(self) -> None:
+        """What a run writes and deletes lies in its folder, not where somebody's link leads."""
+        names = ("checkpoints", "metrics.jsonl", ".lock")
+        for path in (self.path, *(self.path / name for name in names)):
+            if path.is_symlink():
+                raise StartError(
+                    f"{path} is a symbolic link to {path.readlink()}; a run writes to its own "
+                    "folder alone: remove the link, or set run.directory to where the run should be"
+                )
 
     def _acquire(self) -> IO[str]:
         lock = (self.path / ".lock").open("a+")

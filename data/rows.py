@@ -146,7 +146,7 @@ def make_micro_batch(
     tokens = np.full((len(starts), width), padding_token, dtype=np.int64)
     targets = np.full((len(starts), width), IGNORED_TARGET, dtype=np.int64)
     for row, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
-        span = file.tokens[start : start + length + 1]
+        span = file.span(start, start + length + 1)
         tokens[row, :length] = span[:-1]
         targets[row, :length] = span[1:]
     columns = np.arange(width, dtype=np.int64)

@@ -35,6 +35,25 @@ class TokenFile:
     tokens: npt.NDArray[np.uint16] | npt.NDArray[np.uint32]  # [total], memory-mapped
     document_offsets: npt.NDArray[np.int64]  # [n + 1]
     document_bytes: npt.NDArray[np.int64]  # [n], UTF-8 bytes of the text
+    num_ids: int | None = None  # every id is below; None: not checked
+    path: Path | None = None
+
+    def span(self, start: int, stop: int) -> npt.NDArray[np.uint16] | npt.NDArray[np.uint32]:
+        """Returns the tokens of a span.
+
+        Raises ValueError for an id that the tokenizer cannot have given: with the embedding cut
+        over ranks it would be looked up nowhere, and trained on as zeros.
+        """
+        tokens = self.tokens[start:stop]
+        if self.num_ids is not None and (beyond := np.flatnonzero(tokens >= self.num_ids)).size:
+            place = int(beyond[0])
+            folder = self.path.parent if self.path else None
+            raise ValueError(
+                f"token {start + place} of {self.path} is {tokens[place]}, but the tokenizer has "
+                f"ids up to {self.num_ids - 1}: the file is damaged; delete {folder}, and it is "
+                "made again"
+            )
+        return tokens
 
     @property
     def num_documents(self) -> int:
@@ -57,6 +76,8 @@ def open_token_file(directory: Path, split: str, vocab_size: int) -> TokenFile:
         mapped,
         np.fromfile(directory / f"{split}.offsets", _INDEX_DTYPE),
         np.fromfile(directory / f"{split}.bytes", _INDEX_DTYPE),
+        vocab_size,
+        path,
     )
 
 

@@ -247,6 +247,21 @@ def test_wide_vocabularies_take_four_bytes(tmp_path: Path) -> None:
         assert open_token_file(tmp_path, "x", vocab_size).tokens.tolist() == [65_535]
 
 
+def test_an_id_beyond_the_vocabulary_is_an_error_that_names_it(tmp_path: Path) -> None:
+    """A damaged byte is found when it is read, with its file and place, and how to mend it."""
+    write_texts(tmp_path, 6)
+    corpus = prepare_corpus(text_config(tmp_path), 16, 0)
+    path = corpus.train.path
+    assert path is not None
+    data = bytearray(path.read_bytes())
+    data[2 * 40 : 2 * 41] = b"\xff\xff"
+    path.write_bytes(data)
+    damaged = prepare_corpus(text_config(tmp_path), 16, 0).train
+    assert len(damaged.span(0, 40)) == 40
+    with pytest.raises(ValueError, match=rf"token 40 of {path} is 65535, but .* up to 319: the"):
+        damaged.span(30, 50)
+
+
 def test_the_tokenizer_learns_from_a_bounded_sample_of_training_lines(tmp_path: Path) -> None:
     """Lines are spread evenly, keep their indentation, and are about as many bytes as asked for."""
     texts = [random_text(seed, 200) for seed in range(20)]
