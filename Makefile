@@ -12,7 +12,7 @@ WANTED = import tomllib; \
   print(*project['dependencies'], *sum(project['optional-dependencies'].values(), []), sep='\n')
 IS_NEW_ENOUGH = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help setup train trace format lint types lines test test-gpu test-smollm2 parity mutations check clean
+.PHONY: help setup train trace format lint types lines test drills test-gpu test-smollm2 parity mutations check clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,7 +55,10 @@ lines: setup  ## check the lines of each file against its budget
 	$(BIN)/python tests/lines.py
 
 test: setup  ## run all tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu and not smollm2" $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not smollm2 and not drill" $(ARGS)
+
+drills: setup  ## what a run survives, at length: 200 kills, 20 changes of layout; about half an hour
+	$(BIN)/python -m pytest -m drill $(ARGS)
 
 test-gpu: setup  ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)

@@ -7,12 +7,18 @@ import pytest
 WORDS = ["def", "return", "self", "import", "class", "for", "while", "if", "else", "None", "True"]
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty documents of very different length, and a place for their tokens."""
-    folder = tmp_path_factory.mktemp("corpus")
+def write_corpus(folder: Path) -> None:
+    """Forty documents of very different length."""
+    folder.mkdir(exist_ok=True)
     for number in range(40):
         words = [WORDS[(number * 7 + i * i) % len(WORDS)] for i in range(3 + 11 * number)]
         lines = [" ".join(words[i : i + 6]) for i in range(0, len(words), 6)]
         (folder / f"{number:02d}.txt").write_text("\n".join(lines) + f"\n# {number}\n")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Those documents, and a place for their tokens."""
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder)
     return folder
