@@ -20,10 +20,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from checkpoints import sweep_leftovers
-from configs import EXIT_BEFORE_TRAINING, Config, to_yaml
+from configs import EXIT_BEFORE_TRAINING, Config, is_restart, launch_id, to_yaml
 from parallel import Mesh, gather_json
 from stopping import FatalError
 
@@ -104,8 +104,11 @@ class RunFolder:
         self._refuse_links()
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._lock = self._acquire()
+        # Read before it is ours: an attempt that torchrun has started again goes on with what the
+        # attempts before it have done, whatever the first one was told.
+        goes_on = is_restart() and self._holder().get("launch") == launch_id()
         self.announce(ending=False)
-        if self._config.run.resume == "never":
+        if self._config.run.resume == "never" and not goes_on:
             self._set_aside()
         (self.path / "exit.json").unlink(missing_ok=True)
         sweep_leftovers(self.checkpoints)
@@ -127,10 +130,11 @@ class RunFolder:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                lock.seek(0)
-                holder = json.loads(lock.read() or "{}")
-                # One that is ending (its launcher was killed, it is saving) is worth waiting for.
-                patience = _WAIT_FOR_ENDING_S if holder.get("ending") else _WAIT_FOR_RUNNING_S
+                holder = self._holder()
+                # One that is ending (its launcher was killed, it is saving) is worth waiting for,
+                # and so is the rank 0 of the attempt before this one.
+                is_ending = holder.get("ending") or is_restart()
+                patience = _WAIT_FOR_ENDING_S if is_ending else _WAIT_FOR_RUNNING_S
                 if time.monotonic() - started_at > patience:
                     raise StartError(
                         f"run folder {self.path} is in use by process {holder.get('pid')} "
@@ -141,6 +145,14 @@ class RunFolder:
             else:
                 return lock
 
+    def _holder(self) -> dict[str, Any]:
+        """Who holds the lock, or held it last; empty while that is being written."""
+        try:
+            holder: dict[str, Any] = json.loads((self.path / ".lock").read_text())
+        except json.JSONDecodeError:
+            return {}
+        return holder
+
     def announce(self, *, ending: bool) -> None:
         """Say in the lock file who holds it, and whether it is about to let go."""
         if self._lock is None:
@@ -149,6 +161,7 @@ class RunFolder:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "since": self._since,
+            "launch": launch_id(),
             "ending": ending,
         }
         self._lock.seek(0)

@@ -2,7 +2,7 @@
 
 from configs.errors import ConfigError
 from configs.keys import flatten
-from configs.launch import EXIT_BEFORE_TRAINING, exit_with_error
+from configs.launch import EXIT_BEFORE_TRAINING, exit_with_error, is_restart, launch_id
 from configs.load import load_config, parse_config, read_config, to_yaml
 from configs.schema import (
     CheckpointConfig,
@@ -35,6 +35,8 @@ __all__ = [
     "TrainConfig",
     "exit_with_error",
     "flatten",
+    "is_restart",
+    "launch_id",
     "load_config",
     "parse_config",
     "read_config",

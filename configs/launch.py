@@ -7,6 +7,7 @@ that: then it is their own machine on which something is wrong.
 
 import json
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -34,6 +35,17 @@ def world_size_from_environment() -> int:
             "unset RANK"
         )
     return int(text)
+
+
+def is_restart() -> bool:
+    """True if torchrun has started these processes again by itself, after others failed."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def launch_id() -> str:
+    """What the attempts of one launch have in common, and other launches have not."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return f"{socket.gethostname()}:{os.getppid()}" if run_id == "none" else run_id
 
 
 def exit_with_error(message: str, code: int = EXIT_BEFORE_TRAINING) -> NoReturn:

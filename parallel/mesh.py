@@ -12,7 +12,9 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 logger = logging.getLogger("microtron")
 
@@ -66,12 +68,32 @@ def init_mesh(tensor_model_parallel_size: int, sequence_parallel: bool) -> Mesh:
     backend = "nccl" if use_cuda else "gloo"
     if under_torchrun:
         dist.init_process_group(
-            backend, timeout=COLLECTIVE_TIMEOUT, device_id=device if use_cuda else None
+            backend,
+            store=connect_store("collectives"),
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=COLLECTIVE_TIMEOUT,
+            device_id=device if use_cuda else None,
         )
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     return lay_mesh(tensor_model_parallel_size, sequence_parallel, device, local_rank)
+
+
+def connect_store(purpose: str) -> Store:
+    """A connection of its own to the store that torchrun's ranks share, for one purpose.
+
+    torchrun keeps one store for all attempts of --max-restarts, and torch 2.13 no longer tells them
+    apart: an attempt would read the addresses of the one before, whose processes are dead. With
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 rank 0 makes a store for each attempt. The attempt's number
+    is then left out, because nodes may count differently.
+    """
+    store, _, _ = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = PrefixStore(f"attempt_{attempt}", store)
+    return PrefixStore(purpose, store)
 
 
 def lay_mesh(

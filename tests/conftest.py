@@ -1,8 +1,11 @@
 """What several files of tests begin with."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.runs import LONG, finish, rows, settings, start
 
 WORDS = ["def", "return", "self", "import", "class", "for", "while", "if", "else", "None", "True"]
 
@@ -16,9 +19,17 @@ def write_corpus(folder: Path) -> None:
         (folder / f"{number:02d}.txt").write_text("\n".join(lines) + f"\n# {number}\n")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Those documents, and a place for their tokens."""
     folder = tmp_path_factory.mktemp("corpus")
     write_corpus(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def unbroken(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The rows of a run of forty steps, `LONG`, that nothing happens to."""
+    directory = tmp_path_factory.mktemp("unbroken")
+    finish(start(2, settings(corpus, directory, *LONG)))
+    return rows(directory)

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from stopping import StopSignals
 from tests.distributed import Layout, run_on
 from tests.lines import ROOT
 from train import train
+
+# Forty steps on two ranks: long enough to be met in the middle.
+LONG = ("train.train_steps=40", "checkpoint.save_interval=5", "evaluate.interval=0")
 
 
 def settings(corpus: Path, directory: Path, *overrides: str) -> list[str]:
@@ -79,17 +82,21 @@ def train_on(layout: Layout, arguments: list[str]) -> None:
     run_on(layout, run_in_pool, config=dataclasses.replace(config, parallel=parallel))
 
 
-def command(ranks: int, arguments: list[str]) -> list[str]:
-    """The command that a person would type."""
+def command(ranks: int, arguments: list[str], flags: Sequence[str] = ()) -> list[str]:
+    """The command that a person would type; `flags` are torchrun's."""
     program = [str(ROOT / "train.py"), *arguments]
     if ranks == 1:
         return [sys.executable, *program]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    return [*launcher, *program, f"parallel.tensor_model_parallel_size={ranks}"]
+    return [*launcher, *flags, *program, f"parallel.tensor_model_parallel_size={ranks}"]
 
 
 def start(
-    ranks: int, arguments: list[str], *, largest_file_kib: int | None = None
+    ranks: int,
+    arguments: list[str],
+    flags: Sequence[str] = (),
+    *,
+    largest_file_kib: int | None = None,
 ) -> "subprocess.Popen[str]":
     """Start a run, away from the repository and in a process group of its own.
 
@@ -100,7 +107,7 @@ def start(
     if largest_file_kib is not None:
         limited = ["bash", "-c", 'ulimit -f "$0"; exec "$@"', str(largest_file_kib)]
     return subprocess.Popen(
-        [*limited, *command(ranks, arguments)],
+        [*limited, *command(ranks, arguments, flags)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -8,17 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.runs import finish, rows, settings, start, steps_done, wait_for, workers_of
-
-LONG = ("train.train_steps=40", "checkpoint.save_interval=5", "evaluate.interval=0")
-
-
-@pytest.fixture(scope="module")
-def unbroken(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The rows of a run of forty steps that nothing happens to."""
-    directory = tmp_path_factory.mktemp("unbroken")
-    finish(start(2, settings(corpus, directory, *LONG)))
-    return rows(directory)
+from tests.runs import LONG, finish, rows, settings, start, steps_done, wait_for, workers_of
 
 
 @pytest.mark.parametrize("victim", ["launcher", "everything", "one rank"])
