@@ -57,7 +57,7 @@ lines: setup  ## check the lines of each file against its budget
 test: setup  ## run all tests that need no GPU
 	$(BIN)/python -m pytest -m "not gpu and not smollm2 and not drill" $(ARGS)
 
-drills: setup  ## what a run survives, at length: 200 kills, 20 changes of layout; about half an hour
+drills: setup  ## what a run survives, at length: kills, hangs, signals, changes of layout; half an hour
 	$(BIN)/python -m pytest -m drill $(ARGS)
 
 test-gpu: setup  ## run the tests that need a GPU

@@ -94,7 +94,8 @@ class RunFolder:
             self.write_exit(error.exit_code, str(error))
         elif isinstance(error, SystemExit):
             self.write_exit(int(error.code or 0), "stopped before the first step")
-        elif error is not None:
+        elif error is not None and not (self.path / "exit.json").exists():
+            # If it exists, the other ranks have given this one up, and said why.
             self.write_exit(1, f"{type(error).__name__}: {error}")
         if self._lock is not None:
             self._lock.close()
@@ -227,6 +228,12 @@ class RunFolder:
         if reason != "finished":
             logger.info("resume with\n  %s", self.resume_command())
         return code
+
+    def write_hang(self, code: int, reason: str, *, speaks: bool) -> None:
+        """As `write_exit`, by whichever rank can still speak; what comes after changes nothing."""
+        self._is_writer = speaks
+        self.write_exit(code, reason)
+        self._is_writer = False
 
     def resume_command(self) -> str:
         """The command line that goes on with this run."""

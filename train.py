@@ -40,6 +40,7 @@ from run_folder import RunFolder, StartError, mendable, require_same_on_all_rank
 from run_state import Run, RunState, StepResult, resume, training_batches
 from saving import Saving
 from stopping import FatalError, StopSignals
+from watchdog import Watchdog
 
 logger = logging.getLogger("microtron")
 
@@ -75,6 +76,7 @@ def train_from(
         RunLog(run, state) as log,
         training_batches(run, state) as batches,
         Saving(run, state) as saving,
+        Watchdog(run),
     ):
         while state.step < last and not (stop := signals.agreed(run.mesh)):
             result = train_step(run, state, batches)

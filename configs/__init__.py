@@ -2,7 +2,13 @@
 
 from configs.errors import ConfigError
 from configs.keys import flatten
-from configs.launch import EXIT_BEFORE_TRAINING, exit_with_error, is_restart, launch_id
+from configs.launch import (
+    EXIT_BEFORE_TRAINING,
+    exit_with_error,
+    is_restart,
+    launch_id,
+    leave_error,
+)
 from configs.load import load_config, parse_config, read_config, to_yaml
 from configs.schema import (
     CheckpointConfig,
@@ -37,6 +43,7 @@ __all__ = [
     "flatten",
     "is_restart",
     "launch_id",
+    "leave_error",
     "load_config",
     "parse_config",
     "read_config",

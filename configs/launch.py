@@ -55,12 +55,14 @@ def exit_with_error(message: str, code: int = EXIT_BEFORE_TRAINING) -> NoReturn:
     if is_rank_zero() or os.environ.get("LOCAL_RANK") == "0":
         sys.stderr.write(f"{message}\n")
         sys.stderr.flush()
-    if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        _write_error_file(Path(error_file), message)
+    leave_error(message)
     raise SystemExit(code)
 
 
-def _write_error_file(path: Path, message: str) -> None:
+def leave_error(message: str) -> None:
     """Leaves the message where torchrun takes its "Root Cause" from, which is else a traceback."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None:
+        return
     extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
-    path.write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+    Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))

@@ -17,6 +17,7 @@ _SMALLEST_TRAINED_VOCABULARY = 300
 # A dropout mask counts (position, channel) in 32 bits.
 _LARGEST_ACTIVATION = 2**32
 _LARGEST_STEP = 99_999_999  # checkpoint folders have eight digits
+_LONGEST_WATCH_S = 1500  # collectives give up by themselves after 1800
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ _FRACTION = Range(0, 1, open_high=True)
 RANGES = {
     "run.seed": Range(0, 2**63 - 1),
     "run.stop_at_step": Range(1, _LARGEST_STEP),
+    "run.hang_timeout_s": Range(0, _LONGEST_WATCH_S),
     "model.num_layers": _COUNT,
     "model.hidden_size": _COUNT,
     "model.num_attention_heads": _COUNT,

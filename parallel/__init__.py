@@ -10,6 +10,7 @@ from parallel.data_parallel import (
     shard_over_data_parallel,
 )
 from parallel.gradients import clip_gradients, sum_partial_gradients
+from parallel.heartbeats import Heartbeats
 from parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -46,6 +47,7 @@ __all__ = [
     "Constant",
     "Drift",
     "DropoutStream",
+    "Heartbeats",
     "Mesh",
     "Normal",
     "RowParallelLinear",

@@ -53,7 +53,7 @@ def init_mesh(tensor_model_parallel_size: int, sequence_parallel: bool) -> Mesh:
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    under_torchrun = "RANK" in os.environ
+    under_torchrun = _under_torchrun()
     # torchrun sets 1 where nobody has chosen, which would leave most of a machine idle.
     nobodys_choice = "1" if under_torchrun else None
     if os.environ.get("OMP_NUM_THREADS") in (None, nobodys_choice):
@@ -66,29 +66,35 @@ def init_mesh(tensor_model_parallel_size: int, sequence_parallel: bool) -> Mesh:
     if use_cuda:
         torch.cuda.set_device(device)
     backend = "nccl" if use_cuda else "gloo"
-    if under_torchrun:
+    if store := connect_store("collectives"):
         dist.init_process_group(
             backend,
-            store=connect_store("collectives"),
+            store=store,
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
             timeout=COLLECTIVE_TIMEOUT,
             device_id=device if use_cuda else None,
         )
     else:
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        alone = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=alone, rank=0, world_size=1)
     return lay_mesh(tensor_model_parallel_size, sequence_parallel, device, local_rank)
 
 
-def connect_store(purpose: str) -> Store:
-    """A connection of its own to the store that torchrun's ranks share, for one purpose.
+def _under_torchrun() -> bool:
+    return "RANK" in os.environ
+
+
+def connect_store(purpose: str) -> Store | None:
+    """A connection of its own to the store that torchrun's ranks share; None without torchrun.
 
     torchrun keeps one store for all attempts of --max-restarts, and torch 2.13 no longer tells them
     apart: an attempt would read the addresses of the one before, whose processes are dead. With
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 rank 0 makes a store for each attempt. The attempt's number
     is then left out, because nodes may count differently.
     """
+    if not _under_torchrun():
+        return None
     store, _, _ = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

@@ -149,3 +149,15 @@ def workers_of(directory: Path) -> Iterator[int]:
                 continue
             if f"run.directory={directory}" in line and "torch.distributed.run" not in line:
                 yield int(entry.name)
+
+
+def ranks_of(directory: Path) -> dict[int, int]:
+    """The process id of each rank of a run under torchrun that has read its environment."""
+    ranks = {}
+    for worker in workers_of(directory):
+        try:
+            environment = Path(f"/proc/{worker}/environ").read_text().split("\0")
+        except OSError:
+            continue
+        ranks |= {int(e.removeprefix("RANK=")): worker for e in environment if e[:5] == "RANK="}
+    return ranks

@@ -1,0 +1,153 @@
+"""A run that hangs: found in time, the right rank named, all stacks printed, and ended."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from configs import parse_config
+from run_state import Run
+from tests.runs import LONG, finish, ranks_of, rows, settings, start, steps_done, wait_for
+from watchdog import EXIT_HANG, Beat, Watchdog, blame
+
+LIMIT_S = 4.0
+WATCHED = (*LONG, f"run.hang_timeout_s={LIMIT_S}")
+# What README.md promises is a quarter of the limit; the rest is for a busy machine.
+ENDED_WITHIN_S = 1.25 * LIMIT_S + 4.0
+STUCK, HOLDS_THE_LOCK, SLOW = (
+    "time.sleep(1000)",
+    # PyDLL keeps the interpreter's lock; a mutex locked twice waits for ever, signals or not.
+    "m = ctypes.create_string_buffer(64); [ctypes.PyDLL(None).pthread_mutex_lock(m) for _ in 'ab']",
+    f"time.sleep({LIMIT_S / 2})",
+)
+# Python runs this at its start, in a process that has the folder in PYTHONPATH.
+_SITECUSTOMIZE = """
+import ctypes, os, sys, threading, time
+
+def misbehave():
+    while not hasattr(sys.modules.get("data.loader"), "BatchLoader"):
+        time.sleep(0.01)
+    loader, steps = sys.modules["data.loader"].BatchLoader, iter(range(1, 10**9))
+    read = loader.__next__
+    def __next__(self):
+        if next(steps) == 7:
+            {action}
+        return read(self)
+    loader.__next__ = __next__
+
+if os.environ.get("RANK", "0") == "{rank}" and "-m" not in sys.orig_argv:
+    threading.Thread(target=misbehave, daemon=True).start()
+"""
+
+
+def inject(monkeypatch: pytest.MonkeyPatch, folder: Path, rank: int, action: str) -> None:
+    """Have a rank of the runs started from now on do something when it reads its seventh batch."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(_SITECUSTOMIZE.format(action=action, rank=rank))
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
+def hang_report(directory: Path) -> str:
+    report = json.loads((directory / "test" / "exit.json").read_text())
+    assert report["code"] == EXIT_HANG
+    assert "train.py" in report["resume"]
+    return str(report["reason"])
+
+
+def stop_in_the_middle(process: "subprocess.Popen[str]", directory: Path, rank: int) -> int:
+    """SIGSTOP; returns the process that was stopped, once it is gone."""
+    wait_for(lambda: steps_done(directory) >= 12, process)
+    stopped = ranks_of(directory)[rank]
+    os.kill(stopped, signal.SIGSTOP)
+    stopped_at = time.monotonic()
+    while stopped in ranks_of(directory).values():
+        assert time.monotonic() - stopped_at < ENDED_WITHIN_S
+        time.sleep(0.05)
+    return stopped
+
+
+def test_a_stopped_rank_is_named_and_the_run_comes_back(
+    corpus: Path, tmp_path: Path, unbroken: list[dict[str, Any]]
+) -> None:
+    """SIGSTOP of rank 1: ended in time, and with --max-restarts finished as if nothing had been."""
+    process = start(2, settings(corpus, tmp_path, *WATCHED), ("--max-restarts=1",))
+    stopped = stop_in_the_middle(process, tmp_path, rank=1)
+    output = finish(process)
+    assert f"rank 1 (host {socket.gethostname()}, process {stopped}) has stopped" in output
+    assert "[rank 0] Thread" in output
+    assert output.count("resuming from") == 1
+    assert rows(tmp_path) == unbroken
+
+
+def test_a_stopped_rank_0_is_named_by_another(corpus: Path, tmp_path: Path) -> None:
+    """Rank 0 holds the lock and writes exit.json, but cannot any more."""
+    process = start(2, settings(corpus, tmp_path, *WATCHED))
+    stopped = stop_in_the_middle(process, tmp_path, rank=0)
+    output = finish(process, expected=1)
+    reason = hang_report(tmp_path)
+    assert f"rank 0 (host {socket.gethostname()}, process {stopped}) has stopped" in reason
+    assert "in train_step, after step " in reason
+    assert reason in output
+    assert "[rank 1] Thread" in output
+
+
+def test_one_process_that_reads_for_ever(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It blames itself, and the stack shows where it is."""
+    inject(monkeypatch, tmp_path / "inject", 0, STUCK)
+    output = finish(start(1, settings(corpus, tmp_path, *WATCHED)), expected=EXIT_HANG)
+    assert f"host {socket.gethostname()}" in hang_report(tmp_path)
+    assert "stands still in train_step, after step 6, at train.py:" in hang_report(tmp_path)
+    assert "sitecustomize.py" in output
+
+
+def test_what_is_only_slow_is_left_alone(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow step, evaluations, saves and the end, all below the limit."""
+    inject(monkeypatch, tmp_path / "inject", 1, SLOW)
+    often = ("evaluate.interval=4", "checkpoint.save_interval=4", "train.train_steps=12")
+    output = finish(start(2, settings(corpus, tmp_path, *WATCHED, *often)))
+    assert "run test is finished" in output
+    assert "Thread" not in output
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("action", [STUCK, HOLDS_THE_LOCK], ids=["data", "lock"])
+def test_every_way_to_hang_is_blamed_on_the_right_rank(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: str, rank: int
+) -> None:
+    """Reading data for ever, and C code that keeps the interpreter's lock, on either rank."""
+    inject(monkeypatch, tmp_path / "inject", rank, action)
+    output = finish(start(2, settings(corpus, tmp_path, *WATCHED)), expected=1)
+    assert f"{LIMIT_S:g} s (run.hang_timeout_s): rank {rank} (" in hang_report(tmp_path)
+    assert "sitecustomize.py" in output
+
+
+def test_who_is_blamed() -> None:
+    """First who says nothing, then who does not wait, then who is behind; else everybody."""
+    waiting = Beat("host", 1, step=5, is_waiting=True)
+    behind, working = Beat("host", 1, step=4, is_waiting=True), Beat("host", 1, step=5)
+    assert blame({0: waiting, 1: working}, {0: waiting}) == [1]
+    assert blame({0: waiting, 1: working, 2: waiting}, {0: waiting, 1: working, 2: waiting}) == [1]
+    assert blame({0: waiting, 1: behind}, {0: waiting, 1: behind}) == [1]
+    assert blame({0: waiting, 1: waiting}, {0: waiting, 1: waiting}) == [0, 1]
+
+
+def test_no_limit_no_thread() -> None:
+    """`run.hang_timeout_s=0` watches nothing."""
+    config = parse_config(["config=gpt_debug.yaml", "run.hang_timeout_s=0"])
+    run = cast(Run, SimpleNamespace(config=config, folder=None, mesh=None))
+    before = threading.enumerate()
+    with Watchdog(run):
+        assert threading.enumerate() == before

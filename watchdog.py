@@ -1,0 +1,210 @@
+"""The watch over a run that has stopped moving: who is to blame, and its end with exit code 75.
+
+Nothing is asked of the main thread. A thread looks, a few times in each limit, at which line the
+main thread is; what is at the same line of the same calls as before, in the same step, has not
+moved. It tells the other ranks through `parallel.Heartbeats`, and reads theirs. When no rank that
+still answers has moved for `run.hang_timeout_s`, the run hangs: a rank that works while others wait
+for it does not count as hanging. All ranks come to that by themselves, print their stacks, and end
+within two looks of each other; the lowest that still answers writes exit.json.
+
+A thread cannot look while C code holds the interpreter's lock. faulthandler's timer, put off at
+each look, then prints the stacks and ends the process.
+"""
+
+import contextlib
+import faulthandler
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import CodeType, FrameType
+
+from configs import leave_error
+from parallel import Heartbeats
+from run_state import Run
+
+EXIT_HANG = 75
+_LOOKS_IN_LIMIT, _LONGEST_BETWEEN_LOOKS_S = 20, 5.0
+_LOOKS_BEFORE_LEAVING = 2  # for the others to see the same
+_SILENT_AFTER = 0.5  # of the limit
+_BACKSTOP_AFTER = 1.5  # of the limit
+_ROOT = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank says of itself."""
+
+    host: str
+    pid: int
+    looks: int = 0  # so far: a beat that does not change is of a process that does not run
+    step: int = 0  # finished updates
+    phase: str = ""  # the function of the story that it is in
+    line: str = ""  # the innermost of our own
+    is_waiting: bool = False  # for other ranks
+    still_s: float = 0.0  # since it has moved
+    has_ended: bool = False
+
+
+class Watchdog:
+    """Watches a run from where it is entered to where it is left."""
+
+    def __init__(self, run: Run) -> None:
+        self._folder, self._mesh = run.folder, run.mesh
+        self._limit_s = run.config.run.hang_timeout_s  # 0: no watch
+        self._interval_s = min(self._limit_s / _LOOKS_IN_LIMIT, _LONGEST_BETWEEN_LOOKS_S)
+        self._beat = Beat(socket.gethostname(), os.getpid())
+        self._position: object = None
+        self._silent_s: dict[int, float] = {}
+        self._seen: dict[int, Beat] = {}
+        self._left = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        if self._limit_s > 0:
+            self._story: CodeType = sys._getframe(1).f_code
+            self._heartbeats = Heartbeats(self._mesh, self._interval_s)
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self._limit_s > 0:
+            self._left.set()
+            self._thread.join()
+            # A rank that leaves by an error of its own is one that the others may wait for.
+            self._heartbeats.publish(asdict(self._beat) | {"has_ended": kind is None})
+            self._heartbeats.close()
+
+    def _watch(self) -> None:
+        looked_at = time.monotonic()
+        try:
+            while not self._left.wait(self._interval_s):
+                faulthandler.dump_traceback_later(_BACKSTOP_AFTER * self._limit_s, exit=True)
+                now = time.monotonic()
+                # What a stopped process has not seen does not count: it may be that all were.
+                seen_s = min(now - looked_at, 2 * self._interval_s)
+                looked_at = now
+                self._look(seen_s)
+                self._heartbeats.publish(asdict(self._beat))
+                beats = self._read_board(seen_s)
+                if all(beat.still_s >= self._limit_s for beat in self._answering(beats).values()):
+                    self._end(beats)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    def _look(self, seen_s: float) -> None:
+        """Make this rank's next beat."""
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        frames: list[FrameType] = []
+        while frame is not None:
+            frames.append(frame)
+            frame = frame.f_back
+        step = self._folder.step or 0
+        position = (step, [(frame.f_code, frame.f_lineno) for frame in frames])
+        still_s = self._beat.still_s + seen_s if position == self._position else 0.0
+        self._position = position
+        own = next((number for number, frame in enumerate(frames) if _is_ours(frame)), 0)
+        calls = [frame.f_code for frame in frames]
+        story = calls.index(self._story) if self._story in calls else 0
+        self._beat = Beat(
+            self._beat.host,
+            self._beat.pid,
+            self._beat.looks + 1,
+            step,
+            phase=calls[max(story - 1, 0)].co_name,
+            line=_line(frames[own]),
+            is_waiting=any("torch/distributed" in code.co_filename for code in calls[:own]),
+            still_s=still_s,
+        )
+
+    def _read_board(self, seen_s: float) -> dict[int, Beat]:
+        """All known beats; counts for how long each rank has been silent."""
+        me = self._mesh.world.rank
+        beats = {rank: Beat(**beat) for rank, beat in self._heartbeats.board.items()}
+        beats[me] = self._beat
+        for rank, beat in beats.items():
+            is_new = beat != self._seen.get(rank)
+            self._silent_s[rank] = 0.0 if is_new else self._silent_s[rank] + seen_s
+        self._seen = beats
+        return {rank: beat for rank, beat in beats.items() if not beat.has_ended}
+
+    def _answering(self, beats: Mapping[int, Beat]) -> dict[int, Beat]:
+        silent_after_s = _SILENT_AFTER * self._limit_s
+        return {rank: b for rank, b in beats.items() if self._silent_s[rank] < silent_after_s}
+
+    def _end(self, beats: Mapping[int, Beat]) -> None:
+        """Say who is to blame and leave; what has stopped for good is killed, if it is ours."""
+        try:
+            answering = self._answering(beats)
+            _print_stacks(self._mesh.world.rank)
+            blamed = blame(beats, answering)
+            reason = f"no rank has moved for {self._limit_s:g} s (run.hang_timeout_s): " + (
+                "; ".join(_describe(rank, beats[rank], rank in answering) for rank in blamed)
+            )
+            message = f"hang: {reason}\nresume with\n  {self._folder.resume_command()}"
+            speaks = min(answering) == self._mesh.world.rank
+            self._folder.write_hang(EXIT_HANG, reason, speaks=speaks)
+            if speaks:
+                sys.stderr.write(f"{message}\n")
+                sys.stderr.flush()
+            leave_error(message)
+            for rank in blamed:
+                if rank not in answering:
+                    _kill_if_stopped(beats[rank])
+            time.sleep(_LOOKS_BEFORE_LEAVING * self._interval_s)
+        finally:
+            os._exit(EXIT_HANG)
+
+
+def blame(beats: Mapping[int, Beat], answering: Mapping[int, Beat]) -> list[int]:
+    """The ranks that the others wait for, or all of them if none stands out."""
+    silent = [rank for rank in beats if rank not in answering]
+    working = [rank for rank, beat in answering.items() if not beat.is_waiting]
+    first_step = min(beat.step for beat in beats.values())
+    behind = [rank for rank, beat in beats.items() if beat.step == first_step]
+    return silent or working or behind
+
+
+def _describe(rank: int, beat: Beat, answers: bool) -> str:
+    what = "waits for other ranks" if beat.is_waiting else "stands still"
+    return (
+        f"rank {rank} (host {beat.host}, process {beat.pid}) "
+        f"{what if answers else 'has stopped answering, and was last seen'} in {beat.phase}, after "
+        f"step {beat.step}, at {beat.line}"
+    )
+
+
+def _is_ours(frame: FrameType) -> bool:
+    path = Path(frame.f_code.co_filename)
+    return path.is_relative_to(_ROOT) and "site-packages" not in path.parts
+
+
+def _line(frame: FrameType) -> str:
+    path = Path(frame.f_code.co_filename)
+    name = path.relative_to(_ROOT) if path.is_relative_to(_ROOT) else path
+    return f"{name}:{frame.f_lineno}"
+
+
+def _print_stacks(rank: int) -> None:
+    with tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file)
+        file.seek(0)
+        sys.stderr.write("".join(f"[rank {rank}] {line}" for line in file))
+        sys.stderr.flush()
+
+
+def _kill_if_stopped(beat: Beat) -> None:
+    """Kill a stopped process of our own launcher: it cannot end, and torchrun would wait 30 s."""
+    if beat.host != socket.gethostname():
+        return
+    with contextlib.suppress(OSError):  # it has ended
+        # proc(5): "pid (name) state parent ..."; the name may hold anything.
+        state, parent = Path(f"/proc/{beat.pid}/stat").read_text().rpartition(")")[2].split()[:2]
+        if state == "T" and int(parent) == os.getppid():
+            os.kill(beat.pid, signal.SIGKILL)
