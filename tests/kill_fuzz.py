@@ -3,9 +3,10 @@
     python -m tests.kill_fuzz 200        two hundred kills; the last line says what came of them
 
 Two tensor-parallel ranks train in float32 with dropout and save at every step, in the background.
-One of them, or both at once, get kill -9: half of the times at any moment since they were started,
-half of them as soon as a save is seen to be under way. Then the run is started again, until it is
-finished; every loss of it must be, to the bit, that of a run that nothing happened to. And again.
+One of them, or both at once, get kill -9: half of the times at any moment of the start or of the
+training, half of them as soon as a save is seen to be under way. Then the run is started again,
+eight times at most, and left to finish; every loss of it must be, to the bit, that of a run that
+nothing happened to. And again.
 
 Most of a start is the import of torch. It is done once, here, where nothing is computed; ranks are
 forks of this process and go through `train` as under torchrun.
@@ -38,6 +39,7 @@ from tests.runs import rows, settings
 from train import train
 
 RANKS = 2
+_KILLS_OF_A_RUN = 8
 _LONGEST_LIFE_S = 60.0
 _GRACE_S = 2.0  # torchrun gives 30 s; a peer may be waiting for the dead one's first word
 _POLL_S = 0.0002
@@ -50,6 +52,7 @@ class Tally:
     kills: int = 0
     kills_in_a_save: int = 0
     runs: int = 0
+    kills_of_this_run: int = 0
 
 
 def main(num_kills: int, seed: int = 1) -> int:
@@ -63,6 +66,7 @@ def main(num_kills: int, seed: int = 1) -> int:
         assert unbroken == 0
         while tally.kills < num_kills:
             tally.runs += 1
+            tally.kills_of_this_run = 0
             config = configuration(folder, f"run_{tally.runs}")
             harm = functools.partial(
                 kill, config=config, choose=choose, tally=tally, num_kills=num_kills
@@ -128,15 +132,18 @@ def kill(
     ranks: list[ForkProcess], config: Config, choose: random.Random, tally: Tally, num_kills: int
 ) -> None:
     """Kill one rank or both, at a moment that is drawn; nobody once there were enough."""
-    if tally.kills >= num_kills:
+    if tally.kills >= num_kills or tally.kills_of_this_run >= _KILLS_OF_A_RUN:
         return
     checkpoints = Path(config.run.directory, str(config.run.name), "checkpoints")
     if tally.kills % 2:
         for _ in range(choose.randrange(1, 8)):  # not always the first save
             _wait_for_a_save(ranks, checkpoints)
             time.sleep(choose.uniform(0.0, 0.003))
+    elif tally.kills % 4:
+        _wait_for_a_save(ranks, checkpoints)
+        time.sleep(choose.uniform(0.0, 1.0))
     else:
-        time.sleep(choose.uniform(0.0, 2.5))
+        time.sleep(choose.uniform(0.0, 1.0))
     victims = choose.choice([[0], [1], [0, 1], [1, 0]])
     in_a_save = any(checkpoints.glob(".tmp-*"))
     alive = all(ranks[rank].is_alive() for rank in victims)
@@ -145,6 +152,7 @@ def kill(
             os.kill(ranks[rank].pid or 0, signal.SIGKILL)
     if alive:  # it may have just finished
         tally.kills += 1
+        tally.kills_of_this_run += 1
         tally.kills_in_a_save += in_a_save
 
 

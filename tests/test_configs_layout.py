@@ -36,7 +36,7 @@ LAYOUTS = [
     (
         64,
         f"{TP}=1 model.num_attention_heads=32 model.hidden_size=192 model.num_query_groups=1 model.seq_length=512 train.global_batch_size=256",
-        f"2 x 1 groups x model.hidden_size=192 / model.num_attention_heads=32 (keys and values) = 12 leaves a rank without rows when cut over {TP}=1 x data parallel size 64; with 64 ranks, {TP}=8, 16, 32 works",
+        f"2 x 1 groups x model.hidden_size=192 / model.num_attention_heads=32 (keys and values) = 12 leaves a rank without rows when cut over {TP}=1 x data parallel size 64; with 64 ranks, {TP}=16, 32 works",
     ),
     (
         4,
