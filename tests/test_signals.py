@@ -1,0 +1,158 @@
+"""Signals, in every phase of a run: all ranks save the same step and leave, and the run goes on."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runs import LONG, finish, ranks_of, rows, settings, start, steps_done, wait_for
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+TARGETS = ("launcher", "all ranks", "one rank")
+PHASES = ("start", "training", "evaluation", "saving")
+# Each value of each, once at least; `make drills` does all. The rest of "launcher" and "training"
+# is in test_train.py.
+CHOSEN = (
+    (signal.SIGUSR1, "launcher", "evaluation"),
+    (signal.SIGTERM, "one rank", "saving"),
+    (signal.SIGINT, "all ranks", "training"),
+    (signal.SIGTERM, "all ranks", "start"),
+)
+# By itself torchrun dies of SIGUSR1 and leaves its workers alone.
+FLAGS = ("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",)
+# Python runs this at its start, in a process that has the folder in PYTHONPATH: a phase must last
+# to be met. Rank 0 takes the lock before anything else, and all ranks fsync only what they save.
+_SLOW = """
+import fcntl, os, time
+
+def slowed(function, seconds):
+    def slow(*arguments):
+        result = function(*arguments)
+        time.sleep(seconds)
+        return result
+    return slow
+
+fcntl.flock = slowed(fcntl.flock, {start_s})
+os.fsync = slowed(os.fsync, {save_s})
+"""
+
+
+def slow_down(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, *, start_s: float = 0.0, save_s: float = 0.0
+) -> None:
+    """Have the runs started from now on begin, or save, slowly."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(_SLOW.format(start_s=start_s, save_s=save_s))
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
+def is_in(phase: str, directory: Path) -> bool:
+    """Whether a run is in a phase that was made to last; it evaluates and saves after step 5."""
+    run = directory / "test"
+    if phase == "start":
+        return (run / ".lock").exists() and len(ranks_of(directory)) == 2
+    if phase == "saving":
+        return any(run.glob("checkpoints/.tmp-*"))
+    return steps_done(directory) >= (5 if phase == "evaluation" else 2)
+
+
+def send(number: signal.Signals, target: str, directory: Path, launcher: int) -> None:
+    ranks = ranks_of(directory)
+    who = {"launcher": [launcher], "all ranks": list(ranks.values()), "one rank": [ranks[1]]}
+    for process in who[target]:
+        os.kill(process, number)
+
+
+def expect_a_clean_stop(
+    corpus: Path,
+    directory: Path,
+    unbroken: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    case: tuple[signal.Signals, str, str],
+) -> None:
+    """Stop a run in a phase, look at what it leaves, and let it go on."""
+    number, target, phase = case
+    with monkeypatch.context() as patch:
+        slow_down(
+            patch,
+            directory / "slow",
+            start_s=2.0 if phase == "start" else 0.0,
+            save_s=0.5 if phase == "saving" else 0.0,
+        )
+        arguments = settings(corpus, directory, *LONG)
+        evaluating = ("evaluate.interval=5", "evaluate.sample_tokens=1500")
+        extra = evaluating if phase == "evaluation" else ()
+        process = start(2, settings(corpus, directory, *LONG, *extra), FLAGS)
+        wait_for(lambda: is_in(phase, directory), process)
+        send(number, target, directory, process.pid)
+        output = finish(process, expected=1)
+    checkpoints = directory / "test" / "checkpoints"
+    saved = sorted(path.name for path in checkpoints.iterdir())
+    if phase == "start":
+        assert steps_done(directory) == 0
+        assert saved == []
+        return
+    report = json.loads((directory / "test" / "exit.json").read_text())
+    assert report["code"] == 128 + number, output
+    assert f"run test stopped by {number.name}: step {report['step']} of 40" in output
+    assert saved[-1] == f"step_{report['step']:08d}"
+    if phase in ("evaluation", "saving"):
+        assert report["step"] in (5, 6)
+    assert "resuming from" in finish(start(2, arguments))
+    assert [row for row in rows(directory) if "train/loss" in row] == unbroken
+
+
+@pytest.mark.parametrize("case", CHOSEN, ids=lambda case: f"{case[0].name}-{case[1]}-{case[2]}")
+def test_a_signal_stops_all_ranks_at_one_step(
+    corpus: Path,
+    tmp_path: Path,
+    unbroken: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    case: tuple[signal.Signals, str, str],
+) -> None:
+    """Each signal, target and phase once; before the first step there is nothing to save."""
+    expect_a_clean_stop(corpus, tmp_path, unbroken, monkeypatch, case)
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_any_signal_to_anyone_in_any_phase(
+    corpus: Path,
+    tmp_path: Path,
+    unbroken: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    target: str,
+    phase: str,
+) -> None:
+    """The full product."""
+    expect_a_clean_stop(corpus, tmp_path, unbroken, monkeypatch, (number, target, phase))
+
+
+def test_a_second_signal_ends_at_once(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A person who presses Ctrl-C again, in a save that takes long, need not wait for it."""
+    slow_down(monkeypatch, tmp_path / "slow", save_s=30.0)
+    process = start(1, settings(corpus, tmp_path, *LONG))
+    wait_for(lambda: steps_done(tmp_path) >= 2, process)
+    process.send_signal(signal.SIGINT)
+    wait_for(lambda: is_in("saving", tmp_path), process)
+    time.sleep(1.1)  # torchrun may deliver one Ctrl-C twice
+    process.send_signal(signal.SIGINT)
+    sent_at = time.monotonic()
+    finish(process, expected=130)
+    assert time.monotonic() - sent_at < 5.0
+    assert not list((tmp_path / "test" / "checkpoints").glob("step_*"))
+
+
+def test_all_is_chosen_once() -> None:
+    """The few cases of `make test` have every value of every dimension."""
+    for number, values in enumerate((SIGNALS, TARGETS, PHASES)):
+        assert {case[number] for case in CHOSEN} == set(values)
