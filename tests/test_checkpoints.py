@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+import checkpoints.load as load_module
 import checkpoints.manifest as manifest_module
 import checkpoints.save as save_module
 from checkpoints import (
@@ -191,10 +192,11 @@ DAMAGES = {"flip": flip, "truncate": truncate, "remove": Path.unlink, "swap": sw
 @distributed(ONE_RANK, Layout(tp=2))
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_found_and_passed_over(mesh: Mesh, tmp_path: Path, damage: str) -> None:
-    """Each file damaged in each way: the checkpoint before is used instead."""
+    """Each file damaged in each way: it is named, and the checkpoint before is used instead."""
     save(mesh, tmp_path, 1)
     newest = save(mesh, tmp_path, 2)
     names = sorted(path.name for path in newest.iterdir())
+    said: list[tuple[Any, ...]] = []
     assert len(names) == mesh.world.size + 1
     barrier(mesh)
     for name in names:
@@ -207,7 +209,12 @@ def test_damage_is_found_and_passed_over(mesh: Mesh, tmp_path: Path, damage: str
         if mesh.world.rank == 0:
             DAMAGES[damage](newest / name)
         barrier(mesh)
-        assert_loads(mesh, tmp_path, 1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(load_module.logger, "warning", lambda *message: said.append(message))
+            assert_loads(mesh, tmp_path, 1)
+        if mesh.world.rank == 0:
+            text, *values = said.pop()
+            assert f"checkpoint {newest} is damaged, passed over: {name} " in text % tuple(values)
         barrier(mesh)
     # What was damaged is written again: the new one counts, the old one is kept aside.
     save(mesh, tmp_path, 2)

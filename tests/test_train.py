@@ -10,6 +10,8 @@ import pytest
 
 from tests.runs import LONG, finish, rows, settings, start, steps_done, wait_for, workers_of
 
+SECRETS = ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "SOME_PASSWORD")
+
 
 @pytest.mark.parametrize("victim", ["launcher", "everything", "one rank"])
 def test_kill_9_loses_nothing(
@@ -53,8 +55,13 @@ def test_a_signal_saves_and_the_run_goes_on(
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, 41))
 
 
-def test_the_run_folder_holds_what_it_should(corpus: Path, tmp_path: Path) -> None:
-    """Every file of the contract, no pickle; finished again says so; a moved folder goes on."""
+def test_the_run_folder_holds_what_it_should(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file of the contract, no pickle, no secret; a finished or moved folder goes on."""
+    secrets = {name: f"planted-{name.lower()}-0123456789abcdef0123456789" for name in SECRETS}
+    for name, secret in secrets.items():
+        monkeypatch.setenv(name, secret)
     # Deterministic kernels are what a processor has anyway, so nothing changes.
     arguments = settings(corpus, tmp_path, "logging.wandb=offline", "debug.deterministic=true")
     finish(start(1, arguments))
@@ -71,6 +78,9 @@ def test_the_run_folder_holds_what_it_should(corpus: Path, tmp_path: Path) -> No
     }
     assert json.loads((folder / "exit.json").read_text())["code"] == 0
     for path in folder.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert [name for name in SECRETS if secrets[name].encode() in content] == [], path
         if path.is_file() and "wandb" not in path.parts:
             start_of_file = path.read_bytes()[:2]
             assert start_of_file[:1] != b"\x80", f"{path} may be a pickle"
