@@ -25,19 +25,20 @@ CHOSEN = (
 # By itself torchrun dies of SIGUSR1 and leaves its workers alone.
 FLAGS = ("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",)
 # Python runs this at its start, in a process that has the folder in PYTHONPATH: a phase must last
-# to be met. Rank 0 takes the lock before anything else, and all ranks fsync only what they save.
+# to be met. Rank 0 takes the run folder's lock before it does anything else.
 _SLOW = """
 import fcntl, os, time
 
-def slowed(function, seconds):
-    def slow(*arguments):
-        result = function(*arguments)
-        time.sleep(seconds)
+def slowed(function, seconds, where):
+    def slow(file, *arguments):
+        result = function(file, *arguments)
+        if where in os.readlink(f"/proc/self/fd/{{file if type(file) is int else file.fileno()}}"):
+            time.sleep(seconds)
         return result
     return slow
 
-fcntl.flock = slowed(fcntl.flock, {start_s})
-os.fsync = slowed(os.fsync, {save_s})
+fcntl.flock = slowed(fcntl.flock, {start_s}, "/test/.lock")
+os.fsync = slowed(os.fsync, {save_s}, "/test/checkpoints")
 """
 
 
