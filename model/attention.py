@@ -2,14 +2,14 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from configs.schema import ModelConfig
+from model.attend import attend
 from model.context import Context
 from model.initialisation import matrix_init, residual_init
 from model.norm import make_head_norm
 from model.rotary import rotate
-from parallel import ColumnParallelLinear, DropoutStream, Mesh, RowParallelLinear
+from parallel import ColumnParallelLinear, DropoutStream, Mesh, RowParallelLinear, made_again
 
 
 class SelfAttention(nn.Module):
@@ -52,23 +52,13 @@ class SelfAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if context.rotation is not None:
             q, k = rotate(q, context.rotation), rotate(k, context.rotation)
-        if q.shape[2] != k.shape[2] and (context.mask is not None or q.dtype == torch.float32):
-            # Of the kernels for a GPU only flash attention knows groups, and it takes no mask and
-            # no float32: a head each, or the one that keeps all s x s probabilities would run.
-            heads_per_group = q.shape[2] // k.shape[2]
-            k, v = (heads.repeat_interleave(heads_per_group, dim=2) for heads in (k, v))
-        q, k, v = (heads.permute(1, 2, 0, 3) for heads in (q, k, v))  # [b, a/t or g/t, s, d]
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=context.mask,
-            dropout_p=self.drop(context.stream),
-            is_causal=context.mask is None,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )  # [b, a/t, s, d]
-        y = y.permute(2, 0, 1, 3).reshape(s, b, -1)  # [s, b, h/t]
-        return self.proj(y)  # [s/t, b, h]
+        y = attend(q, k, v, context.mask, self.drop(context.stream))  # [s, b, a/t, d]
+        joined = y.flatten(2)  # [s, b, h/t], a copy if the kernel had another layout
+        if joined.data_ptr() == y.data_ptr():
+            return self.proj(joined)  # [s/t, b, h]
+        kept = y.detach()
+        with made_again(joined, lambda: kept.flatten(2)):
+            return self.proj(joined)
 
     def drop(self, stream: DropoutStream | None) -> float:
         """The dropout rate, having seeded the generator that SDPA will draw from.

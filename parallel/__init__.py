@@ -35,7 +35,9 @@ from parallel.parameters import (
     initialise_parameters,
     parameter_facts,
 )
+from parallel.products import as_operand
 from parallel.randomness import DropoutStream, dropout_add, fold_seed
+from parallel.recompute import made_again
 from parallel.replicas import Drift, find_drift
 from parallel.sharding import local_slices, shard_range, tp_shard_dim
 from parallel.traffic import Collective, record_traffic
@@ -53,6 +55,7 @@ __all__ = [
     "RowParallelLinear",
     "VocabParallelEmbedding",
     "any_rank",
+    "as_operand",
     "clip_gradients",
     "close_mesh",
     "declare_parameter",
@@ -68,6 +71,7 @@ __all__ = [
     "initialise_parameters",
     "local_slices",
     "lookup",
+    "made_again",
     "parameter_facts",
     "record_traffic",
     "replicate_sequence",

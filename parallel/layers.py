@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from parallel.mappings import enter_tensor_parallel_region, exit_tensor_parallel_region
 from parallel.mesh import Mesh
 from parallel.parameters import Constant, Normal, declare_parameter
+from parallel.products import linear
 from parallel.sharding import shard_range
 
 
@@ -62,7 +63,7 @@ class _ColumnWeight(nn.Module):
         if self.block is not None:
             weight = weight.narrow(0, *self.block)
             bias = None if bias is None else bias.narrow(0, *self.block)
-        return F.linear(x, weight, bias)
+        return linear(x, weight, bias)
 
 
 class ColumnParallelLinear(nn.Module):
@@ -136,7 +137,7 @@ class RowParallelLinear(nn.Module):
             self.bias = None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight.to_local())  # [s, b, out], a partial sum
+        y = linear(x, self.weight.to_local())  # [s, b, out], a partial sum
         y = exit_tensor_parallel_region(y, self.mesh)  # [s/t, b, out]
         return y if self.bias is None else y + self.bias.to_local()
 
@@ -201,4 +202,4 @@ def vocab_parallel_logits(x: Tensor, weight: Tensor, mesh: Mesh) -> Tensor:
     `x` `[s/t, b, h]`, `weight` `[v/t, h]` (the head's or the tied embedding's shard); result
     `[s, b, v/t]`. Forward: all-gather of x (or nothing). Backward: reduce-scatter (or all-reduce).
     """
-    return F.linear(enter_tensor_parallel_region(x, mesh), weight)
+    return linear(enter_tensor_parallel_region(x, mesh), weight)

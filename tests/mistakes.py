@@ -84,13 +84,13 @@ MISTAKES = (
         "the row-parallel bias is inside the product and so added t times",
         "parallel/layers.py",
         """\
-        y = F.linear(x, self.weight.to_local())  # [s, b, out], a partial sum
+        y = linear(x, self.weight.to_local())  # [s, b, out], a partial sum
         y = exit_tensor_parallel_region(y, self.mesh)  # [s/t, b, out]
         return y if self.bias is None else y + self.bias.to_local()
 """,
         """\
         bias = None if self.bias is None else self.bias.to_local()
-        y = F.linear(x, self.weight.to_local(), bias)
+        y = linear(x, self.weight.to_local(), bias)
         return exit_tensor_parallel_region(y, self.mesh)
 """,
         (_LAYERS + "test_row_equals_dense[True-tp2-dp1]",),
@@ -160,8 +160,8 @@ MISTAKES = (
     Mistake(
         "the head multiplies x without entering the region, so its dX is not summed",
         "parallel/layers.py",
-        "F.linear(enter_tensor_parallel_region(x, mesh), weight)",
-        "F.linear(x, weight)",
+        "linear(enter_tensor_parallel_region(x, mesh), weight)",
+        "linear(x, weight)",
         (_LAYERS + "test_logits_equal_dense[tp2-dp1]",),
     ),
     Mistake(
