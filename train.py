@@ -129,13 +129,16 @@ def train_step(run: Run, state: RunState, batches: BatchLoader) -> StepResult:
         masks = DropoutStream(
             config.run.seed, state.step, tuple(micro_batch.sample_indices.tolist())
         )
-        losses = model(**micro_batch.inputs(mesh.device), stream=masks)
-        z_loss = config.train.z_loss_coeff * losses.log_z_squared
-        ((losses.cross_entropy + z_loss) / num_targets).backward()
-        sums += torch.stack([losses.cross_entropy, z_loss]).detach()
+        losses = model(
+            **micro_batch.inputs(mesh.device),
+            stream=masks,
+            z_loss_coeff=config.train.z_loss_coeff,
+        )
+        (losses.objective / num_targets).backward()
+        sums += torch.stack([losses.cross_entropy, losses.log_z_squared]).detach()
     sum_partial_gradients(model, mesh)
     grad_norm = clip_gradients(model, config.optimizer.clip_grad, mesh).item()
-    mean_loss, z_loss = (sum_over(mesh.dp, sums) / num_targets).tolist()
+    mean_loss, mean_log_z_squared = (sum_over(mesh.dp, sums) / num_targets).tolist()
     rate = learning_rate(state.step, config)
     why_skipped = why_to_skip(mean_loss, grad_norm, state, config.train, mesh)
     if why_skipped is None:
@@ -144,7 +147,7 @@ def train_step(run: Run, state: RunState, batches: BatchLoader) -> StepResult:
         leave_out_update(run.optimizer)
     return StepResult(
         loss=mean_loss,
-        z_loss=z_loss,
+        z_loss=config.train.z_loss_coeff * mean_log_z_squared,
         grad_norm=grad_norm,
         learning_rate=rate,
         num_targets=int(num_targets),

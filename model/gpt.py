@@ -7,8 +7,6 @@ value, `d = h/a` head dimension, `f` feed-forward size, `v` vocabulary, `t` tens
 `[s/t, ...]` is with sequence parallelism; without it, `[s, ...]`.
 """
 
-from typing import NamedTuple
-
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -21,6 +19,7 @@ from model.mlp import MLP
 from model.norm import make_norm
 from parallel import (
     DropoutStream,
+    Losses,
     Mesh,
     VocabParallelEmbedding,
     declare_parameter,
@@ -28,17 +27,9 @@ from parallel import (
     gather_vocabulary,
     lookup,
     sequence_shard,
-    vocab_parallel_cross_entropy,
     vocab_parallel_logits,
+    vocab_parallel_loss,
 )
-
-
-class Losses(NamedTuple):
-    """Sums over all targets of a micro-batch, float32 scalars, the same on all tp ranks."""
-
-    cross_entropy: Tensor  # -log p(target), in nats
-    log_z_squared: Tensor  # log^2 of the denominator of p, for the z-loss
-
 
 # Sites of hidden dropout inside a layer; with the layer's number they name a mask.
 AFTER_EMBEDDING, AFTER_ATTENTION, AFTER_MLP = range(3)
@@ -118,6 +109,7 @@ class GPT(nn.Module):
         targets: Tensor | None = None,
         stream: DropoutStream | None = None,
         documents: Tensor | None = None,
+        z_loss_coeff: float = 0.0,
     ) -> Losses | Tensor:
         """The losses of all targets; without targets the logits, `[b, s, v]` float32.
 
@@ -137,14 +129,13 @@ class GPT(nn.Module):
             if self.config.untie_embeddings_and_output_weights
             else self.embedding.weight
         )
-        logits = vocab_parallel_logits(x, table.to_local(), self.mesh)  # [s, b, v/t]
         if targets is None:
+            logits = vocab_parallel_logits(x, table.to_local(), self.mesh)  # [s, b, v/t]
             return gather_vocabulary(logits, self.mesh, self.vocab_size).transpose(0, 1).float()
         # Inside the root's forward, because FSDP2 frees the head's weight after it.
-        loss, log_z = vocab_parallel_cross_entropy(
-            logits, targets.t(), self.vocab_size, self.mesh
-        )  # [s, b]
-        return Losses(loss.sum(), log_z.square().sum())
+        return vocab_parallel_loss(
+            x, table.to_local(), targets.t(), self.vocab_size, self.mesh, z_loss_coeff
+        )
 
     def embed(self, tokens: Tensor, positions: Tensor, stream: DropoutStream | None) -> Tensor:
         """Token (plus learned position), with dropout; `[s, b]` to `[s/t, b, h]`."""

@@ -18,7 +18,7 @@ from parallel.layers import (
     lookup,
     vocab_parallel_logits,
 )
-from parallel.loss import vocab_parallel_cross_entropy
+from parallel.loss import Losses, vocab_parallel_loss
 from parallel.mappings import (
     enter_tensor_parallel_region,
     exit_tensor_parallel_region,
@@ -50,6 +50,7 @@ __all__ = [
     "Drift",
     "DropoutStream",
     "Heartbeats",
+    "Losses",
     "Mesh",
     "Normal",
     "RowParallelLinear",
@@ -83,6 +84,6 @@ __all__ = [
     "sum_over",
     "sum_partial_gradients",
     "tp_shard_dim",
-    "vocab_parallel_cross_entropy",
     "vocab_parallel_logits",
+    "vocab_parallel_loss",
 ]

@@ -1,73 +1,151 @@
-"""Cross-entropy on logits that are split by vocabulary and never gathered.
+"""The head and its loss in one: logits are made, used and forgotten, a piece of them at a time.
 
-[Note: vocab-parallel cross-entropy]
-For one position with logits z and target k:
+[Note: vocab-parallel loss]
+For one position with hidden state x, logits z = W x and target k:
 
-    log_z = log sum_j exp(z_j - m) + m                  m = max_j z_j
+    log_z = log sum_j exp(z_j)
     loss = log_z - z_k
-    dz_j = softmax(z)_j (dloss + dlog_z) - [j = k] dloss
+    objective = loss + c log_z^2
+    d objective / dz_j = (1 + 2 c log_z) softmax(z)_j - [j = k]
 
-log_z is there for the z-loss, which keeps it near 0 (Chowdhery et al. 2022, section 5).
-
-Each rank has some of the j. Crossing the wire, all float32 of `[s, b]`: the maximum, then the sum
-of exponentials and z_k together. Backward is local. (Megatron-LM exchanges the last two apart.)
+The second term of the objective is the z-loss, which keeps log_z near 0 (Chowdhery et al. 2022,
+section 5). Each rank has some of the j. For a piece of the positions it makes its logits and sends
+two float32 numbers a position: the log of its part of the sum, and z_k if k is one of its j. With
+those of the others it has log_z and the loss; then the gradient of its logits; then dX and its part
+of dW. As the objective is a sum over positions, forward can do all of this, and backward only
+scales the result by the gradient of the objective. So the logits `[s, b, v/t]`, which in float32
+are the largest tensor of a small model, never exist whole, and are made once.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from parallel.collectives import all_gather, all_reduce, reduce_scatter
 from parallel.mesh import Axis, Mesh
+from parallel.products import as_operand
 from parallel.sharding import shard_range
 
+# Logits at a time: as many as a processor's caches hold, or as keep a GPU busy.
+_PIECE_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
 
-class _VocabParallelCrossEntropy(torch.autograd.Function):
+
+class Losses(NamedTuple):
+    """Sums over all targets of a micro-batch, float32 scalars, the same on all tp ranks."""
+
+    objective: Tensor  # cross_entropy + z_loss_coeff * log_z_squared; has the gradients
+    cross_entropy: Tensor  # -log p(target), in nats
+    log_z_squared: Tensor  # log^2 of the denominator of p
+
+
+class _Targets(NamedTuple):
+    """Where the targets of n positions are among this rank's columns."""
+
+    column: Tensor  # [n, 1], 0 if it is another rank's
+    is_ours: Tensor  # [n]
+    counts: Tensor  # [n], false where the target is ignored
+
+    def piece(self, positions: slice) -> "_Targets":
+        """Those of some of the positions."""
+        return _Targets(*(tensor[positions] for tensor in self))
+
+
+def _find_targets(targets: Tensor, first_id: int, num_columns: int) -> _Targets:
+    column = targets.reshape(-1) - first_id
+    is_ours = (column >= 0) & (column < num_columns)
+    return _Targets(column.masked_fill(~is_ours, 0).unsqueeze(1), is_ours, targets.reshape(-1) >= 0)
+
+
+class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, first_id: int, tp: Axis
-    ) -> tuple[Tensor, Tensor]:
-        z = logits.float()
-        maximum = z.amax(dim=-1)  # [s, b]
-        if tp.size > 1:
-            # On gloo a maximum can drop a NaN, the sum of exponentials below cannot.
-            dist.all_reduce(maximum, dist.ReduceOp.MAX, group=tp.group)
-        column = targets - first_id  # of the target, if it is one of ours
-        is_ours = (column >= 0) & (column < z.shape[-1])
-        column = column.masked_fill(~is_ours, 0).unsqueeze(-1)  # [s, b, 1]
-        target_logit = z.gather(-1, column).squeeze(-1).masked_fill(~is_ours, 0.0)
-        exponentials = (z - maximum.unsqueeze(-1)).exp_()
-        sums = torch.stack([exponentials.sum(dim=-1), target_logit])  # [2, s, b]
-        if tp.size > 1:
-            dist.all_reduce(sums, group=tp.group)
-        log_z = sums[0].log() + maximum
-        ignored = targets < 0
-        # The logits are kept in their own precision and exponentiated again in backward: half the
-        # memory of float32 probabilities.
-        ctx.save_for_backward(logits, log_z, column, is_ours, ignored)
-        return (log_z - sums[1]).masked_fill(ignored, 0.0), log_z.masked_fill(ignored, 0.0)
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        first_id: int,
+        z_loss_coeff: float,
+        with_gradients: bool,
+        mesh: Mesh,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows = all_gather(x, mesh.tp) if mesh.sequence_parallel else x  # [s, b, h]
+        rows, matrix = rows.reshape(-1, x.shape[-1]), as_operand(weight)  # [s b, h], [v/t, h]
+        of_all = _find_targets(targets, first_id, len(matrix))
+        at_least_float32 = torch.promote_types(weight.dtype, torch.float32)
+        sums = torch.zeros(2, dtype=at_least_float32, device=x.device)
+        if with_gradients:
+            grad_rows = torch.empty_like(rows)
+            grad_weight = torch.zeros_like(weight, dtype=at_least_float32)
+        length = max(1, _PIECE_ELEMENTS[x.device.type] // len(matrix))
+        for start in range(0, len(rows), length):
+            piece = slice(start, start + length)
+            target, operand = of_all.piece(piece), as_operand(rows[piece])
+            z = torch.mm(operand, matrix.t()).to(at_least_float32)  # [n, v/t]
+            log_z, loss = _over_vocabulary(z, target, mesh.tp)
+            of_positions = torch.stack([loss, log_z.square()])
+            sums += of_positions.masked_fill(~target.counts, 0.0).sum(dim=1)
+            if with_gradients:
+                grad_z = _gradient_of_logits(z, target, log_z, z_loss_coeff).to(matrix.dtype)
+                grad_rows[piece] = torch.mm(grad_z, matrix)
+                grad_weight += torch.mm(grad_z.t(), operand)
+        if with_gradients:
+            grad_x = _sum_over_tp(grad_rows.view(-1, *x.shape[1:]), mesh)  # as x: [s/t, b, h]
+            ctx.save_for_backward(grad_x, grad_weight)
+            ctx.weight_dtype = weight.dtype
+        cross_entropy, log_z_squared = sums.unbind()
+        ctx.mark_non_differentiable(cross_entropy, log_z_squared)
+        return cross_entropy + z_loss_coeff * log_z_squared, cross_entropy, log_z_squared
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, grad_log_z: Tensor) -> tuple[Tensor | None, ...]:
-        logits, log_z, column, is_ours, ignored = ctx.saved_tensors
-        grad_logits = (logits.float() - log_z.unsqueeze(-1)).exp_()  # softmax
-        grad_logits *= (grad_loss + grad_log_z).masked_fill(ignored, 0.0).unsqueeze(-1)
-        of_target = grad_loss.masked_fill(ignored | ~is_ours, 0.0).unsqueeze(-1)
-        grad_logits.scatter_add_(-1, column, -of_target)
-        return grad_logits.to(logits.dtype), None, None, None
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_weight = ctx.saved_tensors
+        grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
+        return grad_x * grad, grad_weight, None, None, None, None, None
 
 
-def vocab_parallel_cross_entropy(
-    logits: Tensor, targets: Tensor, vocab_size: int, mesh: Mesh
-) -> tuple[Tensor, Tensor]:
-    """Loss of each target in nats, and log_z: `[s, b]` float32, 0 where the target is ignored.
+def _over_vocabulary(z: Tensor, target: _Targets, tp: Axis) -> tuple[Tensor, Tensor]:
+    """log_z and loss of n positions, ignored ones too, from `[n, v/t]` logits."""
+    target_logit = z.gather(1, target.column).squeeze(1).masked_fill(~target.is_ours, 0.0)
+    mine = torch.stack([z.logsumexp(dim=1), target_logit]).unsqueeze(0)  # [1, 2, n]
+    all_ranks = all_gather(mine, tp) if tp.size > 1 else mine  # [t, 2, n]
+    log_z, target_logit = all_ranks[:, 0].logsumexp(dim=0), all_ranks[:, 1].sum(dim=0)
+    return log_z, log_z - target_logit
 
-    The same on all tp ranks. `logits` `[s, b, v/t]`; `targets` `[s, b]` global token ids, negative
-    where ignored.
+
+def _gradient_of_logits(z: Tensor, target: _Targets, log_z: Tensor, z_loss_coeff: float) -> Tensor:
+    """d objective / dz, in place of z, `[n, v/t]`."""
+    z.sub_(log_z.unsqueeze(1)).exp_()  # softmax
+    z.mul_((1.0 + 2.0 * z_loss_coeff * log_z).masked_fill(~target.counts, 0.0).unsqueeze(1))
+    return z.scatter_add_(
+        1, target.column, -(target.is_ours & target.counts).to(z.dtype).unsqueeze(1)
+    )
+
+
+def _sum_over_tp(grad: Tensor, mesh: Mesh) -> Tensor:
+    """What every rank has of a gradient, summed: `[s/t, b, h]`, or without sp `[s, b, h]`."""
+    if mesh.tp.size == 1:
+        return grad
+    return reduce_scatter(grad, mesh.tp) if mesh.sequence_parallel else all_reduce(grad, mesh.tp)
+
+
+def vocab_parallel_loss(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    mesh: Mesh,
+    z_loss_coeff: float = 0.0,
+) -> Losses:
+    """The losses of a head `weight` `[v/t, h]` on hidden states x `[s/t, b, h]`.
+
+    `targets` `[s, b]` global token ids, negative where ignored. Forward: all-gather of x (or
+    nothing), an all-gather of `[2, n]` float32 for each piece of n positions, and if there will be
+    a backward, the reduce-scatter (or all-reduce) of dX. Backward: nothing.
     """
     first_id, end_id = shard_range(vocab_size, mesh.tp.size, mesh.tp.rank)
-    assert logits.shape[-1] == end_id - first_id, (
-        "logits must be this rank's part of the vocabulary"
+    assert len(weight) == end_id - first_id, "weight must be this rank's part of the vocabulary"
+    with_gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return Losses(
+        *_HeadLoss.apply(x, weight, targets, first_id, z_loss_coeff, with_gradients, mesh)
     )
-    return _VocabParallelCrossEntropy.apply(logits, targets, first_id, mesh.tp)

@@ -19,8 +19,7 @@ followed by an all-gather, so in forward the first two pairs move the same bytes
 of its own positions: to sum them would make it t times too large.
 
 `enter_tensor_parallel_region` and `exit_tensor_parallel_region` are the only code for activations
-that asks whether sequence parallelism is on. Collectives need contiguous tensors and must not write
-into a tensor that autograd has saved, so each makes its own output.
+that asks whether sequence parallelism is on.
 
 Sources: Shoeybi et al. 2019 (f and g), Korthikanti et al. 2022, section 4.2.2 (g and g-bar).
 """
@@ -28,35 +27,10 @@ Sources: Shoeybi et al. 2019 (f and g), Korthikanti et al. 2022, section 4.2.2 (
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from parallel.collectives import all_gather, all_reduce, own_positions, reduce_scatter
 from parallel.mesh import Axis, Mesh
-
-
-def _all_gather(x: Tensor, axis: Axis) -> Tensor:
-    gathered = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
-    dist.all_gather_single(gathered, x.contiguous(), group=axis.group)
-    return gathered
-
-
-def _reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
-    assert x.shape[0] % axis.size == 0, f"{x.shape[0]} positions over tp={axis.size}"
-    scattered = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
-    dist.reduce_scatter_single(scattered, x.contiguous(), group=axis.group)
-    return scattered
-
-
-def _all_reduce(x: Tensor, axis: Axis) -> Tensor:
-    reduced = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(reduced, group=axis.group)
-    return reduced
-
-
-def _own_positions(x: Tensor, axis: Axis) -> Tensor:
-    assert x.shape[0] % axis.size == 0, f"{x.shape[0]} positions over tp={axis.size}"
-    # A copy, or the whole of x would stay in memory for the sake of a part.
-    return x.chunk(axis.size)[axis.rank].clone(memory_format=torch.contiguous_format)
 
 
 class _Copy(torch.autograd.Function):
@@ -67,13 +41,13 @@ class _Copy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _all_reduce(grad, ctx.axis), None
+        return all_reduce(grad, ctx.axis), None
 
 
 class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        return _all_reduce(x, axis)
+        return all_reduce(x, axis)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -84,44 +58,44 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
-        return _all_gather(x, axis)
+        return all_gather(x, axis)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _reduce_scatter(grad, ctx.axis), None
+        return reduce_scatter(grad, ctx.axis), None
 
 
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
-        return _reduce_scatter(x, axis)
+        return reduce_scatter(x, axis)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _all_gather(grad, ctx.axis), None
+        return all_gather(grad, ctx.axis), None
 
 
 class _Replicate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
-        return _all_gather(x, axis)
+        return all_gather(x, axis)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _own_positions(grad, ctx.axis), None
+        return own_positions(grad, ctx.axis), None
 
 
 class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
-        return _own_positions(x, axis)
+        return own_positions(x, axis)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _all_gather(grad, ctx.axis), None
+        return all_gather(grad, ctx.axis), None
 
 
 def copy_to_ranks(x: Tensor, axis: Axis) -> Tensor:
@@ -185,7 +159,7 @@ def sequence_shard(x: Tensor, mesh: Mesh) -> Tensor:
     """
     if not mesh.sequence_parallel:
         return x
-    return _own_positions(x.detach(), mesh.tp)
+    return own_positions(x.detach(), mesh.tp)
 
 
 def gather_vocabulary(logits: Tensor, mesh: Mesh, vocab_size: int) -> Tensor:
@@ -195,5 +169,5 @@ def gather_vocabulary(logits: Tensor, mesh: Mesh, vocab_size: int) -> Tensor:
     # Shards may differ by a few columns, a collective's pieces may not: pad, gather, and cut.
     chunk = -(-vocab_size // mesh.tp.size)
     padded = torch.nn.functional.pad(logits.detach(), (0, chunk - logits.shape[-1]))
-    gathered = _all_gather(padded.movedim(-1, 0), mesh.tp)
+    gathered = all_gather(padded.movedim(-1, 0), mesh.tp)
     return gathered[:vocab_size].movedim(0, -1)

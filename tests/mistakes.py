@@ -105,28 +105,28 @@ MISTAKES = (
     Mistake(
         "the gather before tensor-parallel compute has a split as its backward",
         "parallel/mappings.py",
-        "return _reduce_scatter(grad, ctx.axis), None",
+        "return reduce_scatter(grad, ctx.axis), None",
         "return grad.chunk(ctx.axis.size)[ctx.axis.rank], None",
         (_LAYERS + "test_column_equals_dense[tp2+sp-dp1]",),
     ),
     Mistake(
         "the gather before duplicated compute has a reduce-scatter as its backward",
         "parallel/mappings.py",
-        "return _own_positions(grad, ctx.axis), None",
-        "return _reduce_scatter(grad, ctx.axis), None",
+        "return own_positions(grad, ctx.axis), None",
+        "return reduce_scatter(grad, ctx.axis), None",
         (_MAPPINGS + "test_what_follows_a_gather_decides_its_backward[tp2+sp-dp1]",),
     ),
     Mistake(
         "the sequence is gathered outside autograd, which cuts the graph",
         "parallel/mappings.py",
         "return _Gather.apply(x, axis)",
-        "return _all_gather(x.detach(), axis)",
+        "return all_gather(x.detach(), axis)",
         (_LAYERS + "test_column_then_row_equals_dense[tp2+sp-dp1]",),
     ),
     Mistake(
         "without sequence parallelism dX is not summed before a column-parallel layer",
         "parallel/mappings.py",
-        "return _all_reduce(grad, ctx.axis), None",
+        "return all_reduce(grad, ctx.axis), None",
         "return grad, None",
         (_LAYERS + "test_column_equals_dense[tp2-dp1]",),
     ),
@@ -134,7 +134,7 @@ MISTAKES = (
         "the sum after a row-parallel layer sums gradients too, t times what they are",
         "parallel/mappings.py",
         """\
-        return _all_reduce(x, axis)
+        return all_reduce(x, axis)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -142,17 +142,17 @@ MISTAKES = (
 """,
         """\
         ctx.axis = axis
-        return _all_reduce(x, axis)
+        return all_reduce(x, axis)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _all_reduce(grad, ctx.axis), None
+        return all_reduce(grad, ctx.axis), None
 """,
         (_LAYERS + "test_row_equals_dense[True-tp2-dp1]",),
     ),
     Mistake(
         "an all-reduce writes into its input, which autograd may have saved",
-        "parallel/mappings.py",
+        "parallel/collectives.py",
         "x.clone(memory_format=torch.contiguous_format)",
         "x.contiguous()",
         (_MAPPINGS + "test_inputs_are_not_written_to[reduce-tp2+sp-dp1]",),
@@ -198,50 +198,55 @@ MISTAKES = (
         "rows that pad the vocabulary count in the softmax, with logits of 0",
         "parallel/loss.py",
         """\
-    assert logits.shape[-1] == end_id - first_id, (
-        "logits must be this rank's part of the vocabulary"
-    )
+    assert len(weight) == end_id - first_id, "weight must be this rank's part of the vocabulary"
 """,
         """\
     missing = -(-vocab_size // mesh.tp.size) - (end_id - first_id)
-    logits = torch.nn.functional.pad(logits, (0, missing))
+    weight = torch.nn.functional.pad(weight, (0, 0, 0, missing))
 """,
-        (_LOSS + "[1.0-23-tp2-dp1]",),
+        (_LOSS + "[4-1.0-23-tp2-dp1]",),
     ),
     Mistake(
-        "each rank subtracts its own maximum from the logits",
+        "each rank has the log of the sum over its own part of the vocabulary",
         "parallel/loss.py",
-        "dist.all_reduce(maximum, dist.ReduceOp.MAX, group=tp.group)",
-        "pass",
-        (_LOSS + "[1.0-20-tp2-dp1]",),
+        "all_gather(mine, tp) if tp.size > 1 else mine",
+        "mine",
+        (_LOSS + "[4-1.0-20-tp2-dp1]",),
     ),
     Mistake(
         "no maximum is subtracted from the logits, and exp(1e4) overflows",
         "parallel/loss.py",
-        "maximum = z.amax(dim=-1)",
-        "maximum = torch.zeros_like(z[..., 0])",
-        (_LOSS + "[10000.0-20-tp2-dp1]",),
+        "z.logsumexp(dim=1), target_logit",
+        "z.exp().sum(dim=1).log(), target_logit",
+        (_LOSS + "[4-10000.0-20-tp2-dp1]",),
     ),
     Mistake(
         "ranks that do not have the target add the logit of another column",
         "parallel/loss.py",
-        ".squeeze(-1).masked_fill(~is_ours, 0.0)",
-        ".squeeze(-1)",
-        (_LOSS + "[1.0-20-tp2-dp1]",),
+        ".squeeze(1).masked_fill(~target.is_ours, 0.0)",
+        ".squeeze(1)",
+        (_LOSS + "[4-1.0-20-tp2-dp1]",),
     ),
     Mistake(
         "ignored targets have a gradient",
         "parallel/loss.py",
-        "(grad_loss + grad_log_z).masked_fill(ignored, 0.0)",
-        "(grad_loss + grad_log_z)",
-        (_LOSS + "[1.0-20-tp2-dp1]",),
+        ".masked_fill(~target.counts, 0.0)",
+        "",
+        (_LOSS + "[4-1.0-20-tp2-dp1]",),
+    ),
+    Mistake(
+        "a rank keeps what its part of the vocabulary says of x, and nobody sums that",
+        "parallel/loss.py",
+        "else all_reduce(grad, mesh.tp)",
+        "else grad",
+        (_LOSS + "[4-1.0-20-tp2-dp1]",),
     ),
     # The mean over the global batch.
     Mistake(
         "mean of means: each micro-batch is divided by its own number of targets",
         "train.py",
-        "+ z_loss) / num_targets).backward()",
-        "+ z_loss) / micro_batch.num_targets / len(batch.micro_batches) / mesh.dp.size).backward()",
+        "(losses.objective / num_targets).backward()",
+        "(losses.objective / micro_batch.num_targets / len(batch.micro_batches)).backward()",
         (_STEP + "[tp1-dp1]",),
     ),
     Mistake(

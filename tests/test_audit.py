@@ -30,7 +30,7 @@ def flip_a_bit(tensor: torch.Tensor) -> None:
 def update(model: GPT, mesh: Mesh) -> dict[str, torch.Tensor]:
     """One training step; returns weights and moments."""
     optimizer = build_optimizer(model, OptimizerConfig())
-    model(*batch(), STREAM).cross_entropy.backward()
+    model(*batch(), STREAM).objective.backward()
     sum_partial_gradients(model, mesh)
     clip_gradients(model, 1.0, mesh)
     apply_update(optimizer, 1e-3)
@@ -47,7 +47,7 @@ def test_a_right_step_leaves_copies_alike(mesh: Mesh, options: str) -> None:
     assert find_drift(model, tensors, mesh) == []
     for name, tensor in tensors.items():
         assert torch.equal(tensor.to_local(), before[name]), name
-    model(*batch(), STREAM).cross_entropy.backward()  # the model works as before
+    model(*batch(), STREAM).objective.backward()  # the model works as before
 
 
 @distributed(*TP)

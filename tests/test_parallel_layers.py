@@ -6,6 +6,7 @@ belongs; the bias gradient, a partial sum that nobody completes.
 """
 
 import dataclasses
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -26,9 +27,10 @@ from parallel import (
     sequence_shard,
     shard_range,
     sum_over,
-    vocab_parallel_cross_entropy,
     vocab_parallel_logits,
+    vocab_parallel_loss,
 )
+from parallel import loss as loss_module
 from parallel.sharding import tp_shard_dim
 from tests.distributed import ONE_RANK, TENSOR_PARALLEL, Layout, distributed
 from tests.test_parallel_mappings import seeded
@@ -197,27 +199,35 @@ def test_lookup_sums_in_float32() -> None:
 @distributed(*LAYOUTS)
 @pytest.mark.parametrize("vocab_size", [20, 23])
 @pytest.mark.parametrize("scale", [1.0, 1e4])
-def test_loss_equals_dense(mesh: Mesh, vocab_size: int, scale: float) -> None:
-    """Equal to F.cross_entropy and logsumexp, ignored targets, logits of 1e4; float32, so 1e-5."""
-    logits_dense = (scale * seeded(1, S, B, vocab_size)).float().requires_grad_()
+@pytest.mark.parametrize("rows_at_a_time", [4, 1000])
+def test_loss_equals_dense(mesh: Mesh, vocab_size: int, scale: float, rows_at_a_time: int) -> None:
+    """Loss, z-loss, dX and dW; ignored targets, logits of 1e4, in one piece or several."""
+    z_loss_coeff, upstream = 0.1 / scale, 0.3
+    table_dense = seeded(1, vocab_size, H).requires_grad_()
+    x_dense = (scale * seeded(2, S, B, H)).requires_grad_()
     targets = torch.randint(vocab_size, (S, B), generator=torch.Generator().manual_seed(5))
     targets[2:4] = -100
-    logits = shard_of(logits_dense.detach(), 2, mesh).clone().requires_grad_()
-    upstream, upstream_z = seeded(2, S, B).float(), seeded(3, S, B).float()
+    table = shard_of(table_dense.detach(), 0, mesh).clone().requires_grad_()
+    x = sequence_shard(x_dense.detach(), mesh).clone().requires_grad_()
 
-    loss, log_z = vocab_parallel_cross_entropy(logits, targets, vocab_size, mesh)
-    (loss * upstream + log_z * upstream_z).sum().backward()
+    logits = (x_dense @ table_dense.T).flatten(0, 1)
+    expected = F.cross_entropy(logits, targets.flatten(), reduction="sum")
+    expected_z = (logits.logsumexp(-1) * (targets.flatten() >= 0)).square().sum()
+    (upstream * (expected + z_loss_coeff * expected_z)).backward()
+    with patch.dict(loss_module._PIECE_ELEMENTS, cpu=rows_at_a_time * len(table)):
+        losses = vocab_parallel_loss(x, table, targets, vocab_size, mesh, z_loss_coeff)
+        with torch.no_grad():
+            scored = vocab_parallel_loss(x, table, targets, vocab_size, mesh, z_loss_coeff)
+    (upstream * losses.objective).backward()
 
-    expected = F.cross_entropy(
-        logits_dense.flatten(0, 1), targets.flatten(), reduction="none"
-    ).view(S, B)
-    expected_z = logits_dense.logsumexp(-1) * (targets >= 0)
-    (expected * upstream + expected_z * upstream_z).sum().backward()
-    assert_close(loss, expected, rtol=1e-5, atol=1e-5)
-    assert_close(log_z, expected_z, rtol=1e-5, atol=1e-5)
-    assert (loss[2:4] == 0).all()
-    assert_close(logits.grad, shard_of(logits_dense.grad, 2, mesh), rtol=1e-5, atol=1e-6)
-    assert (logits.grad[2:4] == 0).all()
+    close = {"rtol": 1e-10, "atol": 1e-10 * scale}
+    assert_close(losses.cross_entropy, expected, **close)
+    assert_close(losses.log_z_squared, expected_z, **close)
+    assert_close(losses.objective, expected + z_loss_coeff * expected_z, **close)
+    assert all(torch.equal(*pair) for pair in zip(losses, scored, strict=True))
+    assert_close(x.grad, sequence_shard(x_dense.grad, mesh), **close)
+    assert_close(table.grad, shard_of(table_dense.grad, 0, mesh), **close)
+    assert (x_dense.grad[2:4] == 0).all()
 
 
 @distributed(*LAYOUTS)

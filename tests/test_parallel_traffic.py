@@ -123,25 +123,28 @@ def test_recomputed_block_traffic(mesh: Mesh, options: str) -> None:
 @distributed(*TENSOR_PARALLEL)
 @pytest.mark.parametrize("options", ["gpt2", "exact gelu, untied", "llama"])
 def test_model_traffic(mesh: Mesh, options: str) -> None:
-    """Embedding RS / AG, blocks, head AG / RS, and two small float32 AR in the loss; all of it.
+    """Embedding RS / AG, blocks, head AG / RS, and one small float32 AG in the loss; all of it.
 
-    Without sequence parallelism AR / nothing, blocks, nothing / AR. The loss's backward is local.
+    Without sequence parallelism AR / nothing, blocks, nothing / AR. The loss's backward, and so the
+    RS (or AR) of the gradient that the head gives to x, is done in forward.
     """
     model = tiny_model(mesh, dataclasses.replace(TINY, **OPTIONS[options]))
     with record_traffic() as forward:
-        loss = model(*batch(), STREAM).cross_entropy
+        loss = model(*batch(), STREAM).objective
     with record_traffic() as backward:
         loss.backward()
 
-    cross_entropy = [over_tp(mesh, REDUCE, S, B), over_tp(mesh, REDUCE, 2, S, B)]
+    t = mesh.tp.size
+    head = [Collective(GATHER, tuple(range(mesh.tp.size)), torch.float32, t * 2 * S * B * 4)]
     if mesh.sequence_parallel:
         blocks = (GATHER, SCATTER) * 2 * L
-        assert forward == [*activations(mesh, SCATTER, *blocks, GATHER), *cross_entropy]
-        assert backward == activations(mesh, SCATTER, *blocks, GATHER)
+        head = [*activations(mesh, GATHER), *head, *activations(mesh, SCATTER)]
+        assert forward == [*activations(mesh, SCATTER, *blocks), *head]
+        assert backward == activations(mesh, *blocks, GATHER)
     else:
         blocks = (REDUCE,) * 2 * L
-        assert forward == [*activations(mesh, REDUCE, *blocks), *cross_entropy]
-        assert backward == activations(mesh, REDUCE, *blocks)
+        assert forward == [*activations(mesh, REDUCE, *blocks), *head, *activations(mesh, REDUCE)]
+        assert backward == activations(mesh, *blocks)
 
 
 def num_partial(config: ModelConfig, mesh: Mesh) -> int:
@@ -166,7 +169,7 @@ def test_gradient_traffic(mesh: Mesh, options: str) -> None:
     """One AR a step for all partial gradients, one of a single float64 for the norm."""
     config = dataclasses.replace(TINY, **OPTIONS[options])
     model = tiny_model(mesh, config)
-    model(*batch(), STREAM).cross_entropy.backward()
+    model(*batch(), STREAM).objective.backward()
     with record_traffic() as partial:
         sum_partial_gradients(model, mesh)
     with record_traffic() as clipping:
@@ -186,7 +189,7 @@ def test_one_rank_has_no_traffic(mesh: Mesh, options: str) -> None:
     for recompute in ("none", "full"):
         model = tiny_model(mesh, dataclasses.replace(WITH_DROPOUT, **OPTIONS[options]), recompute)
         with record_traffic() as traffic:
-            model(*batch(), STREAM).cross_entropy.backward()
+            model(*batch(), STREAM).objective.backward()
             sum_partial_gradients(model, mesh)
         assert traffic == []
 
@@ -200,7 +203,7 @@ def test_fsdp_traffic(mesh: Mesh) -> None:
     """
     model = tiny_model(mesh)
     with record_traffic() as traffic:
-        model(*batch(), STREAM).cross_entropy.backward()
+        model(*batch(), STREAM).objective.backward()
 
     t = mesh.tp.size
     row = mesh.world.rank // t * t
@@ -208,7 +211,7 @@ def test_fsdp_traffic(mesh: Mesh) -> None:
     over_dp = [collective for collective in traffic if collective.ranks == dp_ranks]
     in_row = [collective for collective in traffic if collective.ranks == tp_ranks]
     assert len(over_dp) + len(in_row) == len(traffic)
-    assert len(in_row) == (0 if t == 1 else 2 * (4 * L + 2) + 2)
+    assert len(in_row) == (0 if t == 1 else 2 * (4 * L + 2) + 1)
 
     f = 4 * H
     matrices, row_biases, norms = 4 * H * H + 2 * H * f, 2 * H, 4 * H
@@ -256,9 +259,9 @@ def test_recording_changes_nothing(mesh: Mesh, recompute: str) -> None:
     """The loss and every gradient are the same to the bit."""
     seen, unseen = (tiny_model(mesh, WITH_DROPOUT, recompute) for _ in range(2))
     with record_traffic():
-        loss = seen(*batch(), STREAM).cross_entropy
+        loss = seen(*batch(), STREAM).objective
         loss.backward()
-    expected = unseen(*batch(), STREAM).cross_entropy
+    expected = unseen(*batch(), STREAM).objective
     expected.backward()
     assert torch.equal(loss, expected)
     for (name, a), b in zip(seen.named_parameters(), unseen.parameters(), strict=True):

@@ -1,0 +1,70 @@
+"""The three collectives on activations, and how to start one and go on.
+
+All act on dim 0, the sequence. They need contiguous tensors and must not write into a tensor that
+autograd has saved, so each makes its own output.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.mesh import Axis
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A tensor that others may still be sending parts of."""
+
+    tensor: Tensor
+    work: dist.Work | None = None  # None: it is here
+
+    def wait(self) -> Tensor:
+        """The tensor, complete."""
+        if self.work is not None:
+            self.work.wait()
+        return self.tensor
+
+
+def start_all_gather(x: Tensor, axis: Axis) -> Pending:
+    """All positions from every rank's shard, `[s/t, ...]` to `[s, ...]`; x must not change."""
+    gathered = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
+    work = dist.all_gather_single(gathered, x.contiguous(), group=axis.group, async_op=True)
+    return Pending(gathered, work)
+
+
+def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
+    """The sum over ranks of this rank's positions, `[s, ...]` to `[s/t, ...]`."""
+    assert x.shape[0] % axis.size == 0, f"{x.shape[0]} positions over tp={axis.size}"
+    scattered = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
+    work = dist.reduce_scatter_single(scattered, x.contiguous(), group=axis.group, async_op=True)
+    return Pending(scattered, work)
+
+
+def start_all_reduce(x: Tensor, axis: Axis) -> Pending:
+    """The sum over ranks of all positions, `[s, ...]`."""
+    reduced = x.clone(memory_format=torch.contiguous_format)
+    return Pending(reduced, dist.all_reduce(reduced, group=axis.group, async_op=True))
+
+
+def all_gather(x: Tensor, axis: Axis) -> Tensor:
+    """All positions from every rank's shard, `[s/t, ...]` to `[s, ...]`."""
+    return start_all_gather(x, axis).wait()
+
+
+def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
+    """The sum over ranks of this rank's positions, `[s, ...]` to `[s/t, ...]`."""
+    return start_reduce_scatter(x, axis).wait()
+
+
+def all_reduce(x: Tensor, axis: Axis) -> Tensor:
+    """The sum over ranks of all positions, `[s, ...]`."""
+    return start_all_reduce(x, axis).wait()
+
+
+def own_positions(x: Tensor, axis: Axis) -> Tensor:
+    """This rank's positions, `[s, ...]` to `[s/t, ...]`."""
+    assert x.shape[0] % axis.size == 0, f"{x.shape[0]} positions over tp={axis.size}"
+    # A copy, or the whole of x would stay in memory for the sake of a part.
+    return x.chunk(axis.size)[axis.rank].clone(memory_format=torch.contiguous_format)
