@@ -26,6 +26,7 @@ logger = logging.getLogger("microtron")
 _MAY_CHANGE = ("parallel.", "run.", "logging.", "evaluate.", "checkpoint.", "optimizer.", "debug.")
 _MAY_CHANGE_KEYS = (
     "train.micro_batch_size",
+    "train.compile",
     "train.train_steps",
     "train.precision",
     "train.max_skipped_in_a_row",

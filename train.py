@@ -167,7 +167,12 @@ def main(config: Config) -> int:
     signals = StopSignals()
     if config.debug.deterministic:
         use_deterministic_kernels()
-    mesh = init_mesh(config.parallel.tensor_model_parallel_size, config.parallel.sequence_parallel)
+    mesh = init_mesh(
+        config.parallel.tensor_model_parallel_size,
+        config.parallel.sequence_parallel,
+        config.parallel.tp_comm_overlap,
+        config.train.compile,
+    )
     set_up_logging(mesh)
     try:
         with RunFolder(config, mesh) as folder:

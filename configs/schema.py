@@ -71,13 +71,21 @@ class ModelConfig:
         return 4 * self.hidden_size
 
 
+Recompute = Literal["none", "selective", "full"]
+
+
 @dataclass(frozen=True)
 class ParallelConfig:
     """How one model and one batch are spread over the ranks; data parallel size is what remains."""
 
     tensor_model_parallel_size: int = 1
     sequence_parallel: bool = True  # split norms and dropout over the sequence; no effect at size 1
-    recompute_granularity: Literal["none", "full"] = "none"  # full: keep only the inputs of layers
+    # When a tp rank sends under a product of a linear layer: where backward allows it, or of both
+    # directions in pieces (for slow wires); none: never, and it keeps gathered inputs.
+    tp_comm_overlap: Literal["none", "backward", "both"] = "backward"
+    # What backward makes again: selective, the outputs of norms and activations (nearly free);
+    # full, all but the inputs of layers (a third more products).
+    recompute_granularity: Recompute = "none"
     # When gradients are reduced over dp: once a step (least traffic), or after every micro-batch
     # (least memory: no unsharded float32 gradients are kept).
     gradient_sync: Literal["step", "micro_batch"] = "step"
@@ -120,6 +128,9 @@ class TrainConfig:
     # A loss so many nats above the median of the last 32 counts as not finite; null: none does.
     loss_spike_nats: float | None = None
     precision: Literal["bf16", "fp32"] = "bf16"  # bf16: bfloat16 compute, float32 master weights
+    # Make one kernel each of dropout with residual, gated activations, RMSNorm and rotation, with
+    # torch.compile: takes up to a minute at the first start on a machine, seconds later on.
+    compile: bool = True
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ class Tracer:
 
 def make_block(mesh: Mesh) -> Block:
     """A block with its weights."""
-    block = Block(CONFIG, 0, mesh, recompute=False)
+    block = Block(CONFIG, 0, mesh, recompute="none")
     block.to_empty(device=mesh.device)
     initialise_parameters(block, SEED, mesh)
     return block

@@ -54,11 +54,9 @@ class SelfAttention(nn.Module):
             q, k = rotate(q, context.rotation), rotate(k, context.rotation)
         y = attend(q, k, v, context.mask, self.drop(context.stream))  # [s, b, a/t, d]
         joined = y.flatten(2)  # [s, b, h/t], a copy if the kernel had another layout
-        if joined.data_ptr() == y.data_ptr():
+        kept, is_copy = y.detach(), joined.data_ptr() != y.data_ptr()
+        with made_again(joined, lambda: kept.flatten(2), when=is_copy):
             return self.proj(joined)  # [s/t, b, h]
-        kept = y.detach()
-        with made_again(joined, lambda: kept.flatten(2)):
-            return self.proj(joined)
 
     def drop(self, stream: DropoutStream | None) -> float:
         """The dropout rate, having seeded the generator that SDPA will draw from.

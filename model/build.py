@@ -14,8 +14,7 @@ def build_model(config: Config, mesh: Mesh) -> GPT:
 
     No rank ever holds more than its shard of the model and one full tensor of the initialisation.
     """
-    recompute = config.parallel.recompute_granularity == "full"
-    model = GPT(config.model, config.data.vocab_size, mesh, recompute)
+    model = GPT(config.model, config.data.vocab_size, mesh, config.parallel.recompute_granularity)
     compute_dtype = COMPUTE_DTYPE[config.train.precision]
     shard_over_data_parallel(model, model.blocks, mesh, compute_dtype)
     model.to_empty(device=mesh.device)

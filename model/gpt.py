@@ -7,11 +7,13 @@ value, `d = h/a` head dimension, `f` feed-forward size, `v` vocabulary, `t` tens
 `[s/t, ...]` is with sequence parallelism; without it, `[s, ...]`.
 """
 
+from contextlib import AbstractContextManager
+
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from configs.schema import ModelConfig
+from configs.schema import ModelConfig, Recompute
 from model.attention import SelfAttention
 from model.context import Context, make_context
 from model.initialisation import matrix_init
@@ -26,6 +28,7 @@ from parallel import (
     dropout_add,
     gather_vocabulary,
     lookup,
+    made_again,
     sequence_shard,
     vocab_parallel_logits,
     vocab_parallel_loss,
@@ -38,17 +41,17 @@ AFTER_EMBEDDING, AFTER_ATTENTION, AFTER_MLP = range(3)
 class Block(nn.Module):
     """x + dropout(attention(norm(x))), then the same with the MLP; `[s/t, b, h]` in and out."""
 
-    def __init__(self, config: ModelConfig, layer: int, mesh: Mesh, recompute: bool) -> None:
+    def __init__(self, config: ModelConfig, layer: int, mesh: Mesh, recompute: Recompute) -> None:
         super().__init__()
         self.mesh, self.layer, self.recompute = mesh, layer, recompute
         self.hidden_dropout = config.hidden_dropout
         self.attention_norm = make_norm(config, mesh)
         self.attention = SelfAttention(config, layer, mesh)
         self.mlp_norm = make_norm(config, mesh)
-        self.mlp = MLP(config, mesh)
+        self.mlp = MLP(config, mesh, recompute)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        if self.recompute:
+        if self.recompute == "full":
             # Only x is kept. Masks are functions of their names, so there is no state to restore.
             return checkpoint(
                 self.residuals, x, context, use_reentrant=False, preserve_rng_state=False
@@ -57,9 +60,19 @@ class Block(nn.Module):
 
     def residuals(self, x: Tensor, context: Context) -> Tensor:
         """The two residual equations of the block."""
-        y = self.attention(self.attention_norm(x), context)
+        y = self.attention_norm(x)
+        with self.made_again(y, self.attention_norm, x):
+            y = self.attention(y, context)
         x = self.dropout_add(y, x, context.stream, AFTER_ATTENTION)
-        return self.dropout_add(self.mlp(self.mlp_norm(x)), x, context.stream, AFTER_MLP)
+        y = self.mlp_norm(x)
+        with self.made_again(y, self.mlp_norm, x):
+            y = self.mlp(y)
+        return self.dropout_add(y, x, context.stream, AFTER_MLP)
+
+    def made_again(self, y: Tensor, norm: nn.Module, x: Tensor) -> AbstractContextManager[None]:
+        """Inside, `y = norm(x)` is not kept for backward if recomputation is selective."""
+        kept = x.detach()
+        return made_again(y, lambda: norm(kept), when=self.recompute == "selective")
 
     def dropout_add(self, y: Tensor, x: Tensor, stream: DropoutStream | None, site: int) -> Tensor:
         """`x + dropout(y)`."""
@@ -76,7 +89,7 @@ class GPT(nn.Module):
     lm_head: DTensor  # [v, h], where it is not tied
 
     def __init__(
-        self, config: ModelConfig, vocab_size: int, mesh: Mesh, recompute: bool = False
+        self, config: ModelConfig, vocab_size: int, mesh: Mesh, recompute: Recompute = "none"
     ) -> None:
         super().__init__()
         self.config, self.vocab_size, self.mesh = config, vocab_size, mesh

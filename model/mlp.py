@@ -5,9 +5,9 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from configs.schema import ModelConfig
+from configs.schema import ModelConfig, Recompute
 from model.initialisation import matrix_init, residual_init
-from parallel import ColumnParallelLinear, Mesh, RowParallelLinear
+from parallel import ColumnParallelLinear, Mesh, RowParallelLinear, made_again
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -38,8 +38,9 @@ class MLP(nn.Module):
     `[s/t, b, h]` in and out. up and gate are weights of their own that read one gathered input.
     """
 
-    def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
+    def __init__(self, config: ModelConfig, mesh: Mesh, recompute: Recompute) -> None:
         super().__init__()
+        self.recompute = recompute
         self.activation = _ACTIVATIONS[config.activation]
         h, f, has_bias = config.hidden_size, config.ffn_size, config.add_bias_linear
         names = ("up", "gate") if config.activation == "swiglu" else ("up",)
@@ -49,5 +50,8 @@ class MLP(nn.Module):
         self.down = RowParallelLinear(f, h, mesh, residual_init(config), has_bias=has_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.activation(*self.expand(x))  # [s, b, f/t]
-        return self.down(x)  # [s/t, b, h]
+        expanded = self.expand(x)  # one or two of [s, b, f/t]
+        y = self.activation(*expanded)  # [s, b, f/t]
+        kept = [tensor.detach() for tensor in expanded]
+        with made_again(y, lambda: self.activation(*kept), when=self.recompute == "selective"):
+            return self.down(y)  # [s/t, b, h]

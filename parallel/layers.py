@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from parallel.mappings import enter_tensor_parallel_region, exit_tensor_parallel_region
 from parallel.mesh import Mesh
+from parallel.overlap import WeightAndBias, column_parallel_linear, row_parallel_linear
 from parallel.parameters import Constant, Normal, declare_parameter
 from parallel.products import linear
 from parallel.sharding import shard_range
@@ -58,12 +59,16 @@ class _ColumnWeight(nn.Module):
             self.bias = None
 
     def forward(self, x: Tensor) -> Tensor:
+        return linear(x, *self.local())
+
+    def local(self) -> WeightAndBias:
+        """What this rank multiplies by, `[out/t, in]`, and adds."""
         weight = self.weight.to_local()
         bias = None if self.bias is None else self.bias.to_local()
         if self.block is not None:
             weight = weight.narrow(0, *self.block)
             bias = None if bias is None else bias.narrow(0, *self.block)
-        return linear(x, weight, bias)
+        return weight, bias
 
 
 class ColumnParallelLinear(nn.Module):
@@ -100,6 +105,9 @@ class ColumnParallelLinear(nn.Module):
             self.add_module(name, weight)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        if self.mesh.overlap != "none":
+            weights = [weight.local() for weight in self.children()]  # type: ignore[operator]
+            return column_parallel_linear(x, weights, self.mesh)
         x = enter_tensor_parallel_region(x, self.mesh)  # [s, b, in]
         return tuple(weight(x) for weight in self.children())  # each [s, b, out/t]
 
@@ -137,8 +145,11 @@ class RowParallelLinear(nn.Module):
             self.bias = None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = linear(x, self.weight.to_local())  # [s, b, out], a partial sum
-        y = exit_tensor_parallel_region(y, self.mesh)  # [s/t, b, out]
+        if self.mesh.overlap != "none":
+            y = row_parallel_linear(x, self.weight.to_local(), self.mesh)
+        else:
+            y = linear(x, self.weight.to_local())  # [s, b, out], a partial sum
+            y = exit_tensor_parallel_region(y, self.mesh)  # [s/t, b, out]
         return y if self.bias is None else y + self.bias.to_local()
 
 

@@ -9,6 +9,7 @@ import logging
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -16,10 +17,16 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
+from parallel.fusion import why_not_compile
+
 logger = logging.getLogger("microtron")
 
 # Of the group of all ranks: time for a slow one to load. The axes have the backend's default.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+# Under which products of a parallel linear layer it sends: [Note: what hides under what].
+Overlap = Literal["none", "backward", "both"]
 
 
 @dataclass(frozen=True)
@@ -43,9 +50,16 @@ class Mesh:
     local_rank: int
     # True only where there is a sequence to split, so that layers need not ask for the size too.
     sequence_parallel: bool
+    overlap: Overlap = "none"
+    compiles: bool = False  # functions of single elements become one kernel each, see fusion.py
 
 
-def init_mesh(tensor_model_parallel_size: int, sequence_parallel: bool) -> Mesh:
+def init_mesh(
+    tensor_model_parallel_size: int,
+    sequence_parallel: bool,
+    overlap: Overlap = "none",
+    compiles: bool = False,
+) -> Mesh:
     """Join the process group that torchrun describes (or a group of one) and lay the grid over it.
 
     NCCL and a GPU for each rank of the host if it has as many, else gloo on its processors. Each
@@ -78,7 +92,13 @@ def init_mesh(tensor_model_parallel_size: int, sequence_parallel: bool) -> Mesh:
     else:
         alone = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=alone, rank=0, world_size=1)
-    return lay_mesh(tensor_model_parallel_size, sequence_parallel, device, local_rank)
+    if compiles and (missing := why_not_compile(device)):
+        compiles = False
+        if int(os.environ.get("RANK", "0")) == 0:
+            logger.warning("train.compile has no effect here: %s", missing)
+    return lay_mesh(
+        tensor_model_parallel_size, sequence_parallel, device, local_rank, overlap, compiles
+    )
 
 
 def _under_torchrun() -> bool:
@@ -103,7 +123,12 @@ def connect_store(purpose: str) -> Store | None:
 
 
 def lay_mesh(
-    tensor_model_parallel_size: int, sequence_parallel: bool, device: torch.device, local_rank: int
+    tensor_model_parallel_size: int,
+    sequence_parallel: bool,
+    device: torch.device,
+    local_rank: int,
+    overlap: Overlap = "none",
+    compiles: bool = False,
 ) -> Mesh:
     """Lay the ("dp", "tp") grid over the process group that exists.
 
@@ -131,6 +156,8 @@ def lay_mesh(
         world=world,
         local_rank=local_rank,
         sequence_parallel=sequence_parallel and tp_size > 1,
+        overlap=overlap,
+        compiles=compiles,
     )
 
 

@@ -15,6 +15,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from parallel.fusion import fused
 from parallel.mesh import Mesh
 
 # The multipliers of Wellons' hash-prospector search (lowbias32): two rounds of xorshift and
@@ -77,6 +78,18 @@ def keep_mask(shape: torch.Size, first_position: int, rate: float, keys: Tensor)
     return x >= int(rate * 2**32) - 2**31
 
 
+def _drop(x: Tensor, keys: Tensor, first_position: int, rate: float) -> Tensor:
+    """m x / (1 - p)."""
+    return (x * (1.0 / (1.0 - rate))).mul_(keep_mask(x.shape, first_position, rate, keys))
+
+
+def _drop_and_add(
+    x: Tensor, residual: Tensor, keys: Tensor, first_position: int, rate: float
+) -> Tensor:
+    """r + m x / (1 - p)."""
+    return _drop(x, keys, first_position, rate).add_(residual)
+
+
 class _DropoutAdd(torch.autograd.Function):
     """y = r + m x / (1 - p).     dr = dy.     dx = m dy / (1 - p).
 
@@ -85,18 +98,24 @@ class _DropoutAdd(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, keys: Tensor, first_position: int, rate: float
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        keys: Tensor,
+        first_position: int,
+        rate: float,
+        compiles: bool,
     ) -> Tensor:
-        ctx.mask = (x.shape, first_position, rate, keys)
-        y = (x * (1.0 / (1.0 - rate))).mul_(keep_mask(*ctx.mask))
+        ctx.mask, ctx.compiles = (keys, first_position, rate), compiles
         ctx.has_residual = residual is not None
-        return y if residual is None else y.add_(residual)
+        if residual is None:
+            return fused(_drop, compiles)(x, *ctx.mask)
+        return fused(_drop_and_add, compiles)(x, residual, *ctx.mask)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        rate = ctx.mask[2]
-        grad_x = (grad_y * (1.0 / (1.0 - rate))).mul_(keep_mask(*ctx.mask))
-        return grad_x, grad_y if ctx.has_residual else None, None, None, None
+        grad_x = fused(_drop, ctx.compiles)(grad_y, *ctx.mask)
+        return grad_x, grad_y if ctx.has_residual else None, None, None, None, None
 
 
 def dropout_add(
@@ -116,4 +135,4 @@ def dropout_add(
         return x if residual is None else x + residual
     first_position = mesh.tp.rank * x.shape[0] if mesh.sequence_parallel else 0
     keys = stream.keys(layer, site, x.device)
-    return _DropoutAdd.apply(x, residual, keys, first_position, rate)
+    return _DropoutAdd.apply(x, residual, keys, first_position, rate, mesh.compiles)

@@ -14,12 +14,15 @@ from torch import Tensor
 
 
 @contextmanager
-def made_again(output: Tensor, recipe: Callable[[], Tensor]) -> Iterator[None]:
-    """Operations inside that keep `output` for backward keep `recipe` in its place.
+def made_again(output: Tensor, recipe: Callable[[], Tensor], when: bool = True) -> Iterator[None]:
+    """Operations inside that keep `output` for backward keep `recipe` in its place, if `when`.
 
     `recipe` must give the same values again, from tensors that it holds; it runs in backward,
     without autograd, once for each operation that kept `output`.
     """
+    if not when:
+        yield
+        return
 
     def pack(tensor: Tensor) -> Tensor | None:
         is_output = tensor.data_ptr() == output.data_ptr() and tensor.shape == output.shape

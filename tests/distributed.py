@@ -29,7 +29,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel.mesh import Mesh, lay_mesh
+from parallel.mesh import Mesh, Overlap, lay_mesh
 
 TIME_LIMIT_S = 60.0
 # Safe in any process. mutations.py, whose process has done nothing but imports, sets "fork".
@@ -43,14 +43,24 @@ class Layout:
     tp: int = 1
     dp: int = 1
     sp: bool = True
+    overlap: Overlap = "none"
 
     def __str__(self) -> str:
         sp = "+sp" if self.sp and self.tp > 1 else ""
-        return f"tp{self.tp}{sp}-dp{self.dp}"
+        overlap = f"-overlap {self.overlap}" if self.overlap != "none" else ""
+        return f"tp{self.tp}{sp}-dp{self.dp}{overlap}"
 
 
 ONE_RANK = Layout()
 TENSOR_PARALLEL = (Layout(tp=2), Layout(tp=2, sp=False), Layout(tp=4), Layout(tp=4, sp=False))
+OVERLAPPED = (
+    Layout(overlap="backward"),
+    Layout(tp=2, overlap="backward"),
+    Layout(tp=2, sp=False, overlap="backward"),
+    Layout(tp=4, overlap="backward"),
+    Layout(tp=2, overlap="both"),
+    Layout(tp=4, overlap="both"),
+)
 EVERY_LAYOUT = (ONE_RANK, *TENSOR_PARALLEL, Layout(dp=2), Layout(tp=2, dp=2))
 
 
@@ -176,7 +186,9 @@ def _work(rank: int, world_size: int, directory: str, pipe: Connection) -> None:
             return
         try:
             if layout not in meshes:
-                meshes[layout] = lay_mesh(layout.tp, layout.sp, torch.device("cpu"), rank)
+                meshes[layout] = lay_mesh(
+                    layout.tp, layout.sp, torch.device("cpu"), rank, layout.overlap
+                )
             function = getattr(importlib.import_module(module), name)
             # The name of a decorated test is that of its wrapper.
             getattr(function, "body", function)(meshes[layout], **parameters)

@@ -21,7 +21,7 @@ from parallel import (
     tp_shard_dim,
 )
 from parallel.randomness import keep_mask
-from tests.distributed import EVERY_LAYOUT, ONE_RANK, Layout, distributed
+from tests.distributed import EVERY_LAYOUT, ONE_RANK, OVERLAPPED, Layout, distributed
 from tests.reference import reference_logits, reference_losses
 
 TINY = ModelConfig(
@@ -110,7 +110,7 @@ def dropout_mask(
     return keep.transpose(0, 1).double() / 0.9
 
 
-@distributed(*EVERY_LAYOUT)
+@distributed(*EVERY_LAYOUT, *OVERLAPPED)
 @pytest.mark.parametrize("several_documents", [False, True])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_loss_and_gradients_equal_the_reference(
@@ -148,10 +148,13 @@ def test_loss_and_gradients_equal_the_reference(
         assert_close(clipped, 0.5 * dense[name].grad, rtol=0, atol=2e-5 * scale, msg=name)
 
 
-@distributed(ONE_RANK, Layout(tp=2), Layout(tp=2, dp=2))
-def test_recompute_changes_nothing(mesh: Mesh) -> None:
-    """Full recomputation gives every gradient bit for bit, masks included."""
-    plain, recomputed = tiny_model(mesh), tiny_model(mesh, recompute="full")
+@distributed(ONE_RANK, Layout(tp=2), Layout(tp=2, dp=2), *OVERLAPPED)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recompute_changes_nothing(mesh: Mesh, options: str, recompute: str) -> None:
+    """Recomputation gives every gradient bit for bit, masks included."""
+    config = dataclasses.replace(TINY, **OPTIONS[options])
+    plain, recomputed = tiny_model(mesh, config), tiny_model(mesh, config, recompute=recompute)
     for model in (plain, recomputed):
         model(*batch(), STREAM).objective.backward()
     for (name, a), b in zip(plain.named_parameters(), recomputed.parameters(), strict=True):

@@ -32,11 +32,12 @@ from parallel import (
 )
 from parallel import loss as loss_module
 from parallel.sharding import tp_shard_dim
-from tests.distributed import ONE_RANK, TENSOR_PARALLEL, Layout, distributed
+from tests.distributed import ONE_RANK, OVERLAPPED, TENSOR_PARALLEL, Layout, distributed
 from tests.test_parallel_mappings import seeded
 
 LAYOUTS = (ONE_RANK, *TENSOR_PARALLEL)
-S, B, H = 8, 2, 12
+LINEAR_LAYOUTS = (*LAYOUTS, *OVERLAPPED)
+S, B, H = 16, 2, 12
 
 
 def fill(layer: nn.Module, mesh: Mesh) -> dict[str, Tensor]:
@@ -70,7 +71,7 @@ def assert_gradients(layer: nn.Module, dense: dict[str, Tensor], mesh: Mesh) -> 
         assert_close(gradient, expected, rtol=1e-12, atol=1e-12, msg=name)
 
 
-@distributed(*LAYOUTS)
+@distributed(*LINEAR_LAYOUTS)
 def test_column_equals_dense(mesh: Mesh) -> None:
     """Two weights that share a gather give their own outputs and a summed input gradient."""
     layer = ColumnParallelLinear(H, {"a": 8, "b": 20}, mesh, Normal(1.0))
@@ -92,7 +93,7 @@ def test_column_equals_dense(mesh: Mesh) -> None:
     assert_gradients(layer, dense, mesh)
 
 
-@distributed(*LAYOUTS)
+@distributed(*LINEAR_LAYOUTS)
 @pytest.mark.parametrize("num_blocks", [1, 2])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_shared_blocks_equal_dense(mesh: Mesh, num_blocks: int, has_bias: bool) -> None:
@@ -124,7 +125,7 @@ def test_shared_blocks_equal_dense(mesh: Mesh, num_blocks: int, has_bias: bool) 
     assert_gradients(layer, dense, mesh)
 
 
-@distributed(*LAYOUTS)
+@distributed(*LINEAR_LAYOUTS)
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_row_equals_dense(mesh: Mesh, has_bias: bool) -> None:
     """Splitting A by columns changes neither Y nor any gradient, the bias's included."""
@@ -144,7 +145,7 @@ def test_row_equals_dense(mesh: Mesh, has_bias: bool) -> None:
     assert_gradients(layer, dense, mesh)
 
 
-@distributed(*LAYOUTS)
+@distributed(*LINEAR_LAYOUTS)
 def test_column_then_row_equals_dense(mesh: Mesh) -> None:
     """The pair is an MLP: nothing between the two layers crosses the wire."""
     column = ColumnParallelLinear(H, {"up": 16}, mesh, Normal(1.0))

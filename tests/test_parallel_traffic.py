@@ -13,7 +13,7 @@ import torch
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from configs.schema import ModelConfig
+from configs.schema import ModelConfig, Recompute
 from model.context import make_context
 from model.gpt import Block
 from parallel import (
@@ -26,7 +26,7 @@ from parallel import (
     record_traffic,
     sum_partial_gradients,
 )
-from tests.distributed import ONE_RANK, TENSOR_PARALLEL, Layout, distributed
+from tests.distributed import ONE_RANK, OVERLAPPED, TENSOR_PARALLEL, Layout, distributed
 from tests.test_model_gpt import OPTIONS, STREAM, TINY, VOCAB, batch, tiny_model
 from tests.test_parallel_mappings import seeded
 
@@ -50,17 +50,18 @@ def block_traffic(
     mesh: Mesh,
     config: ModelConfig,
     *,
-    recompute: bool = False,
+    recompute: Recompute = "none",
     dtype: torch.dtype = torch.float32,
+    s: int = S,
 ) -> tuple[list[Collective], list[Collective]]:
     """The collectives of one block, in forward and in backward."""
     block = Block(config, 0, mesh, recompute)
     block.to_empty(device="cpu")
     initialise_parameters(block, 1, mesh)
     block.to(dtype)
-    positions = torch.arange(S).unsqueeze(1).expand(S, B)
+    positions = torch.arange(s).unsqueeze(1).expand(s, B)
     context = make_context(config, positions, None, STREAM, dtype)
-    local_s = S // mesh.tp.size if mesh.sequence_parallel else S
+    local_s = s // mesh.tp.size if mesh.sequence_parallel else s
     x = seeded(1, local_s, B, H).to(dtype).requires_grad_()
     with record_traffic() as forward:
         y = block(x, context)
@@ -94,6 +95,29 @@ def test_block_traffic(mesh: Mesh, options: str, dtype: torch.dtype) -> None:
     assert total_sent(forward) == total_sent(backward) == 4 * (t - 1) * full_bytes / t
 
 
+@distributed(*(layout for layout in OVERLAPPED if layout.tp > 1))
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+@every_option
+def test_overlapped_block_traffic(mesh: Mesh, options: str, recompute: Recompute) -> None:
+    """The paper's count: 2 AG + 2 RS forward, 4 AG + 2 RS backward, as the shard is what is kept.
+
+    In pieces there are four times as many, a quarter as large. Without sequence parallelism there
+    is nothing to gather again: 2 AR and 2 AR. Selective recomputation sends nothing.
+    """
+    config = dataclasses.replace(WITH_DROPOUT, **OPTIONS[options])
+    forward, backward = block_traffic(mesh, config, recompute=recompute, s=16)
+
+    t, full_bytes = mesh.tp.size, 16 * B * H * 4
+    assert total_sent(forward) == 4 * (t - 1) * full_bytes / t
+    if not mesh.sequence_parallel:
+        assert [collective.kind for collective in forward + backward] == [REDUCE] * 4
+        return
+    assert total_sent(backward) == 6 * (t - 1) * full_bytes / t
+    pieces = 4 if mesh.overlap == "both" else 1
+    assert [c.kind for c in forward] == ([GATHER] * pieces + [SCATTER] * pieces) * 2
+    assert [c.kind for c in backward] == ([GATHER] * pieces + [GATHER, SCATTER]) * 2
+
+
 @distributed(*TENSOR_PARALLEL)
 @every_option
 def test_recomputed_block_traffic(mesh: Mesh, options: str) -> None:
@@ -106,9 +130,9 @@ def test_recomputed_block_traffic(mesh: Mesh, options: str) -> None:
     """
     config = dataclasses.replace(WITH_DROPOUT, **OPTIONS[options])
     plain_forward, plain_backward = block_traffic(mesh, config)
-    forward, backward = block_traffic(mesh, config, recompute=True)
+    forward, backward = block_traffic(mesh, config, recompute="full")
     with set_checkpoint_early_stop(False):
-        _, whole_backward = block_traffic(mesh, config, recompute=True)
+        _, whole_backward = block_traffic(mesh, config, recompute="full")
 
     assert forward == plain_forward
     # The exit of the MLP is undone before anything is recomputed; without sequence parallelism
@@ -186,7 +210,7 @@ def test_gradient_traffic(mesh: Mesh, options: str) -> None:
 @every_option
 def test_one_rank_has_no_traffic(mesh: Mesh, options: str) -> None:
     """A mesh of one is silent: forward, backward, gradients; recomputed or not."""
-    for recompute in ("none", "full"):
+    for recompute in ("none", "selective", "full"):
         model = tiny_model(mesh, dataclasses.replace(WITH_DROPOUT, **OPTIONS[options]), recompute)
         with record_traffic() as traffic:
             model(*batch(), STREAM).objective.backward()
@@ -254,7 +278,7 @@ def test_agreement_and_dtensors_are_counted(mesh: Mesh) -> None:
 
 
 @distributed(ONE_RANK, Layout(tp=2), Layout(tp=2, sp=False), Layout(tp=2, dp=2))
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_recording_changes_nothing(mesh: Mesh, recompute: str) -> None:
     """The loss and every gradient are the same to the bit."""
     seen, unseen = (tiny_model(mesh, WITH_DROPOUT, recompute) for _ in range(2))

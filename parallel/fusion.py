@@ -1,0 +1,41 @@
+"""Functions of single elements as one kernel each.
+
+Run by torch as they are written, such functions read and write memory once for each operation.
+torch.compile makes one loop of them, on a processor with the machine's C++ compiler, on a GPU with
+Triton. They are pure, so that it can; what surrounds them (products, attention, what crosses the
+wire) gains nothing by it and is left alone, which is also why this works on every layout.
+"""
+
+import functools
+import importlib.util
+import os
+import shutil
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+Function = Callable[..., torch.Tensor]
+
+
+def fused(function: Function, compiles: bool) -> Function:
+    """The function; as one kernel if it is to be compiled, made at its first call."""
+    return _compiled(function) if compiles else function
+
+
+@functools.cache
+def _compiled(function: Function) -> Function:
+    # Of any size: a batch padded to its longest row has another length each time.
+    return torch.compile(function, dynamic=True, fullgraph=True)
+
+
+def why_not_compile(device: torch.device) -> str | None:
+    """What is missing on this machine for kernels to be compiled; None: nothing."""
+    if device.type == "cuda":
+        return None if importlib.util.find_spec("triton") else "there is no triton package"
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        return f"there is no C++ compiler ({compiler}; the environment variable CXX names another)"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return None if header.exists() else f"there is no {header} (package python3-dev)"
