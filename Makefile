@@ -12,7 +12,7 @@ WANTED = import tomllib; \
   print(*project['dependencies'], *sum(project['optional-dependencies'].values(), []), sep='\n')
 IS_NEW_ENOUGH = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help setup train trace format lint types lines test drills test-gpu test-smollm2 parity mutations check clean
+.PHONY: help setup train trace format lint types lines test drills test-gpu test-smollm2 parity mutations bench bench-setup check clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,7 +49,7 @@ lint: setup  ## check format and style
 	$(BIN)/ruff format --check .
 
 types: setup  ## check types
-	$(BIN)/mypy $(PACKAGES) docs $(PROGRAMS)
+	$(BIN)/mypy $(PACKAGES) bench docs $(PROGRAMS)
 
 lines: setup  ## check the lines of each file against its budget
 	$(BIN)/python tests/lines.py
@@ -72,6 +72,12 @@ parity: setup  ## compare every layout with Hugging Face and with one process; w
 
 mutations: setup  ## plant each classic mistake and see a test fail; ARGS="part of a name" for one
 	$(BIN)/python -m tests.mutations $(ARGS)
+
+bench: setup  ## time ours beside other trainers; writes docs/benchmarks.md; ARGS="--only tp1 bf16", --scaling
+	$(BIN)/python -m bench.run $(ARGS)
+
+bench-setup: setup  ## make the environments of the other trainers for make bench, about 5 GB
+	$(BIN)/python -m bench.setup
 
 check: lint types lines test  ## everything; do this before a commit
 

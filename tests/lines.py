@@ -29,6 +29,7 @@ def source_files() -> list[Path]:
     files = [
         *ROOT.glob("*.py"),
         *(ROOT / "docs").glob("*.py"),
+        *(ROOT / "bench").rglob("*.py"),
         *(file for name in PACKAGES for file in (ROOT / name).rglob("*.py")),
     ]
     return sorted(file.relative_to(ROOT) for file in files)

@@ -1,0 +1,85 @@
+"""What a step of ours costs beside training: making its batch, and logging it.
+
+Batches are made by a thread ahead of time, so a step seldom waits for one; what it takes to make
+one is counted in full. Logging is what train.py does with a step: the row of metrics.jsonl and the
+line on the console, and wandb's offline file.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+import torch
+
+from bench.ours import random_corpus, settings
+from bench.timing import report
+from bench.workload import parse
+from configs import Config, parse_config
+from metrics import RunLog, set_up_logging
+from model import GPT
+from optimizer import build_optimizer
+from parallel import Mesh, close_mesh, init_mesh
+from run_folder import RunFolder
+from run_state import Run, RunState, StepResult, training_batches
+
+_STEPS = 50
+_RESULT = StepResult(9.7, 0.0, 1.0, 3e-4, 4096, 1.0, None)  # of any step
+
+
+def measure(config: Config, mesh: Mesh) -> dict[str, float]:
+    """Median seconds of making a batch, and of logging a step."""
+    with RunFolder(config, mesh) as folder:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        model = GPT(config.model, config.data.vocab_size, mesh)  # on the meta device: not used
+        optimizer = build_optimizer(model, config.optimizer)
+        run, state = (
+            Run(config, mesh, folder, random_corpus(config), model, optimizer),
+            RunState(wandb_id="bench"),
+        )
+        with training_batches(run, state) as batches:
+            batch_s = _median_s(lambda: next(batches))
+        with RunLog(run, state) as log:
+
+            def log_step() -> None:
+                nonlocal state
+                state = state.advance(_RESULT, config.train.global_batch_size)
+                log.step(state, _RESULT)
+
+            log_s = _median_s(log_step)
+    return {"batch_s": batch_s, "log_s": log_s}
+
+
+def _median_s(action: Callable[[], object]) -> float:
+    times = []
+    for _ in range(_STEPS):
+        started_at = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - started_at)
+    return statistics.median(times)
+
+
+def main() -> int:
+    """One process; what ranks agree on in a step is timed as part of it."""
+    arguments = parse()
+    with tempfile.TemporaryDirectory() as folder:
+        config = parse_config(
+            [
+                *settings(arguments.workload),
+                f"run.directory={folder}",
+                "logging.wandb=offline",
+                f"train.train_steps={_STEPS}",
+                *arguments.overrides,
+            ]
+        )
+        mesh = init_mesh(1, sequence_parallel=False)
+        set_up_logging(mesh)
+        torch.manual_seed(0)
+        report(dict(measure(config, mesh)))
+        close_mesh()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,34 @@
+"""Makes the environments of the peers, about 1 GB each; `make bench-setup`.
+
+One for each, under $PEERS/v (default ~/.cache/peers/v), because their requirements exclude each
+other. torch is our own version in all, installed first, so that none brings another build of it.
+"""
+
+import subprocess
+import sys
+import tomllib
+
+from bench.sides import ENVIRONMENTS, PEERS
+from configs.usage import SHIPPED
+
+ROOT = SHIPPED[0].parent.parent
+
+
+def main() -> int:
+    """Those that are there already are brought up to date."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    (torch,) = (wanted for wanted in project["dependencies"] if wanted.startswith("torch=="))
+    for name, packages in ENVIRONMENTS.items():
+        folder = PEERS / name
+        sys.stdout.write(f"{folder}: {', '.join(packages)}\n")
+        sys.stdout.flush()
+        if not (folder / "bin" / "python").exists():
+            subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        install = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]
+        subprocess.run([*install, torch], check=True)
+        subprocess.run([*install, torch, *packages], check=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
