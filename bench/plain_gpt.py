@@ -100,7 +100,9 @@ class PlainGPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def make_step(model: nn.Module, shape: Workload, rank: int) -> Callable[[int], float]:
+def make_step(
+    model: nn.Module, shape: Workload, step_batches: Callable[[int], list[Tensor]]
+) -> Callable[[int], float]:
     """The training loop's body: forward, backward, clip, update; returns the mean loss."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
@@ -109,7 +111,7 @@ def make_step(model: nn.Module, shape: Workload, rank: int) -> Callable[[int], f
         {"params": vectors, "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS, fused=True)
-    step_batches, pieces = batches(shape, rank), shape.num_micro_batches
+    pieces = shape.num_micro_batches
 
     def step(number: int) -> float:
         total = 0.0
@@ -157,7 +159,7 @@ def run(arguments: Arguments, rank: int) -> dict[str, Any]:
         "num_parameters": num_parameters,
         "flops_per_token": shape.flops_per_token(),
         "tokens_per_step": shape.tokens_per_step,
-        **time_steps(make_step(model, shape, rank), arguments),
+        **time_steps(make_step(model, shape, batches(shape, rank)), arguments),
     }
 
 

@@ -68,8 +68,9 @@ def make_visit(visit: Visit, steps: list[str], limit_s: float) -> dict[str, Any]
 
 def _why(errors: str, code: int) -> str:
     """The line of stderr that says most, of a launch that has failed."""
-    lines = [line for line in errors.splitlines() if "Error" in line and "ChildFailed" not in line]
-    return (lines or [f"exit code {code}"])[0][:_LINE_OF_FAILURE]
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    told = [line for line in lines if "rror:" in line and "ChildFailed" not in line]
+    return (told[:1] or lines[-1:] or [f"exit code {code}"])[0][:_LINE_OF_FAILURE]
 
 
 def machine() -> dict[str, str]:
