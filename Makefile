@@ -76,7 +76,7 @@ mutations: setup  ## plant each classic mistake and see a test fail; ARGS="part 
 bench: setup  ## time ours beside other trainers; writes docs/benchmarks.md; ARGS="--only tp1 bf16", --scaling
 	$(BIN)/python -m bench.run $(ARGS)
 
-bench-setup: setup  ## make the environments of the other trainers for make bench, about 5 GB
+bench-setup: setup  ## make the environments of the other trainers for make bench, about 6 GB
 	$(BIN)/python -m bench.setup
 
 check: lint types lines test  ## everything; do this before a commit

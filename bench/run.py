@@ -39,7 +39,7 @@ _LINE_OF_FAILURE = 200  # characters
 
 def make_visit(visit: Visit, steps: list[str], limit_s: float) -> dict[str, Any]:
     """Launches a side; returns what it reports, or {"error": why there is nothing}."""
-    if not (ROOT / visit.side.python).exists():
+    if not visit.side.python.exists():
         return {"error": f"no {visit.side.python}; make bench-setup makes it"}
     threads = max(1, len(os.sched_getaffinity(0)) // visit.workload.num_ranks)
     process = subprocess.Popen(
@@ -129,7 +129,7 @@ def main() -> int:
     )
     parser.add_argument("--only", nargs="*", default=[], help="words that a visit must have")
     parser.add_argument("--scaling", action="store_true", help="the scaling set instead")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, help="3 by default; of the scaling set, 1")
     parser.add_argument("--warmup", type=int, default=2, help="steps of a visit before timing")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a visit")
     parser.add_argument("--limit_s", type=float, default=300, help="a visit is given up after it")
@@ -138,6 +138,8 @@ def main() -> int:
     parser.add_argument("--page", type=Path, help="gets the tables; none if --only is given")
     parser.add_argument("--list", action="store_true", help="print the visits of a round")
     arguments = parser.parse_args()
+    if arguments.rounds is None:
+        arguments.rounds = 1 if arguments.scaling else 3
     visits = [
         visit
         for visit in (scaling_visits() if arguments.scaling else all_visits())

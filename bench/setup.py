@@ -1,4 +1,4 @@
-"""Makes the environments of the peers, about 1 GB each; `make bench-setup`.
+"""Makes the environments of the peers, about 6 GB in all; `make bench-setup`.
 
 One for each, under $PEERS/v (default ~/.cache/peers/v), because their requirements exclude each
 other. torch is our own version in all, installed first, so that none brings another build of it.

@@ -6,6 +6,7 @@ after the other, then the next round, so that a machine which slows down does so
 
 import itertools
 import os
+import sys
 import typing
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -40,8 +41,9 @@ class Side:
     @property
     def python(self) -> Path:
         """The interpreter of its environment."""
-        folder = Path(".venv") if self.environment is None else PEERS / self.environment
-        return folder / "bin" / "python"
+        if self.environment is None:
+            return Path(sys.executable)
+        return PEERS / self.environment / "bin" / "python"
 
 
 OURS = Side("ours", "ours", "bench.ours")
