@@ -92,7 +92,9 @@ def speed_table(results: Results) -> Iterator[str]:
         )
         for layout in LAYOUTS:
             yield from _speed_rows(results, Workload(layout, precision))
-        yield ""
+        rates = (results.gemm_flops_per_second(Workload(key, precision)) for key in ("tp1", "tp2"))
+        one, two = (f"{rate / 1e9:.0f}" if rate else "-" for rate in rates)
+        yield from ("", f"Products alone: {one} GFLOP/s on one process, {two} on two.", "")
 
 
 def _speed_rows(results: Results, shape: Workload) -> Iterator[str]:

@@ -216,7 +216,7 @@ def test_the_speed_table(tmp_path: Path) -> None:
         **Visit("gemm", SIDES[0], Workload()).record,
         "side": "gemm",
         "round": 0,
-        "flops_per_second": {"bf16": 81920.0, "fp32": 1.0},
+        "flops_per_second": {"bf16": 81920.0, "fp32": 3e9},
     }
     titan = next(side for side in SIDES if side.key == "titan")
     records = [
@@ -235,6 +235,7 @@ def test_the_speed_table(tmp_path: Path) -> None:
         "| plain PyTorch | TP=1 | 1365 | 1024 to 2048 | 2 of 2 | 3.00 | 17% | 1001 |",
         "| torchtitan 0.3.0 (Llama) | TP=1 | not measured: no titan |  |  |  |  |  |",
     ]
+    assert "Products alone: 3 GFLOP/s on one process, - on two." in lines
     claim = "| TP=1, bf16: ours over the best peer | at least 1.15 | 3 (plain) | passed |"
     assert claim in lines
     assert any(line.startswith("2 cores of P, no AMX, 24 GiB; torch 2.13.0") for line in lines)
