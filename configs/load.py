@@ -5,7 +5,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import cast
 
@@ -27,31 +27,36 @@ _HELP = {"--help", "-h", "help"}
 _RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 
 
-def load_config(arguments: list[str]) -> Config:
+def load_config(arguments: list[str], num_ranks: Callable[[Config], int] | None = None) -> Config:
     """Returns the configuration of a training launch, or ends the process.
 
     `--help` and `config=list` print and exit with 0; anything wrong prints a line and exits with 2.
+    `num_ranks`: see parse_config.
     """
     if text := _information(arguments):
         if is_rank_zero():
             sys.stdout.write(text)
         raise SystemExit(0)
     try:
-        return parse_config(arguments)
+        return parse_config(arguments, num_ranks)
     except ConfigError as error:
         exit_with_error(f"config error: {error}")
 
 
-def parse_config(arguments: list[str]) -> Config:
-    """Returns the configuration, checked against the ranks and files there are, or ConfigError."""
+def parse_config(arguments: list[str], num_ranks: Callable[[Config], int] | None = None) -> Config:
+    """Returns the configuration, checked against the ranks and files there are, or ConfigError.
+
+    With `num_ranks` against so many ranks as it says, and no files: for who asks what would be.
+    """
     name, overrides = _split(arguments)
     path = _find(name)
     from_file = read_yaml(path)
     config = _merge(from_file, overrides)
     try:
         config = _with_run_name(config, path)
-        validate(config, world_size_from_environment())
-        check_inputs(config)
+        validate(config, num_ranks(config) if num_ranks else world_size_from_environment())
+        if num_ranks is None:
+            check_inputs(config)
     except ConfigError as error:
         place = _place(error, from_file, overrides)
         raise ConfigError(f"{place}: {error}" if place else str(error), error.key) from error

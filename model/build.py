@@ -9,14 +9,20 @@ from parallel import Mesh, initialise_parameters, shard_over_data_parallel
 COMPUTE_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+def describe_model(config: Config, mesh: Mesh) -> GPT:
+    """The GPT of a configuration, sharded, on the meta device: it takes no memory."""
+    model = GPT(config.model, config.data.vocab_size, mesh, config.parallel.recompute_granularity)
+    compute_dtype = COMPUTE_DTYPE[config.train.precision]
+    shard_over_data_parallel(model, model.blocks, mesh, compute_dtype)
+    return model
+
+
 def build_model(config: Config, mesh: Mesh) -> GPT:
     """The GPT of a configuration: described without memory, sharded, then given its weights.
 
     No rank ever holds more than its shard of the model and one full tensor of the initialisation.
     """
-    model = GPT(config.model, config.data.vocab_size, mesh, config.parallel.recompute_granularity)
-    compute_dtype = COMPUTE_DTYPE[config.train.precision]
-    shard_over_data_parallel(model, model.blocks, mesh, compute_dtype)
+    model = describe_model(config, mesh)
     model.to_empty(device=mesh.device)
     initialise_parameters(model, config.run.seed, mesh)
     return model

@@ -35,6 +35,7 @@ from parallel.parameters import (
     initialise_parameters,
     parameter_facts,
 )
+from parallel.pretend import pretend_mesh
 from parallel.products import as_operand
 from parallel.randomness import DropoutStream, dropout_add, fold_seed
 from parallel.recompute import made_again
@@ -74,6 +75,7 @@ __all__ = [
     "lookup",
     "made_again",
     "parameter_facts",
+    "pretend_mesh",
     "record_traffic",
     "replicate_sequence",
     "sequence_shard",
