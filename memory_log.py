@@ -8,7 +8,7 @@ looked at, so nothing is really taken. What a kernel takes for itself and gives 
 import itertools
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor, UntypedStorage
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor, _sharding_prop
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 class Piece:
@@ -50,13 +49,11 @@ class MemoryLog(TorchDispatchMode):
         if any(issubclass(of_argument, DTensor) for of_argument in types):
             return NotImplemented  # it becomes operations on plain tensors, which come here again
         self._see_emptied()
-        for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, FakeTensor) and tensor.fake_mode is self.fake:
-                self._see_filled(tensor)
+        for tensor in self._ours((args, list((kwargs or {}).values()))):
+            self._see_filled(tensor)
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, FakeTensor) and tensor.fake_mode is self.fake:
-                self._see(tensor, func is torch.ops.aten.empty.memory_format)
+        for tensor in self._ours(result):
+            self._see(tensor, func is torch.ops.aten.empty.memory_format)
         return result
 
     @property
@@ -80,6 +77,15 @@ class MemoryLog(TorchDispatchMode):
         """The instant at which there was most."""
         totals = [0, *itertools.accumulate(change for _, change in self.changes)]
         return max(range(len(totals)), key=totals.__getitem__)
+
+    def _ours(self, value: Any) -> Iterator[Tensor]:
+        """The pretended tensors of an argument or result that is one, or has lists of them."""
+        if isinstance(value, FakeTensor):
+            if value.fake_mode is self.fake:
+                yield value
+        elif isinstance(value, list | tuple):
+            for part in value:
+                yield from self._ours(part)
 
     def _see(self, tensor: Tensor, made_empty: bool) -> None:
         storage = tensor.untyped_storage()

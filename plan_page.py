@@ -52,10 +52,10 @@ def size(num_bytes: float) -> str:
 def _heading(config: Config, plan: Account) -> Iterator[str]:
     model, train, seen = config.model, config.train, plan.rehearsal
     t, n = len(seen.tp), len(seen.tp) * len(seen.dp)
-    how = " with sequence parallelism" if seen.sequence_parallel else ""
+    how = " + sequence parallel" if seen.sequence_parallel else ""
     yield (
         f"{config.run.name}: {num_parameters(model, config.data.vocab_size):,} parameters on "
-        f"{n} rank{'s' * (n > 1)}: tensor parallel {t}{how}, data parallel {len(seen.dp)}"
+        f"{n} rank{'s' * (n > 1)}: tensor parallel {t}{how} x data parallel {len(seen.dp)}"
     )
     yield (
         f"s {model.seq_length}, b {train.micro_batch_size}, h {model.hidden_size}, "
@@ -101,7 +101,7 @@ def _peak(plan: Account) -> Iterator[str]:
 def _kept(config: Config, plan: Account) -> Iterator[str]:
     model = config.model
     s, sbh = model.seq_length, model.seq_length * config.train.micro_batch_size * model.hidden_size
-    yield _row("What a layer keeps for backward, by the module that makes it", "", "", "/ sbh")
+    yield _row("What a layer keeps for backward, and who makes it", "", "", "/ sbh")
     yield from _kept_rows(plan.kept_in_layer, "the block", sbh)
     yield _kept_row("  all", sum(kept.num_bytes for kept in plan.kept_in_layer), sbh)
     paper = paper_formula(config, plan.rehearsal.sequence_parallel)
