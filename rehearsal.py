@@ -167,7 +167,8 @@ def rehearse(config: Config, num_ranks: int, num_micro_batches: int) -> Rehearsa
     """One step of rank 0 of `num_ranks`; where pieces are uneven, no other rank has more."""
     parallel = config.parallel
     size = parallel.tensor_model_parallel_size
-    with pretend_mesh(num_ranks, size, parallel.sequence_parallel) as mesh:
+    layout = (size, parallel.sequence_parallel, parallel.tp_comm_overlap)
+    with pretend_mesh(num_ranks, *layout) as mesh:
         # On the meta device: FSDP2 looks its mesh up, which tensors without contents cannot tell.
         model = describe_model(config, mesh)
         with _without_memory() as fake, record_traffic() as traffic, MemoryLog(fake) as memory:

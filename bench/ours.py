@@ -152,7 +152,10 @@ def main() -> int:
             ]
         )
         mesh = init_mesh(
-            config.parallel.tensor_model_parallel_size, config.parallel.sequence_parallel
+            config.parallel.tensor_model_parallel_size,
+            config.parallel.sequence_parallel,
+            config.parallel.tp_comm_overlap,
+            config.train.compile,
         )
         torch.manual_seed(SEED)
         if arguments.measure == "activations":

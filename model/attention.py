@@ -9,7 +9,14 @@ from model.context import Context
 from model.initialisation import matrix_init, residual_init
 from model.norm import make_head_norm
 from model.rotary import rotate
-from parallel import ColumnParallelLinear, DropoutStream, Mesh, RowParallelLinear, made_again
+from parallel import (
+    ColumnParallelLinear,
+    DropoutStream,
+    Mesh,
+    RowParallelLinear,
+    is_same_memory,
+    made_again,
+)
 
 
 class SelfAttention(nn.Module):
@@ -54,7 +61,7 @@ class SelfAttention(nn.Module):
             q, k = rotate(q, context.rotation), rotate(k, context.rotation)
         y = attend(q, k, v, context.mask, self.drop(context.stream))  # [s, b, a/t, d]
         joined = y.flatten(2)  # [s, b, h/t], a copy if the kernel had another layout
-        kept, is_copy = y.detach(), joined.data_ptr() != y.data_ptr()
+        kept, is_copy = y.detach(), not is_same_memory(joined, y)
         with made_again(joined, lambda: kept.flatten(2), when=is_copy):
             return self.proj(joined)  # [s/t, b, h]
 

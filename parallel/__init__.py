@@ -38,7 +38,7 @@ from parallel.parameters import (
 from parallel.pretend import pretend_mesh
 from parallel.products import as_operand
 from parallel.randomness import DropoutStream, dropout_add, fold_seed
-from parallel.recompute import made_again
+from parallel.recompute import is_same_memory, made_again
 from parallel.replicas import Drift, find_drift
 from parallel.sharding import local_slices, shard_range, tp_shard_dim
 from parallel.traffic import Collective, record_traffic
@@ -71,6 +71,7 @@ __all__ = [
     "gather_vocabulary",
     "init_mesh",
     "initialise_parameters",
+    "is_same_memory",
     "local_slices",
     "lookup",
     "made_again",

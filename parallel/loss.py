@@ -82,11 +82,12 @@ class _HeadLoss(torch.autograd.Function):
             piece = slice(start, start + length)
             target, operand = of_all.piece(piece), as_operand(rows[piece])
             z = torch.mm(operand, matrix.t()).to(at_least_float32)  # [n, v/t]
-            log_z, loss = _over_vocabulary(z, target, mesh.tp)
+            log_z, loss, softmax_scale = _over_vocabulary_(z, target, mesh.tp)
             of_positions = torch.stack([loss, log_z.square()])
             sums += of_positions.masked_fill(~target.counts, 0.0).sum(dim=1)
             if with_gradients:
-                grad_z = _gradient_of_logits(z, target, log_z, z_loss_coeff).to(matrix.dtype)
+                softmax_scale *= 1.0 + 2.0 * z_loss_coeff * log_z
+                grad_z = _gradient_of_logits_(z, softmax_scale, target).to(matrix.dtype)
                 grad_rows[piece] = torch.mm(grad_z, matrix)
                 grad_weight += torch.mm(grad_z.t(), operand)
         if with_gradients:
@@ -104,22 +105,26 @@ class _HeadLoss(torch.autograd.Function):
         return grad_x * grad, grad_weight, None, None, None, None, None
 
 
-def _over_vocabulary(z: Tensor, target: _Targets, tp: Axis) -> tuple[Tensor, Tensor]:
-    """log_z and loss of n positions, ignored ones too, from `[n, v/t]` logits."""
+def _over_vocabulary_(z: Tensor, target: _Targets, tp: Axis) -> tuple[Tensor, Tensor, Tensor]:
+    """log_z and loss of n positions, ignored ones too; z becomes the softmax but for a factor.
+
+    z: `[n, v/t]` logits, in whose place exp(z - their maximum) is left. The factor, `[n]`, is the
+    third result.
+    """
     target_logit = z.gather(1, target.column).squeeze(1).masked_fill(~target.is_ours, 0.0)
-    mine = torch.stack([z.logsumexp(dim=1), target_logit]).unsqueeze(0)  # [1, 2, n]
+    maximum = z.amax(dim=1)
+    log_of_ours = z.sub_(maximum.unsqueeze(1)).exp_().sum(dim=1).log() + maximum
+    mine = torch.stack([log_of_ours, target_logit]).unsqueeze(0)  # [1, 2, n]
     all_ranks = all_gather(mine, tp) if tp.size > 1 else mine  # [t, 2, n]
     log_z, target_logit = all_ranks[:, 0].logsumexp(dim=0), all_ranks[:, 1].sum(dim=0)
-    return log_z, log_z - target_logit
+    return log_z, log_z - target_logit, (maximum - log_z).exp()
 
 
-def _gradient_of_logits(z: Tensor, target: _Targets, log_z: Tensor, z_loss_coeff: float) -> Tensor:
-    """d objective / dz, in place of z, `[n, v/t]`."""
-    z.sub_(log_z.unsqueeze(1)).exp_()  # softmax
-    z.mul_((1.0 + 2.0 * z_loss_coeff * log_z).masked_fill(~target.counts, 0.0).unsqueeze(1))
-    return z.scatter_add_(
-        1, target.column, -(target.is_ours & target.counts).to(z.dtype).unsqueeze(1)
-    )
+def _gradient_of_logits_(z: Tensor, softmax_scale: Tensor, target: _Targets) -> Tensor:
+    """d objective / dz in place of z, of which `softmax_scale` makes the first of its two terms."""
+    z.mul_(softmax_scale.masked_fill(~target.counts, 0.0).unsqueeze(1))
+    at_target = -(target.is_ours & target.counts).to(z.dtype)
+    return z.scatter_add_(1, target.column, at_target.unsqueeze(1))
 
 
 def _sum_over_tp(grad: Tensor, mesh: Mesh) -> Tensor:

@@ -12,12 +12,15 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore  # importing it makes the backend
 
-from parallel.mesh import Mesh, close_mesh, lay_mesh
+from parallel.mesh import Mesh, Overlap, close_mesh, lay_mesh
 
 
 @contextmanager
 def pretend_mesh(
-    num_ranks: int, tensor_model_parallel_size: int, sequence_parallel: bool
+    num_ranks: int,
+    tensor_model_parallel_size: int,
+    sequence_parallel: bool,
+    overlap: Overlap = "none",
 ) -> Iterator[Mesh]:
     """The mesh of rank 0 of `num_ranks`, on processors, with nobody to talk to.
 
@@ -28,7 +31,7 @@ def pretend_mesh(
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
     try:
         yield lay_mesh(
-            tensor_model_parallel_size, sequence_parallel, torch.device("cpu"), local_rank=0
+            tensor_model_parallel_size, sequence_parallel, torch.device("cpu"), 0, overlap
         )
     finally:
         close_mesh()

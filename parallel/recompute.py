@@ -8,6 +8,7 @@ it again before backward reads it; here autograd is given the recipe to keep in 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,15 +25,35 @@ def made_again(output: Tensor, recipe: Callable[[], Tensor], when: bool = True) 
         yield
         return
 
-    def pack(tensor: Tensor) -> Tensor | None:
-        is_output = tensor.data_ptr() == output.data_ptr() and tensor.shape == output.shape
-        return None if is_output else tensor
+    # torch asks the innermost hooks only. All other tensors go on to those around these, which may
+    # be those of full recomputation.
+    outer_pack, outer_unpack = _hooks_around()
 
-    def unpack(kept: Tensor | None) -> Tensor:
-        if kept is not None:
-            return kept
+    def pack(tensor: Tensor) -> Any:
+        if is_same_memory(tensor, output) and tensor.shape == output.shape:
+            return _Recipe()
+        return outer_pack(tensor)
+
+    def unpack(kept: Any) -> Tensor:
+        if not isinstance(kept, _Recipe):
+            return outer_unpack(kept)
         with torch.no_grad():
             return recipe()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
+
+
+class _Recipe:
+    """Stands where a tensor would be kept."""
+
+
+def _hooks_around() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:
+    """The pack and unpack hooks that are in force; they do nothing where there are none."""
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks or ((lambda tensor: tensor), (lambda kept: kept))
+
+
+def is_same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are views of the same memory; also asked of tensors without any."""
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata

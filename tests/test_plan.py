@@ -54,6 +54,7 @@ LLAMA = (
 OPTIONS = {
     "bf16": (),
     "fp32, llama": ("train.precision=fp32", *LLAMA),
+    "selective": ("parallel.recompute_granularity=selective",),
     "recompute": ("parallel.recompute_granularity=full", "parallel.gradient_sync=micro_batch"),
     "documents": ("data.inter_document_masking=true",),
 }
@@ -73,6 +74,7 @@ def small_config(layout: Layout, *overrides: str) -> Config:
         *SMALL,
         f"parallel.tensor_model_parallel_size={layout.tp}",
         f"parallel.sequence_parallel={str(layout.sp).lower()}",
+        f"parallel.tp_comm_overlap={layout.overlap}",
         f"train.global_batch_size={2 * NUM_MICRO_BATCHES * layout.dp}",
         *overrides,
     )
