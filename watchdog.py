@@ -26,7 +26,7 @@ from pathlib import Path
 from types import CodeType, FrameType
 
 from configs import leave_error
-from parallel import Heartbeats
+from parallel import Heartbeats, is_transport
 from run_state import Run
 
 EXIT_HANG = 75
@@ -105,6 +105,9 @@ class Watchdog:
         while frame is not None:
             frames.append(frame)
             frame = frame.f_back
+        # A backend in Python waits on several lines: to be inside it is to stand still.
+        inside = [number for number, frame in enumerate(frames) if is_transport(frame.f_code)]
+        del frames[: max(inside, default=-1) + 1]
         step = self._folder.step or 0
         position = (step, [(frame.f_code, frame.f_lineno) for frame in frames])
         still_s = self._beat.still_s + seen_s if position == self._position else 0.0

@@ -4,6 +4,7 @@ This package is the only one that crosses the wire. It takes plain ints and bool
 """
 
 from parallel.agreement import any_rank, gather_json, sum_over
+from parallel.backend import is_transport
 from parallel.data_parallel import (
     free_gathered_weights,
     set_gradient_sync,
@@ -72,6 +73,7 @@ __all__ = [
     "init_mesh",
     "initialise_parameters",
     "is_same_memory",
+    "is_transport",
     "local_slices",
     "lookup",
     "made_again",

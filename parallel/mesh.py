@@ -17,6 +17,7 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
+from parallel.backend import cpu_backend
 from parallel.fusion import why_not_compile
 
 logger = logging.getLogger("microtron")
@@ -62,8 +63,8 @@ def init_mesh(
 ) -> Mesh:
     """Join the process group that torchrun describes (or a group of one) and lay the grid over it.
 
-    NCCL and a GPU for each rank of the host if it has as many, else gloo on its processors. Each
-    rank gets an equal share of those for its threads.
+    NCCL and a GPU for each rank of the host if it has as many, else its processors, and between
+    them shared memory or gloo. Each rank gets an equal share of those for its threads.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -79,7 +80,7 @@ def init_mesh(
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
-    backend = "nccl" if use_cuda else "gloo"
+    backend = "nccl" if use_cuda else cpu_backend()
     if store := connect_store("collectives"):
         dist.init_process_group(
             backend,

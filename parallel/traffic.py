@@ -41,6 +41,8 @@ _KINDS = {
     "allreduce_coalesced_": "all_reduce",
     "all_reduce": "all_reduce",
 }
+# torch's own, and that of backend.py.
+_NAMESPACES = ("c10d", "_c10d_functional", "microtron")
 _INPUT_NAMES = ("input_tensor", "input_tensors", "input", "inputs", "tensor", "tensors")
 _GROUP_NAMES = ("process_group", "group_name")
 # Times M, in units of (t - 1) / t: see [Note: bytes on a ring].
@@ -96,7 +98,7 @@ class _Recorder(TorchDispatchMode):
             # operation becomes operations on plain tensors, and those come here again.
             return NotImplemented
         kwargs = kwargs or {}
-        if func.namespace in ("c10d", "_c10d_functional"):
+        if func.namespace in _NAMESPACES:
             names = (argument.name for argument in func._schema.arguments)
             arguments = {**dict(zip(names, args, strict=False)), **kwargs}
             # Without a group it does not communicate: it waits, or it wraps a result.

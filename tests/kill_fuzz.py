@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 
 from configs import Config, parse_config
+from parallel.backend import cpu_backend
 from parallel.mesh import lay_mesh
 from run_folder import RunFolder
 from stopping import StopSignals
@@ -169,7 +170,7 @@ def _rank(rank: int, config: Config, rendezvous: str) -> None:
     torch.set_num_threads(1)
     signals = StopSignals()
     dist.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}/store", rank=rank, world_size=RANKS
+        cpu_backend(), init_method=f"file://{rendezvous}/store", rank=rank, world_size=RANKS
     )
     mesh = lay_mesh(RANKS, True, torch.device("cpu"), rank)
     with RunFolder(config, mesh) as folder:
