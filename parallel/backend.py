@@ -60,19 +60,23 @@ def is_transport(code: CodeType) -> bool:
     return code.co_filename in (__file__, shared_memory.__file__)
 
 
-def _make_backend(
-    store: Store, rank: int, size: int, timeout: timedelta
-) -> dist.ProcessGroup | ProcessGroupGloo:
+def _make_backend(options: Any, _: object) -> dist.ProcessGroup | ProcessGroupGloo:
     """What torch calls for each group, on all its ranks."""
-    gloo = ProcessGroupGloo(store, rank, size, timeout)
+    store, rank, size = options.store, options.group_rank, options.group_size
+    gloo = ProcessGroupGloo(store, rank, size, options.timeout)
     if size == 1:
         return gloo
-    memory, problem = _share_memory(PrefixStore(_NAME, store), rank, size, timeout)
+    memory, problem = _share_memory(PrefixStore(_NAME, store), rank, size, options.timeout)
     if memory is None:
         if rank == 0:
             logger.info("a group of %d ranks uses gloo, not shared memory: %s", size, problem)
         return gloo
-    return _SharedMemoryGroup(gloo, memory)
+    inner = dist.ProcessGroup(store, rank, size)
+    for group in (inner, outer := _SharedMemoryGroup(inner, memory)):
+        group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+        group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
+    inner._set_group_name(options.group_id)
+    return outer
 
 
 def _share_memory(
@@ -118,17 +122,15 @@ class _Done(dist.Work):
 
 
 class _SharedMemoryGroup(dist.ProcessGroup):
-    """A process group: the methods that torch calls, and what is not here is gloo's.
+    """A process group: gloo's `inner` one, and around it what goes through memory.
 
-    Each method passes torch's dispatcher on its way to the memory, as any backend's does, so that
-    record_traffic sees it.
+    Each of its own methods passes torch's dispatcher on its way to the memory, as any backend's
+    does, so that record_traffic sees it.
     """
 
-    def __init__(self, gloo: ProcessGroupGloo, memory: SharedMemory) -> None:
+    def __init__(self, inner: dist.ProcessGroup, memory: SharedMemory) -> None:
         super().__init__(memory.rank, memory.ranks)  # type: ignore[call-arg]  # what 2.13 has
-        self.memory = memory
-        self._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
-        self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
+        self.inner, self.memory = inner, memory
 
     def getBackendName(self) -> str:  # noqa: N802  # torch's name
         return _NAME
@@ -138,7 +140,7 @@ class _SharedMemoryGroup(dist.ProcessGroup):
     ) -> dist.Work:
         reduction = _name(opts.reduceOp)
         if reduction is None or tensors[0].dtype not in _SUMMED:
-            return super().allreduce(tensors, opts)
+            return self.inner.allreduce(tensors, opts)
         torch.ops.microtron.all_reduce(*tensors, reduction, self.group_name)
         return _Done(tensors)
 
@@ -148,9 +150,33 @@ class _SharedMemoryGroup(dist.ProcessGroup):
 
     def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> dist.Work:
         if _name(opts.reduceOp) != "sum" or input.dtype not in _SUMMED:
-            return super().reduce_scatter_single(output, input, opts)
+            return self.inner.reduce_scatter_single(output, input, opts)
         torch.ops.microtron.reduce_scatter(output, input, self.group_name)
         return _Done([output])
+
+
+def _pass_on(method: str) -> None:
+    def passed_on(self: _SharedMemoryGroup, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.inner, method)(*args, **kwargs)
+
+    setattr(_SharedMemoryGroup, method, passed_on)
+
+
+# Inherited, these would reach gloo too, but from C++ that holds the interpreter's lock: a deadlock
+# if a thread of gloo's needs it to drop a tensor. Other methods don't pass through such code.
+for _method in (
+    "allgather",
+    "all_gather_single_coalesced",
+    "all_to_all_single",
+    "allreduce_coalesced",
+    "barrier",
+    "broadcast",
+    "recv",
+    "reduce_scatter",
+    "reduce_scatter_single_coalesced",
+    "send",
+):
+    _pass_on(_method)
 
 
 def _name(operation: Any) -> str | None:
@@ -266,4 +292,4 @@ for _schema, _function in (
     ("all_reduce(Tensor(a!) tensor, str reduction, str group_name) -> ()", _all_reduce),
 ):
     _LIBRARY.impl(_LIBRARY.define(_schema), _function, "CPU")
-dist.Backend.register_backend(_NAME, _make_backend, devices=["cpu"])
+dist.Backend.register_backend(_NAME, _make_backend, extended_api=True, devices=["cpu"])

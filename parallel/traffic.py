@@ -120,11 +120,11 @@ def _collective(name: str, arguments: dict[str, Any]) -> Collective:
 
 def _group(argument: Any) -> dist.ProcessGroup:
     """The process group, which comes as its name, boxed for the dispatcher, or as it is."""
-    if isinstance(argument, str):
-        return torch._C._distributed_c10d._resolve_process_group(GroupName(argument))
     if isinstance(argument, torch.ScriptObject):
-        return dist.ProcessGroup.unbox(argument)
-    return argument
+        argument = dist.ProcessGroup.unbox(argument)
+    # By its name, as torch knows the ranks of a group that it has made, not of one inside it.
+    name = argument if isinstance(argument, str) else argument.group_name
+    return torch._C._distributed_c10d._resolve_process_group(GroupName(name))
 
 
 def _tensors(argument: Any) -> Iterator[Tensor]:

@@ -1,0 +1,276 @@
+"""Collectives through shared memory: exact, and an error where gloo would give one."""
+
+import errno
+import gc
+import logging
+import multiprocessing
+import os
+import signal
+import time
+from datetime import timedelta
+from multiprocessing.queues import Queue
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.testing import assert_close
+
+from parallel import Mesh, gather_json
+from parallel.backend import cpu_backend
+from parallel.shared_memory import SLOT_BYTES
+from tests.distributed import Layout, distributed
+
+TWO, THREE, FOUR = Layout(tp=2), Layout(tp=3), Layout(tp=4)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+DTYPES = (*FLOATS, torch.int32, torch.int64)
+RAISED_WITHIN_S = 2.0
+
+pytestmark = pytest.mark.skipif(cpu_backend() == "gloo", reason="Linux on x86-64 alone")
+
+
+def is_shared(group: dist.ProcessGroup | None) -> bool:
+    return type(group).__name__ == "_SharedMemoryGroup"
+
+
+def sizes(dtype: torch.dtype) -> list[int]:
+    """Elements of a rank: none, one, odd ones, a small message, more than two slots and a bit."""
+    return [0, 1, 7, 4096, 20001, 2 * SLOT_BYTES // dtype.itemsize + 13]
+
+
+def of_rank(rank: int, size: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * rank + size)
+    if dtype.is_floating_point:
+        return torch.randn(size, generator=generator).to(dtype)
+    return torch.randint(-(2**20), 2**20, (size,), generator=generator, dtype=dtype)
+
+
+def summed(terms: list[Tensor]) -> Tensor:
+    """In the order of ranks; of halves in float32, and rounded once."""
+    dtype = terms[0].dtype
+    wide = torch.float32 if dtype.itemsize == 2 else dtype
+    total = terms[0].to(wide)
+    for term in terms[1:]:
+        total = total + term.to(wide)
+    return total.to(dtype)
+
+
+@distributed(TWO, THREE, FOUR)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_are_exact(mesh: Mesh, dtype: torch.dtype) -> None:
+    """All-reduce and reduce-scatter equal the formula to the bit, whatever is cut where."""
+    ranks, me, group = mesh.tp.size, mesh.tp.rank, mesh.tp.group
+    assert is_shared(group)
+    for size in sizes(dtype):
+        terms = [of_rank(rank, size, dtype) for rank in range(ranks)]
+        reduced = terms[me].clone()
+        dist.all_reduce(reduced, group=group)
+        assert_close(reduced, summed(terms), rtol=0, atol=0)
+
+        wholes = [of_rank(rank, ranks * size, dtype) for rank in range(ranks)]
+        piece = wholes[me].new_empty(size)
+        dist.reduce_scatter_single(piece, wholes[me], group=group)
+        expected = summed(wholes).view(ranks, size)[me]
+        assert_close(piece, expected, rtol=0, atol=0)
+        in_place = wholes[me].view(ranks, size)
+        dist.reduce_scatter_single(in_place[me], in_place, group=group)
+        assert_close(in_place[me], expected, rtol=0, atol=0)
+
+
+@distributed(TWO, THREE, FOUR)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.uint8, torch.bool], ids=str)
+def test_what_is_gathered_is_what_was_there(mesh: Mesh, dtype: torch.dtype) -> None:
+    """All-gather, also where a rank's part already lies in the output."""
+    ranks, me, group = mesh.tp.size, mesh.tp.rank, mesh.tp.group
+    for size in sizes(dtype):
+        parts = [of_rank(rank, size, torch.int32).to(dtype) for rank in range(ranks)]
+        gathered = parts[me].new_empty(ranks, size)
+        dist.all_gather_single(gathered, parts[me], group=group)
+        assert torch.equal(gathered, torch.stack(parts))
+        in_place = torch.zeros_like(gathered)
+        in_place[me] = parts[me]
+        dist.all_gather_single(in_place.view(-1), in_place[me], group=group)
+        assert torch.equal(in_place, torch.stack(parts))
+
+
+@distributed(TWO, FOUR)
+def test_the_same_as_gloo(mesh: Mesh) -> None:
+    """What goes through memory, up to rounding, and what is passed on to gloo."""
+    theirs, ours = dist.new_group(backend="gloo"), mesh.world.group
+    assert not is_shared(theirs)
+    assert is_shared(ours)
+    x = of_rank(mesh.world.rank, 600, torch.float32)
+    for operation in (dist.ReduceOp.SUM, dist.ReduceOp.MAX, dist.ReduceOp.MIN):
+        results = [x.clone(), x.clone()]
+        for result, group in zip(results, (ours, theirs), strict=True):
+            dist.all_reduce(result, operation, group=group)
+        assert_close(*results)
+    result = torch.full((3,), mesh.world.rank)
+    dist.broadcast(result, 1, group=ours)
+    assert result.tolist() == [1, 1, 1]
+    dist.barrier(group=ours)
+    dist.destroy_process_group(theirs)
+
+
+@distributed(TWO)
+def test_a_maximum_keeps_nan(mesh: Mesh) -> None:
+    """On any rank; gloo's loses it on some."""
+    for rank in range(mesh.tp.size):
+        x = torch.ones(100)
+        if mesh.tp.rank == rank:
+            x[::3] = torch.nan
+        dist.all_reduce(x, dist.ReduceOp.MAX, group=mesh.tp.group)
+        assert x[::3].isnan().all()
+        assert (x[1::3] == 1).all()
+
+
+@distributed(TWO)
+def test_a_handle_is_done(mesh: Mesh) -> None:
+    """FSDP2 asks for handles and waits for them later."""
+    x = torch.ones(5)
+    work = dist.all_reduce(x, group=mesh.tp.group, async_op=True)
+    assert work is not None
+    assert work.is_completed()
+    assert work.wait()
+    assert work.get_future().wait()[0] is x
+    assert (x == mesh.tp.size).all()
+
+
+@distributed(TWO)
+def test_gloo_beside_it_does_not_deadlock(mesh: Mesh) -> None:
+    """Collectives that gloo's threads finish, right after each other, while Python runs."""
+    for number in range(300):
+        assert gather_json(mesh, [number, mesh.world.rank])[1] == [number, 1]
+
+
+@distributed(TWO)
+def test_ranks_that_call_different_things_are_told(mesh: Mesh) -> None:
+    """An error on each, and from then on."""
+    group = dist.new_group(backend=cpu_backend())
+    x = torch.ones(4 + mesh.world.rank)
+    with pytest.raises(RuntimeError, match="calls all_reduce sum of 20 bytes"):
+        dist.all_reduce(x, group=group)
+    with pytest.raises(RuntimeError, match="an earlier collective has failed"):
+        dist.all_reduce(torch.ones(4), group=group)
+    with pytest.raises(ValueError, match=r"don't make 3 of torch\.float32"):
+        dist.all_gather_single(torch.empty(3), torch.ones(1), group=mesh.world.group)
+    with pytest.raises(ValueError, match="contiguous"):
+        dist.all_reduce(torch.ones(4, 4).t()[1:], group=mesh.world.group)
+
+
+@distributed(TWO)
+def test_who_does_not_come_is_waited_for_so_long(mesh: Mesh) -> None:
+    """The timeout of the group, as with gloo."""
+    group = dist.new_group(backend=cpu_backend(), timeout=timedelta(seconds=0.5))
+    dist.barrier(group=mesh.world.group)
+    if mesh.world.rank == 0:
+        with pytest.raises(RuntimeError, match=r"no answer from ranks \[1\] of the group in 0.5 s"):
+            dist.all_reduce(torch.ones(1), group=group)
+    dist.barrier(group=mesh.world.group)
+
+
+@distributed(TWO)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_without_memory_it_is_gloo(mesh: Mesh, rank: int) -> None:
+    """If one rank cannot reserve its slots, all fall back, say why, and work."""
+    messages: list[str] = []
+    handler, logger = logging.Handler(), logging.getLogger("microtron")
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+    def is_full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.MonkeyPatch.context() as patch:
+        if mesh.world.rank == rank:
+            patch.setattr(os, "posix_fallocate", is_full)
+        group = dist.new_group(backend=cpu_backend())
+    logger.removeHandler(handler)
+    logger.setLevel(logging.NOTSET)
+    assert group is not None
+    assert not is_shared(group)
+    if mesh.world.rank == 0:
+        said = "a group of 2 ranks uses gloo, not shared memory: rank"
+        assert messages == [f"{said} {rank}: [Errno 28] No space left on device"]
+    x = torch.ones(3)
+    dist.all_reduce(x, group=group)
+    assert x.tolist() == [2, 2, 2]
+    dist.destroy_process_group(group)
+
+
+def held() -> tuple[int, int]:
+    """Descriptors of memory and of processes, and mappings."""
+    links = [
+        os.readlink(entry) if entry.is_symlink() else ""
+        for entry in Path("/proc/self/fd").iterdir()
+    ]
+    return (
+        sum("memfd:microtron" in link or "pidfd" in link for link in links),
+        Path("/proc/self/maps").read_text().count("memfd:microtron"),
+    )
+
+
+@distributed(TWO)
+def test_nothing_is_left(mesh: Mesh) -> None:
+    """No name in a file system at any time; memory and descriptors end with the group."""
+    before = held()
+    group = dist.new_group(backend=cpu_backend())
+    dist.all_reduce(torch.ones(3), group=group)
+    assert held() > before
+    assert not list(Path("/dev/shm").glob("*microtron*"))
+    dist.destroy_process_group(group)
+    del group
+    gc.collect()
+    assert held() == before
+
+
+def _wait_for_one_that_ends(
+    rank: int, ranks: int, rendezvous: str, how: str, answers: "Queue[tuple[float, str]]"
+) -> None:
+    dist.init_process_group(
+        cpu_backend(), init_method=f"file://{rendezvous}", rank=rank, world_size=ranks
+    )
+    x = torch.ones(1 << 20)
+    dist.all_reduce(x)
+    if rank == ranks - 1:
+        if how == "exit":
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+    began = time.monotonic()
+    try:
+        dist.all_reduce(x)
+    except RuntimeError as error:
+        answers.put((time.monotonic() - began, str(error)))
+        answers.close()
+        answers.join_thread()
+    # Its own end must not be what tells the others.
+    time.sleep(RAISED_WITHIN_S)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("how", ["kill", "exit"])
+def test_a_rank_that_ends_is_noticed_by_all(how: str, tmp_path: Path) -> None:
+    """At once, by each that waits, before anybody has collected the dead process."""
+    ranks = 3
+    context = multiprocessing.get_context("spawn")
+    answers: Queue[tuple[float, str]] = context.Queue()
+    processes = [
+        context.Process(
+            target=_wait_for_one_that_ends,
+            args=(rank, ranks, str(tmp_path / "rendezvous"), how, answers),
+        )
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        for _ in range(ranks - 1):
+            seconds, message = answers.get(timeout=60)
+            assert f"rank 2 (process {processes[2].pid}) has ended" in message
+            assert seconds < RAISED_WITHIN_S
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
