@@ -16,7 +16,8 @@ _DATA_SHEET_BF16 = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312
 _REPEATS = 5
 # Float32 weights, gradients and two moments.
 _STATE_BYTES_PER_PARAMETER = 16
-_M_MMAP_THRESHOLD, _LARGE_BYTES = -3, 1 << 20  # mallopt(3)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
+_LARGE_BYTES, _NEVER_BYTES = 1 << 20, 1 << 30
 
 
 def peak_flops_per_second(device: torch.device, precision: str) -> float:
@@ -38,19 +39,24 @@ def peak_flops_per_second(device: torch.device, precision: str) -> float:
     return 2 * size**3 / best_s
 
 
-def give_back_freed_memory(mesh: Mesh, num_parameters: int) -> None:
-    """Have glibc return every large freed tensor to the system, if a run needs most of the memory.
+def set_up_allocator(mesh: Mesh, num_parameters: int) -> None:
+    """Have glibc keep the memory of freed tensors for the next ones, unless memory is short.
 
-    By itself it keeps freed blocks of up to 32 MiB for later, which is faster, and ends up with
-    more of them than a nearly full machine can spare.
+    By itself it returns blocks of more than 32 MiB to the system, whose pages then cost a fault
+    each when they are next needed: 8 % of a step (docs/performance.md). A run that needs most of
+    the machine returns all large ones, as what glibc keeps is more than can be spared.
     """
     if mesh.device.type != "cpu" or sys.platform != "linux":
         return
     hosts = mesh.world.size // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     state_bytes = _STATE_BYTES_PER_PARAMETER * num_parameters / hosts
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    mallopt = ctypes.CDLL(None).mallopt
     if state_bytes > memory_bytes / 2:
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+    elif not any(name.startswith("MALLOC_") for name in os.environ):  # somebody's own choice
+        mallopt(_M_MMAP_THRESHOLD, _NEVER_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, -1)  # never give back the top either
 
 
 def use_deterministic_kernels() -> None:

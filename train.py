@@ -22,7 +22,7 @@ from bad_numbers import roll_back, too_many_skipped, why_to_skip
 from checkpoints import CheckpointError
 from data import BatchLoader, prepare_corpus
 from evaluation import evaluate, held_out
-from hardware import give_back_freed_memory, use_deterministic_kernels
+from hardware import set_up_allocator, use_deterministic_kernels
 from metrics import RunLog, last_step, set_up_logging
 from model import build_model, num_parameters
 from optimizer import apply_update, build_optimizer, learning_rate, leave_out_update
@@ -103,7 +103,7 @@ def start(config: Config, mesh: Mesh, folder: RunFolder) -> tuple[Run, RunState]
     with mendable(ValueError, OSError):
         corpus = prepare_corpus(config.data, config.model.seq_length, mesh.local_rank)
         require_same_on_all_ranks(mesh, corpus.fingerprint, "the tokenized text")
-    give_back_freed_memory(mesh, num_parameters(config.model, config.data.vocab_size))
+    set_up_allocator(mesh, num_parameters(config.model, config.data.vocab_size))
     model = build_model(config, mesh)
     optimizer = build_optimizer(model, config.optimizer)
     run = Run(config, mesh, folder, corpus, model, optimizer)
@@ -172,6 +172,7 @@ def main(config: Config) -> int:
         config.parallel.sequence_parallel,
         config.parallel.tp_comm_overlap,
         config.train.compile,
+        config.parallel.shared_memory,
     )
     set_up_logging(mesh)
     try:

@@ -34,7 +34,7 @@ from bench.workload import (
 from configs import Config, parse_config
 from data import BatchLoader, Corpus, TokenFile, Tokenizer
 from data.tokenizer import train_tokenizer
-from hardware import give_back_freed_memory
+from hardware import set_up_allocator
 from model import build_model, flops_per_token, num_parameters
 from optimizer import build_optimizer
 from parallel import DropoutStream, Mesh, close_mesh, init_mesh
@@ -91,7 +91,7 @@ def random_corpus(config: Config) -> Corpus:
 
 def build_run(config: Config, mesh: Mesh, folder: RunFolder) -> Run:
     """What train.py's `start` makes, of random tokens."""
-    give_back_freed_memory(mesh, num_parameters(config.model, config.data.vocab_size))
+    set_up_allocator(mesh, num_parameters(config.model, config.data.vocab_size))
     model = build_model(config, mesh)
     optimizer = build_optimizer(model, config.optimizer)
     return Run(config, mesh, folder, random_corpus(config), model, optimizer)
@@ -156,6 +156,7 @@ def main() -> int:
             config.parallel.sequence_parallel,
             config.parallel.tp_comm_overlap,
             config.train.compile,
+            config.parallel.shared_memory,
         )
         torch.manual_seed(SEED)
         if arguments.measure == "activations":

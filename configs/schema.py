@@ -83,6 +83,9 @@ class ParallelConfig:
     # When a tp rank sends under a product of a linear layer: where backward allows it, or of both
     # directions in pieces (for slow wires); none: never, and it keeps gathered inputs.
     tp_comm_overlap: Literal["none", "backward", "both"] = "backward"
+    # On processors, ranks of one host meet in memory that they share, not through gloo's sockets.
+    # Exact, but new, and not yet put through as many kills and hangs as gloo.
+    shared_memory: bool = False
     # What backward makes again: selective, the outputs of norms and activations (nearly free);
     # full, all but the inputs of layers (a third more products).
     recompute_granularity: Recompute = "none"

@@ -45,12 +45,12 @@ _SUMMED = (*_HALVES, torch.float32, torch.float64, torch.int32, torch.int64)
 _REDUCTIONS: dict[str, Callable[..., Tensor]] = {"sum": torch.add, "max": torch.maximum}
 
 
-def cpu_backend() -> str:
+def cpu_backend(share_memory: bool) -> str:
     """The name of torch's backend for tensors on this machine's processors.
 
     Shared memory needs Linux, and x86 for the order in which it is written; else gloo.
     """
-    if sys.platform == "linux" and platform.machine() == "x86_64":
+    if share_memory and sys.platform == "linux" and platform.machine() == "x86_64":
         return _NAME
     return "gloo"
 

@@ -60,11 +60,13 @@ def init_mesh(
     sequence_parallel: bool,
     overlap: Overlap = "none",
     compiles: bool = False,
+    share_memory: bool = False,
 ) -> Mesh:
     """Join the process group that torchrun describes (or a group of one) and lay the grid over it.
 
     NCCL and a GPU for each rank of the host if it has as many, else its processors, and between
-    them shared memory or gloo. Each rank gets an equal share of those for its threads.
+    them gloo, or shared memory where that is asked for. Each rank gets an equal share of those for
+    its threads.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -80,7 +82,7 @@ def init_mesh(
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
-    backend = "nccl" if use_cuda else cpu_backend()
+    backend = "nccl" if use_cuda else cpu_backend(share_memory)
     if store := connect_store("collectives"):
         dist.init_process_group(
             backend,

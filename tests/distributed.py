@@ -29,6 +29,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from parallel.backend import cpu_backend
 from parallel.mesh import Mesh, Overlap, lay_mesh
 
 TIME_LIMIT_S = 60.0
@@ -44,11 +45,13 @@ class Layout:
     dp: int = 1
     sp: bool = True
     overlap: Overlap = "none"
+    shared_memory: bool = False  # between the ranks; otherwise gloo
 
     def __str__(self) -> str:
         sp = "+sp" if self.sp and self.tp > 1 else ""
         overlap = f"-overlap {self.overlap}" if self.overlap != "none" else ""
-        return f"tp{self.tp}{sp}-dp{self.dp}{overlap}"
+        memory = "-memory" if self.shared_memory else ""
+        return f"tp{self.tp}{sp}-dp{self.dp}{overlap}{memory}"
 
 
 ONE_RANK = Layout()
@@ -87,20 +90,22 @@ def distributed(*layouts: Layout) -> Callable[[Callable[..., None]], Callable[..
 
 def run_on(layout: Layout, body: Callable[..., None], **parameters: Any) -> None:
     """Run a module's function on every rank of a layout, a mesh first; any rank's failure fails."""
-    _pool(layout.tp * layout.dp).run(body.__module__, body.__qualname__, layout, parameters)
+    pool = _pool(layout.tp * layout.dp, layout.shared_memory)
+    pool.run(body.__module__, body.__qualname__, layout, parameters)
 
 
 class _Pool:
     """`world_size` worker processes that share a process group and run one body at a time."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, shared_memory: bool) -> None:
+        self.key = (world_size, shared_memory)
         self.directory = tempfile.TemporaryDirectory()
         context = multiprocessing.get_context(START_METHOD)
         self.workers, self.pipes = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             worker = context.Process(
-                target=_work, args=(rank, world_size, self.directory.name, theirs), daemon=True
+                target=_work, args=(rank, *self.key, self.directory.name, theirs), daemon=True
             )
             worker.start()
             theirs.close()
@@ -136,20 +141,20 @@ class _Pool:
         return f"no answer in time\n{dump}"
 
     def close(self) -> None:
-        _POOLS.pop(len(self.workers), None)
+        _POOLS.pop(self.key, None)
         for worker in self.workers:
             worker.kill()
             worker.join()
         self.directory.cleanup()
 
 
-_POOLS: dict[int, _Pool] = {}
+_POOLS: dict[tuple[int, bool], _Pool] = {}
 
 
-def _pool(world_size: int) -> _Pool:
-    if world_size not in _POOLS:
-        _POOLS[world_size] = _Pool(world_size)
-    return _POOLS[world_size]
+def _pool(*key: Any) -> _Pool:
+    if key not in _POOLS:
+        _POOLS[key] = _Pool(*key)
+    return _POOLS[key]
 
 
 @atexit.register
@@ -168,7 +173,9 @@ def _report(failures: dict[int, str]) -> str:
     return "\n".join([*lines, "", first])
 
 
-def _work(rank: int, world_size: int, directory: str, pipe: Connection) -> None:
+def _work(
+    rank: int, world_size: int, shared_memory: bool, directory: str, pipe: Connection
+) -> None:
     # Open for life: the handler writes to it.
     stack_file = Path(directory, f"stack{rank}").open("w")  # noqa: SIM115
     faulthandler.register(signal.SIGQUIT, file=stack_file, all_threads=True)
@@ -176,7 +183,10 @@ def _work(rank: int, world_size: int, directory: str, pipe: Connection) -> None:
     # Warns that full_tensor, which tests alone call, gathers over two axes one after the other.
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
     dist.init_process_group(
-        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world_size
+        cpu_backend(shared_memory),
+        init_method=f"file://{directory}/rendezvous",
+        rank=rank,
+        world_size=world_size,
     )
     meshes: dict[Layout, Mesh] = {}
     while True:

@@ -170,7 +170,10 @@ def _rank(rank: int, config: Config, rendezvous: str) -> None:
     torch.set_num_threads(1)
     signals = StopSignals()
     dist.init_process_group(
-        cpu_backend(), init_method=f"file://{rendezvous}/store", rank=rank, world_size=RANKS
+        cpu_backend(config.parallel.shared_memory),
+        init_method=f"file://{rendezvous}/store",
+        rank=rank,
+        world_size=RANKS,
     )
     mesh = lay_mesh(RANKS, True, torch.device("cpu"), rank)
     with RunFolder(config, mesh) as folder:

@@ -22,12 +22,12 @@ from parallel.backend import cpu_backend
 from parallel.shared_memory import SLOT_BYTES
 from tests.distributed import Layout, distributed
 
-TWO, THREE, FOUR = Layout(tp=2), Layout(tp=3), Layout(tp=4)
+TWO, THREE, FOUR = (Layout(tp=ranks, shared_memory=True) for ranks in (2, 3, 4))
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 DTYPES = (*FLOATS, torch.int32, torch.int64)
 RAISED_WITHIN_S = 2.0
 
-pytestmark = pytest.mark.skipif(cpu_backend() == "gloo", reason="Linux on x86-64 alone")
+pytestmark = pytest.mark.skipif(cpu_backend(True) == "gloo", reason="Linux on x86-64 alone")
 
 
 def is_shared(group: dist.ProcessGroup | None) -> bool:
@@ -147,7 +147,7 @@ def test_gloo_beside_it_does_not_deadlock(mesh: Mesh) -> None:
 @distributed(TWO)
 def test_ranks_that_call_different_things_are_told(mesh: Mesh) -> None:
     """An error on each, and from then on."""
-    group = dist.new_group(backend=cpu_backend())
+    group = dist.new_group(backend=cpu_backend(True))
     x = torch.ones(4 + mesh.world.rank)
     with pytest.raises(RuntimeError, match="calls all_reduce sum of 20 bytes"):
         dist.all_reduce(x, group=group)
@@ -162,7 +162,7 @@ def test_ranks_that_call_different_things_are_told(mesh: Mesh) -> None:
 @distributed(TWO)
 def test_who_does_not_come_is_waited_for_so_long(mesh: Mesh) -> None:
     """The timeout of the group, as with gloo."""
-    group = dist.new_group(backend=cpu_backend(), timeout=timedelta(seconds=0.5))
+    group = dist.new_group(backend=cpu_backend(True), timeout=timedelta(seconds=0.5))
     dist.barrier(group=mesh.world.group)
     if mesh.world.rank == 0:
         with pytest.raises(RuntimeError, match=r"no answer from ranks \[1\] of the group in 0.5 s"):
@@ -186,7 +186,7 @@ def test_without_memory_it_is_gloo(mesh: Mesh, rank: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if mesh.world.rank == rank:
             patch.setattr(os, "posix_fallocate", is_full)
-        group = dist.new_group(backend=cpu_backend())
+        group = dist.new_group(backend=cpu_backend(True))
     logger.removeHandler(handler)
     logger.setLevel(logging.NOTSET)
     assert group is not None
@@ -216,7 +216,7 @@ def held() -> tuple[int, int]:
 def test_nothing_is_left(mesh: Mesh) -> None:
     """No name in a file system at any time; memory and descriptors end with the group."""
     before = held()
-    group = dist.new_group(backend=cpu_backend())
+    group = dist.new_group(backend=cpu_backend(True))
     dist.all_reduce(torch.ones(3), group=group)
     assert held() > before
     assert not list(Path("/dev/shm").glob("*microtron*"))
@@ -230,7 +230,7 @@ def _wait_for_one_that_ends(
     rank: int, ranks: int, rendezvous: str, how: str, answers: "Queue[tuple[float, str]]"
 ) -> None:
     dist.init_process_group(
-        cpu_backend(), init_method=f"file://{rendezvous}", rank=rank, world_size=ranks
+        cpu_backend(True), init_method=f"file://{rendezvous}", rank=rank, world_size=ranks
     )
     x = torch.ones(1 << 20)
     dist.all_reduce(x)
