@@ -134,7 +134,7 @@ def count_activations(config: Config, mesh: Mesh, workload: Workload) -> dict[st
             micro_batch = next(batches).micro_batches[0]
         masks = DropoutStream(SEED, 0, tuple(micro_batch.sample_indices.tolist()))
         inputs = micro_batch.inputs(mesh.device)
-        return run.model, lambda: run.model(**inputs, stream=masks).cross_entropy
+        return run.model, lambda: run.model(**inputs, stream=masks).objective
 
     return saved_per_layer(make, workload)
 

@@ -131,8 +131,8 @@ class TrainConfig:
     # A loss so many nats above the median of the last 32 counts as not finite; null: none does.
     loss_spike_nats: float | None = None
     precision: Literal["bf16", "fp32"] = "bf16"  # bf16: bfloat16 compute, float32 master weights
-    # Make one kernel each of dropout with residual, gated activations, RMSNorm and rotation, with
-    # torch.compile: takes up to a minute at the first start on a machine, seconds later on.
+    # Make one kernel of dropout with its residual, with torch.compile: half a minute at the first
+    # start on a machine, seconds later on. Without dropout there is nothing to compile.
     compile: bool = True
 
 

@@ -84,14 +84,13 @@ MISTAKES = (
         "the row-parallel bias is inside the product and so added t times",
         "parallel/layers.py",
         """\
-        y = linear(x, self.weight.to_local())  # [s, b, out], a partial sum
-        y = exit_tensor_parallel_region(y, self.mesh)  # [s/t, b, out]
-        return y if self.bias is None else y + self.bias.to_local()
+            y = linear(x, self.weight.to_local())  # [s, b, out], a partial sum
+            y = exit_tensor_parallel_region(y, self.mesh)  # [s/t, b, out]
 """,
         """\
-        bias = None if self.bias is None else self.bias.to_local()
-        y = linear(x, self.weight.to_local(), bias)
-        return exit_tensor_parallel_region(y, self.mesh)
+            bias = None if self.bias is None else self.bias.to_local()
+            y = linear(x, self.weight.to_local(), bias)
+            return exit_tensor_parallel_region(y, self.mesh)
 """,
         (_LAYERS + "test_row_equals_dense[True-tp2-dp1]",),
     ),
@@ -165,6 +164,20 @@ MISTAKES = (
         (_LAYERS + "test_logits_equal_dense[tp2-dp1]",),
     ),
     Mistake(
+        "the overlapped column-parallel layer does not sum dX over the ranks",
+        "parallel/overlap.py",
+        "summing = _start_sum(grad_x, mesh)",
+        "summing = Pending(grad_x)",
+        (_LAYERS + "test_column_equals_dense[tp2-dp1-overlap backward]",),
+    ),
+    Mistake(
+        "the overlapped column-parallel layer makes dA from its own shard of X, not from all of it",
+        "parallel/overlap.py",
+        "rows = _rows(gathering.wait())",
+        "rows = _rows(x.repeat(grad_x.shape[0] // x.shape[0], 1, 1))",
+        (_LAYERS + "test_column_equals_dense[tp2+sp-dp1-overlap backward]",),
+    ),
+    Mistake(
         "embedding rows of ids on other ranks are not zeroed",
         "parallel/layers.py",
         "        rows = rows.masked_fill(elsewhere.unsqueeze(-1), 0.0)  # [s, b, h]\n",
@@ -230,8 +243,8 @@ MISTAKES = (
     Mistake(
         "ignored targets have a gradient",
         "parallel/loss.py",
-        ".masked_fill(~target.counts, 0.0)",
-        "",
+        "softmax_scale.masked_fill(~target.counts, 0.0)",
+        "softmax_scale",
         (_LOSS + "[4-1.0-20-tp2-dp1]",),
     ),
     Mistake(
