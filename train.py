@@ -171,7 +171,7 @@ def main(config: Config) -> int:
         config.parallel.tensor_model_parallel_size,
         config.parallel.sequence_parallel,
         config.parallel.tp_comm_overlap,
-        config.train.compile,
+        config.train.compile and config.model.hidden_dropout > 0,
         config.parallel.shared_memory,
     )
     set_up_logging(mesh)

@@ -28,9 +28,11 @@ def made_again(output: Tensor, recipe: Callable[[], Tensor], when: bool = True) 
     # torch asks the innermost hooks only. All other tensors go on to those around these, which may
     # be those of full recomputation.
     outer_pack, outer_unpack = _hooks_around()
+    # Not the output itself: autograd keeps the hooks, and they would keep what they mention.
+    memory, shape = _memory(output), output.shape
 
     def pack(tensor: Tensor) -> Any:
-        if is_same_memory(tensor, output) and tensor.shape == output.shape:
+        if _memory(tensor) == memory and tensor.shape == shape:
             return _Recipe()
         return outer_pack(tensor)
 
@@ -56,4 +58,9 @@ def _hooks_around() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:
 
 def is_same_memory(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are views of the same memory; also asked of tensors without any."""
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    return _memory(a) == _memory(b)
+
+
+def _memory(tensor: Tensor) -> int:
+    """Which piece of memory a tensor is a view of, while it is there."""
+    return tensor.untyped_storage()._cdata
