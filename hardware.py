@@ -17,7 +17,7 @@ _REPEATS = 5
 # Float32 weights, gradients and two moments.
 _STATE_BYTES_PER_PARAMETER = 16
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
-_LARGE_BYTES, _NEVER_BYTES = 1 << 20, 1 << 30
+_LARGE_BYTES, _NEVER_BYTES, _OLD_LIMIT_BYTES = 1 << 20, 1 << 30, 32 << 20
 
 
 def peak_flops_per_second(device: torch.device, precision: str) -> float:
@@ -55,7 +55,9 @@ def set_up_allocator(mesh: Mesh, num_parameters: int) -> None:
     if state_bytes > memory_bytes / 2:
         mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
     elif not any(name.startswith("MALLOC_") for name in os.environ):  # somebody's own choice
-        mallopt(_M_MMAP_THRESHOLD, _NEVER_BYTES)
+        # glibc before 2.35 takes no more than half of its heaps' 64 MiB.
+        if not mallopt(_M_MMAP_THRESHOLD, _NEVER_BYTES):
+            mallopt(_M_MMAP_THRESHOLD, _OLD_LIMIT_BYTES)
         mallopt(_M_TRIM_THRESHOLD, -1)  # never give back the top either
 
 

@@ -55,7 +55,7 @@ class _Attention(torch.autograd.Function):
         y, log_sum_exp = _flash_forward(
             *_operands(q, k, v), 0.0, is_causal=mask is None, attn_mask=bias
         )
-        y = _sequence_first(y).to(q.dtype, memory_format=torch.contiguous_format)
+        y = _sequence_first(y).to(q.dtype).contiguous()
         ctx.save_for_backward(q, k, v, y, log_sum_exp, mask)
         return y
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from configs.schema import ModelConfig
+from configs.schema import ModelConfig, Recompute
 from model.attend import attend
 from model.context import Context
 from model.initialisation import matrix_init, residual_init
@@ -28,9 +28,9 @@ class SelfAttention(nn.Module):
     slice. With g < t groups every rank keeps kv in full and computes the one group it needs.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, mesh: Mesh) -> None:
+    def __init__(self, config: ModelConfig, layer: int, mesh: Mesh, recompute: Recompute) -> None:
         super().__init__()
-        self.layer, self.mesh = layer, mesh
+        self.layer, self.mesh, self.recompute = layer, mesh, recompute
         self.dropout = config.attention_dropout
         self.head_dim, self.qk_layernorm = config.head_dim, config.qk_layernorm
         h, g = config.hidden_size, config.num_groups
@@ -62,7 +62,8 @@ class SelfAttention(nn.Module):
         y = attend(q, k, v, context.mask, self.drop(context.stream))  # [s, b, a/t, d]
         joined = y.flatten(2)  # [s, b, h/t], a copy if the kernel had another layout
         kept, is_copy = y.detach(), not is_same_memory(joined, y)
-        with made_again(joined, lambda: kept.flatten(2), when=is_copy):
+        # Full recomputation keeps neither; the recipe would.
+        with made_again(joined, lambda: kept.flatten(2), when=is_copy and self.recompute != "full"):
             return self.proj(joined)  # [s/t, b, h]
 
     def drop(self, stream: DropoutStream | None) -> float:

@@ -46,7 +46,7 @@ class Block(nn.Module):
         self.mesh, self.layer, self.recompute = mesh, layer, recompute
         self.hidden_dropout = config.hidden_dropout
         self.attention_norm = make_norm(config, mesh)
-        self.attention = SelfAttention(config, layer, mesh)
+        self.attention = SelfAttention(config, layer, mesh, recompute)
         self.mlp_norm = make_norm(config, mesh)
         self.mlp = MLP(config, mesh, recompute)
 

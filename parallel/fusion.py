@@ -32,10 +32,14 @@ def _compiled(function: Function) -> Function:
 
 def why_not_compile(device: torch.device) -> str | None:
     """What is missing on this machine for kernels to be compiled; None: nothing."""
-    if device.type == "cuda":
-        return None if importlib.util.find_spec("triton") else "there is no triton package"
-    compiler = os.environ.get("CXX", "g++")
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "there is no triton package"
+    # Triton compiles what launches its kernels.
+    variable, usual = ("CC", "gcc") if device.type == "cuda" else ("CXX", "g++")
+    compiler = os.environ.get(variable, usual)
     if shutil.which(compiler) is None:
-        return f"there is no C++ compiler ({compiler}; the environment variable CXX names another)"
+        return (
+            f"there is no compiler ({compiler}; the environment variable {variable} names another)"
+        )
     header = Path(sysconfig.get_path("include"), "Python.h")
     return None if header.exists() else f"there is no {header} (package python3-dev)"

@@ -64,20 +64,23 @@ class _HeadLoss(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         targets: Tensor,
-        first_id: int,
+        vocab_size: int,
         z_loss_coeff: float,
         with_gradients: bool,
         mesh: Mesh,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = all_gather(x, mesh.tp) if mesh.sequence_parallel else x  # [s, b, h]
         rows, matrix = rows.reshape(-1, x.shape[-1]), as_operand(weight)  # [s b, h], [v/t, h]
+        first_id, _ = shard_range(vocab_size, mesh.tp.size, mesh.tp.rank)
         of_all = _find_targets(targets, first_id, len(matrix))
         at_least_float32 = torch.promote_types(weight.dtype, torch.float32)
         sums = torch.zeros(2, dtype=at_least_float32, device=x.device)
         if with_gradients:
             grad_rows = torch.empty_like(rows)
             grad_weight = torch.zeros_like(weight, dtype=at_least_float32)
-        length = max(1, _PIECE_ELEMENTS[x.device.type] // len(matrix))
+        # By the largest shard and not by this rank's own, which may have a row less: all ranks must
+        # cut alike.
+        length = max(1, _PIECE_ELEMENTS[x.device.type] // -(-vocab_size // mesh.tp.size))
         for start in range(0, len(rows), length):
             piece = slice(start, start + length)
             target, operand = of_all.piece(piece), as_operand(rows[piece])
@@ -152,5 +155,5 @@ def vocab_parallel_loss(
     assert len(weight) == end_id - first_id, "weight must be this rank's part of the vocabulary"
     with_gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     return Losses(
-        *_HeadLoss.apply(x, weight, targets, first_id, z_loss_coeff, with_gradients, mesh)
+        *_HeadLoss.apply(x, weight, targets, vocab_size, z_loss_coeff, with_gradients, mesh)
     )
