@@ -161,19 +161,24 @@ def due(step: int, interval: int, at_end: int | None = None) -> bool:
     return interval > 0 and (step % interval == 0 or step == at_end)
 
 
-@record
-def main(config: Config) -> int:
-    """Join the other ranks, lock the run folder, and train."""
-    signals = StopSignals()
-    if config.debug.deterministic:
-        use_deterministic_kernels()
-    mesh = init_mesh(
+def join_mesh(config: Config) -> Mesh:
+    """Join the other ranks, laid out as the configuration says."""
+    return init_mesh(
         config.parallel.tensor_model_parallel_size,
         config.parallel.sequence_parallel,
         config.parallel.tp_comm_overlap,
         config.train.compile and config.model.hidden_dropout > 0,
         config.parallel.shared_memory,
     )
+
+
+@record
+def main(config: Config) -> int:
+    """Join the other ranks, lock the run folder, and train."""
+    signals = StopSignals()
+    if config.debug.deterministic:
+        use_deterministic_kernels()
+    mesh = join_mesh(config)
     set_up_logging(mesh)
     try:
         with RunFolder(config, mesh) as folder:

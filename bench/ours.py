@@ -37,10 +37,10 @@ from data.tokenizer import train_tokenizer
 from hardware import set_up_allocator
 from model import build_model, flops_per_token, num_parameters
 from optimizer import build_optimizer
-from parallel import DropoutStream, Mesh, close_mesh, init_mesh
+from parallel import DropoutStream, Mesh, close_mesh
 from run_folder import RunFolder
 from run_state import Run, RunState, training_batches
-from train import train_step
+from train import join_mesh, train_step
 
 _CONFIG = Path(__file__).with_name("bench_gpt.yaml")
 _ROWS = 64  # of random tokens; an epoch more or less is all one
@@ -151,13 +151,7 @@ def main() -> int:
                 *arguments.overrides,
             ]
         )
-        mesh = init_mesh(
-            config.parallel.tensor_model_parallel_size,
-            config.parallel.sequence_parallel,
-            config.parallel.tp_comm_overlap,
-            config.train.compile and config.model.hidden_dropout > 0,
-            config.parallel.shared_memory,
-        )
+        mesh = join_mesh(config)
         torch.manual_seed(SEED)
         if arguments.measure == "activations":
             report(count_activations(config, mesh, arguments.workload))

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.mesh import Axis
+from parallel.mesh import Axis, Mesh
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,15 @@ def start_all_reduce(x: Tensor, axis: Axis) -> Pending:
     """The sum over ranks of all positions, `[s, ...]`."""
     reduced = x.clone(memory_format=torch.contiguous_format)
     return Pending(reduced, dist.all_reduce(reduced, group=axis.group, async_op=True))
+
+
+def start_sum_over_tp(x: Tensor, mesh: Mesh) -> Pending:
+    """What every tp rank has of `[s, ...]`, summed: `[s/t, ...]`, or `[s, ...]` without sp."""
+    if mesh.tp.size == 1:
+        return Pending(x)
+    if mesh.sequence_parallel:
+        return start_reduce_scatter(x, mesh.tp)
+    return start_all_reduce(x, mesh.tp)
 
 
 def all_gather(x: Tensor, axis: Axis) -> Tensor:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from parallel.collectives import all_gather, all_reduce, reduce_scatter
+from parallel.collectives import all_gather, start_sum_over_tp
 from parallel.mesh import Axis, Mesh
 from parallel.products import as_operand
 from parallel.sharding import shard_range
@@ -94,7 +94,8 @@ class _HeadLoss(torch.autograd.Function):
                 grad_rows[piece] = torch.mm(grad_z, matrix)
                 grad_weight += torch.mm(grad_z.t(), operand)
         if with_gradients:
-            grad_x = _sum_over_tp(grad_rows.view(-1, *x.shape[1:]), mesh)  # as x: [s/t, b, h]
+            grad_rows = grad_rows.view(-1, *x.shape[1:])
+            grad_x = start_sum_over_tp(grad_rows, mesh).wait()  # as x: [s/t, b, h]
             ctx.save_for_backward(grad_x, grad_weight)
             ctx.weight_dtype = weight.dtype
         cross_entropy, log_z_squared = sums.unbind()
@@ -128,13 +129,6 @@ def _gradient_of_logits_(z: Tensor, softmax_scale: Tensor, target: _Targets) -> 
     z.mul_(softmax_scale.masked_fill(~target.counts, 0.0).unsqueeze(1))
     at_target = -(target.is_ours & target.counts).to(z.dtype)
     return z.scatter_add_(1, target.column, at_target.unsqueeze(1))
-
-
-def _sum_over_tp(grad: Tensor, mesh: Mesh) -> Tensor:
-    """What every rank has of a gradient, summed: `[s/t, b, h]`, or without sp `[s, b, h]`."""
-    if mesh.tp.size == 1:
-        return grad
-    return reduce_scatter(grad, mesh.tp) if mesh.sequence_parallel else all_reduce(grad, mesh.tp)
 
 
 def vocab_parallel_loss(

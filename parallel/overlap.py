@@ -33,11 +33,9 @@ from torch import Tensor
 from parallel.collectives import (
     Pending,
     all_gather,
-    all_reduce,
-    reduce_scatter,
     start_all_gather,
-    start_all_reduce,
     start_reduce_scatter,
+    start_sum_over_tp,
 )
 from parallel.mesh import Mesh
 from parallel.products import multiply
@@ -67,7 +65,7 @@ class _ColumnParallel(torch.autograd.Function):
             grad_x += multiply(_rows(grad), weight)
         grad_x = grad_x.view(*grads[0].shape[:-1], -1)  # [s, b, in], a partial sum
         rows = _rows(gathering.wait())
-        summing = _start_sum(grad_x, mesh)
+        summing = start_sum_over_tp(grad_x, mesh)
         of_tensors: list[Tensor | None] = []
         for number, grad in enumerate(grads):
             needs_weight, needs_bias = ctx.needs_input_grad[2 + 2 * number : 4 + 2 * number]
@@ -143,9 +141,7 @@ def _multiply_and_sum(x: Tensor, matrix: Tensor, mesh: Mesh) -> Tensor:
     num_pieces = _num_pieces(x.shape[0] // mesh.tp.size, mesh)
     if num_pieces == 1:
         y = multiply(_rows(x), matrix).view(*x.shape[:-1], -1)
-        if mesh.tp.size == 1:
-            return y
-        return reduce_scatter(y, mesh.tp) if mesh.sequence_parallel else all_reduce(y, mesh.tp)
+        return start_sum_over_tp(y, mesh).wait()
     pieces = x.unflatten(0, (mesh.tp.size, num_pieces, -1))
     summing = []
     for number in range(num_pieces):
@@ -153,15 +149,6 @@ def _multiply_and_sum(x: Tensor, matrix: Tensor, mesh: Mesh) -> Tensor:
         y = multiply(_rows(piece), matrix).view(*piece.shape[:-1], -1)
         summing.append(start_reduce_scatter(y, mesh.tp))
     return torch.cat([piece.wait() for piece in summing])
-
-
-def _start_sum(x: Tensor, mesh: Mesh) -> Pending:
-    """The sum over ranks of x `[s, b, k]`: of this rank's positions with sequence parallelism."""
-    if mesh.tp.size == 1:
-        return Pending(x)
-    if mesh.sequence_parallel:
-        return start_reduce_scatter(x, mesh.tp)
-    return start_all_reduce(x, mesh.tp)
 
 
 def _num_pieces(positions: int, mesh: Mesh) -> int:

@@ -166,7 +166,7 @@ MISTAKES = (
     Mistake(
         "the overlapped column-parallel layer does not sum dX over the ranks",
         "parallel/overlap.py",
-        "summing = _start_sum(grad_x, mesh)",
+        "summing = start_sum_over_tp(grad_x, mesh)",
         "summing = Pending(grad_x)",
         (_LAYERS + "test_column_equals_dense[tp2-dp1-overlap backward]",),
     ),
@@ -250,8 +250,8 @@ MISTAKES = (
     Mistake(
         "a rank keeps what its part of the vocabulary says of x, and nobody sums that",
         "parallel/loss.py",
-        "else all_reduce(grad, mesh.tp)",
-        "else grad",
+        "start_sum_over_tp(grad_rows, mesh).wait()",
+        "grad_rows",
         (_LOSS + "[4-1.0-20-tp2-dp1]",),
     ),
     # The mean over the global batch.
