@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from parallel import as_operand
+from parallel import as_operand, operand_dtype
 
 _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -55,7 +55,8 @@ class _Attention(torch.autograd.Function):
         y, log_sum_exp = _flash_forward(
             *_operands(q, k, v), 0.0, is_causal=mask is None, attn_mask=bias
         )
-        y = _sequence_first(y).to(q.dtype).contiguous()
+        y = _sequence_first(y)
+        y = torch.empty_like(q, memory_format=torch.contiguous_format).copy_(y)
         ctx.save_for_backward(q, k, v, y, log_sum_exp, mask)
         return y
 
@@ -63,9 +64,9 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, y, log_sum_exp, mask = ctx.saved_tensors
         grads = _flash_backward(
-            _batch_first(as_operand(grad_y)),
+            _batch_first(as_operand(grad_y, "grad_y")),
             *_operands(q, k, v),
-            _batch_first(as_operand(y)),
+            _batch_first(as_operand(y, "y")),
             log_sum_exp,
             0.0,
             is_causal=mask is None,
@@ -81,8 +82,8 @@ class _Attention(torch.autograd.Function):
 
 def _operands(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as `[b, a/t, s, d]`, a key and a value for each query head."""
-    k, v = (_for_each_query_head(as_operand(heads), q) for heads in (k, v))
-    return _batch_first(as_operand(q)), _batch_first(k), _batch_first(v)
+    k, v = _for_each_query_head(as_operand(k, "k"), q), _for_each_query_head(as_operand(v, "v"), q)
+    return _batch_first(as_operand(q, "q")), _batch_first(k), _batch_first(v)
 
 
 def _for_each_query_head(heads: Tensor, q: Tensor) -> Tensor:
@@ -95,7 +96,7 @@ def _as_bias(mask: Tensor | None, q: Tensor) -> Tensor | None:
     """What is added to the scores: 0 where a query sees a key, else minus infinity."""
     if mask is None:
         return None
-    bias = torch.zeros(mask.shape, dtype=as_operand(q[:0]).dtype, device=q.device)
+    bias = torch.zeros(mask.shape, dtype=operand_dtype(q), device=q.device)
     return bias.masked_fill_(~mask, float("-inf"))
 
 

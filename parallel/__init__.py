@@ -37,7 +37,7 @@ from parallel.parameters import (
     parameter_facts,
 )
 from parallel.pretend import pretend_mesh
-from parallel.products import as_operand
+from parallel.products import as_operand, operand_dtype, own_scratch
 from parallel.randomness import DropoutStream, dropout_add, fold_seed
 from parallel.recompute import is_same_memory, made_again
 from parallel.replicas import Drift, find_drift
@@ -77,6 +77,8 @@ __all__ = [
     "local_slices",
     "lookup",
     "made_again",
+    "operand_dtype",
+    "own_scratch",
     "parameter_facts",
     "pretend_mesh",
     "record_traffic",

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from parallel.collectives import all_gather, start_sum_over_tp
 from parallel.mesh import Axis, Mesh
-from parallel.products import as_operand
+from parallel.products import as_operand, product_in_float32
 from parallel.sharding import shard_range
 
 # Logits at a time: as many as a processor's caches hold, or as keep a GPU busy.
@@ -70,7 +70,8 @@ class _HeadLoss(torch.autograd.Function):
         mesh: Mesh,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = all_gather(x, mesh.tp) if mesh.sequence_parallel else x  # [s, b, h]
-        rows, matrix = rows.reshape(-1, x.shape[-1]), as_operand(weight)  # [s b, h], [v/t, h]
+        rows = rows.reshape(-1, x.shape[-1])  # [s b, h]
+        matrix = as_operand(weight, "right")  # [v/t, h]
         first_id, _ = shard_range(vocab_size, mesh.tp.size, mesh.tp.rank)
         of_all = _find_targets(targets, first_id, len(matrix))
         at_least_float32 = torch.promote_types(weight.dtype, torch.float32)
@@ -83,8 +84,8 @@ class _HeadLoss(torch.autograd.Function):
         length = max(1, _PIECE_ELEMENTS[x.device.type] // -(-vocab_size // mesh.tp.size))
         for start in range(0, len(rows), length):
             piece = slice(start, start + length)
-            target, operand = of_all.piece(piece), as_operand(rows[piece])
-            z = torch.mm(operand, matrix.t()).to(at_least_float32)  # [n, v/t]
+            target, operand = of_all.piece(piece), as_operand(rows[piece], "left")
+            z = product_in_float32(operand, matrix.t())  # [n, v/t]
             log_z, loss, softmax_scale = _over_vocabulary_(z, target, mesh.tp)
             of_positions = torch.stack([loss, log_z.square()])
             sums += of_positions.masked_fill(~target.counts, 0.0).sum(dim=1)
@@ -92,7 +93,10 @@ class _HeadLoss(torch.autograd.Function):
                 softmax_scale *= 1.0 + 2.0 * z_loss_coeff * log_z
                 grad_z = _gradient_of_logits_(z, softmax_scale, target).to(matrix.dtype)
                 grad_rows[piece] = torch.mm(grad_z, matrix)
-                grad_weight += torch.mm(grad_z.t(), operand)
+                if grad_z.dtype == grad_weight.dtype:
+                    grad_weight.addmm_(grad_z.t(), operand)
+                else:
+                    grad_weight += torch.mm(grad_z.t(), operand)
         if with_gradients:
             grad_rows = grad_rows.view(-1, *x.shape[1:])
             grad_x = start_sum_over_tp(grad_rows, mesh).wait()  # as x: [s/t, b, h]

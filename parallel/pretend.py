@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore  # importing it makes the backend
 
 from parallel.mesh import Mesh, Overlap, close_mesh, lay_mesh
+from parallel.products import own_scratch
 
 
 @contextmanager
@@ -30,8 +31,9 @@ def pretend_mesh(
         raise RuntimeError("a process that has joined a group of ranks cannot pretend another one")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
     try:
-        yield lay_mesh(
-            tensor_model_parallel_size, sequence_parallel, torch.device("cpu"), 0, overlap
-        )
+        with own_scratch():  # tensors without contents must not stay behind in it
+            yield lay_mesh(
+                tensor_model_parallel_size, sequence_parallel, torch.device("cpu"), 0, overlap
+            )
     finally:
         close_mesh()

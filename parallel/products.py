@@ -7,10 +7,20 @@ processors only have instructions that are slower than float32 (measured on a Xe
 avx512_bf16: half the rate). There the operands are widened to float32, multiplied, and the result
 is rounded. The product of two bfloat16 numbers is exact in float32, so the sum is the same but for
 the order of its terms; what is kept for backward and what is sent stays bfloat16.
+
+[Note: scratch]
+Widened operands and the product before its rounding live for one call, between tensors that are
+kept for backward. Allocated there, each would leave a hole that the next kept tensor, of half its
+size, spoils for the next product: half of a step's memory was holes. So they have memory of their
+own, as large as the largest needs it.
 """
 
 import functools
+import math
 import platform
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,22 +38,65 @@ def _has_bfloat16_units() -> bool:
     return platform.machine() not in ("x86_64", "AMD64") or torch.cpu._is_amx_tile_supported()
 
 
-def is_widened(x: Tensor) -> bool:
-    """Whether x takes part in products as float32: [Note: bfloat16 without units for it]."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not _has_bfloat16_units()
+def operand_dtype(x: Tensor) -> torch.dtype:
+    """The precision in which x is multiplied: [Note: bfloat16 without units for it]."""
+    lacks_units = x.device.type == "cpu" and not _has_bfloat16_units()
+    return torch.float32 if x.dtype == torch.bfloat16 and lacks_units else x.dtype
 
 
-def as_operand(x: Tensor) -> Tensor:
-    """x in the precision in which it is multiplied."""
-    return x.float() if is_widened(x) else x
+class _Scratch(threading.local):
+    """Float32 memory of a processor, by use; what it holds is good until the use comes again."""
+
+    def __init__(self) -> None:
+        self.memory: dict[str, Tensor] = {}
+
+    def take(self, use: str, like: Tensor, shape: Sequence[int]) -> Tensor:
+        """Uninitialised and contiguous, on the device of `like`."""
+        size = math.prod(shape)
+        if use not in self.memory or self.memory[use].numel() < size:
+            self.memory.pop(use, None)  # before there is the larger one
+            self.memory[use] = like.new_empty(size, dtype=torch.float32)
+        return self.memory[use][:size].view(shape)
+
+
+_scratch = _Scratch()
+
+
+@contextmanager
+def own_scratch() -> Iterator[dict[str, Tensor]]:
+    """Inside, scratch memory is apart from that outside, and counted: the tensors by use."""
+    outside, _scratch.memory = _scratch.memory, {}
+    try:
+        yield _scratch.memory
+    finally:
+        _scratch.memory = outside
+
+
+def as_operand(x: Tensor, use: str) -> Tensor:
+    """x in the precision in which it is multiplied: itself, or a copy in scratch memory.
+
+    The copy has x's order of dimensions, and is good until the next call with the same `use`.
+    """
+    if operand_dtype(x) == x.dtype:
+        return x
+    if x.ndim == 2 and x.t().is_contiguous():  # noqa: PLR2004  # a matrix
+        return _scratch.take(use, x, x.t().shape).copy_(x.t()).t()
+    return _scratch.take(use, x, x.shape).copy_(x)
+
+
+def product_in_float32(a: Tensor, b: Tensor) -> Tensor:
+    """`a b` of two operands, in float32 at least; good until the next product."""
+    if a.dtype == torch.float32 and a.device.type == "cpu":
+        return torch.mm(a, b, out=_scratch.take("product", a, (a.shape[0], b.shape[1])))
+    return torch.mm(a, b).to(torch.promote_types(a.dtype, torch.float32))
 
 
 def multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """`a b (+ bias)`, `[m, k]` times `[k, n]`, rounded to a's precision. No autograd."""
-    wide_a, wide_b = as_operand(a), as_operand(b)
-    if bias is None:
-        return torch.mm(wide_a, wide_b).to(a.dtype)
-    return torch.addmm(as_operand(bias), wide_a, wide_b).to(a.dtype)
+    if operand_dtype(a) == a.dtype:
+        return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+    wide = product_in_float32(as_operand(a, "left"), as_operand(b, "right"))
+    return (wide if bias is None else wide.add_(bias)).to(a.dtype)
 
 
 class _WidenedLinear(torch.autograd.Function):
@@ -73,6 +126,6 @@ class _WidenedLinear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x weight^T + bias`, `[..., in]` to `[..., out]`, `weight` `[out, in]`."""
-    if is_widened(x):
+    if operand_dtype(x) != x.dtype:
         return _WidenedLinear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
