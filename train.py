@@ -167,7 +167,7 @@ def join_mesh(config: Config) -> Mesh:
         config.parallel.tensor_model_parallel_size,
         config.parallel.sequence_parallel,
         config.parallel.tp_comm_overlap,
-        config.train.compile and config.model.hidden_dropout > 0,
+        config.train.compile and config.model.has_chains,
         config.parallel.shared_memory,
     )
 

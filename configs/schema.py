@@ -70,6 +70,16 @@ class ModelConfig:
             return -(-8 * self.hidden_size // (3 * _SWIGLU_MULTIPLE)) * _SWIGLU_MULTIPLE
         return 4 * self.hidden_size
 
+    @property
+    def has_chains(self) -> bool:
+        """Whether there are chains of operations on single elements for train.compile to fuse."""
+        return (
+            self.hidden_dropout > 0
+            or self.normalization == "RMSNorm"
+            or self.position_embedding_type == "rope"
+            or self.activation == "swiglu"
+        )
+
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -83,9 +93,10 @@ class ParallelConfig:
     # When a tp rank sends under a product of a linear layer: where backward allows it, or of both
     # directions in pieces (for slow wires); none: never, and it keeps gathered inputs.
     tp_comm_overlap: Literal["none", "backward", "both"] = "backward"
+    # Gather weights and sum gradients over dp under the work of other layers; GPUs always do.
+    dp_comm_overlap: bool = True
     # On processors, ranks of one host meet in memory that they share, not through gloo's sockets.
-    # Exact, but new, and not yet put through as many kills and hangs as gloo.
-    shared_memory: bool = False
+    shared_memory: bool = True
     # What backward makes again: selective, the outputs of norms and activations (nearly free);
     # full, all but the inputs of layers (a third more products).
     recompute_granularity: Recompute = "none"
@@ -131,8 +142,8 @@ class TrainConfig:
     # A loss so many nats above the median of the last 32 counts as not finite; null: none does.
     loss_spike_nats: float | None = None
     precision: Literal["bf16", "fp32"] = "bf16"  # bf16: bfloat16 compute, float32 master weights
-    # Make one kernel of dropout with its residual, with torch.compile: half a minute at the first
-    # start on a machine, seconds later on. Without dropout there is nothing to compile.
+    # Make one kernel each of dropout with its residual, RMSNorm, rotary positions and SwiGLU, with
+    # torch.compile: up to a minute at the first start on a machine, seconds later on.
     compile: bool = True
 
 

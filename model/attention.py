@@ -14,6 +14,7 @@ from parallel import (
     DropoutStream,
     Mesh,
     RowParallelLinear,
+    fused,
     is_same_memory,
     made_again,
 )
@@ -33,6 +34,7 @@ class SelfAttention(nn.Module):
         self.layer, self.mesh, self.recompute = layer, mesh, recompute
         self.dropout = config.attention_dropout
         self.head_dim, self.qk_layernorm = config.head_dim, config.qk_layernorm
+        self.rotate = fused(rotate, mesh.compiles)
         h, g = config.hidden_size, config.num_groups
         self.qkv = ColumnParallelLinear(
             h,
@@ -58,7 +60,7 @@ class SelfAttention(nn.Module):
         if self.qk_layernorm:
             q, k = self.q_norm(q), self.k_norm(k)
         if context.rotation is not None:
-            q, k = rotate(q, context.rotation), rotate(k, context.rotation)
+            q, k = self.rotate(q, *context.rotation), self.rotate(k, *context.rotation)
         y = attend(q, k, v, context.mask, self.drop(context.stream))  # [s, b, a/t, d]
         joined = y.flatten(2)  # [s, b, h/t], a copy if the kernel had another layout
         kept, is_copy = y.detach(), not is_same_memory(joined, y)

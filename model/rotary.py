@@ -20,8 +20,7 @@ def rotation_of(positions: Tensor, head_dim: int, base: float, dtype: torch.dtyp
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the heads `[s, b, a/t, d]` of each position by its angles."""
-    cos, sin = rotation
     first, second = x.chunk(2, dim=-1)  # each [s, b, a/t, d/2]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

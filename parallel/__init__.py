@@ -10,6 +10,7 @@ from parallel.data_parallel import (
     set_gradient_sync,
     shard_over_data_parallel,
 )
+from parallel.fusion import fused
 from parallel.gradients import clip_gradients, sum_partial_gradients
 from parallel.heartbeats import Heartbeats
 from parallel.layers import (
@@ -68,6 +69,7 @@ __all__ = [
     "find_drift",
     "fold_seed",
     "free_gathered_weights",
+    "fused",
     "gather_json",
     "gather_vocabulary",
     "init_mesh",

@@ -18,6 +18,9 @@ import torch
 
 Function = Callable[..., torch.Tensor]
 
+# Of a function in a process. A run needs a few, for precisions and with and without gradients.
+_MOST_KERNELS = 64
+
 
 def fused(function: Function, compiles: bool) -> Function:
     """The function; as one kernel if it is to be compiled, made at its first call."""
@@ -26,6 +29,10 @@ def fused(function: Function, compiles: bool) -> Function:
 
 @functools.cache
 def _compiled(function: Function) -> Function:
+    # Numbers with a point are constants, each with a kernel of its own. As variables, torch 2.13
+    # computes int(rate * 2**32) once and takes the kernel, by its cache on disk, for any rate.
+    torch._dynamo.config.specialize_float = True
+    torch._dynamo.config.recompile_limit = _MOST_KERNELS
     # Of any size: a batch padded to its longest row has another length each time.
     return torch.compile(function, dynamic=True, fullgraph=True)
 

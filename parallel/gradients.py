@@ -1,20 +1,26 @@
 """Gradients after the backward pass: the sum of partial ones, the global norm, clipping.
 
-By then FSDP2 has summed every gradient over dp and left each rank its float32 shard. What remains
-is tp: see [Note: partial gradients] in parameters.py.
+FSDP2 sums every gradient over dp and leaves each rank its float32 shard; on a processor the last of
+these sums may still be under way. What remains is tp: see [Note: partial gradients] in
+parameters.py.
 """
 
 import torch
 from torch import Tensor, nn
 
 from parallel.agreement import sum_over
+from parallel.data_parallel import await_gradients
 from parallel.mesh import Mesh
 from parallel.parameters import parameter_facts
 from parallel.sharding import tp_shard_dim
 
 
 def sum_partial_gradients(model: nn.Module, mesh: Mesh) -> None:
-    """Sum the gradients that are partial over tp: one all-reduce of all of them together."""
+    """Sum the gradients that are partial over tp: one all-reduce of all of them together.
+
+    First waits for the sums over dp.
+    """
+    await_gradients(model)
     facts = parameter_facts(model)
     partial = [
         parameter.grad.to_local()  # type: ignore[union-attr]

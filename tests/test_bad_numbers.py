@@ -18,6 +18,7 @@ import train as train_module
 from configs import Config, parse_config
 from data import MicroBatch
 from parallel import DropoutStream, Mesh
+from parallel.data_parallel import await_gradients
 from run_folder import RunFolder
 from run_state import RunState
 from stopping import NonFiniteError, StopSignals
@@ -73,6 +74,7 @@ def poisoned(mesh: Mesh, samples: range) -> Iterator[list[tuple[int, list[int]]]
         return DropoutStream(seed, step, of_micro_batch)
 
     def poison(model: Any, mesh: Mesh) -> None:
+        await_gradients(model)
         if mesh.tp.rank == mesh.tp.size - 1 and set(seen[-1][1]) & set(samples):
             next(model.parameters()).grad.to_local().view(-1)[:1] = float("nan")
         sum_gradients(model, mesh)

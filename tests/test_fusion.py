@@ -1,0 +1,124 @@
+"""What torch.compile makes of functions of single elements: the same as torch does step by step."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from configs import ModelConfig
+from model.mlp import swiglu
+from model.norm import rms_norm
+from model.rotary import rotate
+from parallel import DropoutStream, Mesh, dropout_add, fused
+from parallel.fusion import why_not_compile
+from tests.distributed import ONE_RANK, Layout, distributed
+from tests.test_model_gpt import OPTIONS, STREAM, TINY, batch, tiny_model
+
+pytestmark = pytest.mark.timeout(300)  # compilers take their time, once on a machine
+
+CPU = torch.device("cpu")
+needs_a_compiler = pytest.mark.skipif(
+    why_not_compile(CPU) is not None, reason=f"cannot compile: {why_not_compile(CPU)}"
+)
+FUNCTIONS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
+    "rms_norm": (lambda x, weight: rms_norm(x, weight, 1e-5), ((6, 2, 48), (48,))),
+    "swiglu": (swiglu, ((6, 2, 40), (6, 2, 40))),
+    "rotate": (rotate, ((6, 2, 4, 16), (6, 2, 1, 8), (6, 2, 1, 8))),
+}
+
+
+def outcome(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """The result and the gradient of each input."""
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    y = function(*leaves)
+    y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape).to(y.dtype))
+    return [y.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_kernel_equals_its_function(name: str, dtype: torch.dtype) -> None:
+    """Forward and every gradient against float64, no further away than one rounding or two."""
+    function, shapes = FUNCTIONS[name]
+    generator = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    expected = outcome(function, [tensor.double() for tensor in inputs])
+    got = outcome(fused(function, compiles=True), inputs)
+    assert len(got) == len(expected) == 1 + len(shapes)
+    tolerance = 2 * torch.finfo(dtype).eps
+    for mine, reference in zip(got, expected, strict=True):
+        assert mine.dtype == dtype
+        scale = reference.abs().max().item()
+        assert_close(mine.double(), reference, rtol=tolerance, atol=2 * tolerance * scale)
+
+
+@needs_a_compiler
+@distributed(ONE_RANK, Layout(tp=2))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("has_residual", [True, False])
+@pytest.mark.parametrize("rate", [0.3, 0.1])
+def test_dropout_of_one_kernel_keeps_the_same(
+    mesh: Mesh, dtype: torch.dtype, has_residual: bool, rate: float
+) -> None:
+    """The mask is equal, and of this rate: torch takes a kernel that it has for another one.
+
+    The sum may be rounded once less.
+    """
+    x, residual = torch.randn(2, 6, 2, 32).to(dtype).unbind()
+    results = [
+        outcome(
+            lambda x, residual, compiles=compiles: dropout_add(
+                x,
+                residual if has_residual else None,
+                rate,
+                DropoutStream(1, 2, (3, 4)),
+                0,
+                1,
+                dataclasses.replace(mesh, compiles=compiles),
+            ),
+            [x, residual],
+        )
+        for compiles in (False, True)
+    ]
+    for plain, compiled in zip(*results, strict=True):
+        eps = torch.finfo(dtype).eps
+        assert_close(compiled, plain, rtol=2 * eps, atol=2 * eps)
+    _, plain_grad, *_ = results[0]
+    _, compiled_grad, *_ = results[1]
+    assert torch.equal(plain_grad == 0, compiled_grad == 0)
+    assert (plain_grad == 0).any()
+
+
+def model_outcome(mesh: Mesh, config: ModelConfig, recompute: str) -> list[Tensor]:
+    """The loss and all gradients."""
+    model = tiny_model(mesh, config, recompute)
+    losses = model(*batch(), STREAM)
+    losses.objective.backward()
+    gradients = [parameter.grad.to_local() for parameter in model.parameters()]
+    return [losses.cross_entropy.detach(), *gradients]
+
+
+@needs_a_compiler
+@distributed(ONE_RANK, Layout(tp=2, overlap="backward"))
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_compiled_model_has_the_same_gradients(mesh: Mesh, recompute: str) -> None:
+    config = dataclasses.replace(TINY, **OPTIONS["llama"])
+    plain = model_outcome(mesh, config, recompute)
+    compiled = model_outcome(dataclasses.replace(mesh, compiles=True), config, recompute)
+    for mine, reference in zip(compiled, plain, strict=True):
+        scale = reference.abs().max().item()
+        assert_close(mine, reference, rtol=1e-5, atol=1e-6 * scale)
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert shutil.which("no-such-compiler") is None
+    problem = why_not_compile(CPU)
+    assert problem is not None
+    assert "no-such-compiler" in problem
+    assert "CXX" in problem
