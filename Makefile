@@ -12,7 +12,7 @@ WANTED = import tomllib; \
   print(*project['dependencies'], *sum(project['optional-dependencies'].values(), []), sep='\n')
 IS_NEW_ENOUGH = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help setup train trace format lint types lines test drills test-gpu test-smollm2 parity mutations bench bench-setup check clean
+.PHONY: help setup train dashboard trace format lint types lines test drills test-gpu test-smollm2 parity mutations bench bench-setup check clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ train: setup  ## train a small GPT on two tensor-parallel ranks, about five minu
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 train.py config=gpt_laptop.yaml \
 	  parallel.tensor_model_parallel_size=2 $(ARGS)
 
+dashboard: setup  ## watch runs in a browser, live; ARGS="runs=DIR port=N"
+	@$(BIN)/python dashboard.py $(ARGS)
+
 trace: setup  ## follow one block over two ranks: what each holds, what is sent; docs/sequence-parallelism.md
 	@OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m docs.trace_layer
 
@@ -55,7 +58,7 @@ lines: setup  ## check the lines of each file against its budget
 	$(BIN)/python tests/lines.py
 
 test: setup  ## run all tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu and not smollm2 and not drill" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not smollm2 and not drill" $(ARGS)
 
 drills: setup  ## what a run survives, at length: kills, hangs, signals, changes of layout; half an hour
 	$(BIN)/python -m pytest -m drill $(ARGS)

@@ -8,7 +8,7 @@ import torch
 
 from data import EvaluationSet, evaluation_batches
 from model import generate
-from parallel import fold_seed, free_gathered_weights, sum_over
+from parallel import fold_seed, free_gathered_weights, own_scratch, sum_over
 from run_state import Run, RunState
 
 
@@ -49,7 +49,8 @@ def evaluate(run: Run, state: RunState, documents: EvaluationSet) -> Evaluation:
         nats += run.model(**batch.inputs(device)).cross_entropy
     total = sum_over(run.mesh.dp, nats).item()
     # Weights that give no number write nothing either; the next step finds out and acts on it.
-    sample = write_sample(run, state) if math.isfinite(total) else None
+    with own_scratch():  # whole logits, which training would keep memory for
+        sample = write_sample(run, state) if math.isfinite(total) else None
     free_gathered_weights(run.model)
     return Evaluation(
         loss=total / documents.num_targets,

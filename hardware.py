@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from parallel import Mesh
+from parallel import Mesh, operand_dtype
 
 # Dense matrix products per second, in operations, from the makers' data sheets (bf16, no sparsity).
 _DATA_SHEET_BF16 = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12}
@@ -17,6 +17,7 @@ _REPEATS = 5
 # Float32 weights, gradients and two moments.
 _STATE_BYTES_PER_PARAMETER = 16
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
+_CGROUP = Path("/sys/fs/cgroup")
 _LARGE_BYTES, _NEVER_BYTES, _OLD_LIMIT_BYTES = 1 << 20, 1 << 30, 32 << 20
 
 
@@ -25,7 +26,7 @@ def peak_flops_per_second(device: torch.device, precision: str) -> float:
 
     In bf16 on a known GPU the data sheet's. Elsewhere, on a processor too, the best measured rate
     of a product of two square matrices, by this rank with its threads, while its peers do the
-    same.
+    same: in bfloat16 at the precision in which this processor multiplies it.
     """
     if device.type == "cuda" and precision == "bf16":
         name = torch.cuda.get_device_name(device)
@@ -35,6 +36,7 @@ def peak_flops_per_second(device: torch.device, precision: str) -> float:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     size = 1024 if device.type == "cpu" else 8192  # a GPU would time its launch
     a = torch.ones(size, size, dtype=dtype, device=device)
+    a = a.to(operand_dtype(a))
     best_s = min(_seconds_of_product(a) for _ in range(_REPEATS))
     return 2 * size**3 / best_s
 
@@ -51,6 +53,8 @@ def set_up_allocator(mesh: Mesh, num_parameters: int) -> None:
     hosts = mesh.world.size // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     state_bytes = _STATE_BYTES_PER_PARAMETER * num_parameters / hosts
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if container := _container_memory():
+        memory_bytes = min(memory_bytes, container[0])
     mallopt = ctypes.CDLL(None).mallopt
     if state_bytes > memory_bytes / 2:
         mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
@@ -75,11 +79,18 @@ def copies_fit(num_bytes: int) -> bool:
         return True
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     available_bytes = 1024 * int(fields["MemAvailable"].split()[0])
-    # A container may have less than its host.
-    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if limit.exists() and (allowed := limit.read_text().strip()) != "max":
-        available_bytes = min(available_bytes, int(allowed) - int(used.read_text()))
+    if container := _container_memory():
+        allowed, used = container
+        available_bytes = min(available_bytes, allowed - used)
     return num_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < available_bytes / 2
+
+
+def _container_memory() -> tuple[int, int] | None:
+    """What a container may have and has, in bytes; None where that is all of its host."""
+    limit, used = (_CGROUP / f"memory.{name}" for name in ("max", "current"))
+    if not limit.exists() or (allowed := limit.read_text().strip()) == "max":
+        return None
+    return int(allowed), int(used.read_text())
 
 
 def _seconds_of_product(a: torch.Tensor) -> float:

@@ -1,7 +1,8 @@
 """What a person and a program can see of a run: the console, metrics.jsonl, and a wandb view of it.
 
-metrics.jsonl is the truth: a JSON object for each step, flushed, in full precision. A resume cuts
-it at the checkpoint's step, so it holds each step once. Only rank 0 writes.
+metrics.jsonl is the truth: a JSON object for each step, flushed, in full precision; samples.jsonl
+has the texts. A resume cuts both at the checkpoint's step, so they hold each step once. Only rank 0
+writes.
 """
 
 import json
@@ -56,9 +57,11 @@ class RunLog:
             f"{run.config.train.global_batch_size} x {run.config.model.seq_length}",
         )
         self.file: IO[str] | None = None
+        self.samples = run.folder.samples
         self.wandb: WandbView | None = None
         if self.is_writer:
-            cut_metrics(run.folder.metrics, state.step)
+            cut_rows(run.folder.metrics, state.step)
+            cut_rows(run.folder.samples, state.step)
             self.file = run.folder.metrics.open("a")
             self.wandb = WandbView(
                 run.config.logging, run.folder.path, state.wandb_id, flatten(run.config)
@@ -115,6 +118,9 @@ class RunLog:
         )
         if evaluation.sample is not None:
             logger.info("--- sample ---\n%s\n--------------", evaluation.sample.rstrip())
+            if self.is_writer:
+                with self.samples.open("a") as file:
+                    file.write(json.dumps({"step": state.step, "text": evaluation.sample}) + "\n")
 
     def _write(self, row: Mapping[str, float | int]) -> None:
         if self.file is not None:
@@ -146,7 +152,7 @@ def last_step(config: Config) -> int:
     return config.train.train_steps if stop is None else min(stop, config.train.train_steps)
 
 
-def cut_metrics(path: Path, step: int) -> None:
+def cut_rows(path: Path, step: int) -> None:
     """Drop the rows after `step`, and a last line that a kill has torn."""
     if not path.exists():
         return

@@ -188,6 +188,8 @@ def _answer(config: Config, plan: Account, memory_gib: float) -> Iterator[str]:
     yield "workspace of kernels and what an allocator cannot use come on top."
     if config.model.attention_dropout:
         yield "Attention with dropout is counted as on a processor, where it keeps s x s tensors."
+    if config.train.compile and config.model.has_chains:
+        yield "Counted without train.compile, with which RMSNorm and SwiGLU keep less."
     verdict = (
         f"fits in {memory_gib:g} GiB, {size(spare)} to spare"
         if spare >= 0

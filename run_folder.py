@@ -1,7 +1,7 @@
 """The folder of a run: one writer at a time, what it holds at the start, and how the run ended.
 
     runs/<run.name>/
-        config.yaml  tokenizer.model  metrics.jsonl  checkpoints/  wandb/  exit.json
+        config.yaml  tokenizer.model  metrics.jsonl  samples.jsonl  checkpoints/  wandb/  exit.json
         .lock            held for life by rank 0; names its host and process
         previous_1/ ...  what was there before run.resume=never
 
@@ -65,6 +65,7 @@ class RunFolder:
         self.path = Path(config.run.directory, config.run.name)
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
+        self.samples = self.path / "samples.jsonl"
         self.tokenizer = self.path / "tokenizer.model"
         self.step: int | None = None  # finished updates, for exit.json
         self._config, self._mesh = config, mesh
@@ -116,7 +117,7 @@ class RunFolder:
 
     def _refuse_links(self) -> None:
         """What a run writes and deletes lies in its folder, not where somebody's link leads."""
-        names = ("checkpoints", "metrics.jsonl", ".lock")
+        names = ("checkpoints", "metrics.jsonl", "samples.jsonl", ".lock")
         for path in (self.path, *(self.path / name for name in names)):
             if path.is_symlink():
                 raise StartError(

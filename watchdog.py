@@ -26,7 +26,7 @@ from pathlib import Path
 from types import CodeType, FrameType
 
 from configs import leave_error
-from parallel import Heartbeats, is_transport
+from parallel import Heartbeats, is_transport, is_wait
 from run_state import Run
 
 EXIT_HANG = 75
@@ -122,7 +122,8 @@ class Watchdog:
             step,
             phase=calls[max(story - 1, 0)].co_name,
             line=_line(frames[own]),
-            is_waiting=any("torch/distributed" in code.co_filename for code in calls[:own]),
+            is_waiting=is_wait(calls[own])
+            or any("torch/distributed" in code.co_filename for code in calls[:own]),
             still_s=still_s,
         )
 

@@ -23,6 +23,7 @@ _HOSTS = ("microtron-a", "microtron-b")
 _ENDS = ("mt-a", "mt-b")
 _ADDRESSES = ("10.77.0.1", "10.77.0.2")
 _UNLIMITED = 0
+_LEAST_COST = 0.05  # of a step; a share of less than this says nothing
 # What is compared on a layout; the first is without overlap.
 _SETTINGS = {
     "tp2+sp": [f"parallel.tp_comm_overlap={value}" for value in ("none", "backward", "both")],
@@ -37,9 +38,11 @@ def _do(*words: str) -> None:
 @contextmanager
 def two_hosts() -> Iterator[None]:
     """The namespaces and the link between them, without a limit yet."""
+    made = []
     try:
         for host in _HOSTS:
             _do("ip", "netns", "add", host)
+            made.append(host)
         _do("ip", "link", "add", _ENDS[0], "type", "veth", "peer", "name", _ENDS[1])
         for host, end, address in zip(_HOSTS, _ENDS, _ADDRESSES, strict=True):
             _do("ip", "link", "set", end, "netns", host)
@@ -48,7 +51,7 @@ def two_hosts() -> Iterator[None]:
             _do("ip", "-n", host, "link", "set", "lo", "up")
         yield
     finally:
-        for host in _HOSTS:  # the link goes with them
+        for host in made:  # the link goes with them
             subprocess.run(["ip", "netns", "del", host], check=False, capture_output=True)
 
 
@@ -80,7 +83,11 @@ def visit(layout: str, overrides: Sequence[str], steps: Sequence[str]) -> dict[s
         processes.append(
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )
-    outputs = [process.communicate()[0] for process in processes]
+    try:
+        outputs = [process.communicate()[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     report = find_report(outputs[0])
     if report is None:
         sys.exit(f"no result from {layout} {' '.join(overrides)}:\n{outputs[0][-4000:]}")
@@ -106,7 +113,8 @@ def measure(arguments: argparse.Namespace) -> Iterator[str]:
                 step_s = statistics.median(report["step_s"])
                 free_s.setdefault(setting, step_s)
                 costs = plain_s - free_s[settings[0]]
-                hidden = f"{(plain_s - step_s) / costs:.2f}" if mbit and report != plain else ""
+                can_tell = report is not plain and costs > _LEAST_COST * plain_s
+                hidden = f"{(plain_s - step_s) / costs:.2f}" if can_tell else ""
                 alike = "yes" if report["losses"] == plain["losses"] else "no"
                 name = setting.partition(".")[2]
                 yield f"| {layout} | {name} | {mbit or 'any'} | {step_s:.2f} | {hidden} | {alike} |"

@@ -69,10 +69,16 @@ class Results:
         return pooled(records) if records else None
 
     def gemm_flops_per_second(self, shape: Workload) -> float | None:
-        """The best rate of the workload's products that this run has seen on as many ranks."""
+        """The best rate of the workload's products that this run has seen on as many ranks.
+
+        A side that trains in bfloat16 may multiply in float32, and should where that is faster.
+        """
         layout = "tp1" if shape.num_ranks == 1 else "tp2"
         records = self.found("gemm", "gemm", Workload(layout))
-        return max(r["flops_per_second"][shape.precision] for r in records) if records else None
+        allowed = {shape.precision, "fp32"}
+        return max(
+            (r["flops_per_second"][name] for r in records or () for name in allowed), default=None
+        )
 
 
 def pooled(records: Records) -> Speed:

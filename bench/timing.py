@@ -65,6 +65,25 @@ def report(result: dict[str, Any]) -> None:
         sys.stdout.flush()
 
 
+def report_speed(
+    step: Callable[[int], float],
+    arguments: Arguments,
+    num_parameters: int,
+    flops_per_token: int | None = None,
+) -> None:
+    """Times a peer's steps, reports, leaves; operations are the workload's if not given."""
+    shape = arguments.workload
+    report(
+        {
+            "num_parameters": num_parameters,
+            "flops_per_token": flops_per_token or shape.flops_per_token(),
+            "tokens_per_step": shape.tokens_per_step,
+            **time_steps(step, arguments),
+        }
+    )
+    leave()
+
+
 def find_report(output: str) -> dict[str, Any] | None:
     """The result in what a side has written; None if there is none."""
     for line in output.splitlines():

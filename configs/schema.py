@@ -93,7 +93,8 @@ class ParallelConfig:
     # When a tp rank sends under a product of a linear layer: where backward allows it, or of both
     # directions in pieces (for slow wires); none: never, and it keeps gathered inputs.
     tp_comm_overlap: Literal["none", "backward", "both"] = "backward"
-    # Gather weights and sum gradients over dp under the work of other layers; GPUs always do.
+    # Gather weights and (with gradient_sync=step) sum gradients over dp under the work of other
+    # layers. GPUs always do; with shared_memory there is nothing to hide.
     dp_comm_overlap: bool = True
     # On processors, ranks of one host meet in memory that they share, not through gloo's sockets.
     shared_memory: bool = True

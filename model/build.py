@@ -13,9 +13,14 @@ def describe_model(config: Config, mesh: Mesh) -> GPT:
     """The GPT of a configuration, sharded, on the meta device: it takes no memory."""
     model = GPT(config.model, config.data.vocab_size, mesh, config.parallel.recompute_granularity)
     compute_dtype = COMPUTE_DTYPE[config.train.precision]
-    # A sum after each micro-batch is added to the one before, so it is waited for.
-    overlap = config.parallel.dp_comm_overlap and config.parallel.gradient_sync == "step"
-    shard_over_data_parallel(model, model.blocks, mesh, compute_dtype, overlap)
+    shard_over_data_parallel(
+        model,
+        model.blocks,
+        mesh,
+        compute_dtype,
+        overlap=config.parallel.dp_comm_overlap,
+        one_sum_a_step=config.parallel.gradient_sync == "step",
+    )
     return model
 
 

@@ -5,6 +5,7 @@ This package is the only one that crosses the wire. It takes plain ints and bool
 
 from parallel.agreement import any_rank, gather_json, sum_over
 from parallel.backend import is_transport
+from parallel.collectives import is_wait
 from parallel.data_parallel import (
     free_gathered_weights,
     set_gradient_sync,
@@ -76,6 +77,7 @@ __all__ = [
     "initialise_parameters",
     "is_same_memory",
     "is_transport",
+    "is_wait",
     "local_slices",
     "lookup",
     "made_again",

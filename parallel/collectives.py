@@ -5,6 +5,7 @@ autograd has saved, so each makes its own output.
 """
 
 from dataclasses import dataclass
+from types import CodeType
 
 import torch
 import torch.distributed as dist
@@ -23,8 +24,18 @@ class Pending:
     def wait(self) -> Tensor:
         """The tensor, complete."""
         if self.work is not None:
-            self.work.wait()
+            await_work(self.work)
         return self.tensor
+
+
+def await_work(work: dist.Work) -> None:
+    """Wait for a collective that was started before."""
+    work.wait()
+
+
+def is_wait(code: CodeType) -> bool:
+    """Whether a function does nothing but wait for others."""
+    return code is await_work.__code__
 
 
 def start_all_gather(x: Tensor, axis: Axis) -> Pending:

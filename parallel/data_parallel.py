@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 
+from parallel.collectives import await_work
 from parallel.mesh import Mesh
 
 # Sums under way at a time; each holds a block's gradients, in float32 and of all dp ranks.
@@ -46,7 +47,7 @@ class _ReduceScatterLater(DefaultReduceScatter):
     def wait(self, most_left: int = 0) -> None:
         """Until no more than so many sums are under way."""
         while len(self.under_way) > most_left:
-            self.under_way.pop(0).wait()
+            await_work(self.under_way.pop(0))
 
 
 def shard_over_data_parallel(
@@ -54,7 +55,9 @@ def shard_over_data_parallel(
     blocks: Iterable[nn.Module],
     mesh: Mesh,
     compute_dtype: torch.dtype,
-    overlap: bool = False,
+    *,
+    overlap: bool,
+    one_sum_a_step: bool,
 ) -> None:
     """Wrap each block, and the rest of the model as the root, in FSDP2.
 
@@ -62,8 +65,9 @@ def shard_over_data_parallel(
     apart would be freed between its two uses.
 
     FSDP2 gathers a block's weights and sums its gradients on streams of a GPU, under the work of
-    the blocks around it. A processor has no streams: there it does so only with `overlap`, and
-    then `await_gradients` must follow a backward that sums before its gradients are read.
+    the blocks around it. A processor has no streams: there it does so only with `overlap`, of the
+    sums only with `one_sum_a_step`, as it adds a second one to the first at once. Then
+    `await_gradients` must follow a backward that sums before its gradients are read.
     """
     blocks = list(blocks)
     policy = MixedPrecisionPolicy(
@@ -78,21 +82,28 @@ def shard_over_data_parallel(
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     if overlap and mesh.device.type == "cpu" and mesh.dp.size > 1:
-        _overlap_on_processors(model, blocks)
+        _gather_ahead(model, blocks)
+        if one_sum_a_step:
+            _sum_later(model, blocks)
 
 
-def _overlap_on_processors(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
-    """Gather the next block's weights under this one's work, sum gradients under what follows."""
-    reduce_scatter = _ReduceScatterLater()
-    model.awaited = reduce_scatter  # type: ignore[assignment]  # not a submodule
-    for module in (model, *blocks):
-        assert isinstance(module, FSDPModule)
-        module._set_unshard_async_op(True)  # of the gathers that it begins ahead
-        module.set_custom_reduce_scatter(reduce_scatter)
+def _gather_ahead(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    """Gather the next block's weights under this one's work, in backward the last one's."""
+    assert isinstance(model, FSDPModule)
+    model._set_unshard_async_op(True)  # of all gathers; backward begins them ahead by itself
     for block, following in itertools.pairwise((model, *blocks)):
         assert isinstance(block, FSDPModule)
         assert isinstance(following, FSDPModule)
         block.set_modules_to_forward_prefetch([following])
+
+
+def _sum_later(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    """Sum a block's gradients under the backward of those before it."""
+    reduce_scatter = _ReduceScatterLater()
+    model.awaited = reduce_scatter  # type: ignore[assignment]  # not a submodule
+    for module in (model, *blocks):
+        assert isinstance(module, FSDPModule)
+        module.set_custom_reduce_scatter(reduce_scatter)
 
 
 def await_gradients(model: nn.Module) -> None:
@@ -108,6 +119,9 @@ def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
     Without, they wait in float32 and unsharded: less traffic, more memory.
     """
     assert isinstance(model, FSDPModule)
+    if enabled and hasattr(model, "awaited"):
+        # FSDP2 would add the next sum to the last one at once, before it is there.
+        assert all(parameter.grad is None for parameter in model.parameters())
     model.set_requires_gradient_sync(enabled)
 
 

@@ -1,4 +1,4 @@
-"""Functions of single elements as one kernel each.
+"""Functions of single elements, or of rows of them, as one kernel each.
 
 Run by torch as they are written, such functions read and write memory once for each operation.
 torch.compile makes one loop of them, on a processor with the machine's C++ compiler, on a GPU with

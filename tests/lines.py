@@ -21,6 +21,7 @@ _EXCEPTIONS = {
     "export.py": _PROGRAM,
     "import_hf.py": _PROGRAM,
     "plan.py": _PROGRAM,
+    "dashboard.py": _PROGRAM,
 }
 
 

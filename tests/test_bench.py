@@ -1,5 +1,6 @@
 """The benchmark: both of our sides do the same work, results are pooled and told as they are."""
 
+import argparse
 import dataclasses
 import math
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import plain_gpt
+from bench import network, plain_gpt
 from bench.activations import saved_per_layer
 from bench.claims import claims
 from bench.ours import build_run, count_activations, settings, stepper
@@ -190,7 +191,7 @@ def timed(
             "losses": [9.7],
             "peak_mb": 1000.0 + number,
             "tokens_per_step": 4096,
-            "flops_per_token": 10,
+            "flops_per_token": 10**6,
             **changes,
         }
         for number, step_s in enumerate(seconds)
@@ -216,7 +217,7 @@ def test_the_speed_table(tmp_path: Path) -> None:
         **Visit("gemm", SIDES[0], Workload()).record,
         "side": "gemm",
         "round": 0,
-        "flops_per_second": {"bf16": 81920.0, "fp32": 3e9},
+        "flops_per_second": {"bf16": 4.096e9, "fp32": 8.192e9},
     }
     titan = next(side for side in SIDES if side.key == "titan")
     records = [
@@ -235,7 +236,7 @@ def test_the_speed_table(tmp_path: Path) -> None:
         "| plain PyTorch | TP=1 | 1365 | 1024 to 2048 | 2 of 2 | 3.00 | 17% | 1001 |",
         "| torchtitan 0.3.0 (Llama) | TP=1 | not measured: no titan |  |  |  |  |  |",
     ]
-    assert "Products alone: 3 GFLOP/s on one process, - on two." in lines
+    assert "Products alone: 8 GFLOP/s on one process, - on two." in lines
     claim = "| TP=1, bf16: ours over the best peer | at least 1.15 | 3 (plain) | passed |"
     assert claim in lines
     assert any(line.startswith("2 cores of P, no AMX, 24 GiB; torch 2.13.0") for line in lines)
@@ -257,6 +258,37 @@ def test_claims_are_passed_missed_or_not_measured() -> None:
     memory = found["TP=2 + SP, bf16: peak memory of a rank, ours over megatron-core"]
     assert (memory.verdict, memory.value) == ("passed", 0.625)
     assert found["DP=2, bf16: ours over the best peer"].verdict == "not measured"
+
+
+def test_what_overlap_hides_of_a_slow_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its share of what the link costs without; none where that is too little to tell."""
+    seconds = {
+        (0, "false"): 4.0,
+        (0, "true"): 4.1,
+        (4000, "false"): 4.1,
+        (4000, "true"): 4.0,
+        (1000, "false"): 6.0,
+        (1000, "true"): 4.5,
+    }
+    rates: list[int] = []
+
+    def visit(_: str, overrides: list[str], __: list[str]) -> dict[str, Any]:
+        value = overrides[0].partition("=")[2]
+        return {"step_s": [seconds[rates[-1], value]], "losses": [1.0 if rates[-1] else value]}
+
+    monkeypatch.setattr(network, "limit", rates.append)
+    monkeypatch.setattr(network, "visit", visit)
+    settings = ["parallel.dp_comm_overlap=false", "parallel.dp_comm_overlap=true"]
+    monkeypatch.setattr(network, "_SETTINGS", {"dp2": settings})
+    arguments = argparse.Namespace(mbit=[4000, 1000], warmup=1, steps=1, overrides=[])
+    assert list(network.measure(arguments))[2:] == [
+        "| dp2 | dp_comm_overlap=false | any | 4.00 |  | yes |",
+        "| dp2 | dp_comm_overlap=true | any | 4.10 |  | no |",
+        "| dp2 | dp_comm_overlap=false | 4000 | 4.10 |  | yes |",
+        "| dp2 | dp_comm_overlap=true | 4000 | 4.00 |  | yes |",
+        "| dp2 | dp_comm_overlap=false | 1000 | 6.00 |  | yes |",
+        "| dp2 | dp_comm_overlap=true | 1000 | 4.50 | 0.75 | yes |",
+    ]
 
 
 def test_the_page_has_a_place_for_every_table() -> None:

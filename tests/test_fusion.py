@@ -48,7 +48,9 @@ def test_a_kernel_equals_its_function(name: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)
     inputs = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     expected = outcome(function, [tensor.double() for tensor in inputs])
-    got = outcome(fused(function, compiles=True), inputs)
+    compiled = fused(function, compiles=True)
+    assert compiled is not function
+    got = outcome(compiled, inputs)
     assert len(got) == len(expected) == 1 + len(shapes)
     tolerance = 2 * torch.finfo(dtype).eps
     for mine, reference in zip(got, expected, strict=True):
@@ -97,6 +99,10 @@ def test_dropout_of_one_kernel_keeps_the_same(
 def model_outcome(mesh: Mesh, config: ModelConfig, recompute: str) -> list[Tensor]:
     """The loss and all gradients."""
     model = tiny_model(mesh, config, recompute)
+    block = model.blocks[0]
+    chains = (block.mlp.activation, block.attention.rotate, block.attention_norm.rms_norm)
+    for chain, plain in zip(chains, (swiglu, rotate, rms_norm), strict=True):
+        assert (chain is plain) != mesh.compiles
     losses = model(*batch(), STREAM)
     losses.objective.backward()
     gradients = [parameter.grad.to_local() for parameter in model.parameters()]

@@ -9,7 +9,7 @@ import pytest
 import wandb
 
 from configs import LoggingConfig
-from metrics import cut_metrics
+from metrics import cut_rows
 from wandb_view import WandbView
 
 
@@ -19,9 +19,9 @@ def test_a_resume_cuts_the_file_at_its_step(tmp_path: Path) -> None:
     rows = [{"step": 1, "train/loss": 0.1}, {"step": 2}, {"step": 2, "eval/loss": 0.3}, {"step": 3}]
     lines = [json.dumps(row) + "\n" for row in rows]
     path.write_text("".join(lines) + '{"step": 4, "tr')
-    cut_metrics(path, 2)
+    cut_rows(path, 2)
     assert path.read_text() == "".join(lines[:3])
-    cut_metrics(path, 0)
+    cut_rows(path, 0)
     assert path.read_text() == ""
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -12,8 +13,11 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from configs import parse_config
+from parallel.collectives import Pending
 from run_state import Run
 from tests.runs import LONG, finish, ranks_of, rows, settings, start, steps_done, wait_for
 from watchdog import EXIT_HANG, Beat, Watchdog, blame
@@ -72,6 +76,30 @@ def stop_in_the_middle(process: "subprocess.Popen[str]", directory: Path, rank: 
         assert time.monotonic() - stopped_at < ENDED_WITHIN_S
         time.sleep(0.05)
     return stopped
+
+
+def test_awaiting_what_was_started_is_waiting(tmp_path: Path) -> None:
+    """Work.wait is C++: no frame of torch says so, and the rank would be blamed."""
+    folder = SimpleNamespace(path=tmp_path, step=3)
+    config = parse_config(["config=gpt_debug", "run.hang_timeout_s=4"])
+    watchdog = Watchdog(cast(Run, SimpleNamespace(config=config, folder=folder, mesh=None)))
+    watchdog._story = sys._getframe().f_code
+    beats: list[Beat] = []
+    there = threading.Lock()
+    there.acquire()
+
+    def look() -> None:
+        time.sleep(0.2)
+        watchdog._look(1.0)
+        beats.append(watchdog._beat)
+        there.release()
+
+    looker = threading.Thread(target=look)
+    looker.start()
+    Pending(torch.ones(1), cast(dist.Work, SimpleNamespace(wait=there.acquire))).wait()
+    looker.join()
+    assert beats[0].is_waiting
+    assert beats[0].line.startswith("parallel/collectives.py:")
 
 
 def test_a_stopped_rank_is_named_and_the_run_comes_back(

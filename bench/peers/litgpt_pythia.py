@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bench.timing import leave, report, time_steps
+from bench.timing import report_speed
 from bench.workload import BETAS, CLIP_GRAD, EPS, LR, WEIGHT_DECAY, Workload, batches, join, parse
 
 
@@ -64,14 +64,7 @@ def main() -> int:
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
-    result = {
-        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "flops_per_token": shape.flops_per_token(),
-        "tokens_per_step": shape.tokens_per_step,
-        **time_steps(step, arguments),
-    }
-    report(result)
-    leave()
+    report_speed(step, arguments, sum(parameter.numel() for parameter in model.parameters()))
     return 0
 
 

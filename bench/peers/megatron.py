@@ -18,7 +18,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from bench.activations import saved_per_layer
 from bench.peers import megatron_on_cpu
-from bench.timing import leave, report, time_steps
+from bench.timing import leave, report, report_speed
 from bench.workload import (
     BETAS,
     CLIP_GRAD,
@@ -157,16 +157,10 @@ def main() -> int:
             return model, lambda: mean_loss(model, rows)
 
         report(saved_per_layer(make, shape))
+        leave()
     else:
-        model, num_parameters = build_model(shape, fused_attention)
-        result = {
-            "num_parameters": num_parameters,  # of one rank
-            "flops_per_token": shape.flops_per_token(),
-            "tokens_per_step": shape.tokens_per_step,
-            **time_steps(make_step(model, shape, rank), arguments),
-        }
-        report(result)
-    leave()
+        model, num_parameters = build_model(shape, fused_attention)  # of one rank
+        report_speed(make_step(model, shape, rank), arguments, num_parameters)
     return 0
 
 

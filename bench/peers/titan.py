@@ -22,7 +22,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import SDPBackend
 
-from bench.timing import leave, report, time_steps
+from bench.timing import report_speed
 from bench.workload import BETAS, CLIP_GRAD, EPS, LR, WEIGHT_DECAY, Workload, batches, join, parse
 
 _BACKEND = "partial_dtensor"
@@ -154,14 +154,9 @@ def main() -> int:
         dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     model, dims, num_parameters, ffn = build_model(shape)
     h = shape.hidden_size
-    result = {
-        "num_parameters": num_parameters,
-        "flops_per_token": shape.flops_per_token(4 * h * h + 3 * h * ffn),
-        "tokens_per_step": shape.tokens_per_step,
-        **time_steps(make_step(model, dims, shape, rank), arguments),
-    }
-    report(result)
-    leave()
+    flops_per_token = shape.flops_per_token(4 * h * h + 3 * h * ffn)
+    step = make_step(model, dims, shape, rank)
+    report_speed(step, arguments, num_parameters, flops_per_token)
     return 0
 
 

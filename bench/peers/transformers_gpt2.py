@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bench.timing import leave, report, time_steps
+from bench.timing import report_speed
 from bench.workload import BETAS, CLIP_GRAD, EPS, LR, WEIGHT_DECAY, Workload, batches, join, parse
 
 
@@ -61,14 +61,7 @@ def main() -> int:
         optimizer.zero_grad(set_to_none=True)
         return float(loss.item())
 
-    result = {
-        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "flops_per_token": shape.flops_per_token(),
-        "tokens_per_step": shape.tokens_per_step,
-        **time_steps(step, arguments),
-    }
-    report(result)
-    leave()
+    report_speed(step, arguments, sum(parameter.numel() for parameter in model.parameters()))
     return 0
 
 
