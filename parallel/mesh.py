@@ -81,6 +81,9 @@ def init_mesh(
         logger.warning("%d ranks on this host, %d GPUs: using processors", ranks_here, num_gpus)
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if overlap != "none" and 1 < tensor_model_parallel_size == world_size:
+            _queue_in_order()
         torch.cuda.set_device(device)
     backend = "nccl" if use_cuda else cpu_backend(share_memory)
     if store := connect_store("collectives"):
@@ -102,6 +105,16 @@ def init_mesh(
     return lay_mesh(
         tensor_model_parallel_size, sequence_parallel, device, local_rank, overlap, compiles
     )
+
+
+def _queue_in_order() -> None:
+    """Have a GPU begin kernels of all streams in the order in which they were launched.
+
+    Then what is sent under a product begins before the product takes all of the GPU (Megatron-LM
+    asks its users to set this). Read when CUDA starts. Not with FSDP2 over several ranks, whose own
+    streams it would hold up, and not where somebody has chosen.
+    """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def _under_torchrun() -> bool:

@@ -1,14 +1,16 @@
 """FSDP2 on processors: gathers and sums go on under other layers' work, and change nothing."""
 
 import dataclasses
+import os
 from collections import Counter
+from typing import Literal
 
 import pytest
 import torch
 
 from configs.schema import Config, DataConfig, TrainConfig
 from model import GPT, build_model
-from parallel import Mesh, record_traffic, sum_partial_gradients
+from parallel import Mesh, init_mesh, record_traffic, sum_partial_gradients
 from tests.distributed import Layout, distributed
 from tests.test_model_gpt import STREAM, TINY, VOCAB, batch
 
@@ -77,6 +79,47 @@ def test_weights_are_gathered_ahead(mesh: Mesh, overlap: bool) -> None:
     backward(model)
     sum_partial_gradients(model, mesh)
     assert ahead == [overlap] * 2 * (LAYERS - 1)
+
+
+@pytest.mark.parametrize(
+    ("tp", "world_size", "overlap", "chosen", "expected"),
+    [
+        (2, 2, "backward", None, "1"),
+        (2, 2, "both", "8", "8"),
+        (2, 2, "none", None, None),
+        (1, 2, "backward", None, None),
+        (2, 4, "backward", None, None),  # FSDP2 sends on streams of its own
+        (1, 1, "backward", None, None),
+    ],
+)
+def test_a_gpu_queues_in_order_for_tensor_parallelism_alone(
+    monkeypatch: pytest.MonkeyPatch,
+    tp: int,
+    world_size: int,
+    overlap: Literal["none", "backward", "both"],
+    chosen: str | None,
+    expected: str | None,
+) -> None:
+    """Before CUDA starts, which is where this test leaves."""
+
+    class CudaStarts(Exception):  # noqa: N818
+        pass
+
+    def start(_: object) -> None:
+        raise CudaStarts
+
+    variable = "CUDA_DEVICE_MAX_CONNECTIONS"
+    monkeypatch.setenv(variable, chosen or "")
+    if chosen is None:
+        monkeypatch.delenv(variable)
+    for name, value in {"RANK": 0, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # somebody's choice, left alone
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", start)
+    with pytest.raises(CudaStarts):
+        init_mesh(tp, True, overlap)
+    assert os.environ.get(variable) == expected
 
 
 @distributed(Layout(dp=2))
