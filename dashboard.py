@@ -6,9 +6,11 @@ under way and of another host that shares the folder.
 """
 
 import logging
+import os
+import signal
 import sys
 import tempfile
-import time
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -144,6 +146,9 @@ def main(arguments: list[str]) -> int:
     if {"--help", "-h", "help"} & set(arguments):
         sys.stdout.write(USAGE)
         return 0
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
     try:
         runs, port = parse(arguments)
         with tempfile.TemporaryDirectory(prefix="microtron-dashboard-") as folder:
@@ -152,13 +157,11 @@ def main(arguments: list[str]) -> int:
             address = serve(Path(folder), port)
             sys.stdout.write(f"{len(dashboard.followers)} runs of {runs} at {address}; Ctrl-C\n")
             sys.stdout.flush()
-            while True:
-                time.sleep(LOOK_EVERY_S)
+            while not stop.wait(LOOK_EVERY_S):
                 dashboard.look()
     except ConfigError as error:
         exit_with_error(f"config error: {error}")
-    except KeyboardInterrupt:
-        return 0
+    os._exit(0)  # the interpreter would wait for threads of TensorBoard's, who have nothing to save
 
 
 if __name__ == "__main__":
