@@ -139,11 +139,8 @@ def scalars(address: str) -> list[list[float]]:
         return list(json.load(answer))
 
 
-def test_it_serves_live_and_ends_quietly(tmp_path: Path, port: int) -> None:
-    """A step written while it runs is there seconds later; a second one is told of the port."""
-    metrics = tmp_path / "one" / "metrics.jsonl"
-    write(metrics, *steps(1))
-    server = start(tmp_path, port)
+def follow(server: subprocess.Popen[str], metrics: Path, port: int) -> None:
+    """What is written comes, what is taken back goes; the end is quiet."""
     assert server.stdout is not None
     line = server.stdout.readline()
     found = re.search(r"http://\S+/", line)
@@ -164,7 +161,7 @@ def test_it_serves_live_and_ends_quietly(tmp_path: Path, port: int) -> None:
         time.sleep(0.5)
         drawn = scalars(found.group(0))
     assert [point[1:] for point in drawn] == [[1, 1.0]]
-    second = start(tmp_path, port)
+    second = start(metrics.parents[1], port)
     _, errors = second.communicate(timeout=PATIENCE_S)
     assert second.returncode == 2
     assert f"port={port}" in errors
@@ -172,3 +169,14 @@ def test_it_serves_live_and_ends_quietly(tmp_path: Path, port: int) -> None:
     _, errors = server.communicate(timeout=PATIENCE_S)
     assert server.returncode == 0, errors
     assert "Traceback" not in errors
+
+
+def test_it_serves_live_and_ends_quietly(tmp_path: Path, port: int) -> None:
+    """A step written while it runs is there seconds later; a second one is told of the port."""
+    metrics = tmp_path / "one" / "metrics.jsonl"
+    write(metrics, *steps(1))
+    server = start(tmp_path, port)
+    try:
+        follow(server, metrics, port)
+    finally:
+        server.kill()
