@@ -11,7 +11,6 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +102,8 @@ class Dashboard:
 
     def look(self) -> None:
         """Hand over what is new of each."""
-        for run in self._find():
+        for metrics in sorted(self.runs.glob("*/metrics.jsonl")):
+            run = metrics.parent
             if run not in self.followers:
                 self.followers[run] = Follower(run, self.events / run.name)
             try:
@@ -113,10 +113,6 @@ class Dashboard:
                 if self._problems.get(run) != str(error):
                     self._problems[run] = str(error)
                     sys.stderr.write(f"{run}: {error}\n")
-
-    def _find(self) -> Iterator[Path]:
-        for metrics in sorted(self.runs.glob("*/metrics.jsonl")):
-            yield metrics.parent
 
 
 def serve(events: Path, port: int) -> str:

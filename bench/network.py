@@ -100,7 +100,6 @@ def measure(arguments: argparse.Namespace) -> Iterator[str]:
     yield "|---|---|---|---|---|---|"
     steps = [f"--warmup={arguments.warmup}", f"--steps={arguments.steps}"]
     for layout, settings in _SETTINGS.items():
-        free_s: dict[str, float] = {}
         for mbit in (_UNLIMITED, *arguments.mbit):
             limit(mbit)
             reports = {
@@ -109,10 +108,11 @@ def measure(arguments: argparse.Namespace) -> Iterator[str]:
             }
             plain = reports[settings[0]]
             plain_s = statistics.median(plain["step_s"])
+            if mbit == _UNLIMITED:
+                free_s = plain_s
+            costs = plain_s - free_s
             for setting, report in reports.items():
                 step_s = statistics.median(report["step_s"])
-                free_s.setdefault(setting, step_s)
-                costs = plain_s - free_s[settings[0]]
                 can_tell = report is not plain and costs > _LEAST_COST * plain_s
                 hidden = f"{(plain_s - step_s) / costs:.2f}" if can_tell else ""
                 alike = "yes" if report["losses"] == plain["losses"] else "no"
