@@ -21,7 +21,9 @@ from configs.schema import (
     OptimizerConfig,
     ParallelConfig,
     RunConfig,
+    SourceConfig,
     TrainConfig,
+    WeightedSource,
 )
 from configs.validate import validate
 
@@ -38,7 +40,9 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "RunConfig",
+    "SourceConfig",
     "TrainConfig",
+    "WeightedSource",
     "exit_with_error",
     "flatten",
     "is_restart",

@@ -19,6 +19,8 @@ def shown(value: object) -> str:
     """A value as one short line: null and booleans as in YAML, unprintable text escaped."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
+    if isinstance(value, tuple | list):
+        value = f"[{', '.join(map(shown, value))}]"
     text = str(value)
     if not text.isprintable() or text != text.strip() or not text:
         text = repr(text)

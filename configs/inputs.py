@@ -17,8 +17,9 @@ SOURCE_EXTENSIONS = {
 
 def check_inputs(config: Config) -> None:
     """Raises ConfigError for a missing input file, or an output folder that is a file."""
-    if config.data.path is not None and config.data.source in SOURCE_EXTENSIONS:
-        _check_source(config.data.path, SOURCE_EXTENSIONS[config.data.source], config.data.source)
+    for prefix, source in config.data.mixture.items():
+        if source.path is not None and source.source in SOURCE_EXTENSIONS:
+            _check_source(prefix, source.path, source.source)
     if config.data.tokenizer is not None:
         _check_tokenizer(config.data.tokenizer)
     for key, folder in (
@@ -38,18 +39,17 @@ def _check_tokenizer(tokenizer: str) -> None:
     _check_readable(what, path, "data.tokenizer")
 
 
-def _check_source(path: str, extensions: tuple[str, ...], source: str) -> None:
-    what = f"data.path={shown(path)}"
-    expanded = os.path.expanduser(path)
+def _check_source(prefix: str, path: str, source: str) -> None:
+    key, extensions = f"{prefix}.path", SOURCE_EXTENSIONS[source]
+    what, expanded = f"{key}={shown(path)}", os.path.expanduser(path)
     if os.path.isdir(expanded):
         found = [
             os.path.join(expanded, name)
             for name in glob.glob("**", root_dir=expanded, recursive=True)
             if name.endswith(extensions)
         ]
-        problem = (
-            f"is a folder without {' or '.join(extensions)} files, which data.source={source} reads"
-        )
+        wanted = " or ".join(extensions)
+        problem = f"is a folder without {wanted} files, which {prefix}.source={source} reads"
     elif os.path.exists(expanded):
         found, problem = [expanded], "is neither a file nor a folder"
     else:
@@ -60,10 +60,10 @@ def _check_source(path: str, extensions: tuple[str, ...], source: str) -> None:
         raise ConfigError(
             f"{what} {problem}; give an existing file, a glob, or a folder with "
             f"{' or '.join(extensions)} files",
-            "data.path",
+            key,
         )
     for file in files:
-        _check_readable(what, file, "data.path")
+        _check_readable(what, file, key)
 
 
 def _check_readable(what: str, file: str, key: str) -> None:

@@ -6,7 +6,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from configs.schema import Config
 
-Value = int | float | str | bool | None
+# A list is a tuple, of whole numbers or of instances of a dataclass.
+Value = int | float | str | bool | tuple[Any, ...] | None
+
+_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,45 +17,68 @@ class Key:
     """One setting, such as `optimizer.lr`."""
 
     name: str
-    type: type[int] | type[float] | type[str] | type[bool]
+    type: type[Any]  # int, float, str, bool, or the dataclass of a mapping; of a list, its items'
     choices: tuple[str, ...]  # of a Literal; else empty
     nullable: bool
     default: Value
+    count: int | None = None  # items of a list, 0: any number of them; None: it is one value
 
     @property
     def allowed(self) -> str:
         """What may be written for it, in words."""
-        words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-        text = ", ".join(self.choices) if self.choices else words[self.type]
+        if self.choices:
+            text = ", ".join(self.choices)
+        elif dataclasses.is_dataclass(self.type):
+            text = f"a mapping {{{', '.join(self.fields)}}}"
+        else:
+            text = _WORDS[self.type]
+        if self.count is not None:
+            text = f"a list [{', '.join([text] * self.count) if self.count else f'{text}, ...'}]"
         return f"{text} or null" if self.nullable else text
+
+    @property
+    def fields(self) -> dict[str, "Key"]:
+        """The keys inside a mapping, by their last part."""
+        return _keys_of(self.type, self.name)
+
+    def item(self, number: int) -> "Key":
+        """The key of one item of a list."""
+        name = f"{self.name}[{number}]"
+        return dataclasses.replace(self, name=name, nullable=False, default=None, count=None)
 
 
 def _key(name: str, hint: Any, default: Any) -> Key:
-    kinds = [kind for kind in get_args(hint) if kind is not NoneType]
     if get_origin(hint) is Literal:
-        return Key(name, str, tuple(kinds), nullable=False, default=default)
+        return Key(name, str, get_args(hint), nullable=False, default=default)
     nullable = NoneType in get_args(hint)
-    return Key(name, kinds[0] if nullable else hint, (), nullable, default)
+    kind = get_args(hint)[0] if nullable else hint
+    if get_origin(kind) is tuple:
+        items = get_args(kind)
+        count = 0 if Ellipsis in items else len(items)
+        return Key(name, items[0], (), nullable, default, count)
+    return Key(name, kind, (), nullable, default)
 
 
-def _all_keys() -> dict[str, Key]:
-    keys = {}
-    for section, section_class in get_type_hints(Config).items():
-        hints = get_type_hints(section_class)
-        for field in dataclasses.fields(section_class):
-            name = f"{section}.{field.name}"
-            keys[name] = _key(name, hints[field.name], field.default)
-    return keys
-
-
-def flatten(config: Config) -> dict[str, Value]:
-    """Returns every setting as `section.key` and its value."""
+def _keys_of(dataclass: type[Any], prefix: str) -> dict[str, Key]:
+    hints = get_type_hints(dataclass)
     return {
-        f"{section}.{leaf}": value
-        for section, settings in vars(config).items()
-        for leaf, value in vars(settings).items()
+        field.name: _key(f"{prefix}.{field.name}", hints[field.name], field.default)
+        for field in dataclasses.fields(dataclass)
+    }
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Returns every setting as `section.key` and its value, as JSON would give it back."""
+    return {
+        f"{section}.{leaf}": list(value) if isinstance(value, tuple) else value
+        for section, settings in dataclasses.asdict(config).items()
+        for leaf, value in settings.items()
     }
 
 
 SECTIONS: dict[str, type] = get_type_hints(Config)
-KEYS: dict[str, Key] = _all_keys()
+KEYS: dict[str, Key] = {
+    key.name: key
+    for section, dataclass in SECTIONS.items()
+    for key in _keys_of(dataclass, section).values()
+}

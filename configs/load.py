@@ -16,12 +16,13 @@ from configs.errors import ConfigError, shown
 from configs.inputs import check_inputs
 from configs.keys import KEYS, SECTIONS, Value
 from configs.launch import exit_with_error, is_rank_zero, world_size_from_environment
+from configs.lists import parse_setting
 from configs.schema import Config
 from configs.unknown import explain_section, explain_unknown
 from configs.usage import SHIPPED, config_list, usage
 from configs.validate import validate
-from configs.values import Written, parse_value
-from configs.yaml_file import display_path, read_yaml, unquote
+from configs.values import Written
+from configs.yaml_file import compose_text, display_path, read_yaml, unquote
 
 _HELP = {"--help", "-h", "help"}
 _RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
@@ -84,12 +85,17 @@ def to_yaml(config: Config) -> str:
 def _place(error: ConfigError, from_file: list[Written], overrides: list[Written]) -> str:
     """The file and line to change, empty if the command line had a part in the error."""
     wrong, _, _ = str(error).partition(";")
-    if any(f"{written.key}=" in wrong for written in overrides):
+    if any(_names(wrong, written.key) for written in overrides):
         return ""
     places = {written.key: written.place for written in from_file}
     # The key to change may have its default; then another one in the error shows where to look.
-    mentioned = (place for key, place in places.items() if f"{key}=" in wrong)
+    mentioned = (place for key, place in places.items() if _names(wrong, key))
     return places.get(error.key or "") or next(mentioned, "")
+
+
+def _names(message: str, key: str) -> bool:
+    """Whether a message is about a value of the key, or of an item of the list it is."""
+    return f"{key}=" in message or f"{key}[" in message
 
 
 def _information(arguments: list[str]) -> str | None:
@@ -146,6 +152,8 @@ def _explain_bare_word(argument: str, bare: str) -> str:
 
 
 def _written(key: str, text: str) -> Written:
+    if KEYS[key].count is not None:
+        return Written(key, text, quoted=False, place="", node=compose_text(text))
     # Quotes that reach us are meant for YAML: "a\n" has an escape in it, "null" is a text.
     if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
         inside = unquote(text)
@@ -179,7 +187,7 @@ def _merge(from_file: Iterable[Written], overrides: Iterable[Written]) -> Config
         layer: dict[str, dict[str, Value]] = {section: {} for section in SECTIONS}
         for written in settings:
             section, leaf = written.key.split(".")
-            layer[section][leaf] = parse_value(KEYS[written.key], written)
+            layer[section][leaf] = parse_setting(KEYS[written.key], written)
         layers.append(layer)
     return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), *layers)))
 

@@ -7,7 +7,7 @@ here, so that no second place works them out. What is allowed is checked in `con
 Names are Megatron-LM's where Megatron-LM has one. Nothing here imports torch.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 _SWIGLU_MULTIPLE = 64  # divides over up to 64 tensor-parallel ranks
@@ -107,8 +107,8 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Where text comes from and how it becomes rows of tokens."""
+class SourceConfig:
+    """Where text comes from."""
 
     source: Literal["python_stdlib", "text", "jsonl", "parquet", "arrow", "hub"] = "python_stdlib"
     path: str | None = None  # file, folder, glob or hub name; null only for python_stdlib
@@ -116,6 +116,22 @@ class DataConfig:
     hub_config: str | None = None  # configuration name of a hub dataset
     hub_split: str = "train"
     hub_revision: str | None = None
+
+
+@dataclass(frozen=True)
+class WeightedSource(SourceConfig):
+    """One source of a mixture."""
+
+    weight: float = 1.0  # its share of the rows of training is weight / sum of weights
+
+
+@dataclass(frozen=True)
+class DataConfig(SourceConfig):
+    """Where text comes from and how it becomes rows of tokens."""
+
+    # A mixture in place of one source: [{source: text, path: a.txt, weight: 3}, {...}]. A mapping
+    # has the keys above, without data., and weight (default 1), a source's share of the rows.
+    sources: tuple[WeightedSource, ...] = ()
     tokenizer: str | None = None  # a sentencepiece model file; null: train one on the source
     vocab_size: int = 8192  # rows of the embedding; a trained tokenizer has as many pieces
     sequence_mode: Literal["pack", "pad"] = "pack"
@@ -124,6 +140,14 @@ class DataConfig:
     inter_document_masking: bool = False
     validation_fraction: float = 0.01  # share of documents held out for evaluation
     cache_directory: str = "~/.cache/microtron"
+
+    @property
+    def mixture(self) -> dict[str, WeightedSource]:
+        """All sources, by what their keys begin with; one if only the single keys are given."""
+        if self.sources:
+            return {f"data.sources[{number}]": one for number, one in enumerate(self.sources)}
+        single = {field.name: getattr(self, field.name) for field in fields(SourceConfig)}
+        return {"data": WeightedSource(**single)}
 
 
 @dataclass(frozen=True)

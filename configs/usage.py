@@ -64,7 +64,9 @@ def key_comments() -> dict[str, str]:
     return {
         f"{section}.{field.target.id}": behind.get(field.lineno) or _above(field.lineno, alone)
         for section, section_class in SECTIONS.items()
-        for field in classes[section_class.__name__].body
+        for base in section_class.__mro__
+        if base.__name__ in classes
+        for field in classes[base.__name__].body
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
     }
 

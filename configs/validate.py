@@ -5,12 +5,12 @@ over the ranks is in `configs/layout.py`, whether input files exist in `configs/
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from configs.errors import ConfigError, shown
 from configs.keys import KEYS, flatten
 from configs.layout import check_layout, divisors
-from configs.schema import Config
+from configs.schema import Config, SourceConfig, WeightedSource
 
 # A trained tokenizer begins with 256 byte pieces, three special ones and the newline.
 _SMALLEST_TRAINED_VOCABULARY = 300
@@ -151,35 +151,54 @@ def _check_model(config: Config) -> None:
 
 def _check_data(config: Config) -> None:
     data = config.data
-    if data.source == "python_stdlib" and data.path is not None:
-        raise ConfigError(
-            f"data.path={shown(data.path)} has no meaning for data.source=python_stdlib; set "
-            "data.path=null, or data.source to what it holds: text, jsonl, parquet, arrow or hub",
-            "data.path",
-        )
-    if data.source != "python_stdlib" and data.path is None:
-        what = "the name of a dataset" if data.source == "hub" else "a file, a folder or a glob"
-        raise ConfigError(
-            f"data.path=null, but data.source={data.source} needs {what}; set data.path, or "
-            "data.source=python_stdlib for the embedded corpus",
-            "data.path",
-        )
-    for key, value in (
-        ("data.hub_config", data.hub_config),
-        ("data.hub_revision", data.hub_revision),
-    ):
-        if value is not None and data.source != "hub":
+    for field in fields(SourceConfig) if data.sources else ():
+        key, value = f"data.{field.name}", getattr(data, field.name)
+        if value != field.default:
             raise ConfigError(
-                f"{key}={shown(value)} has no meaning for data.source={data.source}; set "
-                f"{key}=null, or data.source=hub",
+                f"{key}={shown(value)} has no meaning beside data.sources, a list of all sources; "
+                f"write it into data.sources, or leave {key} out",
                 key,
             )
+    for prefix, source in data.mixture.items():
+        _check_source(prefix, source)
     if data.tokenizer is None and data.vocab_size < _SMALLEST_TRAINED_VOCABULARY:
         raise ConfigError(
             f"data.vocab_size={data.vocab_size} is too small to train a tokenizer, which begins "
             "with all 256 bytes and special pieces; choose "
             f"{_SMALLEST_TRAINED_VOCABULARY} or more, or give data.tokenizer",
             "data.vocab_size",
+        )
+
+
+def _check_source(prefix: str, source: WeightedSource) -> None:
+    kind, path = f"{prefix}.source={source.source}", f"{prefix}.path"
+    if source.source == "python_stdlib" and source.path is not None:
+        raise ConfigError(
+            f"{path}={shown(source.path)} has no meaning for {kind}; set {path}=null, or "
+            f"{prefix}.source to what it holds: text, jsonl, parquet, arrow or hub",
+            path,
+        )
+    if source.source != "python_stdlib" and source.path is None:
+        what = "the name of a dataset" if source.source == "hub" else "a file, a folder or a glob"
+        raise ConfigError(
+            f"{path}=null, but {kind} needs {what}; set {path}, or "
+            f"{prefix}.source=python_stdlib for the embedded corpus",
+            path,
+        )
+    for leaf in ("hub_config", "hub_revision"):
+        key, value = f"{prefix}.{leaf}", getattr(source, leaf)
+        if value is not None and source.source != "hub":
+            raise ConfigError(
+                f"{key}={shown(value)} has no meaning for {kind}; set {key}=null, or "
+                f"{prefix}.source=hub",
+                key,
+            )
+    for leaf in ("path", "text_field", "hub_split"):
+        if getattr(source, leaf) is not None and not getattr(source, leaf).strip():
+            raise ConfigError(f"{prefix}.{leaf} is empty; give it, or leave it out", prefix)
+    if source.weight not in _POSITIVE:
+        raise ConfigError(
+            f"{prefix}.weight={source.weight} is out of range; it must be {_POSITIVE}", prefix
         )
 
 

@@ -11,10 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 
+import yaml
+
 from configs.errors import ConfigError, shown
 from configs.keys import Key, Value
 
-_NULLS = {"", "~", "null", "Null", "NULL"}
+NULLS = {"", "~", "null", "Null", "NULL"}
 _INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]*(_[0-9]+)*)")
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 _LEADING_ZERO = re.compile(r"[+-]?0[0-9_]+")
@@ -31,6 +33,12 @@ class Written:
     text: str
     quoted: bool  # quoted text is never null
     place: str  # file:line, or empty for the command line
+    node: yaml.Node | None = None  # of a list, what YAML sees in it; None if it is not YAML
+
+    @property
+    def file(self) -> str:
+        """The file it is from, empty for the command line."""
+        return self.place.rpartition(":")[0]
 
     def error(self, message: str) -> ConfigError:
         """The error with its place in front."""
@@ -39,7 +47,7 @@ class Written:
 
 def parse_value(key: Key, written: Written) -> Value:
     """Reads a text as the type of its key; ConfigError says what is allowed."""
-    if not written.quoted and written.text in _NULLS:
+    if not written.quoted and written.text in NULLS:
         if key.nullable:
             return None
         hint = ' (an empty text is "")' if key.type is str and not key.choices else ""

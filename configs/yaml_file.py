@@ -16,7 +16,7 @@ from configs.unknown import explain_section, explain_unknown
 from configs.values import Written
 
 # What YAML finds out about a scalar by itself; any other tag was asked for.
-_PLAIN_TAGS = {
+PLAIN_TAGS = {
     f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp")
 }
 
@@ -37,7 +37,7 @@ def read_yaml(path: Path) -> list[Written]:
         )
     return [
         written
-        for section, node in _items(root, "", file)
+        for section, node in mapping_items(root, "", file)
         for written in _section_settings(section, node, file)
     ]
 
@@ -50,11 +50,16 @@ def display_path(path: Path) -> str:
 
 def unquote(text: str) -> str | None:
     """The text inside a quoted YAML scalar, with its escapes; None if it is not well quoted."""
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError:
-        return None
+    node = compose_text(text)
     return str(node.value) if isinstance(node, yaml.ScalarNode) else None
+
+
+def compose_text(text: str) -> yaml.Node | None:
+    """The node of a text that may be YAML; None if it is not."""
+    try:
+        return yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError):
+        return None
 
 
 def _compose(path: Path, file: str) -> yaml.Node | None:
@@ -82,12 +87,13 @@ def _section_settings(section: str, node: yaml.Node, file: str) -> Iterator[Writ
     if isinstance(node, yaml.ScalarNode) and node.value in ("", "~", "null"):
         return  # all keys of the section are commented out
     if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{place}: {explain_section(section, _text(node))}")
-    for key, value in _items(node, f"{section}.", file):
+        raise ConfigError(f"{place}: {explain_section(section, described(node))}")
+    for key, value in mapping_items(node, f"{section}.", file):
         yield _written(key, value, _place(file, value))
 
 
-def _text(node: yaml.Node) -> str:
+def described(node: yaml.Node) -> str:
+    """What an error shows of a node."""
     if isinstance(node, yaml.ScalarNode):
         return shown(node.value)
     return "{...}" if isinstance(node, yaml.MappingNode) else "[...]"
@@ -95,7 +101,7 @@ def _text(node: yaml.Node) -> str:
 
 def _explain_section_name(section: str, node: yaml.Node) -> str:
     if section not in KEYS:
-        return explain_unknown(section, _text(node))
+        return explain_unknown(section, described(node))
     name, leaf = section.split(".")
     return (
         f"{section} is written with a dot; in a file write '{name}:' and below it, indented, "
@@ -105,27 +111,32 @@ def _explain_section_name(section: str, node: yaml.Node) -> str:
 
 def _written(key: str, value: yaml.Node, place: str) -> Written:
     if key not in KEYS:
-        raise ConfigError(f"{place}: {explain_unknown(key, _text(value))}")
+        raise ConfigError(f"{place}: {explain_unknown(key, described(value))}")
+    if KEYS[key].count is not None:
+        return Written(key, "", quoted=False, place=place, node=value)
     if not isinstance(value, yaml.ScalarNode):
         raise ConfigError(
-            f"{place}: {key}={_text(value)} is not one value; write {KEYS[key].allowed}"
+            f"{place}: {key}={described(value)} is not one value; write {KEYS[key].allowed}"
         )
-    if value.tag not in _PLAIN_TAGS:
+    if value.tag not in PLAIN_TAGS:
         raise ConfigError(f"{place}: {key} has the YAML tag {value.tag}; write the plain value")
     return Written(key, value.value, quoted=value.style is not None, place=place)
 
 
-def _items(mapping: yaml.MappingNode, prefix: str, file: str) -> Iterator[tuple[str, yaml.Node]]:
+def mapping_items(
+    mapping: yaml.MappingNode, prefix: str, file: str
+) -> Iterator[tuple[str, yaml.Node]]:
     """The full key and the value of each entry; refuses an entry that is there twice."""
     lines: dict[str, int] = {}
     for key_node, value in mapping.value:
         line = key_node.start_mark.line + 1
+        where = f"{file}:{line}: " if file else ""
         if not isinstance(key_node, yaml.ScalarNode):
-            raise ConfigError(f"{file}:{line}: a key must be one word")
+            raise ConfigError(f"{where}a key must be one word")
         key = prefix + key_node.value
         if key in lines:
             raise ConfigError(
-                f"{file}:{line}: {key} is already set in line {lines[key]}; remove one of the two"
+                f"{where}{key} is already set in line {lines[key]}; remove one of the two"
             )
         lines[key] = line
         yield key, value

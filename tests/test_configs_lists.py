@@ -1,0 +1,141 @@
+"""Settings that are lists: the sources of a mixture, in a file and on the command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from configs import (
+    ConfigError,
+    DataConfig,
+    WeightedSource,
+    flatten,
+    parse_config,
+    read_config,
+    to_yaml,
+)
+from configs.keys import KEYS, Key
+from configs.lists import parse_setting
+from configs.values import Written
+from configs.yaml_file import compose_text
+
+MIXTURE = "data.sources=[{source: text, path: a.txt, weight: 3}, {}]"
+
+
+@pytest.fixture(autouse=True)
+def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working directory of its own with a text, and no torchrun around us."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RANK", raising=False)
+    Path("a.txt").write_text("text")
+
+
+def test_a_list_is_written_the_same_in_a_file_and_on_the_command_line() -> None:
+    """In a file it may also stand on several lines."""
+    Path("flow.yaml").write_text(f"data:\n  {MIXTURE.removeprefix('data.').replace('=', ': ', 1)}")
+    Path("block.yaml").write_text(
+        "data:\n  sources:\n    - source: text\n      path: a.txt\n      weight: 3\n    - {}\n"
+    )
+    expected = (WeightedSource("text", "a.txt", weight=3.0), WeightedSource())
+    for arguments in (["config=gpt_debug", MIXTURE], ["config=flow"], ["config=block"]):
+        assert parse_config(arguments).data.sources == expected
+
+
+def test_a_list_survives_being_written_and_read() -> None:
+    """In config.yaml of the run, and in the JSON of a checkpoint."""
+    config = parse_config(["config=gpt_debug", MIXTURE])
+    Path("config.yaml").write_text(to_yaml(config))
+    assert read_config(Path("config.yaml")) == config
+    assert json.loads(json.dumps(flatten(config))) == flatten(config)
+
+
+def test_the_single_keys_are_a_mixture_of_one() -> None:
+    """Whoever reads text need not know which way it was given."""
+    data = DataConfig(source="jsonl", path="x", text_field="body")
+    assert data.mixture == {"data": WeightedSource("jsonl", "x", "body")}
+    data = DataConfig(sources=(WeightedSource(), WeightedSource("text", "b")))
+    assert list(data.mixture) == ["data.sources[0]", "data.sources[1]"]
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ("[{wieght: 2}]", "data.sources[0] has no key wieght; did you mean weight?"),
+        ("[{}, {a: 2}]", "data.sources[1] has no key a; there are source, path, text_field"),
+        ("[{source: txt}]", "data.sources[0].source=txt is not one of python_stdlib, text"),
+        ("[{source: text}]", "data.sources[0].path=null, but data.sources[0].source=text needs"),
+        ("[{source: text, path: b}]", "data.sources[0].path=b does not exist; give an existing"),
+        ("[{path: a.txt}]", "data.sources[0].path=a.txt has no meaning for data.sources[0].source"),
+        ("[{weight: 0}]", "data.sources[0].weight=0.0 is out of range; it must be more than 0"),
+        ("[{weight: 1e999}]", "data.sources[0].weight=1e999 is too large"),
+        ("[{weight: [1]}]", "data.sources[0].weight=[...] is not a number"),
+        ("[{weight: !!python/name:os.system 1}]", "data.sources[0].weight=1 is not a number"),
+        ("[{text_field: ' '}]", "data.sources[0].text_field is empty; give it, or leave it out"),
+        ("[{weight: 1, weight: 2}]", "data.sources[0].weight is already set in line 1"),
+        ("[a.txt]", "data.sources[0]=a.txt is not a mapping {source, path"),
+        ("a.txt", "data.sources=a.txt is no list; write a list [a mapping {source, path"),
+        ("[{", "data.sources=[{ is no list; write a list [a mapping {source, path"),
+        ("null", "data.sources=null is no list; write a list"),
+        ("{source: text}", "data.sources={...} is no list; write a list"),
+    ],
+)
+def test_a_wrong_list_is_refused(sources: str, message: str) -> None:
+    """Naming the item, what is wrong in it and what may stand there."""
+    with pytest.raises(ConfigError) as caught:
+        parse_config(["config=gpt_debug", f"data.sources={sources}"])
+    assert str(caught.value).startswith(message)
+
+
+def test_a_wrong_item_in_a_file_is_found_by_its_line() -> None:
+    """That of the value where there is one, else that of the list."""
+    Path("mine.yaml").write_text("data:\n  sources:\n    - source: text\n      path: b\n")
+    with pytest.raises(ConfigError, match=r"mine.yaml:3: data.sources\[0\].path=b does not exist"):
+        parse_config(["config=mine"])
+    Path("mine.yaml").write_text("data:\n  sources:\n    - {}\n    - weight: x\n")
+    with pytest.raises(ConfigError, match=r"mine.yaml:4: data.sources\[1\].weight=x is not a num"):
+        parse_config(["config=mine"])
+
+
+def test_sources_and_the_single_keys_exclude_each_other() -> None:
+    """One of the two would silently be left out."""
+    with pytest.raises(ConfigError, match=r"^data.text_field=body has no meaning beside data.sou"):
+        parse_config(["config=gpt_debug", MIXTURE, "data.text_field=body"])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[1, 2]", (1, 2)),
+        ("[1e1, 1_0]", (10, 10)),
+        ("null", None),
+        ("[1]", "pair has 1 items; write a list [a whole number, a whole number] or null"),
+        ("[1, x]", "pair[1]=x is not a whole number; write for example 100"),
+        ("[1, null]", "pair[1] has no value; it needs a whole number"),
+        ("12", "pair=12 is no list; write a list [a whole number, a whole number] or null"),
+    ],
+)
+def test_a_list_of_numbers(text: str, expected: object) -> None:
+    """Of a given length, each read as a number alone would be."""
+    key = Key("pair", int, (), nullable=True, default=None, count=2)
+    written = Written("pair", text, quoted=False, place="", node=compose_text(text))
+    if not isinstance(expected, str):
+        assert parse_setting(key, written) == expected
+        return
+    with pytest.raises(ConfigError) as caught:
+        parse_setting(key, written)
+    assert str(caught.value).startswith(expected)
+
+
+def test_the_fields_of_a_source_are_keys() -> None:
+    """With the types and defaults that the single keys have."""
+    fields = KEYS["data.sources"].item(0).fields
+    assert fields["weight"].default == 1.0
+    for leaf, key in fields.items():
+        if leaf != "weight":
+            single = KEYS[f"data.{leaf}"]
+            assert (key.type, key.choices, key.nullable, key.default) == (
+                single.type,
+                single.choices,
+                single.nullable,
+                single.default,
+            )
