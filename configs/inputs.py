@@ -6,13 +6,29 @@ import os
 from configs.errors import ConfigError, shown
 from configs.schema import Config
 
-# What a folder given as data.path is searched for; a file or a glob may have any extension.
+# Files of text and of JSON may be compressed, each by itself.
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+
+
+def _and_compressed(*extensions: str) -> tuple[str, ...]:
+    packed = (f"{extension}{ending}" for ending in COMPRESSED for extension in extensions)
+    return (*extensions, *packed)
+
+
+# What a folder given as a source's path is searched for; a file or a glob may have any extension.
 SOURCE_EXTENSIONS = {
-    "text": (".txt",),
-    "jsonl": (".jsonl", ".json"),
+    "text": _and_compressed(".txt"),
+    "jsonl": _and_compressed(".jsonl", ".json"),
     "parquet": (".parquet",),
     "arrow": (".arrow",),
 }
+
+
+def extensions_in_words(source: str) -> str:
+    """The extensions of a kind of source, as an error names them."""
+    plain = [name for name in SOURCE_EXTENSIONS[source] if not name.endswith(COMPRESSED)]
+    words = " or ".join(plain)
+    return words if len(plain) == len(SOURCE_EXTENSIONS[source]) else f"{words} (or compressed)"
 
 
 def check_inputs(config: Config) -> None:
@@ -42,13 +58,13 @@ def _check_tokenizer(tokenizer: str) -> None:
 def _check_source(prefix: str, path: str, source: str) -> None:
     key, extensions = f"{prefix}.path", SOURCE_EXTENSIONS[source]
     what, expanded = f"{key}={shown(path)}", os.path.expanduser(path)
+    wanted = extensions_in_words(source)
     if os.path.isdir(expanded):
         found = [
             os.path.join(expanded, name)
             for name in glob.glob("**", root_dir=expanded, recursive=True)
             if name.endswith(extensions)
         ]
-        wanted = " or ".join(extensions)
         problem = f"is a folder without {wanted} files, which {prefix}.source={source} reads"
     elif os.path.exists(expanded):
         found, problem = [expanded], "is neither a file nor a folder"
@@ -58,8 +74,7 @@ def _check_source(prefix: str, path: str, source: str) -> None:
     files = [name for name in found if os.path.isfile(name)]
     if not files:
         raise ConfigError(
-            f"{what} {problem}; give an existing file, a glob, or a folder with "
-            f"{' or '.join(extensions)} files",
+            f"{what} {problem}; give an existing file, a glob, or a folder with {wanted} files",
             key,
         )
     for file in files:

@@ -1,28 +1,28 @@
-"""Folders that appear whole or not at all.
+"""Folders that appear whole or not at all, and can be gone on with after a kill.
 
 A folder is filled under a temporary name, with everything in it on the disk, and appears by one
 rename. Its header tells the size of each file, so that damage is noticed. Who fills it holds a file
-lock, which the kernel releases when the process dies; two runs that share the cache wait for each
-other there.
+lock, which the kernel releases when the process dies; what a killed process has filled stays, and
+the next one goes on from there.
 """
 
 import contextlib
 import fcntl
 import json
 import logging
-import os
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data.token_file import write_durably
+from data.durable import sync_directory, write_durably
 
 _HEADER = "header.json"
+_PARTIAL = ".partial"
 _POLL_INTERVAL_S = 0.2
 _WAIT_LOG_INTERVAL_S = 60.0
+_ABANDONED_S = 7 * 24 * 3600.0  # a partial folder that nobody has written to for so long is removed
 
 logger = logging.getLogger("microtron")
 
@@ -31,7 +31,7 @@ def write_header(entry: Path, names: list[str], facts: dict[str, Any]) -> None:
     """Writes the header, which must be the last file: facts, and the sizes of the named files."""
     sizes = {name: (entry / name).stat().st_size for name in names}
     write_durably(entry / _HEADER, json.dumps({**facts, "files": sizes}, indent=1).encode())
-    _sync_directory(entry)
+    sync_directory(entry)
 
 
 def read_header(entry: Path) -> dict[str, Any]:
@@ -50,22 +50,33 @@ def is_whole(entry: Path) -> bool:
 
 
 def build_entry(entry: Path, fill: Callable[[Path], None]) -> None:
-    """Makes the entry by `fill(temporary folder)`, unless another run has meanwhile made it."""
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(entry.with_name(f"{entry.name}.lock")):
-        # Only the holder of the lock makes such folders, so these are left by runs that died.
-        for leftover in entry.parent.glob(f"{entry.name}.tmp-*"):
-            shutil.rmtree(leftover)
-        if is_whole(entry):
-            return
-        work = Path(tempfile.mkdtemp(prefix=f"{entry.name}.tmp-", dir=entry.parent))
-        try:
-            fill(work)
-            if entry.exists():
-                shutil.rmtree(entry)
-            work.rename(entry)
-            _sync_directory(entry.parent)
-        finally:
+    """Makes the entry by `fill(folder)`, if it is not there; the caller holds its lock.
+
+    The folder has what an attempt that was killed has left. What an attempt with unusable input
+    has left (ValueError) is of no use and is removed.
+    """
+    if is_whole(entry):
+        return
+    if entry.exists():
+        logger.warning("cache entry %s is damaged; making it again", entry)
+    work = entry.with_name(f"{entry.name}{_PARTIAL}")
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        fill(work)
+    except ValueError:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    if entry.exists():
+        shutil.rmtree(entry)
+    work.rename(entry)
+    sync_directory(entry.parent)
+
+
+def remove_abandoned(cache: Path) -> None:
+    """Removes what was left by preparations that nobody has gone on with for a week."""
+    for work in cache.glob(f"*{_PARTIAL}"):
+        written_at = max((path.stat().st_mtime for path in (work, *work.iterdir())), default=0.0)
+        if time.time() - written_at > _ABANDONED_S:
             shutil.rmtree(work, ignore_errors=True)
 
 
@@ -80,19 +91,16 @@ def wait_for_entry(entry: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("waiting for another run that prepares the same corpus (%s)", path)
-            fcntl.flock(file, fcntl.LOCK_EX)
+def locked(entries: Iterable[Path]) -> Iterator[None]:
+    """Holds the locks of entries, taken in one order, so that no two runs wait for each other."""
+    with contextlib.ExitStack() as stack:
+        for entry in sorted(set(entries)):
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            path = entry.with_name(f"{entry.name}.lock")
+            file = stack.enter_context(path.open("w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.info("waiting for another run that prepares the same text (%s)", path)
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -56,11 +56,12 @@ def evaluation_batches(
     """Chooses whole documents of at most `max_sequences` rows (null: all) and deals their rows to
     ranks.
 
-    Which documents are chosen does not depend on the layout. Ranks get the same number of batches;
-    where rows run out, batches are filled with rows whose targets are all ignored.
+    Of a mixture each source has a share of the rows by its weight. Which documents are chosen does
+    not depend on the layout. Ranks get the same number of batches; where rows run out, batches are
+    filled with rows whose targets are all ignored.
     """
     rows = PaddedRows(corpus.validation, seq_length, trailing_tokens=1)
-    documents = _choose_documents(rows.rows_per_document, max_sequences)
+    documents = _choose_from_each(corpus, rows.rows_per_document, max_sequences)
     numbers = np.concatenate([np.empty(0, np.int64), *(rows.rows_of(int(i)) for i in documents)])
     starts, lengths = rows.spans(numbers)
     batch_rows = micro_batch_size * dp_size
@@ -82,6 +83,19 @@ def evaluation_batches(
         _numbers=dealt(np.arange(len(numbers), dtype=np.int64)),
         _multiple_of=tp_size,
     )
+
+
+def _choose_from_each(
+    corpus: Corpus, rows_per_document: Int64Array, max_sequences: int | None
+) -> Int64Array:
+    """Returns the documents chosen from each source."""
+    chosen, first, total = [np.empty(0, np.int64)], 0, sum(corpus.weights)
+    for part, weight in zip(corpus.validation.parts, corpus.weights, strict=True):
+        share = None if max_sequences is None else max(1, int(max_sequences * weight / total))
+        mine = rows_per_document[first : first + part.num_documents]
+        chosen.append(first + _choose_documents(mine, share))
+        first += part.num_documents
+    return np.concatenate(chosen)
 
 
 def _choose_documents(rows_per_document: Int64Array, max_sequences: int | None) -> Int64Array:

@@ -115,8 +115,8 @@ class BatchLoader:
 
     def _make_step(self) -> StepBatch:
         first = self._next_sample
-        rows = sample_rows(first, self._share, len(self._rows), self._seed)
         samples = np.arange(first, first + self._share, dtype=np.int64)
+        rows = sample_rows(samples, len(self._rows), self._seed)
         micro_batches = []
         for start in range(0, self._share, self._micro_batch_size):
             part = slice(start, start + self._micro_batch_size)

@@ -1,5 +1,5 @@
 """Progress of a long job over bytes: a bar on a terminal, else a line in the log every few
-seconds."""
+seconds; both with rate and time left."""
 
 import logging
 import sys
@@ -13,17 +13,21 @@ logger = logging.getLogger("microtron")
 
 
 class Progress:
-    """Context manager that shows how much of `total_bytes` is done."""
+    """Context manager that shows how much of `total_bytes` is done; None: nobody knows the total.
 
-    def __init__(self, title: str, total_bytes: int) -> None:
+    `done_bytes`: what an earlier attempt has done, which counts in the share, not in the rate.
+    """
+
+    def __init__(self, title: str, total_bytes: int | None, done_bytes: int = 0) -> None:
         self._title = title
         self._total_bytes = total_bytes
-        self._done_bytes = 0
-        self._logged_at = time.perf_counter()
+        self._done_bytes = self._first_bytes = done_bytes
+        self._started_at = self._logged_at = time.perf_counter()
         # Into a file or a pipe, a bar would write one long line of carriage returns.
         self._bar = tqdm(
             desc=title,
             total=total_bytes,
+            initial=done_bytes,
             unit="B",
             unit_scale=True,
             leave=False,
@@ -36,6 +40,10 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
+    def reach(self, done_bytes: int) -> None:
+        """Sets what is done, and shows it if it is time to."""
+        self.advance(done_bytes - self._done_bytes)
+
     def advance(self, num_bytes: int) -> None:
         """Adds to what is done, and shows it if it is time to."""
         self._done_bytes += num_bytes
@@ -43,5 +51,17 @@ class Progress:
         now = time.perf_counter()
         if self._bar.disable and now - self._logged_at >= _LOG_INTERVAL_S:
             self._logged_at = now
-            percent = 100 * self._done_bytes / max(1, self._total_bytes)
-            logger.info("%s: %.0f%% of %d bytes", self._title, percent, self._total_bytes)
+            logger.info("%s: %s", self._title, self._told(now - self._started_at))
+
+    def _told(self, elapsed_s: float) -> str:
+        rate = (self._done_bytes - self._first_bytes) / elapsed_s
+        done = f"{self._done_bytes / 1e6:,.0f} MB"
+        if self._total_bytes is None:
+            return f"{done}, {rate / 1e6:.1f} MB/s"
+        share = self._done_bytes / max(1, self._total_bytes)
+        left_s = (self._total_bytes - self._done_bytes) / max(1.0, rate)
+        minutes, seconds = divmod(round(max(0.0, left_s)), 60)
+        return (
+            f"{share:.0%} of {self._total_bytes / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s, "
+            f"{minutes}:{seconds:02d} left"
+        )

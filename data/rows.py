@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from data.token_file import TokenFile
+from data.token_file import Tokens
 
 IGNORED_TARGET = -100  # torch's default for ignored targets
 
@@ -75,11 +75,11 @@ class Rows(Protocol):
 class PackedRows:
     """Rows of mode `pack`: all of the same length, without regard to documents."""
 
-    def __init__(self, file: TokenFile, seq_length: int) -> None:
+    def __init__(self, file: Tokens, seq_length: int) -> None:
         self._seq_length = seq_length
         # The last target of a row is the first input of the next, so the stream needs one token
         # more.
-        self._num_rows = max(0, len(file.tokens) - 1) // seq_length
+        self._num_rows = max(0, file.num_tokens - 1) // seq_length
 
     def __len__(self) -> int:
         return self._num_rows
@@ -95,7 +95,7 @@ class PaddedRows:
     `trailing_tokens` at the end of every document (its eos) are left out of the targets.
     """
 
-    def __init__(self, file: TokenFile, seq_length: int, trailing_tokens: int = 0) -> None:
+    def __init__(self, file: Tokens, seq_length: int, trailing_tokens: int = 0) -> None:
         self._seq_length = seq_length
         self._document_starts = file.document_offsets[:-1]
         num_tokens = np.diff(file.document_offsets) - trailing_tokens
@@ -120,7 +120,7 @@ class PaddedRows:
 
 
 def training_rows(
-    file: TokenFile, seq_length: int, sequence_mode: Literal["pack", "pad"]
+    file: Tokens, seq_length: int, sequence_mode: Literal["pack", "pad"]
 ) -> PackedRows | PaddedRows:
     """Returns the rows of an epoch in the given mode."""
     rows = PackedRows if sequence_mode == "pack" else PaddedRows
@@ -128,7 +128,7 @@ def training_rows(
 
 
 def make_micro_batch(
-    file: TokenFile,
+    file: Tokens,
     spans: tuple[Int64Array, Int64Array],
     sample_indices: Int64Array,
     multiple_of: int,
@@ -153,7 +153,7 @@ def make_micro_batch(
     is_padding = columns >= lengths[:, None]
     positions, documents = np.where(is_padding, 0, columns), None
     if keep_documents_apart:
-        places = np.minimum(starts[:, None] + columns, len(file.tokens) - 1)  # in the token stream
+        places = np.minimum(starts[:, None] + columns, file.num_tokens - 1)  # in the token stream
         documents = np.searchsorted(file.document_offsets, places, side="right") - 1
         # A row may begin inside a document: its positions begin with the row.
         first = np.maximum(file.document_offsets[documents], starts[:, None])

@@ -1,7 +1,7 @@
 """The order of training samples as a pure function of seed and epoch.
 
-Sample i of a run is row permutation(seed, i // n)[i % n] of the n rows. No state and no list of n
-numbers is kept: a permutation of [0, n) is a small block cipher, so any part of any epoch is
+Sample i of a source is row permutation(seed, i // n)[i % n] of its n rows. No state and no list of
+n numbers is kept: a permutation of [0, n) is a small block cipher, so any part of any epoch is
 computed where it is needed, and the state of the sampler is the number of consumed samples alone.
 """
 
@@ -10,16 +10,17 @@ import numpy.typing as npt
 
 _ROUNDS = 4  # make a strong pseudo-random permutation (Luby and Rackoff 1988)
 _MASK_64 = (1 << 64) - 1
+_ODD = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio
 
 
 def sample_rows(
-    first_sample: int, num_samples: int, num_rows: int, seed: int
+    samples: npt.NDArray[np.int64], num_rows: int, seed: int, source: int = 0
 ) -> npt.NDArray[np.int64]:
-    """Returns the rows of the run's samples first_sample .. first_sample + num_samples - 1."""
-    samples = np.arange(first_sample, first_sample + num_samples, dtype=np.int64)
+    """Returns the rows of a source's samples, given by their numbers among its samples."""
+    seed += source * _ODD  # the sources of a mixture are shuffled differently
     epochs, places = np.divmod(samples, num_rows)
     rows = np.empty_like(samples)
-    for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+    for epoch in np.unique(epochs).tolist():
         in_epoch = epochs == epoch
         rows[in_epoch] = permute(places[in_epoch], num_rows, seed, epoch)
     return rows
@@ -58,7 +59,7 @@ def _mix(value: int) -> int:
 
 
 def _mix_array(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    values = values + np.uint64(0x9E3779B97F4A7C15)  # wraps around, as intended
+    values = values + np.uint64(_ODD)  # wraps around, as intended
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

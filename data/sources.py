@@ -1,207 +1,281 @@
-"""Documents out of a source, read through Hugging Face `datasets`.
+"""Documents out of a source, one record after the other.
 
 A document is one non-empty string: a text file, or the text column of a row. Whatever is not a
-document is skipped and counted by reason. Everything streams, so `datasets` leaves no copy of the
-corpus in its own cache, and one document at a time is in memory.
+document is skipped with a reason; docs/data.md has the policy for each kind. Everything streams,
+`datasets` leaves no copy of the corpus in its own cache, and about one document is in memory. Each
+record says where reading goes on after it, so that a killed preparation need not begin again.
 
-Text and JSON are decoded here. The builders of `datasets` would end at the first byte that is not
-UTF-8; `text` would also translate line ends, and `json` would turn strings that look like dates
+Text and JSON lines are decoded here. The builders of `datasets` would end at the first byte that is
+not UTF-8; `text` would also translate line ends, and `json` would turn strings that look like dates
 into dates and refuse files whose other columns change type half-way.
 """
 
+import contextlib
 import glob
+import itertools
 import json
 import logging
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import datasets
 
-from configs.schema import DataConfig
+from configs.schema import SourceConfig
+from data.compressed import open_bytes
+from data.records import Place, Record
 
+# Bytes. A longer text becomes several documents, far longer than any row.
+LONGEST_DOCUMENT = 16 << 20
+_LONGEST_LINE = 256 << 20  # bytes of a line of JSON; it must be in memory to be parsed
+_CONTINUES = 0b10  # the upper bits of a byte that is not the first of its character
 _NOT_UTF8 = "not UTF-8"
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_NAMES_SHOWN = 10  # files named in the log line about undecodable ones
+_MAX_NAMED = 10  # files named in the log because they are not UTF-8
 
 _Item = TypeVar("_Item")
 
 logger = logging.getLogger("microtron")
 
 
-def read_documents(
-    config: DataConfig, files: list[Path], scratch: Path, skipped: Counter[str]
-) -> Iterator[str]:
-    """Yields the source's documents in order; adds to `skipped` what was passed over, by reason.
+def read_records(
+    source: SourceConfig,
+    key: str,
+    files: list[Path],
+    scratch: Path,
+    start: Place,
+) -> Iterator[Record]:
+    """Yields the records of a source in order, from a place on.
 
-    `scratch` is a folder for the lock files that `datasets` makes. Raises ValueError where the
-    source cannot be read, or lacks the column `data.text_field`.
+    `key` is what the source's keys begin with; `scratch` is a folder for the lock files that
+    `datasets` makes. Raises ValueError where the source cannot be read, naming the file, or lacks
+    the column `text_field`.
     """
     datasets.disable_progress_bars()
     # Its own error lines would repeat, with less context, what is raised here.
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    if config.source in ("python_stdlib", "text"):
-        yield from _text_documents(files, skipped)
-        return
-    for rows in _tables(config, files, scratch, skipped):
-        for number, row in enumerate(rows):
+    reader = _Reader(source, key, scratch)
+    places: list[Path | None] = [*files] if source.source != "hub" else [None]
+    for number in range(start.file, len(places)):
+        skip = start.record if number == start.file else 0
+        for record, value in enumerate(reader.values(places[number], skip), start=skip + 1):
+            texts, reason = value if isinstance(value, tuple) else _documents(value)
+            yield Record(texts, reason, Place(number, record))
+    reader.report()
+
+
+def _documents(text: object) -> tuple[list[str], str | None]:
+    """The documents of a value that should be a text, or why there are none."""
+    if text is None:
+        return [], "null"
+    if not isinstance(text, str):
+        return [], "not a string"
+    if not text:
+        return [], "empty"
+    # JSON can spell half of a surrogate pair, which is no character and has no UTF-8 form.
+    if _SURROGATE.search(text):
+        return [], _NOT_UTF8
+    return cut_text(text), None
+
+
+def cut_text(text: str, longest: int = LONGEST_DOCUMENT) -> list[str]:
+    """A text as documents of at most `longest` characters, cut after newlines where there are."""
+    pieces, start = [], 0
+    while len(text) - start > longest:
+        newline = text.rfind("\n", start, start + longest)
+        end = start + longest if newline < 0 else newline + 1
+        pieces.append(text[start:end])
+        start = end
+    return [*pieces, text[start:]]
+
+
+class _Reader:
+    """Reads the files of one source."""
+
+    def __init__(self, source: SourceConfig, key: str, scratch: Path) -> None:
+        self._source, self._key, self._scratch = source, key, scratch
+        self._undecodable: list[str] = []
+
+    def values(self, file: Path | None, skip: int) -> Iterator[Any]:
+        """Yields the value of each record of a file (None: of the hub dataset) but the first
+        `skip`: what should be a text, or (documents, reason)."""
+        if self._source.source in ("python_stdlib", "text"):
+            assert file is not None
+            return self._texts(file, skip)
+        return self._column(file, skip)
+
+    def report(self) -> None:
+        """Names the files that are not UTF-8."""
+        if names := self._undecodable:
+            more = ", ..." if len(names) > _MAX_NAMED else ""
+            told = ", ".join(names[:_MAX_NAMED])
+            logger.info("skipped %d files that are not UTF-8: %s%s", len(names), told, more)
+
+    def _texts(self, file: Path, skip: int) -> Iterator[Any]:
+        what = f"{self._key}.path: {file} cannot be read"
+        for content in itertools.islice(_errors_name(what, _stretches(file)), skip, None):
+            try:
+                yield content.decode("utf-8")
+            except UnicodeDecodeError:
+                self._undecodable.append(file.name)
+                yield [], _NOT_UTF8
+
+    def _column(self, file: Path | None, skip: int) -> Iterator[Any]:
+        """The values of the text column; a column that no row of a file's start has is an error."""
+        name = self._source.text_field
+        for number, row in enumerate(self._rows(file, skip), start=skip):
+            if isinstance(row, tuple):
+                yield row
+                continue
             # A row of JSON may lack what others have; a column that is missing at once is a
             # mistake.
-            if number == 0 and config.text_field not in row:
+            if number == 0 and name not in row:
                 raise ValueError(
-                    f"data.text_field={config.text_field!r} is not a column of data.path="
-                    f"{config.path!r}; the columns there are: {', '.join(row)}"
+                    f"{self._key}.text_field={name!r} is not a column of {self._key}.path="
+                    f"{self._source.path!r}; the columns there are: {', '.join(row)}"
                 )
-            text: Any = row.get(config.text_field)
-            reason = _reason_to_skip(text)
-            if reason is None:
-                yield text
-            else:
-                skipped[reason] += 1
+            yield row.get(name)
 
-
-def _reason_to_skip(text: object) -> str | None:
-    if text is None:
-        return "null"
-    if not isinstance(text, str):
-        return "not a string"
-    if not text:
-        return "empty"
-    # JSON can spell half of a surrogate pair, which is no character and has no UTF-8 form.
-    return _NOT_UTF8 if _SURROGATE.search(text) else None
-
-
-def _text_documents(files: list[Path], skipped: Counter[str]) -> Iterator[str]:
-    undecodable = []
-    # A table of names in memory, streamed: unlike a generator it needs no folder in any cache.
-    names_only = datasets.Dataset.from_dict({"file": [str(file) for file in files]})
-    for row in names_only.to_iterable_dataset().map(_add_text):
-        if row["text"] is None:
-            skipped[_NOT_UTF8] += 1
-            undecodable.append(row["file"])
-        elif not row["text"]:
-            skipped["empty"] += 1
-        else:
-            yield row["text"]
-    if undecodable:
-        names = ", ".join(Path(name).name for name in undecodable[:_NAMES_SHOWN])
-        more = ", ..." if len(undecodable) > _NAMES_SHOWN else ""
-        logger.info("skipped %d files that are not UTF-8: %s%s", len(undecodable), names, more)
-
-
-def _add_text(row: dict[str, str]) -> dict[str, str | None]:
-    try:
-        return {"text": Path(row["file"]).read_bytes().decode("utf-8")}
-    except UnicodeDecodeError:
-        return {"text": None}
-
-
-def _tables(
-    config: DataConfig, files: list[Path], scratch: Path, skipped: Counter[str]
-) -> Iterator[Iterator[dict[str, Any]]]:
-    """Yields the rows of each file, or those of the hub dataset."""
-    if config.source == "hub":
-        yield _hub_rows(config, scratch)
-        return
-    # One dataset a file: columns may differ between files, and a file without rows is no error.
-    for file in files:
+    def _rows(self, file: Path | None, skip: int) -> Iterator[Any]:
+        if file is None:
+            return self._hub_rows(skip)
+        if self._source.source != "jsonl":
+            return self._columnar_rows(self._source.source, file, skip)
         if file.stat().st_size == 0:
-            continue
-        if config.source != "jsonl":
-            yield _columnar_rows(config.source, config.text_field, file, scratch)
-        elif _begins_with_bracket(file):
-            yield _columnar_rows("json", config.text_field, file, scratch)
-        else:
-            yield _json_line_rows(file, scratch, skipped)
+            return iter(())
+        with _errors_named(f"{self._key}.path: {file} cannot be read"), open_bytes(file) as stream:
+            begins_with_bracket = stream.read(1024).lstrip().startswith(b"[")
+        if begins_with_bracket:
+            return self._columnar_rows("json", file, skip)
+        return self._json_lines(file, skip)
 
-
-def _columnar_rows(
-    builder: str, text_field: str, file: Path, scratch: Path
-) -> Iterator[dict[str, Any]]:
-    def rows() -> Iterator[dict[str, Any]]:
-        yield from _text_column(_open_file(builder, file, scratch), text_field)
-
-    return _errors_name(f"data.path: {file} cannot be read as {builder}", rows())
-
-
-def _hub_rows(config: DataConfig, scratch: Path) -> Iterator[dict[str, Any]]:
-    def rows() -> Iterator[dict[str, Any]]:
-        dataset = datasets.load_dataset(
-            config.path,
-            config.hub_config,
-            split=config.hub_split,
-            revision=config.hub_revision,
-            streaming=True,
-            cache_dir=str(scratch),
-        )
-        yield from _text_column(dataset, config.text_field)
-
-    where = (
-        f"data.path={config.path!r} (data.hub_config={config.hub_config}, data.hub_split="
-        f"{config.hub_split}, data.hub_revision={config.hub_revision}) cannot be read; "
-        "check these keys and the network, or use a local data.source"
-    )
-    return _errors_name(where, rows())
-
-
-def _text_column(dataset: Any, text_field: str) -> Iterator[dict[str, Any]]:
-    """Yields rows without the other columns, before those are decoded (they may hold images)."""
-    columns = dataset.column_names  # None where it is not known before reading
-    return iter(dataset.select_columns([text_field]) if text_field in (columns or ()) else dataset)
-
-
-def _json_line_rows(file: Path, scratch: Path, skipped: Counter[str]) -> Iterator[dict[str, Any]]:
-    def lines() -> Iterator[bytes]:
-        # latin-1 maps bytes to characters one to one, so that lines arrive as the bytes they are.
-        dataset = _open_file("text", file, scratch, encoding="latin-1", keep_linebreaks=True)
-        yield from (row["text"].encode("latin-1") for row in dataset)
-
-    named_lines = _errors_name(f"data.path: {file} cannot be read", lines())
-    for number, line in enumerate(named_lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8").removeprefix("\ufeff"))
-        except UnicodeDecodeError:
-            skipped[_NOT_UTF8] += 1
-            continue
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"data.path: line {number} of {file} is not JSON ({error}); data.source=jsonl "
-                "needs one object a line, or a file that is one array of objects"
-            ) from error
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"data.path: line {number} of {file} is not a JSON object; write each document as "
-                '{"text": "..."}'
+    def _columnar_rows(self, builder: str, file: Path, skip: int) -> Iterator[Any]:
+        def rows() -> Iterator[Any]:
+            if file.stat().st_size == 0:  # a file without rows is no error
+                return
+            dataset = datasets.load_dataset(
+                builder,
+                data_files=[glob.escape(str(file.absolute()))],
+                split="train",
+                streaming=True,
+                cache_dir=str(self._scratch),
             )
-        yield row
+            yield from self._one_column(dataset, skip)
+
+        return _errors_name(f"{self._key}.path: {file} cannot be read as {builder}", rows())
+
+    def _hub_rows(self, skip: int) -> Iterator[Any]:
+        source, key = self._source, self._key
+
+        def rows() -> Iterator[Any]:
+            dataset = datasets.load_dataset(
+                source.path,
+                source.hub_config,
+                split=source.hub_split,
+                revision=source.hub_revision,
+                streaming=True,
+                cache_dir=str(self._scratch),
+            )
+            yield from self._one_column(dataset, skip)
+
+        where = (
+            f"{key}.path={source.path!r} ({key}.hub_config={source.hub_config}, {key}.hub_split="
+            f"{source.hub_split}, {key}.hub_revision={source.hub_revision}) cannot be read; "
+            f"check these keys and the network, or use a local {key}.source"
+        )
+        return _errors_name(where, rows())
+
+    def _one_column(self, dataset: Any, skip: int) -> Iterator[Any]:
+        """Yields rows without other columns, which would be decoded (they may hold images)."""
+        columns = dataset.column_names  # None where it is not known before reading
+        if self._source.text_field in (columns or ()):
+            dataset = dataset.select_columns([self._source.text_field])
+        return iter(dataset.skip(skip) if skip else dataset)
+
+    def _json_lines(self, file: Path, skip: int) -> Iterator[Any]:
+        lines = _errors_name(f"{self._key}.path: {file} cannot be read", _lines(file))
+        records = (item for item in lines if item[1] is None or item[1].strip())
+        for number, line in itertools.islice(records, skip, None):
+            if line is None:
+                yield [], f"longer than {_LONGEST_LINE >> 20} MiB"
+                continue
+            try:
+                row = json.loads(line.decode("utf-8").removeprefix("\ufeff"))
+            except UnicodeDecodeError:
+                yield [], _NOT_UTF8
+                continue
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise ValueError(
+                    f"{self._key}.path: line {number} of {file} is not JSON ({error}); "
+                    f"{self._key}.source=jsonl needs one object a line, or a file that is one "
+                    "array of objects"
+                ) from error
+            if not isinstance(row, dict):
+                raise ValueError(
+                    f"{self._key}.path: line {number} of {file} is not a JSON object; write each "
+                    'document as {"text": "..."}'
+                )
+            yield row
 
 
-def _begins_with_bracket(file: Path) -> bool:
-    with file.open("rb") as stream:
-        return stream.read(1024).lstrip().startswith(b"[")
+def _stretches(file: Path, longest: int = LONGEST_DOCUMENT) -> Iterator[bytes]:
+    """The content of a file, once, or if it is longer in stretches that end with a newline.
+
+    Where there is no newline, at the end of a character.
+    """
+    with open_bytes(file) as stream:
+        rest = stream.read(longest + 1)
+        while len(rest) > longest:
+            end = rest.rfind(b"\n", 0, longest) + 1
+            if not end:
+                end = longest
+                while end > longest - 4 and rest[end] >> 6 == _CONTINUES:
+                    end -= 1
+            yield rest[:end]
+            rest = rest[end:] + stream.read(end)
+        yield rest
 
 
-def _open_file(builder: str, file: Path, scratch: Path, **options: Any) -> Any:
-    return datasets.load_dataset(
-        builder,
-        data_files=[glob.escape(str(file.absolute()))],
-        split="train",
-        streaming=True,
-        cache_dir=str(scratch),
-        **options,
-    )
+def _lines(file: Path) -> Iterator[tuple[int, bytes | None]]:
+    """The lines of a file with their numbers; None for one that is too long to be read."""
+    with open_bytes(file) as stream:
+        for number in itertools.count(1):
+            line = stream.readline(_LONGEST_LINE + 1)
+            if not line:
+                return
+            if len(line) <= _LONGEST_LINE:
+                yield number, line
+                continue
+            _pass_over_line(stream)
+            yield number, None
+
+
+def _pass_over_line(stream: IO[bytes]) -> None:
+    while (part := stream.readline(1 << 20)) and not part.endswith(b"\n"):
+        pass
+
+
+@contextlib.contextmanager
+def _errors_named(where: str) -> Iterator[None]:
+    """Says where it was that something went wrong.
+
+    Errors of pyarrow are ValueErrors, OSErrors or TypeErrors, those of the hub OSErrors, of a
+    compressed file that was cut off EOFErrors.
+    """
+    try:
+        yield
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _errors_name(where: str, items: Iterable[_Item]) -> Iterator[_Item]:
-    """Yields the items; what goes wrong on the way says where.
-
-    pyarrow's errors are ValueErrors, OSErrors or TypeErrors, those of the hub OSErrors.
-    """
-    try:
-        yield from items
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{where}: {error}") from error
+    """Yields the items; what goes wrong on the way says where."""
+    iterator = iter(items)
+    while True:
+        with _errors_named(where):
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+        yield item

@@ -1,8 +1,8 @@
 """Tokens on disk: one flat file of ids, where each document begins, and how many bytes of text it
 was.
 
-    <split>.tokens   ids of all documents, end to end, each bos ... eos; little-endian uint16 or
-    uint32 <split>.offsets  int64 [n + 1]: document i is tokens[offsets[i] : offsets[i + 1]]
+    <split>.tokens   uint16 or uint32, ids of all documents, end to end, each bos ... eos
+    <split>.offsets  int64 [n + 1]: document i is tokens[offsets[i] : offsets[i + 1]]
     <split>.bytes    int64 [n]: UTF-8 bytes of the text of document i
 
 Files are raw arrays; their dtype and sizes are in the header of the cache entry that holds them.
@@ -10,22 +10,52 @@ The ids are memory-mapped, so ranks of a host share one copy in the page cache a
 needs no memory.
 """
 
-import os
-from array import array
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from data.durable import open_at, replace_durably, sync_files, write_durably
 from data.progress import Progress
 from data.spool import Spool
 from data.tokenizer import Tokenizer
 
 _BATCH_BYTES = 4 << 20  # text encoded at once: enough for every core, little enough for memory
 _INDEX_DTYPE = np.dtype("<i8")
+_DURABLE_BYTES = 64 << 20  # text encoded between two times that its tokens are made durable
+PROGRESS = "progress.json"  # suffix of what a split that is being written has durably
 PARTS = ("tokens", "offsets", "bytes")  # suffixes of the files of a split
+
+
+class Tokens(Protocol):
+    """Documents of a split as tokens, of one source or of several end to end."""
+
+    @property
+    def document_offsets(self) -> npt.NDArray[np.int64]:
+        """Where each document begins, and the end of the last: [n + 1]."""
+
+    @property
+    def document_bytes(self) -> npt.NDArray[np.int64]:
+        """UTF-8 bytes of the text of each document: [n]."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents."""
+
+    @property
+    def num_documents(self) -> int:
+        """Documents."""
+
+    @property
+    def parts(self) -> "tuple[Tokens, ...]":
+        """The tokens of each source."""
+
+    def span(self, start: int, stop: int) -> npt.NDArray[np.unsignedinteger]:
+        """Returns tokens start .. stop - 1."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +86,19 @@ class TokenFile:
         return tokens
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens in this split."""
+        return len(self.tokens)
+
+    @property
     def num_documents(self) -> int:
         """Documents in this split."""
         return len(self.document_bytes)
+
+    @property
+    def parts(self) -> "tuple[Tokens, ...]":
+        """The token files of each source: this one."""
+        return (self,)
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
@@ -88,40 +128,58 @@ def write_token_file(
     indices: npt.NDArray[np.int64],
     tokenizer: Tokenizer,
 ) -> int:
-    """Encodes documents of the spool, in the order given; returns the number of tokens written."""
+    """Encodes documents of the spool, in the order given; returns the number of tokens written.
+
+    What an attempt that was killed has made durable in the directory is not encoded again.
+    """
     dtype = token_dtype(tokenizer.vocab_size)
     document_bytes = spool.num_bytes(indices)
-    offsets = array("q", [0])
+    progress_path = directory / f"{split}.{PROGRESS}"
+    num_documents, num_tokens = (
+        json.loads(progress_path.read_text()) if progress_path.exists() else (0, 0)
+    )
+    done_bytes = durable_bytes = int(document_bytes[:num_documents].sum())
     with (
-        (directory / f"{split}.tokens").open("wb") as file,
-        Progress(f"tokenizing {split}", int(document_bytes.sum())) as progress,
+        open_at(directory / f"{split}.tokens", num_tokens * dtype.itemsize) as file,
+        # Offsets begin with that of the first document, 0.
+        open_at(directory / f"{split}.offsets", num_documents * _INDEX_DTYPE.itemsize) as offsets,
+        Progress(f"tokenizing {split}", int(document_bytes.sum()), done_bytes) as progress,
     ):
-        for batch in _batches(indices, document_bytes):
+
+        def make_durable() -> None:
+            sync_files([file, offsets])
+            replace_durably(progress_path, json.dumps([num_documents, num_tokens]).encode())
+
+        for batch in _batches(indices[num_documents:], document_bytes[num_documents:]):
             texts = [spool.document(int(index)) for index in batch]
-            for ids in tokenizer.encode_batch(texts):
-                # A model file may give ids that its own piece count does not cover; caught here, it
-                # is not an index error inside the embedding.
-                assert not ids.size or int(ids.max()) < tokenizer.vocab_size, (
-                    "token id out of range"
-                )
-                document = np.empty(len(ids) + 2, dtype)
-                document[0], document[1:-1], document[-1] = tokenizer.bos_id, ids, tokenizer.eos_id
+            for document in _encoded(texts, tokenizer, dtype):
                 file.write(document.tobytes())
-                offsets.append(offsets[-1] + len(document))
-            progress.advance(int(spool.num_bytes(batch).sum()))
-        file.flush()
-        os.fsync(file.fileno())
-    write_durably(directory / f"{split}.offsets", np.array(offsets, dtype=_INDEX_DTYPE).tobytes())
+                offsets.write(num_tokens.to_bytes(_INDEX_DTYPE.itemsize, "little"))
+                num_documents += 1
+                num_tokens += len(document)
+            batch_bytes = int(spool.num_bytes(batch).sum())
+            progress.advance(batch_bytes)
+            done_bytes += batch_bytes
+            if done_bytes - durable_bytes >= _DURABLE_BYTES:
+                make_durable()
+                durable_bytes = done_bytes
+        offsets.write(num_tokens.to_bytes(_INDEX_DTYPE.itemsize, "little"))
+        make_durable()
     write_durably(directory / f"{split}.bytes", document_bytes.astype(_INDEX_DTYPE).tobytes())
-    return offsets[-1]
+    return num_tokens
 
 
-def write_durably(path: Path, content: bytes) -> None:
-    """Writes a file and waits until it is on the disk."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def _encoded(
+    texts: list[str], tokenizer: Tokenizer, dtype: np.dtype[np.unsignedinteger]
+) -> Iterator[npt.NDArray[np.unsignedinteger]]:
+    """The tokens of documents: bos, those of the text, eos."""
+    for ids in tokenizer.encode_batch(texts):
+        # A model file may give ids that its own piece count does not cover; caught here, it is not
+        # an index error inside the embedding.
+        assert not ids.size or int(ids.max()) < tokenizer.vocab_size, "token id out of range"
+        document = np.empty(len(ids) + 2, dtype)
+        document[0], document[1:-1], document[-1] = tokenizer.bos_id, ids, tokenizer.eos_id
+        yield document
 
 
 def _batches(

@@ -42,9 +42,7 @@ def text_tokens(documents: list[int]) -> list[int]:
     file = corpus_of_lengths([10], LENGTHS).validation
     offsets = file.document_offsets
     return sorted(
-        token
-        for i in documents
-        for token in file.tokens[offsets[i] + 1 : offsets[i + 1] - 1].tolist()
+        token for i in documents for token in file.span(offsets[i] + 1, offsets[i + 1] - 1).tolist()
     )
 
 

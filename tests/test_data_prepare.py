@@ -6,7 +6,6 @@ import logging
 import subprocess
 import sys
 import threading
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ import numpy as np
 import pytest
 
 from configs.schema import DataConfig
-from data import Corpus, TokenFile, prepare_corpus
-from data.spool import sample_sentences, split_documents, spool_documents
-from data.token_file import open_token_file
+from data import Corpus, prepare_corpus
+from data.records import Place, Record
+from data.spool import open_spool, sample_sentences, split_documents, write_spool
+from data.token_file import TokenFile, Tokens, open_token_file
 from tests.data_corpora import random_text, small_tokenizer, text_config, write_texts
 
 PREPARE = """
@@ -46,20 +46,26 @@ def wait_for_line(process: "subprocess.Popen[str]", words: str) -> None:
     raise AssertionError(f"the process ended without saying {words!r}")
 
 
-def documents(corpus: Corpus, file: TokenFile) -> list[str]:
+def documents(corpus: Corpus, file: Tokens) -> list[str]:
     """Returns the texts of a split; checks that each begins with bos and ends with eos."""
     texts = []
     for start, end in zip(file.document_offsets[:-1], file.document_offsets[1:], strict=True):
-        ids = file.tokens[start:end].tolist()
+        ids = file.span(start, end).tolist()
         assert (ids[0], ids[-1]) == (corpus.tokenizer.bos_id, corpus.tokenizer.eos_id)
         texts.append(corpus.tokenizer.decode(ids[1:-1]))
     assert [len(text.encode()) for text in texts] == file.document_bytes.tolist()
     return texts
 
 
+def all_tokens(corpus: Corpus) -> np.ndarray[Any, Any]:
+    """Returns the tokens of the training split."""
+    return corpus.train.span(0, corpus.train.num_tokens)
+
+
 def entries(folder: Path) -> list[str]:
-    """Returns what is in the cache besides lock files."""
-    return sorted(p.name for p in (folder / "cache").iterdir() if p.suffix != ".lock")
+    """Returns what is in the cache besides lock files and what is known of other files."""
+    names = (path.name for path in (folder / "cache").iterdir() if path.suffix != ".lock")
+    return sorted(name for name in names if name != "digests.json")
 
 
 def test_every_document_is_in_one_split_unchanged(tmp_path: Path) -> None:
@@ -72,13 +78,13 @@ def test_every_document_is_in_one_split_unchanged(tmp_path: Path) -> None:
     assert sorted(train + validation) == sorted(texts)
     assert 1 <= len(validation) <= 15
     assert corpus.summary["skipped"] == {"duplicate": 1}
-    assert corpus.summary["train"] == {
-        "documents": len(train),
-        "bytes": sum(len(text.encode()) for text in train),
-        "tokens": len(corpus.train.tokens),
-    }
+    assert corpus.summary["records"] == 31
+    counts = corpus.summary["train"]
+    assert counts["documents"] == sum(counts["lengths"]) == len(train)
+    assert counts["bytes"] == sum(len(text.encode()) for text in train)
+    assert counts["tokens"] == corpus.train.num_tokens
     assert corpus.tokenizer.vocab_size == 320
-    assert corpus.train.tokens.dtype == np.uint16
+    assert corpus.train.span(0, 1).dtype == np.uint16
     assert corpus.tokenizer_path.read_bytes() == corpus.tokenizer.model
 
 
@@ -111,7 +117,7 @@ def test_a_single_document_is_trained_on_with_a_warning(
     write_texts(tmp_path, 1, num_lines=300)
     corpus = prepare_corpus(text_config(tmp_path), 16, 0)
     assert (corpus.train.num_documents, corpus.validation.num_documents) == (1, 0)
-    assert len(corpus.validation.tokens) == 0
+    assert corpus.validation.num_tokens == 0
     assert "single document" in caplog.text
 
 
@@ -155,13 +161,16 @@ def test_a_second_start_reads_the_cache(tmp_path: Path, caplog: pytest.LogCaptur
     with caplog.at_level(logging.INFO):
         second = prepare_corpus(text_config(tmp_path, path=str(tmp_path / "moved")), 16, 0)
     assert "preparing" not in caplog.text
+    assert "tokenized" not in caplog.text
     assert (second.fingerprint, second.summary) == (first.fingerprint, first.summary)
-    assert np.array_equal(first.train.tokens, second.train.tokens)
+    assert np.array_equal(all_tokens(first), all_tokens(second))
     other = prepare_corpus(
         text_config(tmp_path, path=str(tmp_path / "moved"), vocab_size=300), 16, 0
     )
     assert other.fingerprint != first.fingerprint
-    assert len(entries(tmp_path)) == 2
+    assert [name.partition("-")[0] for name in entries(tmp_path)] == ["tokenizer"] * 2 + [
+        "tokens"
+    ] * 2
 
 
 def test_preparing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -170,7 +179,7 @@ def test_preparing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     first = prepare_corpus(text_config(tmp_path), 16, 0)
     second = prepare_corpus(text_config(tmp_path, cache_directory=str(tmp_path / "b")), 16, 0)
     assert first.fingerprint == second.fingerprint
-    assert np.array_equal(first.train.tokens, second.train.tokens)
+    assert np.array_equal(all_tokens(first), all_tokens(second))
 
 
 @pytest.mark.parametrize("name", ["train.tokens", "validation.bytes", "tokenizer.model", "header"])
@@ -189,7 +198,8 @@ def test_a_damaged_entry_is_made_again(
     assert "is damaged" in caplog.text
     assert documents(second, second.train) == documents(second, first.train)
     assert second.fingerprint == first.fingerprint
-    assert entries(tmp_path) == [entry.name]
+    assert len(entries(tmp_path)) == 2
+    assert entry.name in entries(tmp_path)
 
 
 def test_other_ranks_wait_for_local_rank_0(tmp_path: Path) -> None:
@@ -209,33 +219,18 @@ def test_other_ranks_wait_for_local_rank_0(tmp_path: Path) -> None:
 def test_two_runs_at_once_prepare_once(tmp_path: Path) -> None:
     """Both wait for the lock; one makes the corpus and the other finds it made."""
     write_texts(tmp_path, 10)
-    key = prepare_corpus(text_config(tmp_path, cache_directory=str(tmp_path / "b")), 16, 0)
+    prepare_corpus(text_config(tmp_path, cache_directory=str(tmp_path / "b")), 16, 0)
+    (lock,) = (tmp_path / "b").glob("text-*.lock")  # the name tells which source it is of
     (tmp_path / "cache").mkdir()
-    lock = tmp_path / "cache" / f"{key.tokenizer_path.parent.name}.lock"
-    with lock.open("w") as file:
+    with (tmp_path / "cache" / lock.name).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         runs = [start_preparing(tmp_path) for _ in range(2)]
         for run in runs:
             wait_for_line(run, "waiting for another run")
     logs = [run.communicate(timeout=60)[1] for run in runs]
     assert [run.returncode for run in runs] == [0, 0]
-    assert "".join(logs).count("prepared the corpus") == 1
-    assert len(entries(tmp_path)) == 1
-
-
-def test_a_killed_preparation_leaves_nothing_that_counts(tmp_path: Path) -> None:
-    """After kill -9 there is no entry; the next start sweeps up and prepares."""
-    texts = write_texts(tmp_path, 20, num_lines=2000)  # training the tokenizer takes a while
-    run = start_preparing(tmp_path)
-    wait_for_line(run, "training a tokenizer")
-    run.kill()
-    run.communicate(timeout=60)
-    (leftover,) = entries(tmp_path)
-    assert ".tmp-" in leftover
-    corpus = prepare_corpus(text_config(tmp_path), 16, 0)
-    assert entries(tmp_path) == [corpus.tokenizer_path.parent.name]
-    found = documents(corpus, corpus.train) + documents(corpus, corpus.validation)
-    assert sorted(found) == sorted(texts)
+    assert "".join(logs).count("tokenized data in") == 1
+    assert len(entries(tmp_path)) == 2
 
 
 def test_wide_vocabularies_take_four_bytes(tmp_path: Path) -> None:
@@ -251,6 +246,7 @@ def test_an_id_beyond_the_vocabulary_is_an_error_that_names_it(tmp_path: Path) -
     """A damaged byte is found when it is read, with its file and place, and how to mend it."""
     write_texts(tmp_path, 6)
     corpus = prepare_corpus(text_config(tmp_path), 16, 0)
+    assert isinstance(corpus.train, TokenFile)
     path = corpus.train.path
     assert path is not None
     data = bytearray(path.read_bytes())
@@ -265,7 +261,8 @@ def test_an_id_beyond_the_vocabulary_is_an_error_that_names_it(tmp_path: Path) -
 def test_the_tokenizer_learns_from_a_bounded_sample_of_training_lines(tmp_path: Path) -> None:
     """Lines are spread evenly, keep their indentation, and are about as many bytes as asked for."""
     texts = [random_text(seed, 200) for seed in range(20)]
-    spool = spool_documents(texts, tmp_path / "spool", Counter())
+    write_spool(tmp_path, lambda _: [Record([text], None, Place()) for text in texts])
+    spool = open_spool(tmp_path)
     lines = list(sample_sentences(spool, np.arange(5, 20), max_bytes=30_000))
     allowed = {line for text in texts[5:] for line in text.split("\n")}
     assert set(lines) <= allowed
@@ -286,7 +283,7 @@ def test_the_default_source_works_as_it_is(tmp_path: Path) -> None:
     assert json.dumps(counts)
     for split in (corpus.train, corpus.validation):
         end = int(split.document_offsets[1])
-        text = corpus.tokenizer.decode(split.tokens[1 : end - 1].tolist())
+        text = corpus.tokenizer.decode(split.span(1, end - 1).tolist())
         assert len(text.encode()) == split.document_bytes[0]
-        assert len(split.tokens) == split.document_offsets[-1]
-        assert int(split.tokens.max()) < 1024
+        assert split.num_tokens == split.document_offsets[-1]
+        assert int(split.span(0, split.num_tokens).max()) < 1024

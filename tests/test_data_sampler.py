@@ -16,23 +16,25 @@ def test_every_epoch_is_a_permutation(size: int) -> None:
 
 def test_any_part_is_computed_alone() -> None:
     """Samples asked for singly, in pieces and at once are the same: there is no history."""
-    at_once = sample_rows(0, 500, 37, seed=3)
-    singly = [int(sample_rows(i, 1, 37, seed=3)[0]) for i in range(500)]
+    at_once = sample_rows(np.arange(500), 37, seed=3)
+    singly = [int(sample_rows(np.array([i]), 37, seed=3)[0]) for i in range(500)]
     assert at_once.tolist() == singly
-    assert np.array_equal(at_once[113:391], sample_rows(113, 278, 37, seed=3))
+    assert np.array_equal(at_once[113:391], sample_rows(np.arange(113, 391), 37, seed=3))
 
 
 def test_epochs_hold_each_row_once() -> None:
     """Sample i is in epoch i // n, and each epoch holds each row once, in another order."""
-    rows = sample_rows(0, 4 * 101, 101, seed=5).reshape(4, 101)
+    rows = sample_rows(np.arange(4 * 101), 101, seed=5).reshape(4, 101)
     assert all(sorted(epoch) == list(range(101)) for epoch in rows.tolist())
     assert len({tuple(epoch) for epoch in rows.tolist()}) == 4
 
 
 def test_seeds_differ() -> None:
-    """Neighbouring, negative and huge seeds give different orders."""
-    orders = {tuple(sample_rows(0, 100, 100, seed)) for seed in (0, 1, 2, -1, 2**63, 2**70 + 9)}
-    assert len(orders) == 6
+    """Neighbouring, negative and huge seeds, and sources, give different orders."""
+    places = np.arange(100)
+    orders = {tuple(sample_rows(places, 100, seed)) for seed in (0, 1, 2, -1, 2**63, 2**70 + 9)}
+    orders |= {tuple(sample_rows(places, 100, 0, source)) for source in range(4)}
+    assert len(orders) == 9
 
 
 @pytest.mark.parametrize("size", [3, 10, 37])

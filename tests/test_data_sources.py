@@ -11,14 +11,16 @@ import pytest
 
 from configs.schema import DataConfig
 from data.files import source_files, source_fingerprint
-from data.sources import read_documents
+from data.records import Place
+from data.sources import read_records
 
 
 def read(config: DataConfig, scratch: Path) -> tuple[list[str], dict[str, int]]:
     """Returns the documents of a source, and what was skipped by reason."""
-    skipped: Counter[str] = Counter()
-    documents = list(read_documents(config, source_files(config), scratch / "scratch", skipped))
-    return documents, dict(skipped)
+    files = source_files(config)
+    records = list(read_records(config, "data", files, scratch / "scratch", Place()))
+    skipped = Counter(record.reason for record in records if record.reason is not None)
+    return [text for record in records for text in record.texts], dict(skipped)
 
 
 def write_lines(path: Path, rows: list[Any]) -> None:
@@ -161,7 +163,9 @@ def test_a_path_without_files_names_what_is_needed(tmp_path: Path) -> None:
         source_files(DataConfig(source="parquet"))
     with pytest.raises(ValueError, match=r"data\.path is null; data\.source=hub needs"):
         source_files(DataConfig(source="hub"))
-    with pytest.raises(FileNotFoundError, match=r"matches no files.*\.jsonl or \.json files"):
+    with pytest.raises(
+        FileNotFoundError, match=r"matches no files.*\.jsonl or \.json \(or compressed\) files"
+    ):
         source_files(DataConfig(source="jsonl", path=str(tmp_path)))
 
 

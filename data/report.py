@@ -1,0 +1,110 @@
+"""What went into a corpus: counts that add up, and how they are told."""
+
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.spool import Spool, SpoolProgress
+from data.token_file import TokenFile
+
+_SHORTEST_BIN = 6  # the first bin of lengths ends at 2^6 tokens
+_LONGEST_BIN = 16
+
+logger = logging.getLogger("microtron")
+
+
+def read_summary(read: SpoolProgress, spool: Spool) -> dict[str, Any]:
+    """What reading a source gave: records, documents cut out of longer ones, what was skipped."""
+    skipped = Counter(read.skipped)
+    skipped["duplicate"] += read.num_documents - len(spool)
+    return {
+        "records": read.num_records,
+        # A long text counts as one record and is several documents.
+        "added_by_cutting": read.num_documents + sum(read.skipped.values()) - read.num_records,
+        "with_nul": read.num_with_nul,
+        "skipped": {reason: count for reason, count in sorted(skipped.items()) if count},
+    }
+
+
+def split_summary(tokens: TokenFile) -> dict[str, Any]:
+    """What a split has in it; `lengths`: documents of at most 2^6, 2^7, ... 2^16, more tokens."""
+    lengths = np.diff(tokens.document_offsets)
+    bins = np.clip(np.ceil(np.log2(np.maximum(1, lengths))), _SHORTEST_BIN, _LONGEST_BIN + 1)
+    counts = np.bincount(
+        bins.astype(int) - _SHORTEST_BIN, minlength=_LONGEST_BIN + 2 - _SHORTEST_BIN
+    )
+    return {
+        "documents": tokens.num_documents,
+        "bytes": int(tokens.document_bytes.sum()),
+        "tokens": tokens.num_tokens,
+        "lengths": counts.tolist(),
+    }
+
+
+def require_all_accounted_for(entry: Path, summary: dict[str, Any]) -> None:
+    """Raises RuntimeError if records, documents and tokens do not add up to what is on the disk."""
+    splits = [summary["train"], summary["validation"]]
+    documents = sum(split["documents"] for split in splits)
+    expected = summary["records"] + summary["added_by_cutting"] - sum(summary["skipped"].values())
+    if documents != expected:
+        raise RuntimeError(f"{entry}: {documents} documents, but {expected} were read")
+    for name in ("train", "validation"):
+        offsets = np.fromfile(entry / f"{name}.offsets", "<i8")
+        if (len(offsets) - 1, offsets[-1]) != (summary[name]["documents"], summary[name]["tokens"]):
+            raise RuntimeError(f"{entry}: {name}.offsets does not fit its documents and tokens")
+
+
+def joined_summary(summaries: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The sums over all sources of a mixture, and each of them under `sources`."""
+    parts = list(summaries.values())
+    if len(parts) == 1:
+        return parts[0]
+    joined = {key: _sum([part[key] for part in parts]) for key in parts[0]}
+    return {**joined, "sources": summaries}
+
+
+def _sum(values: list[Any]) -> Any:
+    """Sums numbers, lists item by item, and mappings key by key."""
+    if isinstance(values[0], dict):
+        keys = dict.fromkeys(key for value in values for key in value)
+        return {key: _sum([value[key] for value in values if key in value]) for key in keys}
+    if isinstance(values[0], list):
+        return [sum(column) for column in zip(*values, strict=True)]
+    return sum(values)
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """A summary in a few lines."""
+    documents = sum(summary[split]["documents"] for split in ("train", "validation"))
+    lines = [f"{summary['records']:,} records gave {documents:,} documents"]
+    if summary["added_by_cutting"]:
+        lines[0] += f", {summary['added_by_cutting']:,} more by cutting long ones"
+    if summary["with_nul"]:
+        lines[0] += f", {summary['with_nul']:,} of them with NUL characters, which are kept"
+    if summary["skipped"]:
+        lines[0] += f"; skipped {describe_counts(summary['skipped'])}"
+    for name in ("train", "validation"):
+        split = summary[name]
+        per_token = split["bytes"] / max(1, split["tokens"])
+        lines.append(
+            f"{name}: {split['documents']:,} documents, {split['bytes']:,} bytes, "
+            f"{split['tokens']:,} tokens, {per_token:.2f} bytes a token"
+        )
+    lines += [
+        f"{key}: {part['train']['documents']:,} documents and {part['train']['tokens']:,} tokens of "
+        "these for training"
+        for key, part in summary.get("sources", {}).items()
+    ]
+    lengths = summary["train"]["lengths"]
+    total = max(1, sum(lengths))
+    names = [f"to {2**n}" for n in range(_SHORTEST_BIN, _LONGEST_BIN + 1)] + ["more"]
+    shares = [f"{name}: {n / total:.0%}" for name, n in zip(names, lengths, strict=True) if n]
+    return "\n  ".join([*lines, f"tokens of a training document: {', '.join(shares)}"])
+
+
+def describe_counts(counts: dict[str, int]) -> str:
+    """Counts with their reasons, in a line."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items()))
