@@ -93,11 +93,10 @@ def describe(summary: dict[str, Any]) -> str:
             f"{name}: {split['documents']:,} documents, {split['bytes']:,} bytes, "
             f"{split['tokens']:,} tokens, {per_token:.2f} bytes a token"
         )
-    lines += [
-        f"{key}: {part['train']['documents']:,} documents and {part['train']['tokens']:,} tokens of "
-        "these for training"
-        for key, part in summary.get("sources", {}).items()
-    ]
+    for key, part in summary.get("sources", {}).items():
+        training = part["train"]
+        counts = f"{training['documents']:,} documents, {training['tokens']:,} tokens"
+        lines.append(f"train, of {key}: {counts}")
     lengths = summary["train"]["lengths"]
     total = max(1, sum(lengths))
     names = [f"to {2**n}" for n in range(_SHORTEST_BIN, _LONGEST_BIN + 1)] + ["more"]
