@@ -135,6 +135,9 @@ class DataConfig(SourceConfig):
     tokenizer: str | None = None  # a sentencepiece model file; null: train one on the source
     vocab_size: int = 8192  # rows of the embedding; a trained tokenizer has as many pieces
     sequence_mode: Literal["pack", "pad"] = "pack"
+    # Of pack: stream cuts rows from documents laid end to end; best_fit splits only documents
+    # longer than a row, and leaves a few slots empty.
+    packing: Literal["stream", "best_fit"] = "stream"
     # Of pack: attention and positions stay inside each document (in pad they always do). Attention
     # then takes a mask, [s, s] for each row, where else it knows to be causal.
     inter_document_masking: bool = False

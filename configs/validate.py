@@ -161,6 +161,12 @@ def _check_data(config: Config) -> None:
             )
     for prefix, source in data.mixture.items():
         _check_source(prefix, source)
+    if data.packing != "stream" and data.sequence_mode != "pack":
+        raise ConfigError(
+            f"data.packing={data.packing} has no meaning for data.sequence_mode="
+            f"{data.sequence_mode}; set data.packing=stream, or data.sequence_mode=pack",
+            "data.packing",
+        )
     if data.tokenizer is None and data.vocab_size < _SMALLEST_TRAINED_VOCABULARY:
         raise ConfigError(
             f"data.vocab_size={data.vocab_size} is too small to train a tokenizer, which begins "

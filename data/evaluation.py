@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from data.packing import Int64Array
 from data.prepare import Corpus
-from data.rows import Int64Array, MicroBatch, PaddedRows, make_micro_batch
+from data.rows import MicroBatch, PaddedRows, Spans, make_micro_batch
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class EvaluationSet:
         ):
             yield make_micro_batch(
                 self._corpus.validation,
-                (starts, lengths),
+                Spans.of_rows(starts, lengths),
                 numbers,
                 self._multiple_of,
                 self._corpus.tokenizer.eos_id,
@@ -63,7 +64,7 @@ def evaluation_batches(
     rows = PaddedRows(corpus.validation, seq_length, trailing_tokens=1)
     documents = _choose_from_each(corpus, rows.rows_per_document, max_sequences)
     numbers = np.concatenate([np.empty(0, np.int64), *(rows.rows_of(int(i)) for i in documents)])
-    starts, lengths = rows.spans(numbers)
+    spans = rows.spans(numbers)
     batch_rows = micro_batch_size * dp_size
     num_batches = -(-len(numbers) // batch_rows)
 
@@ -75,11 +76,11 @@ def evaluation_batches(
     return EvaluationSet(
         num_documents=len(documents),
         num_bytes=int(corpus.validation.document_bytes[documents].sum()),
-        num_targets=int(lengths.sum()),
+        num_targets=int(spans.lengths.sum()),
         num_batches=num_batches,
         _corpus=corpus,
-        _starts=dealt(starts),
-        _lengths=dealt(lengths),
+        _starts=dealt(spans.starts),
+        _lengths=dealt(spans.lengths),
         _numbers=dealt(np.arange(len(numbers), dtype=np.int64)),
         _multiple_of=tp_size,
     )

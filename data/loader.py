@@ -1,23 +1,30 @@
 """Batches for training, made ahead of time by a background thread.
 
 The batch of step k of a run is samples [k B, k B + B) with B = global_batch_size, whatever the
-layout; a data-parallel rank takes its contiguous share, in micro-batches that follow each other.
+layout. In mode `pack` a data-parallel rank takes its contiguous share, in micro-batches that follow
+each other; in mode `pad` rows of similar length share a micro-batch, for little padding.
 Ranks of one tensor-parallel group construct the same loader and get equal batches.
 """
 
+import logging
 import queue
 import threading
+import time
 from dataclasses import dataclass
 
 import numpy as np
 
 from configs.schema import Config
+from data.packing import Deal, deal_by_length, deal_in_order, padding_share
 from data.prepare import Corpus
-from data.rows import MicroBatch, make_micro_batch, training_rows
+from data.rows import MicroBatch, Rows, make_micro_batch, training_rows
 from data.sampler import sample_rows
 
 _STEPS_AHEAD = 2
 _STOP_CHECK_INTERVAL_S = 0.1
+_ROWS_OF_ESTIMATE = 4096  # of the first epoch, to tell the share of padding at the start
+
+logger = logging.getLogger("microtron")
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,9 @@ class BatchLoader:
                 f"train.global_batch_size={global_batch_size} is not divisible by the "
                 f"data-parallel size {dp_size}; choose a multiple of {dp_size}"
             )
-        self._rows = training_rows(corpus.train, seq_length, sequence_mode)
+        started_at = time.perf_counter()
+        self._rows = training_rows(corpus.train, seq_length, sequence_mode, config.data.packing)
+        elapsed_s = time.perf_counter() - started_at
         if not len(self._rows):
             raise ValueError(
                 f"the training documents give no row of model.seq_length={seq_length} tokens; use "
@@ -59,12 +68,15 @@ class BatchLoader:
         self._seed = config.run.seed
         self._global_batch_size = global_batch_size
         self._micro_batch_size = config.train.micro_batch_size
-        self._share = global_batch_size // dp_size
-        self._next_sample = consumed_samples + dp_rank * self._share
+        self._dp_rank, self._dp_size = dp_rank, dp_size
+        self._first_sample = consumed_samples  # of the next step
         self._multiple_of = tp_size
+        self._deal: Deal = deal_by_length if sequence_mode == "pad" else deal_in_order
         # In mode pad a row is of one document anyway.
         self._keep_documents_apart = config.data.inter_document_masking and sequence_mode == "pack"
         self._pin_memory = device_is_cuda
+        if logger.isEnabledFor(logging.INFO):
+            _log_padding(self._rows, config, dp_size, tp_size, elapsed_s)
         # Holds batches, or the exception that ended the thread.
         self._queue: queue.Queue[StepBatch | Exception] = queue.Queue(_STEPS_AHEAD)
         self._closed = threading.Event()
@@ -100,7 +112,7 @@ class BatchLoader:
             while not self._closed.is_set():
                 batch = self._make_step()
                 self._put(batch)
-                self._next_sample += self._global_batch_size
+                self._first_sample += self._global_batch_size
         except Exception as error:  # whatever it is, it is raised again in `__next__`
             self._put(error)
 
@@ -114,12 +126,12 @@ class BatchLoader:
             return
 
     def _make_step(self) -> StepBatch:
-        first = self._next_sample
-        samples = np.arange(first, first + self._share, dtype=np.int64)
+        first = self._first_sample
+        samples = np.arange(first, first + self._global_batch_size, dtype=np.int64)
         rows = sample_rows(samples, len(self._rows), self._seed)
         micro_batches = []
-        for start in range(0, self._share, self._micro_batch_size):
-            part = slice(start, start + self._micro_batch_size)
+        lengths = self._rows.lengths(rows)
+        for part in self._deal(lengths, self._micro_batch_size, self._dp_rank, self._dp_size):
             micro_batch = make_micro_batch(
                 self._corpus.train,
                 self._rows.spans(rows[part]),
@@ -130,3 +142,40 @@ class BatchLoader:
             )
             micro_batches.append(micro_batch.pin_memory() if self._pin_memory else micro_batch)
         return StepBatch(micro_batches, sum(batch.num_targets for batch in micro_batches))
+
+
+def share_of_padding(
+    rows: Rows, deal: Deal, config: Config, num_steps: int, dp_size: int, tp_size: int
+) -> float:
+    """Returns the share of slots that hold no input in the first steps of a run."""
+    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
+    samples = np.arange(num_steps * batch, dtype=np.int64)
+    lengths = rows.lengths(sample_rows(samples, len(rows), config.run.seed))
+    micro_batches = [
+        step * batch + part
+        for step, of_step in enumerate(lengths.reshape(num_steps, batch))
+        for dp_rank in range(dp_size)
+        for part in deal(of_step, micro, dp_rank, dp_size)
+    ]
+    return padding_share(lengths, micro_batches, tp_size)
+
+
+def _log_padding(rows: Rows, config: Config, dp_size: int, tp_size: int, elapsed_s: float) -> None:
+    """Says how full rows and micro-batches are, where that is in question."""
+    num_steps = max(1, min(_ROWS_OF_ESTIMATE, len(rows)) // config.train.global_batch_size)
+    steps = (config, num_steps, dp_size, tp_size)
+    in_order = 100 * share_of_padding(rows, deal_in_order, *steps)
+    if config.data.sequence_mode == "pad":
+        by_length = 100 * share_of_padding(rows, deal_by_length, *steps)
+        logger.info(
+            "padding: about %.2f%% of slots; without grouping rows by length, %.2f%%",
+            by_length,
+            in_order,
+        )
+    elif config.data.packing == "best_fit":
+        logger.info(
+            "padding: about %.2f%% of slots, in %s rows packed by best fit in %.1f s",
+            in_order,
+            f"{len(rows):,}",
+            elapsed_s,
+        )

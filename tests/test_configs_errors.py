@@ -136,6 +136,10 @@ ARGUMENTS = [
         "data.hub_config=en",
         "data.hub_config=en has no meaning for data.source=python_stdlib; set data.hub_config=null, or data.source=hub",
     ),
+    (
+        "data.sequence_mode=pad data.packing=best_fit",
+        "data.packing=best_fit has no meaning for data.sequence_mode=pad; set data.packing=stream, or data.sequence_mode=pack",
+    ),
     # files
     (
         "data.source=text data.path=nowhere.txt",

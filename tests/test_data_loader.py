@@ -13,6 +13,7 @@ from data import BatchLoader, Corpus, StepBatch, TokenFile
 from tests.data_corpora import corpus_of_lengths
 
 LENGTHS = [40, 3, 2, 90, 11, 1, 25, 64, 7, 130]
+Sample = tuple[int, tuple[int, ...], tuple[int, ...]]
 
 
 def loader(corpus: Corpus, **changes: Any) -> BatchLoader:
@@ -20,7 +21,7 @@ def loader(corpus: Corpus, **changes: Any) -> BatchLoader:
     settings: dict[str, Any] = {
         "seed": 1,
         "seq_length": 8,
-        "sequence_mode": "pad",
+        "mode": "pad",
         "inter_document_masking": False,
         "global_batch_size": 12,
         "micro_batch_size": 12,
@@ -31,11 +32,13 @@ def loader(corpus: Corpus, **changes: Any) -> BatchLoader:
         "device_is_cuda": False,
         **changes,
     }
+    mode = settings.pop("mode")
     config = Config(
         run=RunConfig(seed=settings.pop("seed")),
         model=ModelConfig(seq_length=settings.pop("seq_length")),
         data=DataConfig(
-            sequence_mode=settings.pop("sequence_mode"),
+            sequence_mode="pad" if mode == "pad" else "pack",
+            packing="best_fit" if mode == "best_fit" else "stream",
             inter_document_masking=settings.pop("inter_document_masking"),
         ),
         train=TrainConfig(
@@ -52,9 +55,9 @@ def steps(corpus: Corpus, num_steps: int, **changes: Any) -> list[StepBatch]:
         return [next(batches) for _ in range(num_steps)]
 
 
-def samples(batches: list[StepBatch]) -> list[tuple[int, tuple[int, ...], tuple[int, ...]]]:
+def samples(batches: list[StepBatch]) -> list[Sample]:
     """Returns (sample index, scored inputs, scored targets) of all rows in order."""
-    rows = []
+    rows: list[Sample] = []
     for batch in batches:
         for micro in batch.micro_batches:
             for row, index in enumerate(micro.sample_indices.tolist()):
@@ -64,21 +67,25 @@ def samples(batches: list[StepBatch]) -> list[tuple[int, tuple[int, ...], tuple[
     return rows
 
 
-@pytest.mark.parametrize("mode", ["pack", "pad"])
+@pytest.mark.parametrize("mode", ["stream", "best_fit", "pad"])
 def test_samples_do_not_depend_on_the_layout(mode: str) -> None:
-    """dp, micro-batch size, tp and where a run was resumed change no sample of any step."""
+    """dp, micro-batch size, tp and where a run was resumed change no sample of any step.
+
+    Ranks take contiguous shares; in mode pad they take rows of similar length, as many each.
+    """
     corpus = corpus_of_lengths(LENGTHS)
-    expected = [samples([step]) for step in steps(corpus, 9, sequence_mode=mode)]
+    expected = [samples([step]) for step in steps(corpus, 9, mode=mode)]
     assert [row[0] for step in expected for row in step] == list(range(9 * 12))
     for dp_size in (1, 2, 3, 4, 6):
         for micro_batch_size in (1, 2, 12 // dp_size, 5):
             for first_step in (0, 4, 7):
-                found: list[list[Any]] = [[] for _ in range(first_step, 9)]
+                found: list[list[Sample]] = [[] for _ in range(first_step, 9)]
+                num_micro_batches = set()
                 for dp_rank in range(dp_size):
                     share = steps(
                         corpus,
                         9 - first_step,
-                        sequence_mode=mode,
+                        mode=mode,
                         micro_batch_size=micro_batch_size,
                         consumed_samples=12 * first_step,
                         dp_rank=dp_rank,
@@ -87,14 +94,18 @@ def test_samples_do_not_depend_on_the_layout(mode: str) -> None:
                     )
                     for number, step in enumerate(share):
                         found[number] += samples([step])
+                        num_micro_batches.add(len(step.micro_batches))
+                if mode == "pad":
+                    found = [sorted(step) for step in found]
                 assert found == expected[first_step:]
+                assert num_micro_batches == {-(-12 // dp_size // micro_batch_size)}
 
 
-@pytest.mark.parametrize("mode", ["pack", "pad"])
+@pytest.mark.parametrize("mode", ["stream", "best_fit", "pad"])
 def test_each_sample_comes_once_per_epoch(mode: str) -> None:
     """An epoch of n rows holds each row once, though steps do not divide it."""
     corpus = corpus_of_lengths(LENGTHS)
-    rows = samples(steps(corpus, 30, sequence_mode=mode, global_batch_size=7))
+    rows = sorted(samples(steps(corpus, 30, mode=mode, global_batch_size=7)))
     num_rows = len({row[1:] for row in rows})
     for start in range(0, len(rows) - num_rows + 1, num_rows):
         assert len({row[1:] for row in rows[start : start + num_rows]}) == num_rows
@@ -116,17 +127,17 @@ def test_counts_targets_of_this_rank() -> None:
     assert step.num_targets == sum(counts)
 
 
-@pytest.mark.parametrize("mode", ["pack", "pad"])
+@pytest.mark.parametrize("mode", ["stream", "best_fit", "pad"])
 @pytest.mark.parametrize("seq_length", [5, 8, 13])
 def test_every_micro_batch_divides_by_tp(mode: str, seq_length: int) -> None:
     """Any seq_length works with any tp, and pack rounds seq_length itself up."""
     corpus = corpus_of_lengths(LENGTHS)
-    changes = {"seq_length": seq_length, "sequence_mode": mode, "micro_batch_size": 3}
+    changes = {"seq_length": seq_length, "mode": mode, "micro_batch_size": 3}
     for tp_size in (1, 2, 3, 4):
         for step in steps(corpus, 3, tp_size=tp_size, **changes):
             widths = {micro.tokens.shape[1] for micro in step.micro_batches}
             assert all(width % tp_size == 0 for width in widths)
-            assert mode == "pad" or widths == {-(-seq_length // tp_size) * tp_size}
+            assert mode != "stream" or widths == {-(-seq_length // tp_size) * tp_size}
             for micro in step.micro_batches:
                 assert bool((micro.positions[micro.targets == -100] == 0).all())
                 assert int(micro.positions.max()) < seq_length
@@ -161,7 +172,7 @@ def test_refuses_what_cannot_be_divided_or_read() -> None:
     with pytest.raises(ValueError, match=r"train\.global_batch_size=12 .* data-parallel size 5"):
         loader(corpus_of_lengths(LENGTHS), dp_size=5)
     with pytest.raises(ValueError, match=r"no row of model\.seq_length=64"):
-        loader(corpus_of_lengths([20]), sequence_mode="pack", seq_length=64)
+        loader(corpus_of_lengths([20]), mode="stream", seq_length=64)
 
 
 def test_tensors_are_not_shared_between_steps() -> None:

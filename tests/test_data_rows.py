@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from data import IGNORED_TARGET, MicroBatch, TokenFile
-from data.rows import PaddedRows, make_micro_batch, training_rows
+from data.rows import PaddedRows, Rows, make_micro_batch, training_rows
 from tests.data_corpora import token_file
 
 PADDING = 2
@@ -40,7 +40,7 @@ def literal_pad(file: TokenFile, seq_length: int) -> list[tuple[list[int], list[
     return rows
 
 
-def all_rows_in_one(file: TokenFile, rows: PaddedRows, multiple_of: int) -> MicroBatch:
+def all_rows_in_one(file: TokenFile, rows: Rows, multiple_of: int) -> MicroBatch:
     """Returns a micro-batch of all rows."""
     numbers = np.arange(len(rows))
     return make_micro_batch(file, rows.spans(numbers), numbers, multiple_of, PADDING)
@@ -75,7 +75,7 @@ def test_rows_equal_the_literal_ones(mode: str, seq_length: int, multiple_of: in
 @pytest.mark.parametrize("multiple_of", [1, 3])
 @pytest.mark.parametrize("seq_length", [1, 2, 3, 5, 8, 40])
 def test_documents_of_a_packed_row_are_kept_apart(seq_length: int, multiple_of: int) -> None:
-    """A row says what each of its parts would say alone: positions, numbers, no next bos."""
+    """A row says what each of its parts would say alone: positions, beginnings, no next bos."""
     file = token_file([9, 2, 1, 0, 17, 3, 8, 0, 1])
     rows = training_rows(file, seq_length, "pack")
     numbers = np.arange(len(rows))
@@ -96,7 +96,7 @@ def test_documents_of_a_packed_row_are_kept_apart(seq_length: int, multiple_of: 
             if owner[place] != owner[first]:
                 first = place
             assert batch.positions[row, column] == place - first
-            assert batch.documents[row, column] == owner[place]
+            assert batch.documents[row, column] == first - row * seq_length
             is_last = owner[place + 1] != owner[place]
             expected = IGNORED_TARGET if is_last else file.tokens[place + 1]
             assert batch.targets[row, column] == expected
@@ -130,5 +130,5 @@ def test_rows_are_found_in_a_large_file_without_listing_them() -> None:
     file = TokenFile(tokens, offsets, np.array([1]))
     for mode in ("pack", "pad"):
         rows = training_rows(file, 1000, mode)
-        starts, lengths = rows.spans(np.array([len(rows) - 1]))
-        assert (len(rows), starts[0], lengths[0]) == (3_000_000, 2_999_999_000, 1000)
+        spans = rows.spans(np.array([len(rows) - 1]))
+        assert (len(rows), spans.starts[0], spans.lengths[0]) == (3_000_000, 2_999_999_000, 1000)

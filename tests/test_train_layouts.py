@@ -19,13 +19,13 @@ from tests.runs import rows, settings, train_on
 from tests.test_model_gpt import dense_weights, dropout_mask
 from train import start, train_step
 
-# With two groups, four ranks share each group's keys and values by twos.
+# With two groups, four ranks share each group's keys and values by twos; rows of several documents.
 LLAMA = (
     "config=llama_debug.yaml",
     "model.qk_layernorm=true",
     "model.num_query_groups=2",
     "train.z_loss_coeff=1e-3",
-    "data.sequence_mode=pack",
+    "data.packing=best_fit",
     "data.inter_document_masking=true",
 )
 

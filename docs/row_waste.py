@@ -1,0 +1,111 @@
+"""What each way of making rows wastes, on the training documents of a configuration.
+
+    python -m docs.row_waste [config=NAME.yaml section.key=value ...]
+
+Prints the table of docs/data.md, for one epoch on one data-parallel rank; with a configuration, for
+its text and its model.seq_length. Every figure is counted on the spans that training reads.
+"""
+
+import logging
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from configs import Config, ModelConfig, load_config
+from data import prepare_corpus
+from data.loader import share_of_padding
+from data.packing import Deal, Int64Array, deal_by_length, deal_in_order
+from data.rows import Rows, training_rows
+from data.token_file import Tokens
+
+_LENGTHS = (256, 1024, 2048)
+_MODES: tuple[tuple[str, Literal["pack", "pad"], Literal["stream", "best_fit"], Deal], ...] = (
+    ("pack, stream", "pack", "stream", deal_in_order),
+    ("pack, best_fit", "pack", "best_fit", deal_in_order),
+    ("pad, not grouped", "pad", "stream", deal_in_order),
+    ("pad", "pad", "stream", deal_by_length),
+)
+_HEADER = (
+    "| s | mode | rows | padded slots | short documents split | targets without their beginning "
+    "| targets lost |",
+    "|---|---|---|---|---|---|---|",
+)
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """What rows do to documents; a document's targets are all its tokens but the first."""
+
+    short_documents: int  # whose inputs would fit in one row
+    short_split: int  # of those, in two rows or more
+    targets: int  # of all documents
+    without_beginning: int  # that an epoch scores in another row than that of their document's bos
+    lost: int  # that an epoch does not score
+
+
+def cuts(file: Tokens, rows: Rows, seq_length: int) -> Cuts:
+    """Counts over all rows."""
+    spans = rows.spans(np.arange(len(rows), dtype=np.int64))
+    order = np.argsort(spans.starts)
+    starts = spans.starts[order]
+    ends = starts + spans.lengths[order]
+    begins, stops = file.document_offsets[:-1], file.document_offsets[1:] - 1  # of inputs
+    begins, stops = begins[stops > begins], stops[stops > begins]
+    # Those spans that have an input of the document: the first that ends after its beginning ...
+    first = np.searchsorted(ends, begins, side="right")
+    num_spans = np.searchsorted(starts, stops, side="left") - first
+    is_short = stops - begins <= seq_length
+    scored = _covered(starts, ends, stops) - _covered(starts, ends, begins)
+    in_first = np.minimum(stops, np.append(ends, 0)[first]) - begins
+    return Cuts(
+        short_documents=int(is_short.sum()),
+        short_split=int((is_short & (num_spans > 1)).sum()),
+        targets=int((stops - begins).sum()),
+        without_beginning=int((scored - np.clip(in_first, 0, scored)).sum()),
+        lost=int((stops - begins - scored).sum()),
+    )
+
+
+def _covered(starts: Int64Array, ends: Int64Array, places: Int64Array) -> Int64Array:
+    """Returns how many places before each of `places` are in spans, which do not overlap."""
+    before = np.concatenate([[0], np.cumsum(ends - starts)])
+    number = np.searchsorted(starts, places, side="right")  # of spans that begin there or before
+    beyond = np.maximum(0, np.append(0, ends)[number] - places)
+    return before[number] - beyond
+
+
+def table(config: Config) -> list[str]:
+    """Returns the lines for the model.seq_length of a configuration."""
+    s, batch_size = config.model.seq_length, config.train.global_batch_size
+    file = prepare_corpus(config.data, s, 0).train
+    lines = []
+    for name, mode, packing, deal in _MODES:
+        rows = training_rows(file, s, mode, packing)
+        num_steps = max(1, len(rows) // batch_size)
+        padding = share_of_padding(rows, deal, config, num_steps, dp_size=1, tp_size=1)
+        cut = cuts(file, rows, s)
+        split = cut.short_split / max(1, cut.short_documents)
+        lines.append(
+            f"| {s} | {name} | {len(rows):,} | {padding:.2%} "
+            f"| {cut.short_split:,} of {cut.short_documents:,} ({split:.1%}) "
+            f"| {cut.without_beginning / cut.targets:.1%} | {cut.lost:,} |"
+        )
+    return lines
+
+
+def main() -> int:
+    """Print the table."""
+    logging.getLogger("microtron").addHandler(logging.StreamHandler())
+    if sys.argv[1:]:
+        configs = [load_config(sys.argv[1:])]
+    else:
+        configs = [Config(model=ModelConfig(seq_length=length)) for length in _LENGTHS]
+    lines = [line for config in configs for line in table(config)]
+    sys.stdout.write("\n".join([*_HEADER, *lines, ""]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
