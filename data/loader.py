@@ -12,13 +12,11 @@ import threading
 import time
 from dataclasses import dataclass
 
-import numpy as np
-
 from configs.schema import Config
+from data.mixture import JoinedRows, SampleOrder
 from data.packing import Deal, deal_by_length, deal_in_order, padding_share
 from data.prepare import Corpus
 from data.rows import MicroBatch, Rows, make_micro_batch, training_rows
-from data.sampler import sample_rows
 
 _STEPS_AHEAD = 2
 _STOP_CHECK_INTERVAL_S = 0.1
@@ -49,7 +47,7 @@ class BatchLoader:
         tp_size: int,
         device_is_cuda: bool,
     ) -> None:
-        global_batch_size, seq_length = config.train.global_batch_size, config.model.seq_length
+        global_batch_size = config.train.global_batch_size
         sequence_mode = config.data.sequence_mode
         if global_batch_size % dp_size:
             raise ValueError(
@@ -57,15 +55,10 @@ class BatchLoader:
                 f"data-parallel size {dp_size}; choose a multiple of {dp_size}"
             )
         started_at = time.perf_counter()
-        self._rows = training_rows(corpus.train, seq_length, sequence_mode, config.data.packing)
+        self._rows = rows_of_corpus(corpus, config)
         elapsed_s = time.perf_counter() - started_at
-        if not len(self._rows):
-            raise ValueError(
-                f"the training documents give no row of model.seq_length={seq_length} tokens; use "
-                "more text or a smaller model.seq_length"
-            )
+        self._order = SampleOrder(corpus.weights, self._rows.rows_of_sources, config.run.seed)
         self._corpus = corpus
-        self._seed = config.run.seed
         self._global_batch_size = global_batch_size
         self._micro_batch_size = config.train.micro_batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
@@ -76,7 +69,7 @@ class BatchLoader:
         self._keep_documents_apart = config.data.inter_document_masking and sequence_mode == "pack"
         self._pin_memory = device_is_cuda
         if logger.isEnabledFor(logging.INFO):
-            _log_padding(self._rows, config, dp_size, tp_size, elapsed_s)
+            _log_padding(self._rows, self._order, config, dp_size, tp_size, elapsed_s)
         # Holds batches, or the exception that ended the thread.
         self._queue: queue.Queue[StepBatch | Exception] = queue.Queue(_STEPS_AHEAD)
         self._closed = threading.Event()
@@ -127,15 +120,14 @@ class BatchLoader:
 
     def _make_step(self) -> StepBatch:
         first = self._first_sample
-        samples = np.arange(first, first + self._global_batch_size, dtype=np.int64)
-        rows = sample_rows(samples, len(self._rows), self._seed)
+        rows = self._order.rows(first, self._global_batch_size)
         micro_batches = []
         lengths = self._rows.lengths(rows)
         for part in self._deal(lengths, self._micro_batch_size, self._dp_rank, self._dp_size):
             micro_batch = make_micro_batch(
                 self._corpus.train,
                 self._rows.spans(rows[part]),
-                samples[part],
+                first + part,
                 self._multiple_of,
                 self._corpus.tokenizer.eos_id,
                 keep_documents_apart=self._keep_documents_apart,
@@ -144,29 +136,32 @@ class BatchLoader:
         return StepBatch(micro_batches, sum(batch.num_targets for batch in micro_batches))
 
 
-def share_of_padding(
-    rows: Rows, deal: Deal, config: Config, num_steps: int, dp_size: int, tp_size: int
-) -> float:
-    """Returns the share of slots that hold no input in the first steps of a run."""
-    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
-    samples = np.arange(num_steps * batch, dtype=np.int64)
-    lengths = rows.lengths(sample_rows(samples, len(rows), config.run.seed))
-    micro_batches = [
-        step * batch + part
-        for step, of_step in enumerate(lengths.reshape(num_steps, batch))
-        for dp_rank in range(dp_size)
-        for part in deal(of_step, micro, dp_rank, dp_size)
-    ]
-    return padding_share(lengths, micro_batches, tp_size)
+def rows_of_corpus(corpus: Corpus, config: Config) -> JoinedRows:
+    """Returns the rows of training; a ValueError names a source that has none."""
+    data, seq_length = config.data, config.model.seq_length
+    parts = []
+    for (key, source), tokens in zip(data.mixture.items(), corpus.train.parts, strict=True):
+        rows = training_rows(tokens, seq_length, data.sequence_mode, data.packing)
+        if not len(rows):
+            raise ValueError(
+                f"the training documents of {key}.source={source.source} give no row of "
+                f"model.seq_length={seq_length} tokens; use more text or a smaller model.seq_length"
+            )
+        parts.append(rows)
+    return JoinedRows(parts, [tokens.num_tokens for tokens in corpus.train.parts])
 
 
-def _log_padding(rows: Rows, config: Config, dp_size: int, tp_size: int, elapsed_s: float) -> None:
+def _log_padding(
+    rows: Rows, order: SampleOrder, config: Config, dp_size: int, tp_size: int, elapsed_s: float
+) -> None:
     """Says how full rows and micro-batches are, where that is in question."""
-    num_steps = max(1, min(_ROWS_OF_ESTIMATE, len(rows)) // config.train.global_batch_size)
-    steps = (config, num_steps, dp_size, tp_size)
-    in_order = 100 * share_of_padding(rows, deal_in_order, *steps)
+    batch_size = config.train.global_batch_size
+    num_rows = max(batch_size, min(_ROWS_OF_ESTIMATE, len(rows)) // batch_size * batch_size)
+    lengths = rows.lengths(order.rows(0, num_rows))
+    layout = (batch_size, config.train.micro_batch_size, dp_size, tp_size)
+    in_order = 100 * padding_share(lengths, deal_in_order, *layout)
     if config.data.sequence_mode == "pad":
-        by_length = 100 * share_of_padding(rows, deal_by_length, *steps)
+        by_length = 100 * padding_share(lengths, deal_by_length, *layout)
         logger.info(
             "padding: about %.2f%% of slots; without grouping rows by length, %.2f%%",
             by_length,

@@ -1,4 +1,4 @@
-"""Several sources as one: their tokens end to end, and the order in which rows come from them.
+"""Several sources as one: their tokens and rows end to end, and the order in which rows come.
 
 Which source sample i of a run is from, and which of that source's samples it is, depend on the
 weights alone: a schedule of 2^16 samples in which each source's are spread evenly, over and over.
@@ -6,18 +6,18 @@ After any number of samples a source has had its share to within one sample for 
 a source, samples are rows in the order of `data/sampler.py`, epoch after epoch of its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from data.packing import Int64Array
+from data.rows import Rows, Spans
 from data.sampler import sample_rows
 from data.token_file import Tokens
 
 _SCHEDULE = 1 << 16  # samples; a weight counts to within 2^-16 of their sum
-
-Int64Array = npt.NDArray[np.int64]
 
 
 class JoinedTokens:
@@ -44,6 +44,46 @@ class JoinedTokens:
     def num_documents(self) -> int:
         """Documents of all sources."""
         return len(self.document_bytes)
+
+
+class JoinedRows:
+    """The rows of all sources, numbered through; each lies in one of them."""
+
+    def __init__(self, parts: Sequence[Rows], num_tokens: Sequence[int]) -> None:
+        self._parts = tuple(parts)
+        self._first_rows = np.cumsum([0, *map(len, parts)])
+        self._first_tokens = np.cumsum([0, *num_tokens])
+
+    @property
+    def rows_of_sources(self) -> list[int]:
+        """How many rows each source has."""
+        return [len(part) for part in self._parts]
+
+    def __len__(self) -> int:
+        return int(self._first_rows[-1])
+
+    def spans(self, rows: Int64Array) -> Spans:
+        """Returns the spans of rows given by number, in the tokens of all sources end to end."""
+        found = []
+        for source, places, numbers in self._by_source(rows):
+            spans = self._parts[source].spans(numbers)
+            starts = spans.starts + self._first_tokens[source]
+            found.append((starts, spans.lengths, places[spans.rows], spans.columns))
+        return Spans(*map(np.concatenate, zip(*found, strict=True)))
+
+    def lengths(self, rows: Int64Array) -> Int64Array:
+        """Returns the inputs of rows given by number."""
+        lengths = np.empty(len(rows), dtype=np.int64)
+        for source, places, numbers in self._by_source(rows):
+            lengths[places] = self._parts[source].lengths(numbers)
+        return lengths
+
+    def _by_source(self, rows: Int64Array) -> Iterator[tuple[int, Int64Array, Int64Array]]:
+        """Yields (source, places in `rows`, numbers in the source) for each source that has any."""
+        sources = np.searchsorted(self._first_rows, rows, side="right") - 1
+        for source in np.unique(sources).tolist():
+            places = np.flatnonzero(sources == source)
+            yield source, places, rows[places] - self._first_rows[source]
 
 
 @dataclass(frozen=True)

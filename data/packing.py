@@ -130,8 +130,24 @@ def deal_by_length(
     return [np.sort(group.reshape(dp_size, -1)[dp_rank]) for group in groups]
 
 
-def padding_share(lengths: Int64Array, micro_batches: list[Int64Array], multiple_of: int) -> float:
-    """Returns the share of slots that hold no input, for rows dealt into micro-batches."""
+def padding_share(
+    lengths: Int64Array,
+    deal: Deal,
+    batch_size: int,
+    micro_batch_size: int,
+    dp_size: int,
+    multiple_of: int,
+) -> float:
+    """Returns the share of slots that hold no input, in steps of `batch_size` rows each.
+
+    `lengths` are those of the rows of all steps; widths are rounded up to `multiple_of`.
+    """
+    micro_batches = [
+        first + part
+        for first in range(0, len(lengths), batch_size)
+        for dp_rank in range(dp_size)
+        for part in deal(lengths[first : first + batch_size], micro_batch_size, dp_rank, dp_size)
+    ]
     num_rows = np.array([len(rows) for rows in micro_batches])
     dealt = lengths[np.concatenate(micro_batches)]
     widths = np.maximum.reduceat(dealt, np.cumsum(num_rows) - num_rows)

@@ -8,16 +8,17 @@ its text and its model.seq_length. Every figure is counted on the spans that tra
 
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from configs import Config, ModelConfig, load_config
 from data import prepare_corpus
-from data.loader import share_of_padding
-from data.packing import Deal, Int64Array, deal_by_length, deal_in_order
-from data.rows import Rows, training_rows
+from data.loader import rows_of_corpus
+from data.mixture import SampleOrder
+from data.packing import Deal, Int64Array, deal_by_length, deal_in_order, padding_share
+from data.rows import Rows
 from data.token_file import Tokens
 
 _LENGTHS = (256, 1024, 2048)
@@ -78,14 +79,19 @@ def _covered(starts: Int64Array, ends: Int64Array, places: Int64Array) -> Int64A
 
 def table(config: Config) -> list[str]:
     """Returns the lines for the model.seq_length of a configuration."""
-    s, batch_size = config.model.seq_length, config.train.global_batch_size
-    file = prepare_corpus(config.data, s, 0).train
+    s, train = config.model.seq_length, config.train
+    corpus = prepare_corpus(config.data, s, 0)
     lines = []
     for name, mode, packing, deal in _MODES:
-        rows = training_rows(file, s, mode, packing)
-        num_steps = max(1, len(rows) // batch_size)
-        padding = share_of_padding(rows, deal, config, num_steps, dp_size=1, tp_size=1)
-        cut = cuts(file, rows, s)
+        data = replace(config.data, sequence_mode=mode, packing=packing)
+        rows = rows_of_corpus(corpus, replace(config, data=data))
+        order = SampleOrder(corpus.weights, rows.rows_of_sources, config.run.seed)
+        num_steps = max(1, len(rows) // train.global_batch_size)
+        lengths = rows.lengths(order.rows(0, num_steps * train.global_batch_size))
+        padding = padding_share(
+            lengths, deal, train.global_batch_size, train.micro_batch_size, dp_size=1, multiple_of=1
+        )
+        cut = cuts(corpus.train, rows, s)
         split = cut.short_split / max(1, cut.short_documents)
         lines.append(
             f"| {s} | {name} | {len(rows):,} | {padding:.2%} "

@@ -1,5 +1,6 @@
 """The batches of a run: the same samples whatever the layout, and a thread that ends well."""
 
+import dataclasses
 import threading
 import time
 from typing import Any
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 from configs import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
+from configs.schema import WeightedSource
 from data import BatchLoader, Corpus, StepBatch, TokenFile
-from tests.data_corpora import corpus_of_lengths
+from data.mixture import JoinedTokens
+from tests.data_corpora import corpus_of_lengths, token_file
 
 LENGTHS = [40, 3, 2, 90, 11, 1, 25, 64, 7, 130]
 Sample = tuple[int, tuple[int, ...], tuple[int, ...]]
@@ -37,6 +40,7 @@ def loader(corpus: Corpus, **changes: Any) -> BatchLoader:
         run=RunConfig(seed=settings.pop("seed")),
         model=ModelConfig(seq_length=settings.pop("seq_length")),
         data=DataConfig(
+            sources=tuple(WeightedSource(weight=weight) for weight in corpus.weights),
             sequence_mode="pad" if mode == "pad" else "pack",
             packing="best_fit" if mode == "best_fit" else "stream",
             inter_document_masking=settings.pop("inter_document_masking"),
@@ -111,6 +115,27 @@ def test_each_sample_comes_once_per_epoch(mode: str) -> None:
         assert len({row[1:] for row in rows[start : start + num_rows]}) == num_rows
 
 
+@pytest.mark.parametrize("mode", ["stream", "best_fit", "pad"])
+def test_rows_of_a_mixture_are_those_of_its_sources(mode: str) -> None:
+    """None holds two; their shares are those of the weights; layout and resume change nothing."""
+    files = [token_file(lengths) for lengths in (LENGTHS, [33, 5, 70, 6, 6], [200])]
+    parts = [
+        dataclasses.replace(file, tokens=file.tokens + 10_000 * number)
+        for number, file in enumerate(files)
+    ]
+    alone = corpus_of_lengths([2])
+    corpus = dataclasses.replace(alone, train=JoinedTokens(parts), weights=(2.0, 1.0, 1.0))
+    expected = samples(steps(corpus, 20, mode=mode))
+    for source, part in enumerate(parts):
+        mine = [row[1:] for row in expected if row[1][0] // 10_000 == source]
+        assert len(mine) == pytest.approx(20 * 12 * (2, 1, 1)[source] / 4, abs=2)
+        of_part = dataclasses.replace(alone, train=part)
+        assert {*mine} == {row[1:] for row in samples(steps(of_part, 10, mode=mode))}
+    resumed = {"consumed_samples": 7 * 12, "micro_batch_size": 2, "dp_size": 3, "tp_size": 2}
+    shares = [samples(steps(corpus, 13, mode=mode, dp_rank=rank, **resumed)) for rank in range(3)]
+    assert sorted(row for share in shares for row in share) == expected[7 * 12 :]
+
+
 def test_resume_with_another_batch_size_goes_on_in_the_same_order() -> None:
     """The state is the number of consumed samples alone."""
     corpus = corpus_of_lengths(LENGTHS)
@@ -171,7 +196,8 @@ def test_refuses_what_cannot_be_divided_or_read() -> None:
     """The messages name keys and values."""
     with pytest.raises(ValueError, match=r"train\.global_batch_size=12 .* data-parallel size 5"):
         loader(corpus_of_lengths(LENGTHS), dp_size=5)
-    with pytest.raises(ValueError, match=r"no row of model\.seq_length=64"):
+    nothing = r"data\.sources\[0\]\.source=python_stdlib give no row of model\.seq_length=64"
+    with pytest.raises(ValueError, match=nothing):
         loader(corpus_of_lengths([20]), mode="stream", seq_length=64)
 
 

@@ -255,7 +255,7 @@ def test_share_of_padding_is_what_micro_batches_have() -> None:
         parts = [part for rank in range(2) for part in deal(lengths, 5, rank, 2)]
         batches = [make_micro_batch(file, rows.spans(part), part, 4, 2) for part in parts]
         slots = sum(batch.tokens.numel() for batch in batches)
-        share = padding_share(lengths, parts, 4)
+        share = padding_share(lengths, deal, 96, 5, 2, multiple_of=4)
         assert share == pytest.approx(1 - sum(batch.num_targets for batch in batches) / slots)
         shares.append(share)
     assert shares[1] < 0.5 * shares[0]
