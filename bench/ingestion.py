@@ -7,6 +7,7 @@ an empty cache; prints a table for docs/data.md.
 """
 
 import argparse
+import logging
 import os
 import resource
 import signal
@@ -55,6 +56,17 @@ def encode_plainly(patterns: list[str], model: Path) -> tuple[int, int, float]:
     return sum(len(text.encode()) for text in texts), num_tokens, elapsed_s
 
 
+class TimesToTokenize(logging.Handler):
+    """Adds up what the log says that tokenizing a source took."""
+
+    total_s = 0.0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Takes the seconds out of a record that has them."""
+        if record.msg.startswith("tokenized") and isinstance(record.args, tuple):
+            self.total_s += float(str(record.args[1]))
+
+
 def launch(task: str, *arguments: str) -> "subprocess.Popen[str]":
     """Starts this file in a process of its own."""
     command = [sys.executable, "-m", "bench.ingestion", f"--task={task}", *arguments]
@@ -62,8 +74,8 @@ def launch(task: str, *arguments: str) -> "subprocess.Popen[str]":
 
 
 def measure(patterns: list[str], cache: Path, kill_after_s: float | None = None) -> list[float]:
-    """Prepares in another process; returns (seconds, peak MB, of these not of files), or nothing
-    if it was killed."""
+    """Prepares in another process; returns (seconds, those of tokenizing, peak MB, of these not of
+    files), or nothing if it was killed."""
     started_at = time.perf_counter()
     process = launch("prepare", f"--cache={cache}", *patterns)
     anonymous_mb = 0.0
@@ -75,9 +87,9 @@ def measure(patterns: list[str], cache: Path, kill_after_s: float | None = None)
             process.wait()
             return []
     told = process.communicate()[0].split()
-    if process.returncode or len(told) != 1:
+    if process.returncode:
         raise RuntimeError(f"the preparation ended with {process.returncode}")
-    return [time.perf_counter() - started_at, float(told[0]), anonymous_mb]
+    return [time.perf_counter() - started_at, *map(float, told), anonymous_mb]
 
 
 def _anonymous_mb(process_id: int) -> float:
@@ -100,8 +112,12 @@ def main() -> None:
     packages = f"{sysconfig.get_path('purelib')}/**/*.py"
     patterns = arguments.patterns or [packages]
     if arguments.task == "prepare":
+        times = TimesToTokenize()
+        logging.getLogger("microtron").addHandler(times)
+        logging.getLogger("microtron").setLevel(logging.INFO)
         prepare_corpus(config_of(patterns, arguments.cache), 1024, 0)
-        sys.stdout.write(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}\n")
+        peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        sys.stdout.write(f"{times.total_s} {peak_mb}\n")
         return
     if arguments.task == "plain":
         sys.stdout.write(" ".join(map(str, encode_plainly(patterns, arguments.model))) + "\n")
@@ -121,25 +137,23 @@ def compare(patterns: list[str], folder: Path) -> None:
     killed: list[float] = []
     started_at = time.perf_counter()
     while not killed:
-        # Each attempt gets a third of the time of all; the last is let go to the end.
-        killed = measure(
-            patterns, folder / "killed", whole[0] / _NUM_KILLS if kills < _NUM_KILLS else None
-        )
+        # Attempts get a sixth of the time of all; the last is let go to the end.
+        limit_s = whole[0] / (2 * _NUM_KILLS) if kills < _NUM_KILLS else None
+        killed = measure(patterns, folder / "killed", limit_s)
         kills += not killed
-    total_s = time.perf_counter() - started_at
+    killed_s = time.perf_counter() - started_at
     again = prepare_corpus(config_of(patterns, folder / "killed"), 1024, 0)
     if again.fingerprint != corpus.fingerprint:
         raise RuntimeError("killed, it made another corpus")
+    total_s, tokenizing_s, peak_mb, anonymous_mb = whole
+    rate, plain_rate = num_tokens / tokenizing_s, int(plain[1]) / float(plain[2])
     rows = [
-        ("read, tokenizer trained, tokenized", f"{whole[0]:.1f} s", f"{num_bytes / 1e6:.1f} MB"),
-        ("tokens", f"{num_tokens:,}", f"{num_tokens / whole[0] / 1e6:.2f} million a second"),
-        ("peak memory; without pages of files", f"{whole[1]:.0f} MB", f"{whole[2]:.0f} MB"),
-        (
-            "sentencepiece alone, encoding only",
-            f"{float(plain[2]):.1f} s",
-            f"{int(plain[1]) / float(plain[2]) / 1e6:.2f} million a second",
-        ),
-        (f"killed {kills} times, all attempts", f"{total_s:.1f} s", f"peak {killed[1]:.0f} MB"),
+        ("text; tokens", f"{num_bytes / 1e6:.1f} MB", f"{num_tokens:,}"),
+        ("read, tokenizer trained, tokenized", f"{total_s:.1f} s", ""),
+        ("of it tokenizing", f"{tokenizing_s:.1f} s", f"{rate / 1e6:.2f} million tokens a second"),
+        ("sentencepiece alone", f"{float(plain[2]):.1f} s", f"{plain_rate / 1e6:.2f} million"),
+        ("peak memory; without files' pages", f"{peak_mb:.0f} MB", f"{anonymous_mb:.0f} MB"),
+        (f"killed {kills} times, all attempts", f"{killed_s:.1f} s", f"peak {killed[2]:.0f} MB"),
     ]
     sys.stdout.write("".join(f"| {' | '.join(row)} |\n" for row in rows))
 
