@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from configs.schema import DataConfig, WeightedSource
-from data import prepare_corpus
+from configs import Config, DataConfig, ModelConfig, TrainConfig, WeightedSource
+from data import IGNORED_TARGET, BatchLoader, Corpus, prepare_corpus
+from data.loader import rows_of_corpus
 from data.mixture import JoinedTokens, SampleOrder, make_schedule
 from tests.data_corpora import random_text, small_tokenizer, token_file
 
@@ -162,3 +163,81 @@ def test_a_source_that_fills_no_row_is_named(tmp_path: Path) -> None:
     tiny = WeightedSource("text", str(tmp_path / "tiny.txt"))
     with pytest.raises(ValueError, match=r"training tokens of data\.sources\[1\]\.source=text do"):
         prepare_corpus(config_of(tmp_path, sources[0], tiny), 64, 0)
+
+
+MIXTURE = (WeightedSource("text", "a", weight=3.0), WeightedSource("text", "b"), WeightedSource())
+
+
+def mixed_corpus() -> Corpus:
+    """Returns three sources with weights 3, 1, 1; no two tokens of a source are equal."""
+    tokens = JoinedTokens(
+        [token_file([30, 9, 40, 3, 25]), token_file([50, 6]), token_file([8] * 20)]
+    )
+    return Corpus(small_tokenizer(), Path("unused"), tokens, tokens, "", {}, (3.0, 1.0, 1.0))
+
+
+def mixed_config(mode: str, micro_batch_size: int) -> Config:
+    """Returns settings for it: rows of 8, steps of 12 rows."""
+    return Config(
+        model=ModelConfig(seq_length=8),
+        data=DataConfig(
+            sources=MIXTURE,
+            sequence_mode="pad" if mode == "pad" else "pack",
+            packing="best_fit" if mode == "best_fit" else "stream",
+        ),
+        train=TrainConfig(global_batch_size=12, micro_batch_size=micro_batch_size),
+    )
+
+
+def step_samples(mode: str, first_step: int, num_steps: int, **layout: int) -> list[list[Any]]:
+    """Returns, for each step, the samples of all data-parallel ranks: (number, tokens, targets)."""
+    corpus, config = mixed_corpus(), mixed_config(mode, layout["micro_batch_size"])
+    steps: list[list[Any]] = [[] for _ in range(num_steps)]
+    for dp_rank in range(layout["dp_size"]):
+        with BatchLoader(
+            corpus,
+            config,
+            consumed_samples=12 * first_step,
+            dp_rank=dp_rank,
+            dp_size=layout["dp_size"],
+            tp_size=layout["tp_size"],
+            device_is_cuda=False,
+        ) as batches:
+            for step in steps:
+                for batch in next(batches).micro_batches:
+                    for number, inputs, targets in zip(
+                        batch.sample_indices, batch.tokens, batch.targets, strict=True
+                    ):
+                        scored = targets != IGNORED_TARGET
+                        step.append(
+                            (int(number), inputs[scored].tolist(), targets[scored].tolist())
+                        )
+    return [sorted(step) for step in steps]
+
+
+@pytest.mark.parametrize("mode", ["stream", "best_fit", "pad"])
+def test_a_step_has_the_same_samples_on_every_layout_and_after_every_resume(mode: str) -> None:
+    """TP x DP x micro-batch splits, and cuts between any two steps, over several epochs."""
+    expected = step_samples(mode, 0, 20, dp_size=1, tp_size=1, micro_batch_size=12)
+    numbers = [number for step in expected for number, _, _ in step]
+    assert numbers == list(range(240))
+    for dp_size, tp_size, micro_batch_size in ((2, 1, 3), (1, 4, 4), (3, 2, 2), (6, 1, 1)):
+        layout = {"dp_size": dp_size, "tp_size": tp_size, "micro_batch_size": micro_batch_size}
+        for cut in (0, 1, 7, 19):
+            assert step_samples(mode, cut, min(2, 20 - cut), **layout) == expected[cut : cut + 2]
+
+
+@pytest.mark.parametrize("mode", ["stream", "best_fit", "pad"])
+def test_a_mixed_run_sees_each_row_of_a_source_once_an_epoch(mode: str) -> None:
+    """Told apart by their targets; sources have epochs of their own."""
+    steps = step_samples(mode, 0, 20, dp_size=1, tp_size=1, micro_batch_size=12)
+    samples = [each for step in steps for each in step]
+    sizes = rows_of_corpus(mixed_corpus(), mixed_config(mode, 12)).rows_of_sources
+    order = SampleOrder((3.0, 1.0, 1.0), sizes, seed=1)
+    sources, _ = make_schedule((3.0, 1.0, 1.0)).split(np.arange(240))
+    for source, size in enumerate(sizes):
+        mine = [str(targets) for number, _, targets in samples if sources[number] == source]
+        assert len(mine) / size == pytest.approx(order.epochs(240)[source])
+        epochs = [mine[first : first + size] for first in range(0, len(mine) - size + 1, size)]
+        assert len(epochs) >= 2
+        assert all(sorted(epoch) == sorted(set(mine)) for epoch in epochs)
