@@ -136,7 +136,8 @@ def _key(*parts: object) -> str:
 
 
 def _require_a_row(source: _Source, config: DataConfig, num_tokens: int, seq_length: int) -> None:
-    if config.sequence_mode == "pack" and num_tokens <= seq_length:
+    is_stream = config.sequence_mode == "pack" and config.packing == "stream"
+    if is_stream and num_tokens <= seq_length:
         raise ValueError(
             f"the {num_tokens} training tokens of {source.key}.source={source.config.source} do "
             f"not fill a row of model.seq_length={seq_length}; use more text, a smaller "

@@ -12,7 +12,7 @@ from configs.usage import SHIPPED
 SHIPPED_NAMES = f"shipped: {', '.join(path.name for path in SHIPPED)} (config=list describes them)"
 SECTIONS = "run, model, parallel, data, train, optimizer, evaluate, checkpoint, logging, debug"
 NO_FOLDER = "cannot be the name of a folder; use 1 to 64 of the characters A-Z a-z 0-9 . _ - and begin with a letter, a digit or _"
-GIVE_FILES = "give an existing file, a glob, or a folder with .txt files"
+GIVE_FILES = "give an existing file, a glob, or a folder with .txt (or compressed) files"
 TP = "parallel.tensor_model_parallel_size"
 
 # What follows config=gpt_debug (4 heads, hidden size 128, 16 = 4 x 4 sequences), and the error.
@@ -148,7 +148,7 @@ ARGUMENTS = [
     ("data.source=text data.path=*.txt", f"data.path=*.txt matches no file; {GIVE_FILES}"),
     (
         "data.source=text data.path=folder",
-        "data.path=folder is a folder without .txt files, which data.source=text reads; "
+        "data.path=folder is a folder without .txt (or compressed) files, which data.source=text reads; "
         + GIVE_FILES,
     ),
     (
