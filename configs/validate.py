@@ -46,6 +46,7 @@ _STEPS = Range(0, _LARGEST_STEP)
 _NOT_NEGATIVE = Range(0)
 _POSITIVE = Range(0, open_low=True)
 _FRACTION = Range(0, 1, open_high=True)
+_WEIGHT = Range(0, 1e9, open_low=True)
 RANGES = {
     "run.seed": Range(0, 2**63 - 1),
     "run.stop_at_step": Range(1, _LARGEST_STEP),
@@ -202,9 +203,9 @@ def _check_source(prefix: str, source: WeightedSource) -> None:
     for leaf in ("path", "text_field", "hub_split"):
         if getattr(source, leaf) is not None and not getattr(source, leaf).strip():
             raise ConfigError(f"{prefix}.{leaf} is empty; give it, or leave it out", prefix)
-    if source.weight not in _POSITIVE:
+    if source.weight not in _WEIGHT:
         raise ConfigError(
-            f"{prefix}.weight={source.weight} is out of range; it must be {_POSITIVE}", prefix
+            f"{prefix}.weight={source.weight} is out of range; it must be {_WEIGHT}", prefix
         )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from data.durable import sync_directory, write_durably
 
+TEXT = "text-"  # what the names of folders begin with that are of use only to make others
 _HEADER = "header.json"
 _PARTIAL = ".partial"
 _POLL_INTERVAL_S = 0.2
@@ -52,8 +53,7 @@ def is_whole(entry: Path) -> bool:
 def build_entry(entry: Path, fill: Callable[[Path], None]) -> None:
     """Makes the entry by `fill(folder)`, if it is not there; the caller holds its lock.
 
-    The folder has what an attempt that was killed has left. What an attempt with unusable input
-    has left (ValueError) is of no use and is removed.
+    The folder has what an attempt that did not get to its end has left.
     """
     if is_whole(entry):
         return
@@ -61,11 +61,7 @@ def build_entry(entry: Path, fill: Callable[[Path], None]) -> None:
         logger.warning("cache entry %s is damaged; making it again", entry)
     work = entry.with_name(f"{entry.name}{_PARTIAL}")
     work.mkdir(parents=True, exist_ok=True)
-    try:
-        fill(work)
-    except ValueError:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+    fill(work)
     if entry.exists():
         shutil.rmtree(entry)
     work.rename(entry)
@@ -74,10 +70,15 @@ def build_entry(entry: Path, fill: Callable[[Path], None]) -> None:
 
 def remove_abandoned(cache: Path) -> None:
     """Removes what was left by preparations that nobody has gone on with for a week."""
-    for work in cache.glob(f"*{_PARTIAL}"):
-        written_at = max((path.stat().st_mtime for path in (work, *work.iterdir())), default=0.0)
-        if time.time() - written_at > _ABANDONED_S:
-            shutil.rmtree(work, ignore_errors=True)
+    for folder in [*cache.glob(f"*{_PARTIAL}"), *cache.glob(f"{TEXT}*")]:
+        if not folder.is_dir():  # a lock
+            continue
+        with contextlib.suppress(OSError):  # another run may be at it
+            written_at = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+            entry = folder.with_name(folder.name.removesuffix(_PARTIAL))
+            if time.time() - written_at > _ABANDONED_S:
+                with locked([entry], wait=False):
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def wait_for_entry(entry: Path) -> None:
@@ -91,8 +92,11 @@ def wait_for_entry(entry: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(entries: Iterable[Path]) -> Iterator[None]:
-    """Holds the locks of entries, taken in one order, so that no two runs wait for each other."""
+def locked(entries: Iterable[Path], *, wait: bool = True) -> Iterator[None]:
+    """Holds the locks of entries, taken in one order, so that no two runs wait for each other.
+
+    If it should not wait, raises BlockingIOError where another one holds a lock.
+    """
     with contextlib.ExitStack() as stack:
         for entry in sorted(set(entries)):
             entry.parent.mkdir(parents=True, exist_ok=True)
@@ -101,6 +105,8 @@ def locked(entries: Iterable[Path]) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                if not wait:
+                    raise
                 logger.info("waiting for another run that prepares the same text (%s)", path)
                 fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -89,14 +89,21 @@ def evaluation_batches(
 def _choose_from_each(
     corpus: Corpus, rows_per_document: Int64Array, max_sequences: int | None
 ) -> Int64Array:
-    """Returns the documents chosen from each source."""
+    """Returns the documents chosen from each source, together of at most so many rows.
+
+    There is one document at least, though it be longer.
+    """
     chosen, first, total = [np.empty(0, np.int64)], 0, sum(corpus.weights)
     for part, weight in zip(corpus.validation.parts, corpus.weights, strict=True):
         share = None if max_sequences is None else max(1, int(max_sequences * weight / total))
         mine = rows_per_document[first : first + part.num_documents]
         chosen.append(first + _choose_documents(mine, share))
         first += part.num_documents
-    return np.concatenate(chosen)
+    documents = np.concatenate(chosen)
+    if max_sequences is None or not len(documents):
+        return documents
+    fitting = np.cumsum(rows_per_document[documents]) <= max_sequences
+    return documents[: max(1, int(fitting.sum()))]
 
 
 def _choose_documents(rows_per_document: Int64Array, max_sequences: int | None) -> Int64Array:

@@ -5,12 +5,12 @@ a corpus that is already in the cache is found by the source's bytes, and those 
 once as long as its size and its time of change stay.
 """
 
+import contextlib
 import glob
 import hashlib
 import json
 import os
 import sysconfig
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +18,14 @@ from typing import Any
 
 import xxhash
 
-from configs.inputs import SOURCE_EXTENSIONS, extensions_in_words
+from configs.inputs import COMPRESSED, SOURCE_EXTENSIONS, extensions_in_words
 from configs.schema import SourceConfig
+from data.cache import locked
+from data.durable import replace_durably
+from data.progress import Progress
 
-_DIGESTS = "digests.json"
 _SETTLED_NS = 2_000_000_000
+_SAVE_INTERVAL_S = 30.0
 # Folders of the standard library that hold other people's packages, or nothing to read.
 _NOT_STDLIB = {"site-packages", "dist-packages", "lib-dynload", "__pycache__"}
 
@@ -69,8 +72,10 @@ def source_fingerprint(config: SourceConfig, files: list[Path], cache: Path | No
         kind = ["hub", config.path, config.hub_config, config.hub_split, config.hub_revision]
         kind.append(config.text_field)
     digest.update(json.dumps(kind).encode())
-    for file_hash in _digests(files, cache):
+    for file, file_hash in zip(files, _digests(files, cache), strict=True):
         digest.update(file_hash)
+        if file.suffix in COMPRESSED:  # which decides how it is read
+            digest.update(file.suffix.encode())
     return digest.hexdigest()
 
 
@@ -82,34 +87,68 @@ def file_digest(file: Path) -> bytes:
 
 def _digests(files: list[Path], cache: Path | None) -> list[bytes]:
     """The digests of files; `cache` remembers those of files that have not changed since."""
-    index = None if cache is None else cache / _DIGESTS
-    known = _read_index(index)
-    digests, found_new = {}, False
-    for file in files:
-        status, name = file.stat(), str(file.absolute())
-        stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
-        stored_stamp, digest = known.get(name, (None, ""))
-        if stamp != stored_stamp:
-            digest = file_digest(file).hex()
-            # A file that was written just now may be written again within the clock's resolution.
-            if time.time_ns() - status.st_mtime_ns > _SETTLED_NS:
-                known[name], found_new = (stamp, digest), True
-        digests[file] = bytes.fromhex(digest)
-    if found_new and index is not None:
-        index.parent.mkdir(parents=True, exist_ok=True)
-        # Ranks and runs may do this at once; whichever comes last has all that it needs itself.
-        with tempfile.NamedTemporaryFile("w", dir=index.parent, delete=False) as new:
-            json.dump(known, new)
-        os.replace(new.name, index)
-    return [digests[file] for file in files]
+    if cache is None:
+        return [file_digest(file) for file in files]
+    index = _Index(cache)
+    if not all(index.knows(file) for file in files):
+        # One rank of a host, or run, after the other: what one has read the next need not.
+        with locked([index.path]), Progress("hashing files", _total_bytes(files)) as progress:
+            index = _Index(cache)
+            done_bytes = 0
+            for file in files:
+                progress.reach(done_bytes)
+                index.look_at(file)
+                done_bytes += file.stat().st_size
+            index.save()
+    return [index.digest(file) for file in files]
 
 
-def _read_index(path: Path | None) -> dict[str, Any]:
-    try:
-        index: dict[str, Any] = {} if path is None else json.loads(path.read_text())
-    except (OSError, ValueError):  # it can always be made again
-        return {}
-    return index
+def _total_bytes(files: list[Path]) -> int:
+    return sum(file.stat().st_size for file in files)
+
+
+class _Index:
+    """The digests of files by name, size and time of change, kept in a file."""
+
+    def __init__(self, cache: Path) -> None:
+        self.path = cache / "digests.json"
+        self._saved_at = time.monotonic()
+        self._fresh: dict[str, str] = {}
+        self._known: dict[str, Any] = {}
+        # Whatever is wrong with it, it can be made again.
+        with contextlib.suppress(OSError, ValueError):
+            self._known = json.loads(self.path.read_text())
+
+    def knows(self, file: Path) -> bool:
+        """True if a file is as it was when it was hashed."""
+        return self._known.get(str(file.absolute()), [None])[0] == _stamp(file)
+
+    def look_at(self, file: Path) -> None:
+        """Hashes a file if need be."""
+        if self.knows(file):
+            return
+        stamp, digest = _stamp(file), file_digest(file).hex()
+        # A file that was written just now may be written again within the clock's resolution.
+        if time.time_ns() - file.stat().st_mtime_ns > _SETTLED_NS:
+            self._known[str(file.absolute())] = [stamp, digest]
+        self._fresh[str(file.absolute())] = digest
+        if time.monotonic() - self._saved_at > _SAVE_INTERVAL_S:
+            self.save()
+
+    def save(self) -> None:
+        """Writes the index."""
+        replace_durably(self.path, json.dumps(self._known).encode())
+        self._saved_at = time.monotonic()
+
+    def digest(self, file: Path) -> bytes:
+        """The digest of a file that was looked at, or is known."""
+        name = str(file.absolute())
+        return bytes.fromhex(self._fresh.get(name) or self._known[name][1])
+
+
+def _stamp(file: Path) -> list[int]:
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ino]
 
 
 def _stdlib_files() -> list[Path]:

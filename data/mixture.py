@@ -2,8 +2,8 @@
 
 Which source sample i of a run is from, and which of that source's samples it is, depend on the
 weights alone: a schedule of 2^16 samples in which each source's are spread evenly, over and over.
-After any number of samples a source has had its share to within one sample for each source. Inside
-a source, samples are rows in the order of `data/sampler.py`, epoch after epoch of its own.
+Sources begin at different points of their periods, so that many small ones do not come together.
+Inside a source, samples are rows in the order of `data/sampler.py`, epoch after epoch of its own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,6 +18,7 @@ from data.sampler import sample_rows
 from data.token_file import Tokens
 
 _SCHEDULE = 1 << 16  # samples; a weight counts to within 2^-16 of their sum
+_GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 class JoinedTokens:
@@ -91,38 +92,39 @@ class Schedule:
     """From the number of a sample of the run to its source, and its number among that source's."""
 
     sources: Int64Array  # [_SCHEDULE]
-    before: Int64Array  # [_SCHEDULE + 1, sources], samples of each source before each place
+    numbers: Int64Array  # [_SCHEDULE], of each sample among those of its source
+    counts: Int64Array  # [number of sources], samples of each in the schedule
 
     def split(self, samples: Int64Array) -> tuple[Int64Array, Int64Array]:
         """Returns (source, number among the source's samples) of samples of the run."""
         turns, places = np.divmod(samples, len(self.sources))
         sources = self.sources[places]
-        return sources, turns * self.before[-1, sources] + self.before[places, sources]
+        return sources, turns * self.counts[sources] + self.numbers[places]
 
     def samples_of(self, num_samples: int) -> list[int]:
         """How many of the run's first samples are from each source."""
         turns, place = divmod(num_samples, len(self.sources))
-        counts: list[int] = (turns * self.before[-1] + self.before[place]).tolist()
+        in_turn = np.bincount(self.sources[:place], minlength=len(self.counts))
+        counts: list[int] = (turns * self.counts + in_turn).tolist()
         return counts
 
 
 def make_schedule(weights: Sequence[float]) -> Schedule:
     """Spreads the samples of each source evenly over a schedule; each gets one at least."""
     if len(weights) == 1:
-        return Schedule(np.zeros(1, np.int64), np.array([[0], [1]]))
+        return Schedule(np.zeros(1, np.int64), np.zeros(1, np.int64), np.ones(1, np.int64))
     counts = _shares(weights, _SCHEDULE)
-    # Sample k of n of a source would best stand at (k + 1/2) / n of the schedule.
-    times = np.concatenate([(np.arange(n) + 0.5) / n for n in counts])
+    numbers = np.concatenate([np.arange(n) for n in counts])
     owners = np.repeat(np.arange(len(counts)), counts)
-    sources = owners[np.argsort(times, kind="stable")]
-    taken = sources[:, None] == np.arange(len(counts))
-    before = np.concatenate([np.zeros((1, len(counts)), np.int64), np.cumsum(taken, axis=0)])
-    return Schedule(sources, before)
+    # Multiples of the golden ratio are spread evenly over a period, however many there are.
+    phases = (0.5 + np.arange(len(counts)) * _GOLDEN_RATIO) % 1
+    order = np.argsort((numbers + phases[owners]) / counts[owners], kind="stable")
+    return Schedule(owners[order], numbers[order], counts)
 
 
 def _shares(weights: Sequence[float], total: int) -> Int64Array:
     """Divides a total by weights, each at least 1, those with the largest remainders rounded up."""
-    exact = np.array(weights, dtype=np.float64) / sum(weights) * total
+    exact = np.array(weights, dtype=np.float64) * (total / sum(weights))
     counts = np.maximum(1, np.floor(exact)).astype(np.int64)
     for place in np.argsort(counts - exact, kind="stable")[: max(0, total - int(counts.sum()))]:
         counts[place] += 1

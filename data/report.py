@@ -22,8 +22,7 @@ def read_summary(read: SpoolProgress, spool: Spool) -> dict[str, Any]:
     skipped["duplicate"] += read.num_documents - len(spool)
     return {
         "records": read.num_records,
-        # A long text counts as one record and is several documents.
-        "added_by_cutting": read.num_documents + sum(read.skipped.values()) - read.num_records,
+        "added_by_cutting": read.num_added,
         "with_nul": read.num_with_nul,
         "skipped": {reason: count for reason, count in sorted(skipped.items()) if count},
     }
@@ -46,15 +45,16 @@ def split_summary(tokens: TokenFile) -> dict[str, Any]:
 
 def require_all_accounted_for(entry: Path, summary: dict[str, Any]) -> None:
     """Raises RuntimeError if records, documents and tokens do not add up to what is on the disk."""
+    fix = "delete the folder and start again"
     splits = [summary["train"], summary["validation"]]
     documents = sum(split["documents"] for split in splits)
     expected = summary["records"] + summary["added_by_cutting"] - sum(summary["skipped"].values())
     if documents != expected:
-        raise RuntimeError(f"{entry}: {documents} documents, but {expected} were read")
+        raise RuntimeError(f"{entry} has {documents} documents, but {expected} were read; {fix}")
     for name in ("train", "validation"):
         offsets = np.fromfile(entry / f"{name}.offsets", "<i8")
         if (len(offsets) - 1, offsets[-1]) != (summary[name]["documents"], summary[name]["tokens"]):
-            raise RuntimeError(f"{entry}: {name}.offsets does not fit its documents and tokens")
+            raise RuntimeError(f"{entry}: {name}.offsets does not fit its documents; {fix}")
 
 
 def joined_summary(summaries: dict[str, dict[str, Any]]) -> dict[str, Any]:

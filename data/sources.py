@@ -18,17 +18,19 @@ import logging
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import datasets
+import huggingface_hub
 
 from configs.schema import SourceConfig
+from data import json_files
 from data.compressed import open_bytes
 from data.records import Place, Record
 
-# Bytes. A longer text becomes several documents, far longer than any row.
+# Bytes of a text file, characters elsewhere. A longer text becomes several documents, each far
+# longer than any row.
 LONGEST_DOCUMENT = 16 << 20
-_LONGEST_LINE = 256 << 20  # bytes of a line of JSON; it must be in memory to be parsed
 _CONTINUES = 0b10  # the upper bits of a byte that is not the first of its character
 _NOT_UTF8 = "not UTF-8"
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -65,6 +67,18 @@ def read_records(
     reader.report()
 
 
+def commit_of(source: SourceConfig, key: str) -> str:
+    """Returns the commit that a hub dataset's revision stands for; empty for a local folder."""
+    if source.path is None or Path(source.path).is_dir():
+        return ""
+    # As all that the network has to do with: its errors are of many kinds.
+    with _errors_named(f"{key}.path={source.path!r} was not found on the hub", Exception):
+        information = huggingface_hub.HfApi().dataset_info(
+            source.path, revision=source.hub_revision
+        )
+    return information.sha or ""
+
+
 def _documents(text: object) -> tuple[list[str], str | None]:
     """The documents of a value that should be a text, or why there are none."""
     if text is None:
@@ -95,7 +109,7 @@ class _Reader:
 
     def __init__(self, source: SourceConfig, key: str, scratch: Path) -> None:
         self._source, self._key, self._scratch = source, key, scratch
-        self._undecodable: list[str] = []
+        self._undecodable: dict[str, None] = {}  # the first of these files, each once
 
     def values(self, file: Path | None, skip: int) -> Iterator[Any]:
         """Yields the value of each record of a file (None: of the hub dataset) but the first
@@ -108,9 +122,8 @@ class _Reader:
     def report(self) -> None:
         """Names the files that are not UTF-8."""
         if names := self._undecodable:
-            more = ", ..." if len(names) > _MAX_NAMED else ""
-            told = ", ".join(names[:_MAX_NAMED])
-            logger.info("skipped %d files that are not UTF-8: %s%s", len(names), told, more)
+            more = ", ..." if len(names) == _MAX_NAMED else ""
+            logger.info("skipped what is not UTF-8 in files: %s%s", ", ".join(names), more)
 
     def _texts(self, file: Path, skip: int) -> Iterator[Any]:
         what = f"{self._key}.path: {file} cannot be read"
@@ -118,23 +131,25 @@ class _Reader:
             try:
                 yield content.decode("utf-8")
             except UnicodeDecodeError:
-                self._undecodable.append(file.name)
+                if len(self._undecodable) < _MAX_NAMED:
+                    self._undecodable[file.name] = None
                 yield [], _NOT_UTF8
 
     def _column(self, file: Path | None, skip: int) -> Iterator[Any]:
         """The values of the text column; a column that no row of a file's start has is an error."""
-        name = self._source.text_field
-        for number, row in enumerate(self._rows(file, skip), start=skip):
+        name, is_first = self._source.text_field, not skip
+        for row in self._rows(file, skip):
             if isinstance(row, tuple):
                 yield row
                 continue
             # A row of JSON may lack what others have; a column that is missing at once is a
             # mistake.
-            if number == 0 and name not in row:
+            if is_first and name not in row:
                 raise ValueError(
                     f"{self._key}.text_field={name!r} is not a column of {self._key}.path="
                     f"{self._source.path!r}; the columns there are: {', '.join(row)}"
                 )
+            is_first = False
             yield row.get(name)
 
     def _rows(self, file: Path | None, skip: int) -> Iterator[Any]:
@@ -144,11 +159,10 @@ class _Reader:
             return self._columnar_rows(self._source.source, file, skip)
         if file.stat().st_size == 0:
             return iter(())
-        with _errors_named(f"{self._key}.path: {file} cannot be read"), open_bytes(file) as stream:
-            begins_with_bracket = stream.read(1024).lstrip().startswith(b"[")
-        if begins_with_bracket:
-            return self._columnar_rows("json", file, skip)
-        return self._json_lines(file, skip)
+        with _errors_named(f"{self._key}.path: {file} cannot be read"):
+            is_array = json_files.is_array(file)
+        rows = self._json_array(file) if is_array else self._json_lines(file)
+        return itertools.islice(rows, skip, None)
 
     def _columnar_rows(self, builder: str, file: Path, skip: int) -> Iterator[Any]:
         def rows() -> Iterator[Any]:
@@ -184,7 +198,7 @@ class _Reader:
             f"{source.hub_split}, {key}.hub_revision={source.hub_revision}) cannot be read; "
             f"check these keys and the network, or use a local {key}.source"
         )
-        return _errors_name(where, rows())
+        return _errors_name(where, rows(), Exception)  # its network layers have errors of their own
 
     def _one_column(self, dataset: Any, skip: int) -> Iterator[Any]:
         """Yields rows without other columns, which would be decoded (they may hold images)."""
@@ -193,30 +207,42 @@ class _Reader:
             dataset = dataset.select_columns([self._source.text_field])
         return iter(dataset.skip(skip) if skip else dataset)
 
-    def _json_lines(self, file: Path, skip: int) -> Iterator[Any]:
-        lines = _errors_name(f"{self._key}.path: {file} cannot be read", _lines(file))
-        records = (item for item in lines if item[1] is None or item[1].strip())
-        for number, line in itertools.islice(records, skip, None):
+    def _json_lines(self, file: Path) -> Iterator[Any]:
+        numbered = json_files.lines(file)
+        for number, line in _errors_name(f"{self._key}.path: {file} cannot be read", numbered):
             if line is None:
-                yield [], f"longer than {_LONGEST_LINE >> 20} MiB"
-                continue
-            try:
-                row = json.loads(line.decode("utf-8").removeprefix("\ufeff"))
-            except UnicodeDecodeError:
-                yield [], _NOT_UTF8
-                continue
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise ValueError(
-                    f"{self._key}.path: line {number} of {file} is not JSON ({error}); "
-                    f"{self._key}.source=jsonl needs one object a line, or a file that is one "
-                    "array of objects"
-                ) from error
-            if not isinstance(row, dict):
-                raise ValueError(
-                    f"{self._key}.path: line {number} of {file} is not a JSON object; write each "
-                    'document as {"text": "..."}'
-                )
-            yield row
+                yield [], f"longer than {json_files.LONGEST_VALUE >> 20} MiB"
+            elif line.strip():
+                yield self._json_row(f"line {number} of {file}", line)
+
+    def _json_row(self, where: str, line: bytes) -> Any:
+        try:
+            row = json_files.PARSER.decode(line.decode("utf-8").removeprefix("\ufeff"))
+        except UnicodeDecodeError:
+            return [], _NOT_UTF8
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(
+                f"{self._key}.path: {where} is not JSON ({error}); {self._key}.source=jsonl needs "
+                "one object a line, or a file that is one array of objects"
+            ) from error
+        return self._object(where, row)
+
+    def _object(self, where: str, row: object) -> dict[str, Any]:
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"{self._key}.path: {where} is not a JSON object; write each document as "
+                '{"text": "..."}'
+            )
+        return row
+
+    def _json_array(self, file: Path) -> Iterator[dict[str, Any]]:
+        """The items of a file that is one array, one by one."""
+        where, items = (
+            f"{self._key}.path: {file} cannot be read as json",
+            json_files.array_items(file),
+        )
+        for number, item in enumerate(_errors_name(where, items), start=1):
+            yield self._object(f"item {number} of {file}", item)
 
 
 def _stretches(file: Path, longest: int = LONGEST_DOCUMENT) -> Iterator[bytes]:
@@ -237,43 +263,31 @@ def _stretches(file: Path, longest: int = LONGEST_DOCUMENT) -> Iterator[bytes]:
         yield rest
 
 
-def _lines(file: Path) -> Iterator[tuple[int, bytes | None]]:
-    """The lines of a file with their numbers; None for one that is too long to be read."""
-    with open_bytes(file) as stream:
-        for number in itertools.count(1):
-            line = stream.readline(_LONGEST_LINE + 1)
-            if not line:
-                return
-            if len(line) <= _LONGEST_LINE:
-                yield number, line
-                continue
-            _pass_over_line(stream)
-            yield number, None
-
-
-def _pass_over_line(stream: IO[bytes]) -> None:
-    while (part := stream.readline(1 << 20)) and not part.endswith(b"\n"):
-        pass
+# Those of pyarrow are ValueErrors, OSErrors or TypeErrors, that of a compressed file that was cut
+# off is an EOFError, that of JSON in a thousand brackets a RecursionError.
+_READING_ERRORS = (OSError, ValueError, TypeError, EOFError, RecursionError)
 
 
 @contextlib.contextmanager
-def _errors_named(where: str) -> Iterator[None]:
-    """Says where it was that something went wrong.
-
-    Errors of pyarrow are ValueErrors, OSErrors or TypeErrors, those of the hub OSErrors, of a
-    compressed file that was cut off EOFErrors.
-    """
+def _errors_named(
+    where: str, kinds: type[Exception] | tuple[type[Exception], ...] = _READING_ERRORS
+) -> Iterator[None]:
+    """Says where it was that something went wrong."""
     try:
         yield
-    except (OSError, ValueError, TypeError, EOFError) as error:
+    except kinds as error:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _errors_name(where: str, items: Iterable[_Item]) -> Iterator[_Item]:
+def _errors_name(
+    where: str,
+    items: Iterable[_Item],
+    kinds: type[Exception] | tuple[type[Exception], ...] = _READING_ERRORS,
+) -> Iterator[_Item]:
     """Yields the items; what goes wrong on the way says where."""
     iterator = iter(items)
     while True:
-        with _errors_named(where):
+        with _errors_named(where, kinds):
             try:
                 item = next(iterator)
             except StopIteration:

@@ -66,6 +66,7 @@ class SpoolProgress:
     place: Place = field(default_factory=Place)
     num_records: int = 0
     num_documents: int = 0
+    num_added: int = 0  # documents beyond the first of a record
     num_with_nul: int = 0  # documents, which are kept
     text_bytes: int = 0
     skipped: Counter[str] = field(default_factory=Counter)  # records, by reason
@@ -84,7 +85,7 @@ def write_spool(
 ) -> SpoolProgress:
     """Writes the documents of a source, from where an earlier attempt got to; returns the counts.
 
-    `told` gets to know the place in the source and the bytes of text so far.
+    `told` gets to know the place in the source and the bytes of text, at first and after records.
     """
     progress = folder / _PROGRESS
     stored = json.loads(progress.read_text()) if progress.exists() else None
@@ -102,10 +103,12 @@ def write_spool(
             sync_files(files)
             replace_durably(progress, json.dumps(vars(done)).encode())
 
+        told(done.place, done.text_bytes)
         for record in read(done.place):
             done.num_records += 1
             if record.reason is not None:
                 done.skipped[record.reason] += 1
+            done.num_added += max(0, len(record.texts) - 1)
             for document in record.texts:
                 content = document.encode()
                 for file, item in zip(files, _items(content), strict=True):

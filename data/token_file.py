@@ -14,10 +14,11 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from data.durable import open_at, replace_durably, sync_files, write_durably
 from data.progress import Progress
@@ -110,14 +111,19 @@ def open_token_file(directory: Path, split: str, vocab_size: int) -> TokenFile:
     """Maps a split that `write_token_file` wrote."""
     path = directory / f"{split}.tokens"
     dtype = token_dtype(vocab_size)
-    # An empty file cannot be mapped.
-    mapped = np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
     return TokenFile(
-        mapped,
-        np.fromfile(directory / f"{split}.offsets", _INDEX_DTYPE),
-        np.fromfile(directory / f"{split}.bytes", _INDEX_DTYPE),
+        _mapped(path, dtype),
+        _mapped(directory / f"{split}.offsets", _INDEX_DTYPE),
+        _mapped(directory / f"{split}.bytes", _INDEX_DTYPE),
         vocab_size,
         path,
+    )
+
+
+def _mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    # An empty file cannot be mapped. As a plain array: slices of a memmap are slow to make.
+    return (
+        np.asarray(np.memmap(path, dtype, mode="r")) if path.stat().st_size else np.empty(0, dtype)
     )
 
 
@@ -135,20 +141,23 @@ def write_token_file(
     dtype = token_dtype(tokenizer.vocab_size)
     document_bytes = spool.num_bytes(indices)
     progress_path = directory / f"{split}.{PROGRESS}"
-    num_documents, num_tokens = (
-        json.loads(progress_path.read_text()) if progress_path.exists() else (0, 0)
-    )
+    # A source may have been read anew meanwhile, and not every one gives the same again.
+    which = xxhash.xxh3_128_hexdigest(spool.hashes[indices].tobytes())
+    done = json.loads(progress_path.read_text()) if progress_path.exists() else {}
+    num_documents, num_tokens = done.get(which, (0, 0))
     done_bytes = durable_bytes = int(document_bytes[:num_documents].sum())
     with (
         open_at(directory / f"{split}.tokens", num_tokens * dtype.itemsize) as file,
         # Offsets begin with that of the first document, 0.
         open_at(directory / f"{split}.offsets", num_documents * _INDEX_DTYPE.itemsize) as offsets,
-        Progress(f"tokenizing {split}", int(document_bytes.sum()), done_bytes) as progress,
+        Progress(f"tokenizing {split}", int(document_bytes.sum())) as progress,
     ):
+        progress.reach(done_bytes)
 
         def make_durable() -> None:
             sync_files([file, offsets])
-            replace_durably(progress_path, json.dumps([num_documents, num_tokens]).encode())
+            content = json.dumps({which: [num_documents, num_tokens]})
+            replace_durably(progress_path, content.encode())
 
         for batch in _batches(indices[num_documents:], document_bytes[num_documents:]):
             texts = [spool.document(int(index)) for index in batch]
@@ -158,8 +167,8 @@ def write_token_file(
                 num_documents += 1
                 num_tokens += len(document)
             batch_bytes = int(spool.num_bytes(batch).sum())
-            progress.advance(batch_bytes)
             done_bytes += batch_bytes
+            progress.reach(done_bytes)
             if done_bytes - durable_bytes >= _DURABLE_BYTES:
                 make_durable()
                 durable_bytes = done_bytes

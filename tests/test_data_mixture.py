@@ -10,6 +10,7 @@ import pytest
 from configs import Config, DataConfig, ModelConfig, TrainConfig, WeightedSource
 from data import IGNORED_TARGET, BatchLoader, Corpus, prepare_corpus
 from data.loader import rows_of_corpus
+from data.making import sample_shares
 from data.mixture import JoinedTokens, SampleOrder, make_schedule
 from tests.data_corpora import random_text, small_tokenizer, token_file
 
@@ -26,6 +27,23 @@ def test_every_stretch_of_samples_has_the_shares_of_the_weights(weights: tuple[f
         counts = np.bincount(sources[first:last], minlength=len(weights))
         exact = np.array(weights) / sum(weights) * (last - first)
         assert np.all(np.abs(counts - exact) <= len(weights) + (last - first) / 2**16)
+
+
+@pytest.mark.parametrize("weights", [[1000.0] + [1.0] * 300, [50.0] + [1.0] * 50, [1.0] * 7])
+def test_small_sources_do_not_come_all_at_once(weights: list[float]) -> None:
+    """Together they have their share of every stretch, as the large one has of its own."""
+    sources, _ = make_schedule(weights).split(np.arange(20_000))
+    is_small = np.cumsum(sources != 0)
+    exact = np.arange(1, 20_001) * sum(weights[1:]) / sum(weights)
+    assert np.abs(is_small - exact).max() < 4
+
+
+def test_a_sample_for_the_tokenizer_is_shared_by_weight() -> None:
+    """What a source does not have goes to the others; a source alone is asked for all."""
+    assert sample_shares([1.0], [10]) == [8_000_000]
+    assert sample_shares([3.0, 1.0], [10**9, 10**9]) == [6_000_000, 2_000_000]
+    assert sample_shares([1000.0, 1.0], [100_000, 10**12]) == [100_000, 7_900_000]
+    assert sample_shares([1.0, 1.0, 2.0], [10, 10**9, 20]) == [10, 7_999_970, 20]
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)

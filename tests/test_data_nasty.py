@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from configs.schema import DataConfig, WeightedSource
-from data import prepare_corpus
+from data import json_files, prepare_corpus
 from data import sources as sources_module
 from data.records import Place
 from data.sources import cut_text, read_records
@@ -170,15 +170,56 @@ def test_a_gigantic_text_becomes_several_documents(
 
 def test_a_gigantic_line_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is counted, and the line after it is read."""
-    monkeypatch.setattr(sources_module, "_LONGEST_LINE", 1 << 20)
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "' + "x" * (1 << 20) + '"}\n{"text": "after"}\n')
+    longest = 1 << 20
+    monkeypatch.setattr(json_files, "LONGEST_VALUE", longest)
+    path, frame = tmp_path / "a.jsonl", len('{"text": ""}')
     config = DataConfig(source="jsonl", path=str(path))
-    records = list(read_records(config, "data", [path], tmp_path / "s", Place()))
-    assert [(record.texts, record.reason) for record in records] == [
-        ([], "longer than 1 MiB"),
-        (["after"], None),
-    ]
+    for size in (longest - 1, longest, longest + 1, 3 * longest):  # without the end of the line
+        text = "x" * (size - frame)
+        path.write_text(f'{{"text": "{text}"}}\n{{"text": "after"}}\n')
+        records = list(read_records(config, "data", [path], tmp_path / "s", Place()))
+        first = ([text], None) if size < longest else ([], "longer than 1 MiB")
+        assert [(record.texts, record.reason) for record in records] == [first, (["after"], None)]
+
+
+@pytest.mark.parametrize("read_bytes", [1, 2, 7, 1 << 20])
+def test_an_array_of_objects_is_read_like_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_bytes: int
+) -> None:
+    """Item by item, wherever the pieces that are read end; odd values stay what they are."""
+    monkeypatch.setattr(json_files, "_READ_BYTES", read_bytes)
+    config = DataConfig(source="jsonl", path=str(tmp_path))
+    path, by_line = tmp_path / "a.json", tmp_path / "b.jsonl"
+    lines = [line for line, _ in LINES]
+    path.write_bytes(b"\xef\xbb\xbf\n [" + b" ,\n".join(lines) + b"\n]\n \n")
+    by_line.write_bytes(b"\n".join(lines))
+
+    def read(file: Path) -> list[Any]:
+        records = read_records(config, "data", [file], tmp_path / "s", Place())
+        return [(record.texts, record.reason) for record in records]
+
+    assert read(path) == read(by_line)
+    path.write_bytes(b"[]")
+    assert read(path) == []
+    for content, message in (
+        (b'[{"text": "a"}, 5]', "item 2 of .* is not a JSON object"),
+        (b'[{"text": "a"} {"text": "b"}]', "after an item, there is '{'"),
+        (b'[{"text": "a"}, {"text": ', "cannot be read as json"),
+        (b'[{"text": "a"}', "cannot be read as json"),
+        (b'[{"text": "a"}] x', "something after the end of the array"),
+        (b"[" * 100_000, "cannot be read as json"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"^data\.path: .*{message}"):
+            read(path)
+
+
+def test_a_number_of_any_length_beside_a_text_does_not_matter(tmp_path: Path) -> None:
+    """Python has a limit, which is not ours."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "n": ' + "1" * 5000 + "}\n")
+    config = DataConfig(source="jsonl", path=str(tmp_path))
+    (record,) = read_records(config, "data", [tmp_path / "a.jsonl"], tmp_path / "s", Place())
+    assert record.texts == ["a"]
 
 
 def rows_of(path: Path, source: Any) -> list[Any]:
@@ -208,6 +249,6 @@ def test_reading_goes_on_after_any_record(tmp_path: Path, source: Any) -> None:
         return list(read_records(config, "data", files, tmp_path / "s", start))
 
     records = read(Place())
-    assert len(records) == 6 if source == "text" else 8
+    assert len(records) == (6 if source == "text" else 8)
     for number, record in enumerate(records, start=1):
         assert read(record.next) == records[number:]

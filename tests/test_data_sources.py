@@ -191,5 +191,8 @@ def test_the_fingerprint_is_that_of_the_content(tmp_path: Path) -> None:
             (tmp_path / folder / f"{number}.txt").write_text(text)
     assert fingerprint("x") == fingerprint("moved")
     assert len({fingerprint(folder) for folder in ("x", "changed", "swapped")}) == 3
+    before = fingerprint("x", path=str(tmp_path / "x" / "0*"))
+    (tmp_path / "x" / "0.txt").rename(tmp_path / "x" / "0.txt.gz")  # is read in another way
+    assert fingerprint("x", path=str(tmp_path / "x" / "0*")) != before
     hub = [fingerprint("x", source="hub", hub_revision=revision) for revision in (None, "v2")]
     assert hub[0] != hub[1]

@@ -1,0 +1,170 @@
+"""How each folder of the cache is filled: the text of a source, a tokenizer, tokens.
+
+Each function fills a folder that is not yet in its place, and goes on where an earlier attempt left
+off. `data/prepare.py` says which folders there are.
+"""
+
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+
+import xxhash
+
+from configs.schema import DataConfig, WeightedSource
+from data.cache import build_entry, read_header, write_header
+from data.durable import write_durably
+from data.files import file_digest
+from data.progress import Progress
+from data.records import Place
+from data.report import describe_counts, read_summary, require_all_accounted_for, split_summary
+from data.spool import (
+    SPOOL_FILES,
+    Spool,
+    SpoolProgress,
+    close_spool,
+    open_spool,
+    sample_sentences,
+    split_documents,
+    write_spool,
+)
+from data.token_file import PARTS, PROGRESS, open_token_file, write_token_file
+from data.tokenizer import Tokenizer, train_tokenizer
+
+FORMAT_VERSION = 2
+SAMPLE_BYTES = 8_000_000  # of training text that a tokenizer learns from: about 200,000 lines
+TOKENIZER = "tokenizer.model"
+SPLITS = ("train", "validation")
+_COMMIT = "commit.txt"
+
+logger = logging.getLogger("microtron")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source of the configuration, and the folder of its text."""
+
+    key: str  # what its keys begin with: data, or data.sources[1]
+    config: WeightedSource
+    files: list[Path]
+    fingerprint: str
+    text: Path
+
+
+def fill_text(source: Source, work: Path) -> None:
+    """Reads the documents of a source."""
+    # Here, not at the top: importing `datasets` takes a second, and most starts need no reading.
+    from data.sources import commit_of, read_records  # noqa: PLC0415
+
+    logger.info("preparing %s.source=%s: reading documents", source.key, source.config.source)
+    config = source.config
+    if config.source == "hub":
+        # What was read and what is read later must be of one state of the dataset.
+        commit = work / _COMMIT
+        if not commit.exists():
+            write_durably(commit, commit_of(config, source.key).encode())
+        config = replace(config, hub_revision=commit.read_text() or None)
+    scratch = work / "datasets"
+    read = partial(read_records, config, source.key, source.files, scratch)
+    total_bytes = sum(file.stat().st_size for file in source.files) if source.files else None
+    with Progress("reading", total_bytes) as progress:
+        done = write_spool(work, read, _reading(source.files, progress))
+    shutil.rmtree(scratch, ignore_errors=True)
+    if not done.num_documents:
+        raise ValueError(
+            f"{source.key}.source={config.source} with {source.key}.path={config.path!r} yields "
+            f"no documents; skipped: {describe_counts(done.skipped) or 'nothing'}; give non-empty "
+            "UTF-8 text"
+        )
+    write_header(work, list(SPOOL_FILES), {"read": vars(done)})
+
+
+def _reading(files: list[Path], progress: Progress) -> Callable[[Place, int], None]:
+    """Turns a place in the source and the bytes of text so far into bytes of files."""
+    before = list(accumulate((file.stat().st_size for file in files), initial=0))
+    file, first_text_bytes, last_text_bytes = -1, 0, 0
+
+    def told(place: Place, text_bytes: int) -> None:
+        nonlocal file, first_text_bytes, last_text_bytes
+        if not files:  # of a hub dataset
+            progress.reach(text_bytes)
+            return
+        if place.file != file:
+            file, first_text_bytes = place.file, last_text_bytes
+        last_text_bytes = text_bytes
+        progress.reach(min(before[file + 1], before[file] + text_bytes - first_text_bytes))
+
+    return told
+
+
+def fill_tokenizer(config: DataConfig, sources: list[Source], work: Path) -> None:
+    """Trains a tokenizer on lines of each source, as much as their weights say or as there is."""
+    spools = [_spooled(source)[0] for source in sources]
+    splits = [split_documents(spool.hashes, config.validation_fraction)[0] for spool in spools]
+    available = [
+        int(spool.num_bytes(train).sum()) for spool, train in zip(spools, splits, strict=True)
+    ]
+    shares = sample_shares([source.config.weight for source in sources], available)
+    sentences: list[str] = []
+    for spool, train, share in zip(spools, splits, shares, strict=True):
+        sentences.extend(sample_sentences(spool, train, share))
+        close_spool(spool)
+    logger.info("training a tokenizer of data.vocab_size=%d pieces", config.vocab_size)
+    write_durably(work / TOKENIZER, train_tokenizer(sentences, config.vocab_size))
+    write_header(work, [TOKENIZER], {"format_version": FORMAT_VERSION})
+
+
+def sample_shares(weights: list[float], available: list[int]) -> list[int]:
+    """Divides SAMPLE_BYTES by weights; what a source does not have goes to the others."""
+    shares, left, weight_left = [0] * len(weights), SAMPLE_BYTES, sum(weights)
+    # Those that have least for their weight come first.
+    for number in sorted(range(len(weights)), key=lambda i: available[i] / weights[i]):
+        share = round(left * weights[number] / max(weight_left, weights[number]))
+        # One source alone is given the whole, however little it has.
+        shares[number] = share if len(weights) == 1 else min(available[number], share)
+        left, weight_left = left - shares[number], weight_left - weights[number]
+    return shares
+
+
+def _spooled(source: Source) -> tuple[Spool, SpoolProgress]:
+    """The documents of a source, read now unless they have been; the caller holds its lock."""
+    build_entry(source.text, partial(fill_text, source))
+    return open_spool(source.text), SpoolProgress.stored(read_header(source.text)["read"])
+
+
+def fill_tokens(source: Source, config: DataConfig, tokenizer: Tokenizer, work: Path) -> None:
+    """Writes token files, tokenizer and, last, the header."""
+    started_at = time.perf_counter()
+    spool, read = _spooled(source)
+    splits = split_documents(spool.hashes, config.validation_fraction)
+    if config.validation_fraction > 0 and not len(splits[1]):
+        logger.warning(
+            "%s.source has a single document, which is used for training; without held-out text "
+            "(data.validation_fraction=%s) there is no evaluation: cut it into several documents",
+            source.key,
+            config.validation_fraction,
+        )
+    if config.tokenizer is not None and not tokenizer.is_lossless:
+        logger.warning(
+            "data.tokenizer=%r does not give every text back unchanged; bits per byte will count "
+            "the bytes of the original text",
+            config.tokenizer,
+        )
+    write_durably(work / TOKENIZER, tokenizer.model)
+    summary = read_summary(read, spool)
+    for split, indices in zip(SPLITS, splits, strict=True):
+        write_token_file(work, split, spool, indices, tokenizer)
+        summary[split] = split_summary(open_token_file(work, split, tokenizer.vocab_size))
+    close_spool(spool)
+    require_all_accounted_for(work, summary)
+    names = [TOKENIZER, *(f"{split}.{part}" for split in SPLITS for part in PARTS)]
+    digest = xxhash.xxh3_128(b"".join(file_digest(work / name) for name in names))
+    facts = {"fingerprint": digest.hexdigest(), "format_version": FORMAT_VERSION}
+    write_header(work, names, {**facts, "vocab_size": tokenizer.vocab_size, "summary": summary})
+    for split in SPLITS:
+        (work / f"{split}.{PROGRESS}").unlink()
+    logger.info("tokenized %s in %.1f s", source.key, time.perf_counter() - started_at)
