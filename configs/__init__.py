@@ -10,6 +10,13 @@ from configs.launch import (
     leave_error,
 )
 from configs.load import load_config, parse_config, read_config, to_yaml
+from configs.program import (
+    Text,
+    exit_on_config_error,
+    load_settings,
+    parse_settings,
+    run_config,
+)
 from configs.schema import (
     CheckpointConfig,
     Config,
@@ -25,7 +32,7 @@ from configs.schema import (
     TrainConfig,
     WeightedSource,
 )
-from configs.validate import validate
+from configs.validate import Range, validate
 
 __all__ = [
     "EXIT_BEFORE_TRAINING",
@@ -39,18 +46,24 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "Range",
     "RunConfig",
     "SourceConfig",
+    "Text",
     "TrainConfig",
     "WeightedSource",
+    "exit_on_config_error",
     "exit_with_error",
     "flatten",
     "is_restart",
     "launch_id",
     "leave_error",
     "load_config",
+    "load_settings",
     "parse_config",
+    "parse_settings",
     "read_config",
+    "run_config",
     "to_yaml",
     "validate",
 ]

@@ -20,7 +20,7 @@ class Key:
     type: type[Any]  # int, float, str, bool, or the dataclass of a mapping; of a list, its items'
     choices: tuple[str, ...]  # of a Literal; else empty
     nullable: bool
-    default: Value
+    default: Any  # dataclasses.MISSING: it must be given
     count: int | None = None  # items of a list, 0: any number of them; None: it is one value
 
     @property
@@ -39,7 +39,7 @@ class Key:
     @property
     def fields(self) -> dict[str, "Key"]:
         """The keys inside a mapping, by their last part."""
-        return _keys_of(self.type, self.name)
+        return keys_of(self.type, f"{self.name}.")
 
     def item(self, number: int) -> "Key":
         """The key of one item of a list."""
@@ -48,10 +48,10 @@ class Key:
 
 
 def _key(name: str, hint: Any, default: Any) -> Key:
-    if get_origin(hint) is Literal:
-        return Key(name, str, get_args(hint), nullable=False, default=default)
-    nullable = NoneType in get_args(hint)
+    nullable = get_origin(hint) is not Literal and NoneType in get_args(hint)
     kind = get_args(hint)[0] if nullable else hint
+    if get_origin(kind) is Literal:
+        return Key(name, str, get_args(kind), nullable, default)
     if get_origin(kind) is tuple:
         items = get_args(kind)
         count = 0 if Ellipsis in items else len(items)
@@ -59,10 +59,11 @@ def _key(name: str, hint: Any, default: Any) -> Key:
     return Key(name, kind, (), nullable, default)
 
 
-def _keys_of(dataclass: type[Any], prefix: str) -> dict[str, Key]:
+def keys_of(dataclass: type[Any], prefix: str = "") -> dict[str, Key]:
+    """The keys of the fields of a dataclass, by the field's name; each after `prefix`."""
     hints = get_type_hints(dataclass)
     return {
-        field.name: _key(f"{prefix}.{field.name}", hints[field.name], field.default)
+        field.name: _key(f"{prefix}{field.name}", hints[field.name], field.default)
         for field in dataclasses.fields(dataclass)
     }
 
@@ -80,5 +81,5 @@ SECTIONS: dict[str, type] = get_type_hints(Config)
 KEYS: dict[str, Key] = {
     key.name: key
     for section, dataclass in SECTIONS.items()
-    for key in _keys_of(dataclass, section).values()
+    for key in keys_of(dataclass, f"{section}.").values()
 }

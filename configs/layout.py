@@ -38,7 +38,7 @@ def _check_ranks(tp: int, world_size: int) -> None:
         ranks = "there is 1 rank" if world_size == 1 else f"there are {world_size} ranks"
         raise ConfigError(
             f"{key}={tp} needs {tp} ranks, or a multiple of it, and {ranks}; start with torchrun "
-            f"--nproc-per-node {tp} train.py ..., or choose {key}={world_size}",
+            f"--nproc-per-node {tp} ..., or choose {key}={world_size}",
             key,
         )
     if world_size % tp:

@@ -24,7 +24,7 @@ from configs.validate import validate
 from configs.values import Written
 from configs.yaml_file import compose_text, display_path, read_yaml, unquote
 
-_HELP = {"--help", "-h", "help"}
+HELP = {"--help", "-h", "help"}
 _RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 
 
@@ -99,7 +99,7 @@ def _names(message: str, key: str) -> bool:
 
 
 def _information(arguments: list[str]) -> str | None:
-    if _HELP & set(arguments):
+    if HELP & set(arguments):
         return usage()
     return config_list() if "config=list" in arguments else None
 

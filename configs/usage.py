@@ -13,7 +13,7 @@ from pathlib import Path
 
 from configs import schema
 from configs.errors import shown
-from configs.keys import KEYS, SECTIONS
+from configs.keys import KEYS, SECTIONS, Key
 
 SHIPPED: list[Path] = sorted(Path(__file__).parent.glob("*.yaml"))
 _WIDTH = 100
@@ -31,11 +31,15 @@ def usage() -> str:
         for key in KEYS.values():
             if not key.name.startswith(f"{section}."):
                 continue
-            lines.append(f"  {key.name}  ({key.allowed}; default {shown(key.default)})")
-            comment = comments[key.name]
-            indent = " " * 6
-            lines += textwrap.wrap(comment, _WIDTH, initial_indent=indent, subsequent_indent=indent)
+            lines += describe_key(key, f"default {shown(key.default)}", comments[key.name])
     return "\n".join([*lines, "", config_list()])
+
+
+def describe_key(key: Key, default: str, comment: str) -> list[str]:
+    """Returns the lines about one key: what it takes, its default, and its comment."""
+    indent = " " * 6
+    comment_lines = textwrap.wrap(comment, _WIDTH, initial_indent=indent, subsequent_indent=indent)
+    return [f"  {key.name}  ({key.allowed}; {default})", *comment_lines]
 
 
 def config_list() -> str:
@@ -52,22 +56,32 @@ def describe(path: Path) -> str:
 
 
 def key_comments() -> dict[str, str]:
-    """Returns the comment of each key: behind it, or else in the lines directly above it."""
-    source = inspect.getsource(schema)
+    """Returns the comment of each key."""
+    of_classes = field_comments(inspect.getsource(schema))
+    return {
+        f"{section}.{name}": comment
+        for section, section_class in SECTIONS.items()
+        for base in section_class.__mro__
+        for name, comment in of_classes.get(base.__name__, {}).items()
+    }
+
+
+def field_comments(source: str) -> dict[str, dict[str, str]]:
+    """Returns the comments of the fields of each class: behind, or in the lines directly above."""
     behind: dict[int, str] = {}  # by line
     alone: dict[int, str] = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             comments = alone if token.line.lstrip().startswith("#") else behind
             comments[token.start[0]] = token.string.lstrip("# ")
-    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    classes = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
     return {
-        f"{section}.{field.target.id}": behind.get(field.lineno) or _above(field.lineno, alone)
-        for section, section_class in SECTIONS.items()
-        for base in section_class.__mro__
-        if base.__name__ in classes
-        for field in classes[base.__name__].body
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        node.name: {
+            field.target.id: behind.get(field.lineno) or _above(field.lineno, alone)
+            for field in node.body
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        }
+        for node in classes
     }
 
 

@@ -11,7 +11,7 @@ LAYOUTS = [
     (
         1,
         f"{TP}=2",
-        f"{TP}=2 needs 2 ranks, or a multiple of it, and there is 1 rank; start with torchrun --nproc-per-node 2 train.py ..., or choose {TP}=1",
+        f"{TP}=2 needs 2 ranks, or a multiple of it, and there is 1 rank; start with torchrun --nproc-per-node 2 ..., or choose {TP}=1",
     ),
     (
         8,
