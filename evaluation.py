@@ -6,19 +6,30 @@ from dataclasses import dataclass
 
 import torch
 
-from data import EvaluationSet, evaluation_batches
-from model import generate
-from parallel import fold_seed, free_gathered_weights, own_scratch, sum_over
+from configs import Config
+from data import Corpus, EvaluationSet, evaluation_batches
+from model import GPT, Sampling, generate
+from parallel import Mesh, fold_seed, free_gathered_weights, own_scratch, sum_over
 from run_state import Run, RunState
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Averages over all targets of the held-out documents."""
+class Score:
+    """How well documents are predicted: nats over all their tokens, bos and eos not counted."""
 
-    loss: float  # nats per target token
-    bits_per_byte: float  # bits per UTF-8 byte of the documents' text
-    sample: str | None  # a continuation of evaluate.sample_prompt
+    nats: float
+    num_targets: int
+    num_bytes: int  # UTF-8 bytes of the documents' text
+
+    @property
+    def loss(self) -> float:
+        """Nats per target token."""
+        return self.nats / self.num_targets
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits per UTF-8 byte of the documents' text."""
+        return self.nats / math.log(2) / self.num_bytes
 
     @property
     def perplexity(self) -> float:
@@ -26,37 +37,59 @@ class Evaluation:
         return math.exp(self.loss) if self.loss < math.log(sys.float_info.max) else math.inf
 
 
+@dataclass(frozen=True)
+class Evaluation(Score):
+    """The score of the held-out documents while training."""
+
+    sample: str | None  # a continuation of evaluate.sample_prompt
+
+
 def held_out(run: Run) -> EvaluationSet:
     """The documents that every evaluation of this run scores."""
-    config = run.config
+    most = run.config.evaluate.max_sequences
+    return documents_of(run.corpus, run.config, run.mesh, max_sequences=most)
+
+
+def documents_of(
+    corpus: Corpus,
+    config: Config,
+    mesh: Mesh,
+    *,
+    max_sequences: int | None,
+    stride: int | None = None,
+) -> EvaluationSet:
+    """Held-out documents, at most so many rows of them, dealt to the ranks there are."""
     return evaluation_batches(
-        run.corpus,
+        corpus,
         seq_length=config.model.seq_length,
-        max_sequences=config.evaluate.max_sequences,
+        stride=stride,
+        max_sequences=max_sequences,
         micro_batch_size=config.train.micro_batch_size,
-        dp_rank=run.mesh.dp.rank,
-        dp_size=run.mesh.dp.size,
-        tp_size=run.mesh.tp.size,
+        dp_rank=mesh.dp.rank,
+        dp_size=mesh.dp.size,
+        tp_size=mesh.tp.size,
     )
 
 
 @torch.no_grad()
+def score(model: GPT, documents: EvaluationSet) -> Score:
+    """Score the documents; every rank calls this and gets the same."""
+    mesh = model.mesh
+    nats = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    for batch in documents.batches:
+        nats += model(**batch.inputs(mesh.device)).cross_entropy
+    total = sum_over(mesh.dp, nats).item()
+    return Score(total, documents.num_targets, documents.num_bytes)
+
+
 def evaluate(run: Run, state: RunState, documents: EvaluationSet) -> Evaluation:
     """Score the documents and write a sample; every rank calls this and gets the same."""
-    device = run.mesh.device
-    nats = torch.zeros((), dtype=torch.float64, device=device)
-    for batch in documents.batches:
-        nats += run.model(**batch.inputs(device)).cross_entropy
-    total = sum_over(run.mesh.dp, nats).item()
+    of_documents = score(run.model, documents)
     # Weights that give no number write nothing either; the next step finds out and acts on it.
     with own_scratch():  # whole logits, which training would keep memory for
-        sample = write_sample(run, state) if math.isfinite(total) else None
+        sample = write_sample(run, state) if math.isfinite(of_documents.nats) else None
     free_gathered_weights(run.model)
-    return Evaluation(
-        loss=total / documents.num_targets,
-        bits_per_byte=total / math.log(2) / documents.num_bytes,
-        sample=sample,
-    )
+    return Evaluation(**vars(of_documents), sample=sample)
 
 
 def write_sample(run: Run, state: RunState) -> str | None:
@@ -64,13 +97,16 @@ def write_sample(run: Run, state: RunState) -> str | None:
     config, tokenizer = run.config.evaluate, run.corpus.tokenizer
     if config.sample_tokens == 0:
         return None
+    sampling = Sampling(
+        temperature=config.sample_temperature,
+        seed=fold_seed(run.config.run.seed, "sample", state.step),
+    )
     tokens = generate(
         run.model,
         [tokenizer.bos_id, *tokenizer.encode(config.sample_prompt)],
         config.sample_tokens,
+        sampling,
         num_ids=tokenizer.vocab_size,
-        temperature=config.sample_temperature,
-        seed=fold_seed(run.config.run.seed, "sample", state.step),
         end_id=tokenizer.eos_id,
     )
     return tokenizer.decode([token for token in tokens if token != tokenizer.eos_id])

@@ -9,6 +9,8 @@ from torch.optim import AdamW
 
 from configs import Config, OptimizerConfig
 
+WEIGHTS = "parameters."  # before the names of parameters in a checkpoint
+
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
     """AdamW (Loshchilov and Hutter 2019) in one fused kernel, its state made at once.
@@ -39,12 +41,19 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
     return optimizer
 
 
-def training_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, DTensor]:
-    """Everything that a checkpoint holds, by name: parameters and both moments of each."""
+def weight_tensors(model: nn.Module) -> dict[str, DTensor]:
+    """The parameters, by their names in a checkpoint."""
     tensors: dict[str, DTensor] = {}
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
-        tensors[f"parameters.{name}"] = parameter
+        tensors[f"{WEIGHTS}{name}"] = parameter
+    return tensors
+
+
+def training_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, DTensor]:
+    """Everything that a checkpoint holds, by name: parameters and both moments of each."""
+    tensors = weight_tensors(model)
+    for name, parameter in model.named_parameters():
         for moment in ("exp_avg", "exp_avg_sq"):
             tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
     return tensors

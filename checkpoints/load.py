@@ -18,27 +18,33 @@ from checkpoints.manifest import (
     CheckpointError,
     checkpoint_directories,
     read_manifest,
+    step_directory,
     verify_file,
 )
-from parallel import Mesh, gather_json, local_slices, tp_shard_dim
+from parallel import Mesh, gather_json, local_part
 
 logger = logging.getLogger("microtron")
 
 
-def find_checkpoint(folder: Path, mesh: Mesh) -> Checkpoint | None:
+def find_checkpoint(folder: Path, mesh: Mesh, step: int | None = None) -> Checkpoint | None:
     """The newest checkpoint of a folder that is whole; None if there are none at all.
 
     Every rank calls this; the files are verified in shares. A damaged checkpoint is named and
     passed over. Raises CheckpointError if there are checkpoints and all of them are damaged:
-    starting from scratch is for a person to decide.
+    starting from scratch is for a person to decide. With a `step` that one is meant, and it is an
+    error if it is damaged or not there.
     """
     # All ranks must look at the same list, also if one sees a directory appear later.
     listed = [path.name for path in reversed(checkpoint_directories(folder))]
     names = gather_json(mesh, listed)[0]
+    if step is not None:
+        names = [_of_step(step, folder, names)]
     for name in names:
         problems = [found for found in gather_json(mesh, _problem(folder / name, mesh)) if found]
         if not problems:
             return read_manifest(folder / name)
+        if step is not None:
+            raise CheckpointError(f"checkpoint {folder / name} is damaged: {problems[0]}")
         if mesh.world.rank == 0:
             logger.warning("checkpoint %s is damaged, passed over: %s", folder / name, problems[0])
     if names:
@@ -47,6 +53,17 @@ def find_checkpoint(folder: Path, mesh: Mesh) -> Checkpoint | None:
             "move them away to start from scratch"
         )
     return None
+
+
+def _of_step(step: int, folder: Path, names: list[str]) -> str:
+    name = step_directory(folder, step).name
+    if name not in names:
+        steps = ", ".join(str(int(other.removeprefix("step_"))) for other in reversed(names))
+        raise CheckpointError(
+            f"there is no checkpoint of step {step} in {folder}; "
+            f"{f'there are those of steps {steps}' if names else 'there is none at all'}"
+        )
+    return name
 
 
 def _problem(directory: Path, mesh: Mesh) -> str | None:
@@ -60,24 +77,32 @@ def _problem(directory: Path, mesh: Mesh) -> str | None:
 
 
 @torch.no_grad()
-def load_tensors(checkpoint: Checkpoint, tensors: Mapping[str, DTensor], mesh: Mesh) -> None:
+def load_tensors(
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, DTensor],
+    mesh: Mesh,
+    *,
+    prefix: str = "",
+    converts: bool = False,
+) -> None:
     """Fill the local shards of `tensors` from a verified checkpoint.
 
-    Raises CheckpointError if names, shapes or dtypes differ from the checkpoint's, or a part is
-    missing.
+    Of the checkpoint's tensors those count whose names begin with `prefix`. Raises CheckpointError
+    if names, shapes or (unless it `converts`) dtypes differ from theirs, or a part is missing.
     """
-    _require_same_names(checkpoint, tensors)
+    _require_same_names(checkpoint, tensors, prefix)
     files: dict[str, Any] = {}
     for name, tensor in tensors.items():
         stored = checkpoint.tensors[name]
-        ours = (list(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        dtype = stored["dtype"] if converts else str(tensor.dtype).removeprefix("torch.")
+        ours = (list(tensor.shape), dtype)
         if ours != (stored["shape"], stored["dtype"]):
             raise CheckpointError(
                 f"{checkpoint.directory}: {name} is {stored['dtype']} {stored['shape']}, "
                 f"the model has {ours[1]} {ours[0]}"
             )
         local = tensor.to_local()
-        wanted = local_slices(tensor.shape, tp_shard_dim(tensor), mesh.tp, mesh.dp)
+        wanted = local_part(tensor, mesh)
         filled = 0
         for shard in stored["shards"]:
             source, target = _overlap(wanted, shard["offsets"], shard["shape"])
@@ -99,9 +124,12 @@ def load_tensors(checkpoint: Checkpoint, tensors: Mapping[str, DTensor], mesh: M
             )
 
 
-def _require_same_names(checkpoint: Checkpoint, tensors: Mapping[str, DTensor]) -> None:
-    missing = sorted(set(tensors) - set(checkpoint.tensors))
-    unknown = sorted(set(checkpoint.tensors) - set(tensors))
+def _require_same_names(
+    checkpoint: Checkpoint, tensors: Mapping[str, DTensor], prefix: str
+) -> None:
+    stored = {name for name in checkpoint.tensors if name.startswith(prefix)}
+    missing = sorted(set(tensors) - stored)
+    unknown = sorted(stored - set(tensors))
     if missing or unknown:
         raise CheckpointError(
             f"{checkpoint.directory} is of another model: "

@@ -7,6 +7,7 @@ from data.evaluation import EvaluationSet, evaluation_batches
 from data.loader import BatchLoader, StepBatch
 from data.prepare import Corpus, prepare_corpus
 from data.rows import IGNORED_TARGET, MicroBatch
+from data.texts import corpus_to_score
 from data.token_file import TokenFile
 from data.tokenizer import Tokenizer, load_tokenizer
 
@@ -19,6 +20,7 @@ __all__ = [
     "StepBatch",
     "TokenFile",
     "Tokenizer",
+    "corpus_to_score",
     "evaluation_batches",
     "load_tokenizer",
     "prepare_corpus",

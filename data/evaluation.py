@@ -1,18 +1,37 @@
-"""Rows of held-out documents, so that bits per byte are exact.
+"""Rows of documents to be scored, so that bits per byte are exact.
 
-A document is read from its bos, which is not scored, to the token before its eos; windows of
-seq_length follow each other without overlap. Documents are whole, in the order of the file, which
-is that of their hashes: the bytes that the nats are divided by are those of the documents' text.
+[Note: rolling windows]
+A document is read from its bos, which is not scored, to the token before its eos; every token of
+its text is scored once. The first window reads s tokens, bos among them, and scores all s that
+follow them. Each window after it scores the next `stride` tokens, or those that are left, and reads
+the s tokens before the last of them: with stride = s only the last window reads some tokens that
+were read before. A document of no more than s tokens is one shorter window. These are the windows
+of lm-evaluation-harness's `loglikelihood_rolling` (its `get_rolling_token_windows`, with stride =
+max_seq_len - context_len + 1).
+
+Documents are whole, in the order of the file, which for held-out documents is that of their hashes:
+the bytes that the nats are divided by are those of the documents' text.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from data.packing import Int64Array
 from data.prepare import Corpus
-from data.rows import MicroBatch, PaddedRows, Spans, make_micro_batch
+from data.rows import IGNORED_TARGET, MicroBatch, Spans, make_micro_batch
+from data.token_file import Tokens
+
+
+class _Windows(NamedTuple):
+    """One element for each window."""
+
+    starts: Int64Array  # in the token stream
+    lengths: Int64Array  # inputs; 0: filler, a row that scores nothing
+    scored: Int64Array  # the last so many targets
 
 
 @dataclass(frozen=True)
@@ -24,24 +43,25 @@ class EvaluationSet:
     num_targets: int
     num_batches: int  # of each rank: the same number on all
     _corpus: Corpus = field(repr=False)
-    _starts: Int64Array = field(repr=False)  # [num_batches, b], this rank's spans; length 0: no row
-    _lengths: Int64Array = field(repr=False)
+    _windows: _Windows = field(repr=False)  # [num_batches, b] each, this rank's
     _numbers: Int64Array = field(repr=False)
     _multiple_of: int = field(repr=False)
 
     @property
     def batches(self) -> Iterator[MicroBatch]:
         """This rank's micro-batches, made one by one."""
-        for starts, lengths, numbers in zip(
-            self._starts, self._lengths, self._numbers, strict=True
-        ):
-            yield make_micro_batch(
+        for starts, lengths, scored, numbers in zip(*self._windows, self._numbers, strict=True):
+            batch = make_micro_batch(
                 self._corpus.validation,
                 Spans.of_rows(starts, lengths),
                 numbers,
                 self._multiple_of,
                 self._corpus.tokenizer.eos_id,
             )
+            targets = batch.targets.numpy()
+            # Scored by another window: only read again.
+            targets[np.arange(targets.shape[1]) < (lengths - scored)[:, None]] = IGNORED_TARGET
+            yield dataclasses.replace(batch, num_targets=int(scored.sum()))
 
 
 def evaluation_batches(
@@ -53,20 +73,25 @@ def evaluation_batches(
     dp_rank: int,
     dp_size: int,
     tp_size: int,
+    stride: int | None = None,
 ) -> EvaluationSet:
     """Chooses whole documents of at most `max_sequences` rows (null: all) and deals their rows to
-    ranks.
+    ranks. A window scores `stride` tokens (null: `seq_length`), see [Note: rolling windows].
 
     Of a mixture each source has a share of the rows by its weight. Which documents are chosen does
     not depend on the layout. Ranks get the same number of batches; where rows run out, batches are
     filled with rows whose targets are all ignored.
     """
-    rows = PaddedRows(corpus.validation, seq_length, trailing_tokens=1)
-    documents = _choose_from_each(corpus, rows.rows_per_document, max_sequences)
-    numbers = np.concatenate([np.empty(0, np.int64), *(rows.rows_of(int(i)) for i in documents)])
-    spans = rows.spans(numbers)
+    stride = stride or seq_length
+    file = corpus.validation
+    num_tokens = np.diff(file.document_offsets) - 2  # of text, without bos and eos
+    beyond_first = np.maximum(0, num_tokens - seq_length)
+    rows_per_document = np.where(num_tokens > 0, 1 - -beyond_first // stride, 0)
+    documents = _choose_from_each(corpus, rows_per_document, max_sequences)
+    windows = _windows_of(file, documents, rows_per_document, seq_length, stride)
     batch_rows = micro_batch_size * dp_size
-    num_batches = -(-len(numbers) // batch_rows)
+    num_rows = len(windows.starts)
+    num_batches = -(-num_rows // batch_rows)
 
     def dealt(values: Int64Array) -> Int64Array:
         filled = np.zeros(num_batches * batch_rows, dtype=np.int64)
@@ -75,15 +100,34 @@ def evaluation_batches(
 
     return EvaluationSet(
         num_documents=len(documents),
-        num_bytes=int(corpus.validation.document_bytes[documents].sum()),
-        num_targets=int(spans.lengths.sum()),
+        num_bytes=int(file.document_bytes[documents].sum()),
+        num_targets=int(windows.scored.sum()),
         num_batches=num_batches,
         _corpus=corpus,
-        _starts=dealt(spans.starts),
-        _lengths=dealt(spans.lengths),
-        _numbers=dealt(np.arange(len(numbers), dtype=np.int64)),
+        _windows=_Windows(*map(dealt, windows)),
+        _numbers=dealt(np.arange(num_rows, dtype=np.int64)),
         _multiple_of=tp_size,
     )
+
+
+def _windows_of(
+    file: Tokens,
+    documents: Int64Array,
+    rows_per_document: Int64Array,
+    seq_length: int,
+    stride: int,
+) -> _Windows:
+    """The windows of documents, one after the other."""
+    num_rows = rows_per_document[documents]
+    document = np.repeat(documents, num_rows)
+    # The window's number in its document.
+    number = np.arange(len(document)) - np.repeat(np.cumsum(num_rows) - num_rows, num_rows)
+    num_tokens = file.document_offsets[document + 1] - file.document_offsets[document] - 2
+    ends = np.minimum(seq_length + number * stride, num_tokens)  # tokens scored by its end
+    before = np.where(number == 0, 0, seq_length + (number - 1) * stride)
+    # The inputs of the last scored token: as many as fit, and they begin with bos at 0.
+    starts = np.maximum(0, ends - seq_length)
+    return _Windows(file.document_offsets[document] + starts, ends - starts, ends - before)
 
 
 def _choose_from_each(

@@ -161,7 +161,7 @@ def write_token_file(
 
         for batch in _batches(indices[num_documents:], document_bytes[num_documents:]):
             texts = [spool.document(int(index)) for index in batch]
-            for document in _encoded(texts, tokenizer, dtype):
+            for document in encoded(texts, tokenizer, dtype):
                 file.write(document.tobytes())
                 offsets.write(num_tokens.to_bytes(_INDEX_DTYPE.itemsize, "little"))
                 num_documents += 1
@@ -178,7 +178,7 @@ def write_token_file(
     return num_tokens
 
 
-def _encoded(
+def encoded(
     texts: list[str], tokenizer: Tokenizer, dtype: np.dtype[np.unsignedinteger]
 ) -> Iterator[npt.NDArray[np.unsignedinteger]]:
     """The tokens of documents: bos, those of the text, eos."""

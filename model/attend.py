@@ -46,6 +46,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
     return _sequence_first(y)
 
 
+def attend_with_past(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As `attend`, causal, where the queries are of the last n of m positions; no backward.
+
+    `q`, and the result, `[n, b, a/t, d]`; `k`, `v` `[m, b, g/t, d]`. The queries that a group
+    serves are made rows of one product with its keys, so that no key is repeated.
+    """
+    n, b, a, d = q.shape
+    m, _, groups, _ = k.shape
+    rows = q.view(n, b, groups, -1, d).permute(1, 2, 3, 0, 4).flatten(2, 3)  # [b, g/t, a/g n, d]
+    mask = None
+    if n > 1:  # a single query is of the last position and sees all
+        mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
+        mask = mask.repeat(a // groups, 1)  # [a/g n, m]
+    y = F.scaled_dot_product_attention(rows, _batch_first(k), _batch_first(v), attn_mask=mask)
+    return y.unflatten(2, (-1, n)).permute(3, 0, 1, 2, 4).reshape(n, b, a, d)
+
+
 class _Attention(torch.autograd.Function):
     """torch's flash attention for processors, in the precision in which it is fast there."""
 

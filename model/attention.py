@@ -61,7 +61,10 @@ class SelfAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if context.rotation is not None:
             q, k = self.rotate(q, *context.rotation), self.rotate(k, *context.rotation)
-        y = attend(q, k, v, context.mask, self.drop(context.stream))  # [s, b, a/t, d]
+        if context.cache is None:
+            y = attend(q, k, v, context.mask, self.drop(context.stream))  # [s, b, a/t, d]
+        else:
+            y = context.cache.attend(self.layer, q, k, v)  # [s, b, a/t, d]
         joined = y.flatten(2)  # [s, b, h/t], a copy if the kernel had another layout
         kept, is_copy = y.detach(), not is_same_memory(joined, y)
         # Full recomputation keeps neither; the recipe would.

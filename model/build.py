@@ -33,3 +33,16 @@ def build_model(config: Config, mesh: Mesh) -> GPT:
     model.to_empty(device=mesh.device)
     initialise_parameters(model, config.run.seed, mesh)
     return model
+
+
+def build_bare_model(config: Config, mesh: Mesh) -> GPT:
+    """The GPT of a configuration for use without training, its weights not set yet.
+
+    Every rank has its tensor-parallel shard of all weights, in the precision of computation;
+    nothing is cut over dp, gathered or kept twice.
+    """
+    model = GPT(config.model, config.data.vocab_size, mesh)
+    model.requires_grad_(False)
+    model.to(COMPUTE_DTYPE[config.train.precision])
+    model.to_empty(device=mesh.device)
+    return model

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import ModelConfig
+from model.cache import KeyValueCache
 from model.rotary import Rotation, rotation_of
 from parallel import DropoutStream
 
@@ -17,6 +18,7 @@ class Context:
     rotation: Rotation | None  # None: positions are learned
     mask: Tensor | None  # [b, 1, s, s], true where a query (row) may see a key; None: all before it
     stream: DropoutStream | None  # None: no dropout
+    cache: KeyValueCache | None = None  # None: what is read now is all there is
 
 
 def make_context(
@@ -25,13 +27,14 @@ def make_context(
     documents: Tensor | None,
     stream: DropoutStream | None,
     dtype: torch.dtype,
+    cache: KeyValueCache | None = None,
 ) -> Context:
     """`positions` and `documents` `[s, b]`: places in the document, and which document it is."""
     rotation = None
     if config.position_embedding_type == "rope":
         rotation = rotation_of(positions, config.head_dim, config.rotary_base, dtype)
     mask = None if documents is None else document_mask(documents)
-    return Context(rotation, mask, stream)
+    return Context(rotation, mask, stream, cache)
 
 
 def document_mask(documents: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from configs.schema import ModelConfig, Recompute
 from model.attention import SelfAttention
+from model.cache import KeyValueCache
 from model.context import Context, make_context
 from model.initialisation import matrix_init
 from model.mlp import MLP
@@ -123,17 +124,21 @@ class GPT(nn.Module):
         stream: DropoutStream | None = None,
         documents: Tensor | None = None,
         z_loss_coeff: float = 0.0,
+        cache: KeyValueCache | None = None,
+        wanted: slice = slice(None),
     ) -> Losses | Tensor:
         """The losses of all targets; without targets the logits, `[b, s, v]` float32.
 
         `tokens`, `positions`, `targets` `[b, s]`; s a multiple of t. Targets below 0 don't count.
         Without a `stream` there is no dropout.
         With `documents` `[b, s]`, tokens see only those that have the same number.
+        With a `cache`, tokens follow those that it holds, and see them; no backward.
+        `wanted`: the positions whose logits are, where not all.
         """
         # The only transpose: data is batch first, the model sequence first.
         positions, documents = positions.t(), None if documents is None else documents.t()
         x = self.embed(tokens.t(), positions, stream)  # [s/t, b, h]
-        context = make_context(self.config, positions, documents, stream, x.dtype)
+        context = make_context(self.config, positions, documents, stream, x.dtype, cache)
         for block in self.blocks:
             x = block(x, context)
         x = self.norm(x)
@@ -143,7 +148,8 @@ class GPT(nn.Module):
             else self.embedding.weight
         )
         if targets is None:
-            logits = vocab_parallel_logits(x, table.to_local(), self.mesh)  # [s, b, v/t]
+            # [s, b, v/t]
+            logits = vocab_parallel_logits(x, table.to_local(), self.mesh, wanted)
             return gather_vocabulary(logits, self.mesh, self.vocab_size).transpose(0, 1).float()
         # Inside the root's forward, because FSDP2 frees the head's weight after it.
         return vocab_parallel_loss(

@@ -1,50 +1,54 @@
-"""Text from a model, one token at a time."""
+"""How the next token is chosen from the logits of all."""
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from model.gpt import GPT
-from parallel import sum_over
+from parallel import fold_seed
+
+_DRAW_BITS = 40  # few enough that a draw times any total stays below it
 
 
-@torch.no_grad()
-def generate(
-    model: GPT,
-    prompt: Sequence[int],
-    num_tokens: int,
-    *,
-    num_ids: int,
-    temperature: float,
-    seed: int,
-    end_id: int | None = None,
-) -> list[int]:
-    """The prompt continued by up to `num_tokens` tokens, ending early after `end_id`.
+@dataclass(frozen=True)
+class Sampling:
+    """Temperature first; then the `top_k` likeliest; then the fewest that have `top_p` together."""
 
-    Every rank calls this with the same arguments and gets the same tokens. Only the first
-    `num_ids` ids are drawn: a vocabulary may have more rows than the tokenizer has pieces.
-    Temperature 0 takes the likeliest. The last `seq_length` tokens are the context.
+    temperature: float = 1.0  # 0: always the likeliest
+    top_k: int | None = None  # None: all
+    top_p: float | None = None  # of the probability of those that are left; None: all
+    seed: int = 0
+
+
+def choose(logits: Tensor, sampling: Sampling, draws: list[float]) -> Tensor:
+    """A token for each row of logits `[b, v]`, given a draw from [0, 1) for each; `[b]`.
+
+    A draw is a place among the probabilities laid end to end in the order of the ids, so that a
+    difference in the last bits of logits hardly ever changes the token.
     """
-    device, t = model.mesh.device, model.mesh.tp.size
-    generator = torch.Generator().manual_seed(seed)
-    tokens = list(prompt)
-    for _ in range(num_tokens):
-        context = tokens[-model.config.seq_length :]
-        # Padded to a multiple of t at the end, where causal attention cannot see it.
-        padding = [0] * (-len(context) % t)
-        positions = torch.tensor([[*range(len(context)), *padding]], device=device)
-        logits = model(torch.tensor([context + padding], device=device), positions)
-        last = logits[0, len(context) - 1, :num_ids].cpu()
-        if temperature == 0.0:
-            token = int(last.argmax())
-        else:
-            probabilities = (last / temperature).softmax(dim=-1)
-            token = int(torch.multinomial(probabilities, 1, generator=generator))
-        # Rank 0 decides for all: dp groups compute apart, and a last bit that differed would have
-        # them part ways here.
-        decided = torch.tensor(token if model.mesh.world.rank == 0 else 0, device=device)
-        token = int(sum_over(model.mesh.world, decided))
-        tokens.append(token)
-        if token == end_id:
-            break
-    return tokens
+    if sampling.temperature == 0.0:
+        return logits.argmax(dim=-1)
+    ends = likelihoods(logits, sampling).cumsum(dim=-1)
+    places = torch.tensor(draws, dtype=ends.dtype, device=ends.device).unsqueeze(1) * ends[:, -1:]
+    return torch.searchsorted(ends, places, right=True).squeeze(1)
+
+
+def likelihoods(logits: Tensor, sampling: Sampling) -> Tensor:
+    """What the tokens' probabilities are in proportion to, `[b, v]` float64; 0: never chosen."""
+    scaled = logits.double() / sampling.temperature
+    if sampling.top_k is None and sampling.top_p is None:
+        return scaled.softmax(dim=-1)
+    # Of equals the lower id comes first, and exactly top_k are left.
+    ordered, ids = scaled.sort(dim=-1, descending=True, stable=True)
+    if sampling.top_k is not None:
+        ordered[:, sampling.top_k :] = float("-inf")
+    of_ordered = ordered.softmax(dim=-1)
+    if sampling.top_p is not None:
+        of_those_before = of_ordered.cumsum(dim=-1) - of_ordered
+        of_ordered[of_those_before >= sampling.top_p] = 0.0
+    return torch.zeros_like(of_ordered).scatter_(-1, ids, of_ordered)
+
+
+def draw(sampling: Sampling, sample: int, number: int) -> float:
+    """A number from [0, 1) that depends on the seed, the sample and the token's number alone."""
+    return (fold_seed(sampling.seed, sample, number) >> (63 - _DRAW_BITS)) / 2**_DRAW_BITS

@@ -43,7 +43,7 @@ from parallel.products import as_operand, operand_dtype, own_scratch
 from parallel.randomness import DropoutStream, dropout_add, fold_seed
 from parallel.recompute import is_same_memory, made_again
 from parallel.replicas import Drift, find_drift
-from parallel.sharding import local_slices, shard_range, tp_shard_dim
+from parallel.sharding import local_part, local_slices, shard_range, tp_shard_dim
 from parallel.traffic import Collective, record_traffic
 
 __all__ = [
@@ -78,6 +78,7 @@ __all__ = [
     "is_same_memory",
     "is_transport",
     "is_wait",
+    "local_part",
     "local_slices",
     "lookup",
     "made_again",

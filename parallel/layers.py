@@ -207,10 +207,12 @@ class VocabParallelEmbedding(nn.Module):
         return exit_tensor_parallel_region(rows, self.mesh)  # [s/t, b, h]
 
 
-def vocab_parallel_logits(x: Tensor, weight: Tensor, mesh: Mesh) -> Tensor:
-    """Logits over this rank's part of the vocabulary.
+def vocab_parallel_logits(
+    x: Tensor, weight: Tensor, mesh: Mesh, positions: slice = slice(None)
+) -> Tensor:
+    """Logits over this rank's part of the vocabulary, of all positions or of some.
 
     `x` `[s/t, b, h]`, `weight` `[v/t, h]` (the head's or the tied embedding's shard); result
     `[s, b, v/t]`. Forward: all-gather of x (or nothing). Backward: reduce-scatter (or all-reduce).
     """
-    return linear(enter_tensor_parallel_region(x, mesh), weight)
+    return linear(enter_tensor_parallel_region(x, mesh)[positions], weight)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from parallel.mesh import Axis
+from parallel.mesh import Axis, Mesh
 
 
 def shard_range(size: int, parts: int, index: int) -> tuple[int, int]:
@@ -40,3 +40,14 @@ def tp_shard_dim(tensor: Tensor) -> int | None:
     assert isinstance(tensor, DTensor), "parameters are made by declare_parameter"
     placement = tensor.placements[-1]  # tp is the last axis of the mesh
     return placement.dim if placement.is_shard() else None  # type: ignore[attr-defined]
+
+
+def local_part(tensor: Tensor, mesh: Mesh) -> tuple[slice, ...]:
+    """The part of a parameter that this rank has, as slices of the whole.
+
+    Over dp it is cut only if FSDP2 has taken it: then it knows of both axes.
+    """
+    assert isinstance(tensor, DTensor), "parameters are made by declare_parameter"
+    is_cut_over_dp = tensor.device_mesh.ndim > 1
+    dp = mesh.dp if is_cut_over_dp else Axis(1, 0, mesh.dp.group)
+    return local_slices(tensor.shape, tp_shard_dim(tensor), mesh.tp, dp)

@@ -14,6 +14,7 @@ _LOSS = _LAYERS + "test_loss_equals_dense"
 _MODEL = "tests/test_model_gpt.py::test_loss_and_gradients_equal_the_reference"
 _DROPOUT = "tests/test_parallel_randomness.py::test_dropout_add_equals_the_formula"
 _WEIGHTS = "tests/test_parallel_sharding.py::test_initial_weights_do_not_depend_on_the_layout"
+_DECODING = "tests/test_model_decoding.py::test_cached_tokens_are_those_of_reading_anew"
 _STEP = "tests/test_train_layouts.py::test_a_step_equals_the_reference"
 
 
@@ -159,8 +160,8 @@ MISTAKES = (
     Mistake(
         "the head multiplies x without entering the region, so its dX is not summed",
         "parallel/layers.py",
-        "linear(enter_tensor_parallel_region(x, mesh), weight)",
-        "linear(x, weight)",
+        "linear(enter_tensor_parallel_region(x, mesh)[positions], weight)",
+        "linear(x[positions], weight)",
         (_LAYERS + "test_logits_equal_dense[tp2-dp1]",),
     ),
     Mistake(
@@ -205,6 +206,13 @@ MISTAKES = (
         "mask = None if documents is None else document_mask(documents)",
         "mask = None",
         (_MODEL + "[gpt2-True-tp1-dp1]",),
+    ),
+    Mistake(
+        "padding to a multiple of t counts as read, and later tokens see it",
+        "model/decoding.py",
+        "cache.length += n\n",
+        "cache.length += n + len(padding)\n",
+        (_DECODING + "[gpt2-tp2+sp-dp1]",),
     ),
     # Cross-entropy over vocabulary shards.
     Mistake(

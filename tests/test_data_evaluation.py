@@ -1,9 +1,12 @@
 """Evaluation rows: exact bytes, every token scored once, the same work on every rank."""
 
+import itertools
+
 import pytest
+from lm_eval.utils import get_rolling_token_windows
 
 from data import IGNORED_TARGET, EvaluationSet, evaluation_batches
-from tests.data_corpora import corpus_of_lengths
+from tests.data_corpora import corpus_of_lengths, token_file
 
 LENGTHS = (12, 3, 40, 9, 100, 5, 3, 22)
 
@@ -14,11 +17,13 @@ def evaluation_set(
     dp_size: int = 1,
     micro_batch_size: int = 3,
     lengths: tuple[int, ...] = LENGTHS,
+    stride: int | None = None,
 ) -> EvaluationSet:
     """Returns the set of one rank, for windows of 8 tokens and tp = 2."""
     return evaluation_batches(
         corpus_of_lengths([10], lengths),
         seq_length=8,
+        stride=stride,
         max_sequences=max_sequences,
         micro_batch_size=micro_batch_size,
         dp_rank=dp_rank,
@@ -39,7 +44,7 @@ def scored_tokens(sets: list[EvaluationSet]) -> list[int]:
 
 def text_tokens(documents: list[int]) -> list[int]:
     """Returns every token of the documents except bos and eos, sorted."""
-    file = corpus_of_lengths([10], LENGTHS).validation
+    file = token_file(LENGTHS)
     offsets = file.document_offsets
     return sorted(
         token for i in documents for token in file.span(offsets[i] + 1, offsets[i + 1] - 1).tolist()
@@ -55,12 +60,41 @@ def test_scores_every_token_except_bos_and_eos_once() -> None:
     assert everything.num_targets == sum(length - 2 for length in LENGTHS)
 
 
-def test_windows_follow_each_other_without_overlap() -> None:
-    """A document of 22 tokens (20 scored) is windows of 8, 8 and 4 inputs, the first with bos."""
+def test_windows_follow_each_other() -> None:
+    """A document of 22 tokens (20 scored): windows of 8, 8, and 4 that see the 4 before them."""
     (batch,) = evaluation_set(None, lengths=(22,)).batches
-    assert batch.tokens[:, 0].tolist() == [1, 17, 25]
-    assert batch.targets[:, 0].tolist() == [10, 18, 26]
+    assert batch.tokens[:, 0].tolist() == [1, 17, 21]
+    assert batch.targets[:, 0].tolist() == [10, 18, IGNORED_TARGET]
     assert [int((row != IGNORED_TARGET).sum()) for row in batch.targets] == [8, 8, 4]
+    assert batch.num_targets == 20
+
+
+@pytest.mark.parametrize("stride", [None, 1, 3, 7])
+def test_windows_are_those_of_the_evaluation_harness(stride: int | None) -> None:
+    """What lm-evaluation-harness reads and scores of the same tokens, window by window."""
+    file, seq_length = token_file(LENGTHS), 8
+    expected = []
+    for start, end in itertools.pairwise(file.document_offsets.tolist()):
+        bos, *text = file.span(start, end - 1).tolist()
+        context_len = seq_length - (stride or seq_length) + 1
+        windows = get_rolling_token_windows(text, bos, seq_length, context_len)
+        expected += [(inputs, targets) for inputs, targets in windows if targets]
+    found = []
+    for batch in evaluation_set(None, stride=stride).batches:
+        for tokens, targets in zip(batch.tokens, batch.targets, strict=True):
+            scored = targets != IGNORED_TARGET
+            if scored.any():
+                length = int(scored.nonzero().max()) + 1
+                found.append((tokens[:length].tolist(), targets[scored].tolist()))
+    assert found == expected
+
+
+def test_every_token_is_scored_once_with_any_stride() -> None:
+    """And in the same documents."""
+    for stride in (1, 2, 5, 8):
+        chosen = evaluation_set(None, stride=stride)
+        assert scored_tokens([chosen]) == text_tokens(list(range(len(LENGTHS))))
+        assert chosen.num_targets == sum(length - 2 for length in LENGTHS)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,15 @@
 """Loss and bits per byte of held-out text, against the dense reference and a count by hand."""
 
+import itertools
 import math
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from configs import Config, parse_config
+from data.token_file import Tokens
 from evaluation import evaluate, held_out, write_sample
 from parallel import Mesh
 from run_folder import RunFolder
@@ -41,6 +44,26 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     )
 
 
+def reference_score(
+    weights: dict[str, Tensor], config: Config, file: Tokens, stride: int | None = None
+) -> tuple[float, int]:
+    """Nats and targets of all documents, window by window: see data/evaluation.py."""
+    nats, num_targets, longest = 0.0, 0, config.model.seq_length
+    for start_at, stop_at in itertools.pairwise(file.document_offsets):
+        tokens = torch.tensor(file.span(start_at, stop_at - 1).astype("int64"))  # no eos
+        num_scored = end = min(longest, len(tokens) - 1)
+        while num_scored:
+            inputs = tokens[max(0, end - longest) : end].unsqueeze(0)
+            positions = torch.arange(inputs.shape[1]).unsqueeze(0)
+            logits = reference_logits(weights, config.model, inputs, positions)[0, -num_scored:]
+            targets = tokens[end + 1 - num_scored : end + 1]
+            nats += F.cross_entropy(logits, targets, reduction="sum").item()
+            num_targets += num_scored
+            num_scored = min(stride or longest, len(tokens) - 1 - end)
+            end += num_scored
+    return nats, num_targets
+
+
 @distributed(ONE_RANK, Layout(tp=2), Layout(dp=2))
 def test_scores_are_those_of_the_reference(mesh: Mesh, config: Config) -> None:
     """Every token of every held-out document but bos and eos is predicted once, from its window."""
@@ -52,19 +75,11 @@ def test_scores_are_those_of_the_reference(mesh: Mesh, config: Config) -> None:
             for name, parameter in run.model.named_parameters()
         }
         file, tokenizer = run.corpus.validation, run.corpus.tokenizer
-        nats, num_targets, num_bytes = 0.0, 0, 0
-        for start_at, stop_at in zip(
-            file.document_offsets, file.document_offsets[1:], strict=False
-        ):
-            tokens = torch.tensor(file.tokens[start_at:stop_at].astype("int64"))[:-1]  # no eos
-            num_bytes += len(tokenizer.decode(tokens[1:].tolist()).encode())
-            for first in range(0, len(tokens) - 1, 13):
-                window = tokens[first : first + 14]
-                inputs = window[:-1].unsqueeze(0)
-                positions = torch.arange(inputs.shape[1]).unsqueeze(0)
-                logits = reference_logits(weights, config.model, inputs, positions)
-                nats += F.cross_entropy(logits[0], window[1:], reduction="sum").item()
-                num_targets += len(window) - 1
+        nats, num_targets = reference_score(weights, config, file)
+        num_bytes = sum(
+            len(tokenizer.decode(file.span(start_at, stop_at).tolist()).encode())
+            for start_at, stop_at in itertools.pairwise(file.document_offsets)
+        )
     assert num_bytes < sum(len(text.encode()) for text in TEXTS)
     assert result.loss == pytest.approx(nats / num_targets, rel=1e-5)
     assert result.bits_per_byte == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)

@@ -1,0 +1,48 @@
+"""Any text as documents to be scored, without a cache: read once, tokenized, and forgotten."""
+
+import itertools
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from configs.schema import SourceConfig
+from data.files import source_files
+from data.prepare import Corpus
+from data.records import Place
+from data.token_file import TokenFile, encoded, token_dtype
+from data.tokenizer import Tokenizer
+
+_RECORDS_AT_ONCE = 256  # encoded in one call, on all cores
+
+
+def corpus_to_score(source: SourceConfig, tokenizer: Tokenizer, tokenizer_path: Path) -> Corpus:
+    """A corpus in memory whose documents, held out and not, are all those of a source in order.
+
+    Duplicates are among them: a score is of the text as it is. Raises ValueError or
+    FileNotFoundError where the source cannot be read or has none.
+    """
+    # Here, not at the top: importing `datasets` takes a second, and training needs no reading.
+    from data.sources import read_records  # noqa: PLC0415
+
+    documents = []
+    document_bytes: list[int] = []
+    skipped: Counter[str] = Counter()
+    dtype = token_dtype(tokenizer.vocab_size)
+    with tempfile.TemporaryDirectory() as scratch:
+        records = read_records(source, "data", source_files(source), Path(scratch), Place())
+        while batch := list(itertools.islice(records, _RECORDS_AT_ONCE)):
+            skipped.update(record.reason for record in batch if record.reason is not None)
+            texts = [text for record in batch for text in record.texts]
+            document_bytes += [len(text.encode()) for text in texts]
+            documents += encoded(texts, tokenizer, dtype)
+    if not documents:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))
+        raise ValueError(
+            f"source={source.source} path={source.path!r} yields no documents; skipped: "
+            f"{reasons or 'nothing'}; give non-empty UTF-8 text"
+        )
+    offsets = np.cumsum([0, *(len(document) for document in documents)])
+    file = TokenFile(np.concatenate(documents), offsets, np.array(document_bytes, dtype=np.int64))
+    return Corpus(tokenizer, tokenizer_path, file, file, "", {"skipped": dict(skipped)})

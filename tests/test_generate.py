@@ -1,0 +1,107 @@
+"""generate.py: the text of the dense reference, from a checkpoint of any layout on any other."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs import run_config
+from model import Sampling
+from parallel import Mesh, local_part
+from run_folder import StartError
+from tests.data_corpora import small_tokenizer
+from tests.distributed import EVERY_LAYOUT, ONE_RANK, distributed
+from tests.trained_runs import FAMILIES, Dense, start_program, train_family
+from trained import load_trained
+
+
+@pytest.fixture(scope="module")
+def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run folder of each family, written on 2 x 2 ranks."""
+    return {
+        family: train_family(corpus, tmp_path_factory.mktemp(family), family) for family in FAMILIES
+    }
+
+
+@distributed(*EVERY_LAYOUT)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_layout_reads_weights_alone(mesh: Mesh, runs: dict[str, Path], family: str) -> None:
+    """Each rank has its tensor-parallel shard of each weight, in memory of its size."""
+    run = runs[family]
+    trained = load_trained(run_config(str(run), precision="fp32"), run, mesh, step=3)
+    dense = Dense(run, step=3)
+    assert trained.checkpoint.step == 3
+    for name, parameter in trained.model.named_parameters():
+        local = parameter.to_local()
+        mine = local_part(parameter, mesh)
+        assert torch.equal(local, dense.weights.pop(name)[mine].float()), name
+        assert local.untyped_storage().nbytes() == 4 * local.numel()
+    assert not dense.weights
+
+
+@distributed(ONE_RANK)
+def test_what_is_not_there_is_one_message(
+    mesh: Mesh, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    """A step without a checkpoint, a damaged one, no checkpoint at all, another tokenizer."""
+    config = run_config(str(runs["gpt"]))
+
+    def message(run: Path, step: int | None) -> str:
+        with pytest.raises(StartError) as caught:
+            load_trained(config, run, mesh, step)
+        return str(caught.value)
+
+    assert message(runs["gpt"], 5).endswith("there are those of steps 3, 6")
+    (tmp_path / "checkpoints").mkdir()
+    assert "has no checkpoint yet" in message(tmp_path, None)
+    assert message(tmp_path, 5).endswith("there is none at all")
+    (tmp_path / "checkpoints").rmdir()
+    (tmp_path / "checkpoints").symlink_to(runs["gpt"] / "checkpoints")
+    assert "tokenizer.model' is not a file" in message(tmp_path, None)
+    (tmp_path / "tokenizer.model").write_bytes(small_tokenizer().model)
+    assert "the tokenizer is not the one that" in message(tmp_path, None)
+
+
+def test_stdout_is_prompt_and_continuation(runs: dict[str, Path]) -> None:
+    """And nothing else, to the byte; beyond the context of 37 tokens too."""
+    run, prompt = runs["gpt"], "if é = 漢 "
+    text = Dense(run).continuation(prompt, 40, Sampling(temperature=0.0))
+    arguments = (f"run={run}", f"prompt={prompt}", "max_new_tokens=40", "temperature=0")
+    assert start_program(1, "generate.py", *arguments) == (0, (prompt + text).encode())
+
+
+def test_lines_of_stdin_are_prompts_on_two_ranks(runs: dict[str, Path]) -> None:
+    """Sampled by two, each line of its own; the tokens are those of one rank."""
+    run, prompts = runs["llama"], ["while True", "", "def é"]
+    code, written = start_program(
+        2,
+        "generate.py",
+        *(f"run={run}", "max_new_tokens=12", "num_samples=2", "temperature=0.8"),
+        *("top_k=40", "top_p=0.95", "seed=3"),
+        given="\n".join(prompts),
+    )
+    dense, sampling = Dense(run), Sampling(0.8, 40, 0.95, seed=3)
+    expected = [
+        f"{prompt}{dense.continuation(prompt, 12, sampling, sample)}\n"
+        for prompt in prompts
+        for sample in range(2)
+    ]
+    assert (code, written.decode()) == (0, "".join(expected))
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("max_tokens=3", "there is no key max_tokens; did you mean max_new_tokens?"),
+        ("top_p=1.5", "top_p=1.5 is out of range; it must be more than 0 and at most 1"),
+        ("stop=", "stop is empty; leave it out to stop at no text"),
+        ("run=/nowhere", "run=/nowhere is no run: there is no /nowhere/config.yaml"),
+        ("tensor_model_parallel_size=2", "parallel.tensor_model_parallel_size=2 needs 2 ranks"),
+    ],
+)
+def test_a_wrong_key_is_one_line(
+    runs: dict[str, Path], argument: str, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """On stderr, before torch is loaded, and nothing on stdout."""
+    assert start_program(1, "generate.py", f"run={runs['gpt']}", argument) == (2, b"")
+    assert message in capfd.readouterr().err

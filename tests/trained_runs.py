@@ -1,0 +1,98 @@
+"""Runs that were trained for a moment, for the programs that use them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from configs import Config, read_config
+from data import TokenFile, Tokenizer, load_tokenizer
+from model import Sampling
+from model.sampling import choose, draw
+from tests.distributed import Layout
+from tests.lines import ROOT
+from tests.reference import reference_logits
+from tests.runs import settings, train_on
+
+# With two groups, four ranks share each group's keys and values by twos.
+FAMILIES = {
+    "gpt": (),
+    "llama": ("config=llama_debug", "model.qk_layernorm=true", "model.num_query_groups=2"),
+}
+
+
+def train_family(corpus: Path, directory: Path, family: str) -> Path:
+    """Train on 2 x 2 ranks, with checkpoints of steps 3 and 6; returns the run folder."""
+    overrides = ("run.name=test", "checkpoint.save_interval=3", *FAMILIES[family])
+    train_on(Layout(tp=2, dp=2), settings(corpus, directory, *overrides))
+    return directory / "test"
+
+
+class Dense:
+    """A run as the reference: its weights as they lie in the files, whole and in float64."""
+
+    def __init__(self, run: Path, step: int = 6) -> None:
+        folder = run / "checkpoints" / f"step_{step:08}"
+        manifest = json.loads((folder / "manifest.json").read_text())
+        files = {name: load_file(folder / name) for name in manifest["files"]}
+        self.config: Config = read_config(run / "config.yaml")
+        self.tokenizer: Tokenizer = load_tokenizer(run / "tokenizer.model")
+        self.weights: dict[str, Tensor] = {}
+        for name, entry in manifest["tensors"].items():
+            if name.startswith("parameters."):
+                whole = torch.full(entry["shape"], float("nan"), dtype=torch.float64)
+                for shard in entry["shards"]:
+                    sides = zip(shard["offsets"], shard["shape"], strict=True)
+                    place = tuple(slice(start, start + size) for start, size in sides)
+                    whole[place] = files[shard["file"]][name].double()
+                self.weights[name.removeprefix("parameters.")] = whole
+
+    def file(self, texts: list[str]) -> TokenFile:
+        """Texts as documents: bos, their tokens, eos."""
+        tokenizer = self.tokenizer
+        documents = [
+            [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in texts
+        ]
+        return TokenFile(
+            np.concatenate(documents).astype(np.uint16),
+            np.cumsum([0, *map(len, documents)]),
+            np.array([len(text.encode()) for text in texts]),
+        )
+
+    def continuation(
+        self, prompt: str, num_tokens: int, sampling: Sampling, sample: int = 0
+    ) -> str:
+        """The text that follows, read anew for each token, up to the end of the document."""
+        prompt_ids = self.tokenizer.encode(prompt) or [self.tokenizer.bos_id]
+        tokens = list(prompt_ids)
+        for number in range(num_tokens):
+            context = torch.tensor([tokens[-self.config.model.seq_length :]])
+            positions = torch.arange(context.shape[1]).unsqueeze(0)
+            logits = reference_logits(self.weights, self.config.model, context, positions)[:, -1]
+            logits = logits[:, : self.tokenizer.vocab_size]
+            tokens.append(int(choose(logits, sampling, [draw(sampling, sample, number)])))
+            if tokens[-1] == self.tokenizer.eos_id:
+                break
+        return self.tokenizer.decode(tokens[len(prompt_ids) :])
+
+
+def start_program(ranks: int, program: str, *arguments: str, given: str = "") -> tuple[int, bytes]:
+    """Run a program of the project; its exit code and what it has written to stdout alone."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    command = [*(launcher if ranks > 1 else [sys.executable]), str(ROOT / program), *arguments]
+    ended = subprocess.run(
+        command,
+        input=given.encode(),
+        stdout=subprocess.PIPE,
+        timeout=100,
+        cwd="/",
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    return ended.returncode, ended.stdout

@@ -1,0 +1,68 @@
+"""The model of a run for programs that use it: weights alone, of any checkpoint on any layout."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpoints import Checkpoint, CheckpointError, find_checkpoint, load_tensors
+from configs import Config
+from data import Tokenizer, load_tokenizer
+from model import GPT, build_bare_model
+from optimizer import WEIGHTS, weight_tensors
+from parallel import Mesh, init_mesh
+from run_folder import StartError, mendable
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model that was trained, and what goes with it."""
+
+    config: Config
+    mesh: Mesh
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    model: GPT
+
+
+def join_ranks(config: Config, *, decoding: bool) -> Mesh:
+    """Join the other ranks, laid out as the configuration says.
+
+    To decode is to read one position at a time, of which there is no sequence shard, and whose
+    chains of operations are not worth a kernel.
+    """
+    parallel = config.parallel
+    return init_mesh(
+        parallel.tensor_model_parallel_size,
+        parallel.sequence_parallel and not decoding,
+        "none" if decoding else parallel.tp_comm_overlap,
+        config.train.compile and config.model.has_chains and not decoding,
+        parallel.shared_memory,
+    )
+
+
+def load_trained(config: Config, folder: Path, mesh: Mesh, step: int | None) -> Trained:
+    """The model of the newest checkpoint in a run folder, or of a step; memory is the model's.
+
+    Every rank calls this. Raises StartError if there is no whole checkpoint or another tokenizer.
+    """
+    with mendable(CheckpointError, ValueError, OSError):
+        checkpoint = find_checkpoint(folder / "checkpoints", mesh, step)
+        if checkpoint is None:
+            raise StartError(
+                f"run={folder} has no checkpoint yet: there is none in {folder / 'checkpoints'}; "
+                "train.py saves every checkpoint.save_interval steps and at the end"
+            )
+        tokenizer = load_tokenizer(folder / "tokenizer.model", "the tokenizer of the run")
+        require_fingerprint(checkpoint, "tokenizer", tokenizer.fingerprint)
+        model = build_bare_model(config, mesh)
+        load_tensors(checkpoint, weight_tensors(model), mesh, prefix=WEIGHTS, converts=True)
+    return Trained(config, mesh, checkpoint, tokenizer, model)
+
+
+def require_fingerprint(checkpoint: Checkpoint, what: str, fingerprint: str) -> None:
+    """Raise StartError if the tokenizer or the data is not that of the checkpoint."""
+    stored = checkpoint.state[f"{what}_fingerprint"]
+    if stored not in (fingerprint, None):  # None: an imported model, whose data nobody knows
+        raise StartError(
+            f"the {what} is not the one that {checkpoint.directory} was trained with (fingerprint "
+            f"{fingerprint}, was {stored}); restore it"
+        )
