@@ -1,0 +1,180 @@
+"""Score text with the model of a run: `python evaluate.py run=runs/NAME source=text path=FILE`.
+
+Under torchrun the model is cut over tensor-parallel ranks and the text dealt to the others.
+"""
+
+import json
+import logging
+import math
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from configs import (
+    Config,
+    ConfigError,
+    DataConfig,
+    Range,
+    exit_on_config_error,
+    exit_with_error,
+    load_settings,
+    run_config,
+)
+from configs.inputs import check_inputs
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Loss, perplexity and bits per byte of text, by the model of a run.
+
+    Each document is predicted token by token from its beginning, as lm-evaluation-harness does:
+    neither bos nor eos count, and text beyond model.seq_length is read in windows.
+    """
+
+    run: str  # the folder of a run, such as runs/gpt_debug
+    # held_out: the documents that the run evaluates itself on.
+    source: Literal["held_out", "text", "jsonl", "parquet", "arrow", "hub"] = "held_out"
+    path: str | None = None  # file, folder, glob or hub name; of all sources but held_out
+    text_field: str = "text"  # the column of jsonl, parquet, arrow and hub rows that holds the text
+    # Tokens that each window after a document's first scores, having seen those before: fewer is
+    # slower and sees more. null: model.seq_length.
+    stride: int | None = None
+    # Rows of text at most; null: of held_out as many as in training, of other text all.
+    max_sequences: int | None = None
+    output: str | None = None  # a file to write the result to, as JSON
+    step: int | None = None  # of the checkpoint; null: the newest
+    micro_batch_size: int | None = None  # rows at once; null: as in training
+    precision: Literal["fp32", "bf16"] | None = None  # of computation; null: as in training
+    tensor_model_parallel_size: int | None = None  # null: the number of ranks
+
+    RANGES: ClassVar[dict[str, Range]] = {
+        "stride": Range(1),
+        "max_sequences": Range(1),
+        "step": Range(0),
+        "micro_batch_size": Range(1),
+        "tensor_model_parallel_size": Range(1),
+    }
+
+    def __post_init__(self) -> None:
+        if self.source == "held_out" and self.path is not None:
+            raise ConfigError(
+                f"path={self.path} has no meaning for source=held_out; say what it holds: "
+                "source=text, jsonl, parquet, arrow or hub",
+                "source",
+            )
+        if self.source != "held_out" and self.path is None:
+            what = "the name of a dataset" if self.source == "hub" else "a file, a folder or a glob"
+            raise ConfigError(f"path is missing: source={self.source} needs {what}", "path")
+        if self.output is not None and not Path(self.output).expanduser().parent.is_dir():
+            raise ConfigError(f"output={self.output} is in no folder that exists", "output")
+
+
+def parse(arguments: list[str]) -> tuple[Settings, Config]:
+    """The settings, and the run's configuration with what they change; or ends the process."""
+    settings = load_settings(Settings, arguments)
+    train = {
+        key: value
+        for key in ("micro_batch_size", "precision")
+        if (value := getattr(settings, key)) is not None
+    }
+    with exit_on_config_error():
+        config = run_config(settings.run, settings.tensor_model_parallel_size, **train)
+        longest = config.model.seq_length
+        if settings.stride is not None and settings.stride > longest:
+            raise ConfigError(
+                f"stride={settings.stride} is more than a window holds; choose "
+                f"model.seq_length={longest} or less",
+                "stride",
+            )
+        if settings.source != "held_out":
+            data = DataConfig(settings.source, settings.path, settings.text_field)
+            config = replace(config, data=replace(data, vocab_size=config.data.vocab_size))
+        check_inputs(config)
+    return settings, config
+
+
+if __name__ == "__main__":
+    # Before torch is imported, which takes seconds, so that a mistyped key is answered at once.
+    SETTINGS, CONFIG = parse(sys.argv[1:])
+
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from data import TokenFile, prepare_corpus, tokenize_source
+from evaluation import Score, documents_of, score
+from metrics import set_up_logging
+from parallel import close_mesh
+from run_folder import StartError, mendable, require_same_on_all_ranks
+from stopping import StopSignals
+from trained import Trained, join_ranks, load_trained, require_fingerprint
+
+logger = logging.getLogger("microtron")
+
+
+def text_to_score(trained: Trained, settings: Settings) -> tuple[TokenFile, int | None]:
+    """The documents, and how many rows of them at most."""
+    config, mesh = trained.config, trained.mesh
+    with mendable(ValueError, OSError):
+        if settings.source != "held_out":
+            return tokenize_source(config.data, trained.tokenizer), settings.max_sequences
+        corpus = prepare_corpus(config.data, config.model.seq_length, mesh.local_rank)
+    require_same_on_all_ranks(mesh, corpus.fingerprint, "the tokenized text")
+    require_fingerprint(trained.checkpoint, "data", corpus.fingerprint)
+    if corpus.validation.num_documents == 0:
+        raise StartError(
+            "the run holds out no text (data.validation_fraction, or a single document); give "
+            "source= and path="
+        )
+    return corpus.validation, settings.max_sequences or config.evaluate.max_sequences
+
+
+def report(result: Score, output: str | None) -> None:
+    """Print the result, and write it to a file as JSON, in full precision."""
+    numbers = {
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "bits_per_byte": result.bits_per_byte,
+        "tokens": result.num_targets,
+        "bytes": result.num_bytes,
+    }
+    sys.stdout.write(
+        f"loss {result.loss:.4f} nats/token, perplexity {result.perplexity:.2f}, "
+        f"{result.bits_per_byte:.4f} bits/byte of {result.num_targets:,} tokens, "
+        f"{result.num_bytes:,} bytes\n"
+    )
+    if output is not None:
+        # JSON has no word for what is not finite.
+        row = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
+        Path(output).expanduser().write_text(json.dumps(row, indent=1) + "\n")
+
+
+@record
+def main(settings: Settings, config: Config) -> int:
+    """Join the other ranks, load the model, and score the text."""
+    StopSignals()
+    mesh = join_ranks(config, decoding=False)
+    set_up_logging(mesh)
+    try:
+        trained = load_trained(config, Path(os.path.expanduser(settings.run)), mesh, settings.step)
+        file, max_sequences = text_to_score(trained, settings)
+        documents = documents_of(
+            file, config, mesh, max_sequences=max_sequences, stride=settings.stride
+        )
+        logger.info(
+            "scoring %d documents with the model of %s",
+            documents.num_documents,
+            trained.checkpoint.directory,
+        )
+        result = score(trained.model, documents)
+        if mesh.world.rank == 0:
+            with mendable(OSError):
+                report(result, settings.output)
+    except StartError as error:
+        exit_with_error(str(error))
+    close_mesh()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(SETTINGS, CONFIG))

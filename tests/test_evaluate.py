@@ -1,0 +1,92 @@
+"""evaluate.py: the score of training for held-out text, and the reference's for any other."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from configs import run_config
+from evaluate import Settings, parse, text_to_score
+from evaluation import documents_of, score
+from parallel import Mesh
+from tests.distributed import ONE_RANK, Layout, distributed
+from tests.runs import rows
+from tests.test_evaluation import reference_score
+from tests.trained_runs import FAMILIES, Dense, start_program, train_family
+from trained import load_trained
+
+# The second one is there twice, and counts twice.
+TEXTS = ["while True:\n    é = '漢'\n" * 9, "def f", "def f"]
+
+
+@pytest.fixture(scope="module")
+def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run folder of each family, written on 2 x 2 ranks, and a jsonl file beside it."""
+    folders = {}
+    for family in FAMILIES:
+        directory = tmp_path_factory.mktemp(family)
+        folders[family] = train_family(corpus, directory, family)
+        lines = [json.dumps({"content": text}) for text in TEXTS]
+        (directory / "texts.jsonl").write_text("\n".join(lines))
+    return folders
+
+
+@distributed(ONE_RANK, Layout(tp=2), Layout(tp=2, dp=2), Layout(dp=4))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_held_out_text_has_the_score_of_training(
+    mesh: Mesh, runs: dict[str, Path], family: str
+) -> None:
+    """On the layout that trained to the last bit, on others to 2e-6."""
+    run = runs[family]
+    config = run_config(str(run))
+    trained = load_trained(config, run, mesh, None)
+    file, most = text_to_score(trained, Settings(str(run)))
+    found = score(trained.model, documents_of(file, config, mesh, max_sequences=most))
+    expected = rows(run.parent)[-1]
+    is_same = (mesh.tp.size, mesh.dp.size) == (2, 2)
+    tolerance = 0 if is_same else 2e-6
+    assert found.loss == pytest.approx(expected["eval/loss"], rel=tolerance)
+    assert found.perplexity == pytest.approx(expected["eval/perplexity"], rel=10 * tolerance)
+    assert found.bits_per_byte == pytest.approx(expected["eval/bits_per_byte"], rel=tolerance)
+
+
+@pytest.mark.parametrize(("family", "ranks", "stride"), [("gpt", 1, None), ("llama", 2, 5)])
+def test_any_text_has_the_score_of_the_reference(
+    runs: dict[str, Path], tmp_path: Path, family: str, ranks: int, stride: int | None
+) -> None:
+    """Of jsonl; every document counts, with its bytes; the file has all of it."""
+    run, output = runs[family], tmp_path / "result.json"
+    arguments = [f"run={run}", "source=jsonl", f"path={run.parent / 'texts.jsonl'}"]
+    arguments += ["text_field=content", f"output={output}"]
+    arguments += [f"stride={stride}"] if stride else []
+    code, written = start_program(ranks, "evaluate.py", *arguments)
+    result, dense = json.loads(output.read_text()), Dense(run)
+    nats, num_targets = reference_score(dense.weights, dense.config, dense.file(TEXTS), stride)
+    num_bytes = sum(len(text.encode()) for text in TEXTS)
+    assert code == 0
+    assert list(result) == ["loss", "perplexity", "bits_per_byte", "tokens", "bytes"]
+    assert (result["tokens"], result["bytes"]) == (num_targets, num_bytes)
+    assert result["loss"] == pytest.approx(nats / num_targets, rel=2e-6)
+    assert result["perplexity"] == pytest.approx(math.exp(nats / num_targets), rel=2e-5)
+    assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=2e-6)
+    assert f"{result['bits_per_byte']:.4f} bits/byte" in written.decode()
+
+
+def test_what_does_not_go_together_is_one_line(
+    runs: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Found before anything is started."""
+    run = f"run={runs['gpt']}"
+    for arguments, message in (
+        (["path=x"], "path=x has no meaning for source=held_out; say what it holds"),
+        (["source=text"], "path is missing: source=text needs a file, a folder or a glob"),
+        (["source=text", "path=/nowhere"], "data.path=/nowhere does not exist"),
+        (["stride=38"], "stride=38 is more than a window holds; choose model.seq_length=37"),
+        (["output=/nowhere/x.json"], "output=/nowhere/x.json is in no folder that exists"),
+        (["windows=3"], "there is no key windows; "),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            parse([run, *arguments])
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
