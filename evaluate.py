@@ -101,7 +101,7 @@ if __name__ == "__main__":
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from data import TokenFile, prepare_corpus, tokenize_source
+from data import Corpus, corpus_to_score, prepare_corpus
 from evaluation import Score, documents_of, score
 from metrics import set_up_logging
 from parallel import close_mesh
@@ -112,12 +112,13 @@ from trained import Trained, join_ranks, load_trained, require_fingerprint
 logger = logging.getLogger("microtron")
 
 
-def text_to_score(trained: Trained, settings: Settings) -> tuple[TokenFile, int | None]:
-    """The documents, and how many rows of them at most."""
-    config, mesh = trained.config, trained.mesh
+def text_to_score(trained: Trained, settings: Settings) -> tuple[Corpus, int | None]:
+    """The documents, as those that a corpus holds out, and how many rows of them at most."""
+    config, mesh, tokenizer = trained.config, trained.mesh, trained.tokenizer
     with mendable(ValueError, OSError):
         if settings.source != "held_out":
-            return tokenize_source(config.data, trained.tokenizer), settings.max_sequences
+            path = Path(settings.run, "tokenizer.model")
+            return corpus_to_score(config.data, tokenizer, path), settings.max_sequences
         corpus = prepare_corpus(config.data, config.model.seq_length, mesh.local_rank)
     require_same_on_all_ranks(mesh, corpus.fingerprint, "the tokenized text")
     require_fingerprint(trained.checkpoint, "data", corpus.fingerprint)
@@ -126,7 +127,7 @@ def text_to_score(trained: Trained, settings: Settings) -> tuple[TokenFile, int 
             "the run holds out no text (data.validation_fraction, or a single document); give "
             "source= and path="
         )
-    return corpus.validation, settings.max_sequences or config.evaluate.max_sequences
+    return corpus, settings.max_sequences or config.evaluate.max_sequences
 
 
 def report(result: Score, output: str | None) -> None:
@@ -157,9 +158,9 @@ def main(settings: Settings, config: Config) -> int:
     set_up_logging(mesh)
     try:
         trained = load_trained(config, Path(os.path.expanduser(settings.run)), mesh, settings.step)
-        file, max_sequences = text_to_score(trained, settings)
+        corpus, max_sequences = text_to_score(trained, settings)
         documents = documents_of(
-            file, config, mesh, max_sequences=max_sequences, stride=settings.stride
+            corpus, config, mesh, max_sequences=max_sequences, stride=settings.stride
         )
         logger.info(
             "scoring %d documents with the model of %s",

@@ -118,18 +118,15 @@ class PackedRows:
 
 
 class PaddedRows:
-    """Rows of mode `pad`: each document by itself, a long one as several rows.
+    """Rows of mode `pad`: each document by itself, a long one as several rows."""
 
-    `trailing_tokens` at the end of every document (its eos) are left out of the targets.
-    """
-
-    def __init__(self, file: Tokens, seq_length: int, trailing_tokens: int = 0) -> None:
+    def __init__(self, file: Tokens, seq_length: int) -> None:
         self._seq_length = seq_length
         self._document_starts = file.document_offsets[:-1]
-        num_tokens = np.diff(file.document_offsets) - trailing_tokens
+        num_tokens = np.diff(file.document_offsets)
         self._num_inputs = np.maximum(0, num_tokens - 1)  # the last token is only a target
-        self.rows_per_document: Int64Array = -(-self._num_inputs // seq_length)
-        self._first_rows = np.concatenate([[0], np.cumsum(self.rows_per_document)])
+        rows_per_document = -(-self._num_inputs // seq_length)
+        self._first_rows = np.concatenate([[0], np.cumsum(rows_per_document)])
 
     def __len__(self) -> int:
         return int(self._first_rows[-1])
@@ -143,10 +140,6 @@ class PaddedRows:
         """Returns the inputs of rows given by number."""
         documents, skipped = self._places(rows)
         return np.minimum(self._seq_length, self._num_inputs[documents] - skipped)
-
-    def rows_of(self, document: int) -> Int64Array:
-        """Returns the numbers of a document's rows."""
-        return np.arange(self._first_rows[document], self._first_rows[document + 1], dtype=np.int64)
 
     def _places(self, rows: Int64Array) -> tuple[Int64Array, Int64Array]:
         """Returns (documents, inputs of the document before the row)."""

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from configs.schema import SourceConfig
 from data.files import source_files
@@ -26,7 +27,7 @@ def corpus_to_score(source: SourceConfig, tokenizer: Tokenizer, tokenizer_path: 
     # Here, not at the top: importing `datasets` takes a second, and training needs no reading.
     from data.sources import read_records  # noqa: PLC0415
 
-    documents = []
+    documents: list[npt.NDArray[np.unsignedinteger]] = []
     document_bytes: list[int] = []
     skipped: Counter[str] = Counter()
     dtype = token_dtype(tokenizer.vocab_size)

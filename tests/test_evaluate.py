@@ -41,8 +41,8 @@ def test_held_out_text_has_the_score_of_training(
     run = runs[family]
     config = run_config(str(run))
     trained = load_trained(config, run, mesh, None)
-    file, most = text_to_score(trained, Settings(str(run)))
-    found = score(trained.model, documents_of(file, config, mesh, max_sequences=most))
+    corpus, most = text_to_score(trained, Settings(str(run)))
+    found = score(trained.model, documents_of(corpus, config, mesh, max_sequences=most))
     expected = rows(run.parent)[-1]
     is_same = (mesh.tp.size, mesh.dp.size) == (2, 2)
     tolerance = 0 if is_same else 2e-6
