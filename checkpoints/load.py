@@ -7,7 +7,6 @@ read, so resuming on another number of ranks is no special case. No rank reads m
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -91,7 +90,6 @@ def load_tensors(
     if names, shapes or (unless it `converts`) dtypes differ from theirs, or a part is missing.
     """
     _require_same_names(checkpoint, tensors, prefix)
-    files: dict[str, Any] = {}
     for name, tensor in tensors.items():
         stored = checkpoint.tensors[name]
         dtype = stored["dtype"] if converts else str(tensor.dtype).removeprefix("torch.")
@@ -112,11 +110,12 @@ def load_tensors(
                 raise CheckpointError(
                     f"{checkpoint.directory}: {name} is in {shard['file']}, which was not verified"
                 )
-            if shard["file"] not in files:
-                files[shard["file"]] = safe_open(checkpoint.directory / shard["file"], "pt")
-            piece = files[shard["file"]].get_slice(name)[source]
-            local[target].copy_(piece)
-            filled += piece.numel()
+            # Opened for each tensor: what was read of a mapped file counts as memory until then.
+            with safe_open(checkpoint.directory / shard["file"], "pt") as file:
+                piece = file.get_slice(name)[source]
+                local[target].copy_(piece)
+                filled += piece.numel()
+                del piece
         if filled != local.numel():
             raise CheckpointError(
                 f"{checkpoint.directory}: {name} has {filled} of the "

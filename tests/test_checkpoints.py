@@ -322,6 +322,23 @@ def test_leftovers_are_swept(mesh: Mesh, tmp_path: Path) -> None:
 
 
 @distributed(ONE_RANK, Layout(tp=2))
+def test_a_step_that_is_asked_for_is_that_one(mesh: Mesh, tmp_path: Path) -> None:
+    """An older one too; damaged, it is an error: another step would be another model."""
+    for step in (1, 2):
+        save(mesh, tmp_path, step)
+    found = find_checkpoint(tmp_path, mesh, step=1)
+    assert found is not None
+    assert found.step == 1
+    if mesh.world.rank == 0:
+        (tmp_path / "step_00000001" / "rank_00000.safetensors").write_bytes(b"")
+    any_rank(mesh, False)  # all wait
+    with pytest.raises(CheckpointError, match=r"step_00000001 is damaged: rank_00000.* 0 bytes"):
+        find_checkpoint(tmp_path, mesh, step=1)
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 3 .* those of steps 1, 2"):
+        find_checkpoint(tmp_path, mesh, step=3)
+
+
+@distributed(ONE_RANK, Layout(tp=2))
 def test_another_model_is_refused(mesh: Mesh, tmp_path: Path) -> None:
     """Names and shapes must be the checkpoint's: nothing is left as it was by accident."""
     save(mesh, tmp_path, 1)
