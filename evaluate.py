@@ -46,7 +46,8 @@ class Settings:
     output: str | None = None  # a file to write the result to, as JSON
     step: int | None = None  # of the checkpoint; null: the newest
     micro_batch_size: int | None = None  # rows at once; null: as in training
-    precision: Literal["fp32", "bf16"] | None = None  # of computation; null: as in training
+    # Of computation; null: of held_out as in training, of other text fp32, as export.py writes.
+    precision: Literal["fp32", "bf16"] | None = None
     tensor_model_parallel_size: int | None = None  # null: the number of ranks
 
     RANGES: ClassVar[dict[str, Range]] = {
@@ -74,11 +75,9 @@ class Settings:
 def parse(arguments: list[str]) -> tuple[Settings, Config]:
     """The settings, and the run's configuration with what they change; or ends the process."""
     settings = load_settings(Settings, arguments)
-    train = {
-        key: value
-        for key in ("micro_batch_size", "precision")
-        if (value := getattr(settings, key)) is not None
-    }
+    precision = settings.precision or (None if settings.source == "held_out" else "fp32")
+    changes = {"precision": precision, "micro_batch_size": settings.micro_batch_size}
+    train = {key: value for key, value in changes.items() if value is not None}
     with exit_on_config_error():
         config = run_config(settings.run, settings.tensor_model_parallel_size, **train)
         longest = config.model.seq_length
