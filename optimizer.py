@@ -10,6 +10,7 @@ from torch.optim import AdamW
 from configs import Config, OptimizerConfig
 
 WEIGHTS = "parameters."  # before the names of parameters in a checkpoint
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
@@ -54,7 +55,7 @@ def training_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, DTensor]:
     """Everything that a checkpoint holds, by name: parameters and both moments of each."""
     tensors = weight_tensors(model)
     for name, parameter in model.named_parameters():
-        for moment in ("exp_avg", "exp_avg_sq"):
+        for moment in MOMENTS:
             tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
     return tensors
 

@@ -3,14 +3,19 @@
 from checkpoints.load import find_checkpoint, load_tensors
 from checkpoints.manifest import Checkpoint, CheckpointError
 from checkpoints.save import Save, begin_save, commit_save, sweep_leftovers
+from checkpoints.whole import TensorInfo, read_whole, write_tensors, write_whole_checkpoint
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Save",
+    "TensorInfo",
     "begin_save",
     "commit_save",
     "find_checkpoint",
     "load_tensors",
+    "read_whole",
     "sweep_leftovers",
+    "write_tensors",
+    "write_whole_checkpoint",
 ]

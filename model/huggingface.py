@@ -1,4 +1,4 @@
-"""Weights of Hugging Face models as ours: where each of our tensors is found in theirs.
+"""Weights of Hugging Face models as ours, and ours as theirs: which tensor is found in which.
 
 Three families compute what a GPT of ours does, given the right options: `gpt2` (GPT2LMHeadModel),
 `llama` (LlamaForCausalLM), and `qwen3` (Qwen3ForCausalLM: a Llama with QK-norm). Only names and
@@ -8,7 +8,8 @@ Theirs differ from ours in three ways. GPT-2 keeps its matrices as [in, out] and
 Llama has k and v apart. Ours has them group by group: the rows of a group's key, then of its value.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -17,8 +18,10 @@ from torch import Tensor
 from configs.schema import ModelConfig
 
 Family = Literal["gpt2", "llama", "qwen3"]
-Read = Callable[[str], Tensor]  # one of their tensors in full, by its name
+Read = Callable[[str], Tensor]  # a tensor in full, by its name
+Make = Callable[[Read], Tensor]  # a tensor of one side, from reading the other
 
+_BARE = {"positions": "transformer.wpe.weight", "lm_head": "lm_head.weight"}  # of no module
 _GPT2 = {
     "embedding": "transformer.wte",
     "norm": "transformer.ln_f",
@@ -48,14 +51,28 @@ def from_huggingface(name: str, family: Family, config: ModelConfig, read: Read)
 
     Linear in what is read, so that it takes their gradients to ours as well.
     """
-    if name == "positions":
-        return read("transformer.wpe.weight")
-    if name == "lm_head":
-        return read("lm_head.weight")
+    if name in _BARE:
+        return read(_BARE[name])
     layer, module, leaf = _split(name)
     if family == "gpt2":
         return _from_gpt2(layer, module, leaf, config, read)
     return _from_llama(layer, module, leaf, config, read)
+
+
+def to_huggingface(names: Iterable[str], family: Family, config: ModelConfig) -> dict[str, Make]:
+    """Their tensors, each as a function of reading ours; `names` are those of all of ours.
+
+    The inverse of `from_huggingface`, to the bit.
+    """
+    made: dict[str, Make] = {}
+    for name in names:
+        if name in _BARE:
+            made[_BARE[name]] = partial(_as_it_is, name)
+        elif family == "gpt2":
+            made |= _to_gpt2(name, config)
+        else:
+            made |= _to_llama(name, config)
+    return made
 
 
 def _split(name: str) -> tuple[str, str, str]:
@@ -73,8 +90,23 @@ def _from_gpt2(layer: str, module: str, leaf: str, config: ModelConfig, read: Re
         q, k, v = read(f"{prefix}attn.c_attn.{leaf}").t().chunk(3)
         return q if module == "attention.qkv.q" else _join_keys_and_values(k, v, config)
     tensor = read(f"{prefix}{_GPT2[module]}.{leaf}")
-    is_matrix = module.startswith(("attention.", "mlp.")) and leaf == "weight"
-    return tensor.t() if is_matrix else tensor
+    return tensor.t() if _is_transposed(module, leaf) else tensor
+
+
+def _to_gpt2(name: str, config: ModelConfig) -> dict[str, Make]:
+    layer, module, leaf = _split(name)
+    prefix = f"transformer.h.{layer}." if layer else ""
+    if module == "attention.qkv.kv":
+        return {}  # it goes with q
+    if module == "attention.qkv.q":
+        kv = name.replace("qkv.q", "qkv.kv")
+        return {f"{prefix}attn.c_attn.{leaf}": partial(_join_qkv, name, kv, config)}
+    make = _transposed if _is_transposed(module, leaf) else _as_it_is
+    return {f"{prefix}{_GPT2[module]}.{leaf}": partial(make, name)}
+
+
+def _is_transposed(module: str, leaf: str) -> bool:
+    return module.startswith(("attention.", "mlp.")) and leaf == "weight"
 
 
 def _from_llama(layer: str, module: str, leaf: str, config: ModelConfig, read: Read) -> Tensor:
@@ -85,7 +117,40 @@ def _from_llama(layer: str, module: str, leaf: str, config: ModelConfig, read: R
     return read(f"{prefix}{_LLAMA[module]}.{leaf}")
 
 
+def _to_llama(name: str, config: ModelConfig) -> dict[str, Make]:
+    layer, module, leaf = _split(name)
+    prefix = f"model.layers.{layer}." if layer else ""
+    if module == "attention.qkv.kv":
+        return {
+            f"{prefix}self_attn.{part}_proj.{leaf}": partial(_keys_or_values, name, index, config)
+            for index, part in enumerate("kv")
+        }
+    return {f"{prefix}{_LLAMA[module]}.{leaf}": partial(_as_it_is, name)}
+
+
+def _as_it_is(name: str, read: Read) -> Tensor:
+    return read(name)
+
+
+def _transposed(name: str, read: Read) -> Tensor:
+    return read(name).t()
+
+
+def _join_qkv(q: str, kv: str, config: ModelConfig, read: Read) -> Tensor:
+    return torch.cat([read(q), *_split_keys_and_values(read(kv), config)]).t()
+
+
+def _keys_or_values(kv: str, index: int, config: ModelConfig, read: Read) -> Tensor:
+    return _split_keys_and_values(read(kv), config)[index]
+
+
 def _join_keys_and_values(k: Tensor, v: Tensor, config: ModelConfig) -> Tensor:
     """Rows `[g d, ...]` of keys and of values to `[2 g d, ...]`, group by group."""
     groups = (config.num_groups, config.head_dim, *k.shape[1:])
     return torch.stack([k.reshape(groups), v.reshape(groups)], dim=1).flatten(0, 2)
+
+
+def _split_keys_and_values(kv: Tensor, config: ModelConfig) -> list[Tensor]:
+    """Rows `[2 g d, ...]`, group by group, to those of keys and of values, each `[g d, ...]`."""
+    groups = kv.unflatten(0, (config.num_groups, 2, config.head_dim))
+    return [part.flatten(0, 1) for part in groups.unbind(1)]

@@ -1,0 +1,80 @@
+"""The README.md of an exported model, made from what its run has left."""
+
+import json
+from pathlib import Path
+
+from checkpoints import Checkpoint
+from configs import Config, SourceConfig, flatten
+from model import num_parameters
+
+_EVALUATION = {
+    "eval/loss": "nats per token",
+    "eval/perplexity": "perplexity",
+    "eval/bits_per_byte": "bits per byte",
+}
+# Paths of the machine it was trained on are nobody's business.
+_SECTIONS = ("model.", "train.", "optimizer.")
+_KEYS = ("run.seed", "data.vocab_size", "data.sequence_mode", "data.inter_document_masking")
+
+
+def model_card(config: Config, checkpoint: Checkpoint, metrics: Path, architecture: str) -> str:
+    """What the model is, what it was trained on, how good it is and how to load it."""
+    progress = checkpoint.state["progress"]
+    parameters = num_parameters(config.model, config.data.vocab_size)
+    corpus = " and ".join(_corpus(source) for source in config.data.mixture.values())
+    settings = {
+        key: value
+        for key, value in flatten(config).items()
+        if key.startswith(_SECTIONS) or key in _KEYS
+    }
+    return f"""\
+---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {config.run.name}
+
+A `{architecture}` of {parameters:,} parameters, trained with Microtron: {progress["step"]:,} steps,
+{progress["tokens"]:,} tokens of {corpus}.
+
+{_evaluation(metrics, progress["step"])}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # where this file lies
+model, tokenizer = (auto.from_pretrained(folder) for auto in (AutoModelForCausalLM, AutoTokenizer))
+inputs = tokenizer({json.dumps(config.evaluate.sample_prompt)}, return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+
+The tokenizer puts nothing before a text. In training each document began with
+`tokenizer.bos_token` and ended with `tokenizer.eos_token`.
+
+## Settings of the run
+
+| key | value |
+|---|---|
+{chr(10).join(f"| `{key}` | {json.dumps(value)} |" for key, value in settings.items())}
+"""
+
+
+def _corpus(source: SourceConfig) -> str:
+    if source.path is None:
+        return "the Python standard library's source text"
+    name = source.path if source.source == "hub" else Path(source.path).name
+    return f"`{name}` ({source.source})"
+
+
+def _evaluation(metrics: Path, step: int) -> str:
+    """The last evaluation of the run up to this step."""
+    rows = (
+        [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    )
+    evaluations = [row for row in rows if "eval/loss" in row and row["step"] <= step]
+    if not evaluations:
+        return "It was not evaluated in training."
+    last = evaluations[-1]
+    values = ", ".join(f"{last[key]:.4g} {unit}" for key, unit in _EVALUATION.items())
+    return f"On held-out documents of the same text, at step {last['step']:,}: {values}."
