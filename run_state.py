@@ -33,7 +33,10 @@ _MAY_CHANGE_KEYS = (
     "train.max_rollbacks",
     "train.loss_spike_nats",
     "data.cache_directory",
+    "data.tokenizer",  # what is in it is compared by its fingerprint
 )
+# Of an imported model, which has read no text yet, all else is still to be chosen.
+_OF_THE_MODEL = ("model.", "data.vocab_size")
 
 
 @dataclass(frozen=True)
@@ -144,17 +147,20 @@ def training_batches(run: Run, state: RunState) -> BatchLoader:
         )
 
 
+def _may_change(key: str, is_imported: bool) -> bool:
+    if is_imported:
+        return not key.startswith(_OF_THE_MODEL)
+    return key != "run.seed" and (key.startswith(_MAY_CHANGE) or key in _MAY_CHANGE_KEYS)
+
+
 def _require_same_run(checkpoint: Checkpoint, config: Config, corpus: Corpus) -> None:
     """Refuse what would make the continued run another one, naming the keys."""
     now = flatten(config)
     # A key that came after the checkpoint had, in effect, its default.
     stored = flatten(Config()) | checkpoint.state["config"]
     changed = [key for key in sorted(stored.keys() | now.keys()) if stored.get(key) != now.get(key)]
-    refused = [
-        key
-        for key in changed
-        if key == "run.seed" or not (key.startswith(_MAY_CHANGE) or key in _MAY_CHANGE_KEYS)
-    ]
+    is_imported = checkpoint.state["data_fingerprint"] is None
+    refused = [key for key in changed if not _may_change(key, is_imported)]
     if refused:
         differences = ", ".join(f"{key}={now.get(key)} (was {stored.get(key)})" for key in refused)
         raise CheckpointError(
@@ -166,12 +172,14 @@ def _require_same_run(checkpoint: Checkpoint, config: Config, corpus: Corpus) ->
         "the text of data.source": ("data_fingerprint", corpus.fingerprint),
     }
     for what, (key, fingerprint) in fingerprints.items():
-        if checkpoint.state[key] != fingerprint:
+        if checkpoint.state[key] not in (fingerprint, None):
             raise CheckpointError(
                 f"cannot resume {checkpoint.directory}: {what} has changed since (fingerprint "
                 f"{fingerprint}, was {checkpoint.state[key]}); restore it, or choose another "
                 "run.name"
             )
+    if is_imported:
+        return
     for key in changed:
         if key.startswith(("optimizer.", "train.precision")):
             logger.warning("%s=%s differs from the checkpoint's %s", key, now[key], stored[key])

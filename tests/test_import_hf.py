@@ -1,0 +1,305 @@
+"""Published models become runs: every byte, and train.py takes them up on any layout."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from checkpoints import begin_save, commit_save, find_checkpoint, load_tensors
+from configs import Config, parse_config, read_config
+from export import Settings as ExportSettings
+from export import export
+from import_hf import Settings, import_model
+from model import build_model
+from optimizer import build_optimizer, training_tensors
+from parallel import Mesh
+from run_folder import RunFolder, StartError
+from stopping import StopSignals
+from tests.data_corpora import small_tokenizer
+from tests.distributed import ONE_RANK, Layout, run_on
+from tests.runs import rows, train_on
+from train import train
+
+VOCAB = 603  # rows; the tokenizer has 320 pieces, and 603 is no multiple of anything
+_SHAPE = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2}
+_LLAMA = _SHAPE | {
+    "hidden_size": 32,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+_GPT2 = _SHAPE | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 37}
+
+
+def theirs(kind: str, **options: Any) -> Any:
+    """A model of transformers with random weights, norms and biases too."""
+    import transformers  # noqa: PLC0415  takes seconds
+
+    base = {"Llama": _LLAMA, "GPT2": _GPT2}[kind]
+    head = {"Llama": "LlamaForCausalLM", "GPT2": "GPT2LMHeadModel"}[kind]
+    config = getattr(transformers, f"{kind}Config")(**base | options)
+    model = getattr(transformers, head)(config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+CASES: dict[str, tuple[str, dict[str, Any], torch.dtype]] = {
+    "llama": ("Llama", {}, torch.float32),
+    "llama, tied, bf16": ("Llama", {"tie_word_embeddings": True}, torch.bfloat16),
+    "llama, biases, fp16": ("Llama", {"attention_bias": True, "mlp_bias": True}, torch.float16),
+    "gpt2": ("GPT2", {}, torch.float32),
+    "gpt2, untied, bf16": ("GPT2", {"tie_word_embeddings": False}, torch.bfloat16),
+}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folder that transformers has saved of each case, in several files if it is Llama."""
+    folders = {}
+    for name, (kind, options, dtype) in CASES.items():
+        folder = tmp_path_factory.mktemp("source")
+        size = "20KB" if kind == "Llama" else "1GB"
+        theirs(kind, **options).to(dtype).save_pretrained(folder, max_shard_size=size)
+        (folder / "tokenizer.model").write_bytes(small_tokenizer().model)
+        folders[name] = folder
+    return folders
+
+
+def bring_in(mesh: Mesh, settings: Settings) -> None:
+    import_model(settings, mesh)
+
+
+def save_again(mesh: Mesh, run: Path, output: Path) -> None:
+    """What a save of this layout would be, had train.py made no step."""
+    config = read_config(run / "config.yaml")
+    model = build_model(config, mesh)
+    tensors = training_tensors(model, build_optimizer(model, config.optimizer))
+    checkpoint = find_checkpoint(run / "checkpoints", mesh)
+    assert checkpoint is not None
+    load_tensors(checkpoint, tensors, mesh)
+    for name, tensor in tensors.items():
+        assert name.startswith("parameters.") or not tensor.to_local().any(), name
+    save = begin_save(output, 0, tensors, checkpoint.state, mesh, background=False)
+    commit_save(save, mesh, keep=0)
+
+
+def export_from(mesh: Mesh, settings: ExportSettings, config: Config) -> None:
+    export(settings, config, mesh)
+
+
+def stored_bytes(folder: Path) -> dict[str, tuple[str, bytes]]:
+    """Of every tensor in the safetensors files of a folder: its type and its bytes."""
+    stored = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                tensor = file.get_tensor(name)
+                data = tensor.flatten().view(torch.uint8).numpy().tobytes()
+                stored[name] = (f"{tensor.dtype} {tuple(tensor.shape)}", data)
+    return stored
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_round_trip_gives_the_same_bytes(
+    name: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    """Brought in, taken up by train.py's state at TP=2 x DP=2, saved there, written again."""
+    run = tmp_path / "run"
+    run_on(ONE_RANK, bring_in, settings=Settings(source=str(sources[name]), run=str(run)))
+    run_on(Layout(tp=2, dp=2), save_again, run=run, output=tmp_path / "again/checkpoints")
+    (tmp_path / "again/tokenizer.model").write_bytes((run / "tokenizer.model").read_bytes())
+    dtype = str(CASES[name][2]).removeprefix("torch.")
+    settings = ExportSettings(
+        run=str(tmp_path / "again"),
+        output=str(tmp_path / "out"),
+        dtype=dtype,  # type: ignore[arg-type]
+        check=False,
+    )
+    config = read_config(run / "config.yaml")
+    run_on(ONE_RANK, export_from, settings=settings, config=config)
+    assert stored_bytes(tmp_path / "out") == stored_bytes(sources[name])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_train_goes_on(name: str, sources: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    """On two tensor-parallel ranks, with text, seed and batch of its own choice; not the model."""
+    run = tmp_path / "mine"
+    run_on(ONE_RANK, bring_in, settings=Settings(source=str(sources[name]), run=str(run)))
+    arguments = [
+        f"config={run}/config.yaml",
+        "data.source=text",
+        f"data.path={corpus}",
+        f"data.cache_directory={tmp_path / 'cache'}",
+        "run.seed=7",
+        "train.global_batch_size=4",
+        "train.micro_batch_size=2",
+        "train.precision=fp32",
+        "train.compile=false",
+        "evaluate.interval=0",
+        "logging.wandb=disabled",
+    ]
+    train_on(Layout(tp=2), [*arguments, "train.train_steps=0"])
+    train_on(Layout(tp=2), [*arguments, "train.train_steps=2"])
+    assert [row["step"] for row in rows(tmp_path, "mine")] == [1, 2]
+    # Random weights of this size know worse than nothing; a fresh model begins near ln 603 = 6.4.
+    assert rows(tmp_path, "mine")[0]["train/loss"] > 10
+    # Moved, it goes on too: what is compared is what the tokenizer's file holds.
+    run.rename(tmp_path / "moved")
+    moved = [argument.replace(str(run), str(tmp_path / "moved")) for argument in arguments]
+    moved += ["run.name=moved", f"data.tokenizer={tmp_path}/moved/tokenizer.model"]
+    moved += ["parallel.tensor_model_parallel_size=1"]
+    train_on(ONE_RANK, [*moved, "train.train_steps=3"])
+    assert [row["step"] for row in rows(tmp_path, "moved")] == [1, 2, 3]
+
+
+def test_the_model_stays_as_it_is(sources: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    """What may be chosen at its first start is what has not been used yet."""
+    run = tmp_path / "mine"
+    run_on(ONE_RANK, bring_in, settings=Settings(source=str(sources["llama"]), run=str(run)))
+    arguments = [
+        f"config={run}/config.yaml",
+        "data.source=text",
+        f"data.path={corpus}",
+        f"data.cache_directory={tmp_path / 'cache'}",
+        "model.rotary_base=5",
+        "train.train_steps=0",
+    ]
+    run_on(ONE_RANK, refuse_to_train, config=parse_config(arguments))
+
+
+def refuse_to_train(mesh: Mesh, config: Config) -> None:
+    message = r"model\.rotary_base=5\.0 \(was 10000\.0\); change it back"
+    with pytest.raises(StartError, match=message), RunFolder(config, mesh) as folder:
+        train(config, mesh, folder, StopSignals())
+
+
+def test_settings_are_derived(sources: dict[str, Path], tmp_path: Path) -> None:
+    """From config.json of either family; a Llama may have shorter rows."""
+    for name, expected in {
+        "llama, tied, bf16": {
+            "seq_length": 16,
+            "num_query_groups": 2,
+            "norm_epsilon": 1e-6,
+            "untie_embeddings_and_output_weights": False,
+            "hidden_dropout": 0.0,
+        },
+        "gpt2": {
+            "seq_length": 37,
+            "activation": "gelu_tanh",
+            "hidden_dropout": 0.1,
+            "ffn_hidden_size": 128,
+        },
+    }.items():
+        length = 16 if "llama" in name else None
+        run = tmp_path / name.partition(",")[0]
+        settings = Settings(source=str(sources[name]), run=str(run), seq_length=length)
+        run_on(ONE_RANK, bring_in, settings=settings)
+        config = read_config(run / "config.yaml")
+        assert {key: getattr(config.model, key) for key in expected} == expected
+        assert config.data.vocab_size == VOCAB
+
+
+def change_json(folder: Path, name: str = "config.json", **changes: Any) -> None:
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def remove(folder: Path, pattern: str) -> None:
+    for path in folder.glob(pattern):
+        path.unlink()
+
+
+def add_tensor(folder: Path, name: str, size: int) -> None:
+    """Another tensor in the only file."""
+    path = folder / "model.safetensors"
+    save_file(load_file(path) | {name: torch.zeros(size)}, path)
+
+
+REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "another architecture": (
+        lambda folder: change_json(folder, model_type="bert"),
+        r"model_type=bert, which is not gpt2 \(GPT2LMHeadModel\) or llama",
+    ),
+    "another head": (
+        lambda folder: change_json(folder, architectures=["GPT2ForSequenceClassification"]),
+        "GPT2ForSequenceClassification",
+    ),
+    "quantised": (
+        lambda folder: change_json(folder, quantization_config={}),
+        "quantization_config; give the weights that it came from",
+    ),
+    "an option of theirs": (
+        lambda folder: change_json(folder, scale_attn_by_inverse_layer_idx=True),
+        "scale_attn_by_inverse_layer_idx=true, which ours does not compute",
+    ),
+    "two rates of dropout": (
+        lambda folder: change_json(folder, embd_pdrop=0.5),
+        r"embd_pdrop=0\.5.*would have to be 0\.1",
+    ),
+    "no size": (lambda folder: change_json(folder, n_embd=None), "n_embd=null; a gpt2 model has a"),
+    "another size": (
+        lambda folder: change_json(folder, n_positions=38),
+        r"transformer\.wpe\.weight is \[37, 32\], which its config\.json makes \[38, 32\]",
+    ),
+    "another vocabulary": (
+        lambda folder: change_json(folder, vocab_size=300),
+        "320 pieces and the model 300 rows",
+    ),
+    "no config": (lambda folder: remove(folder, "config.json"), "has no config.json"),
+    "no tokenizer": (
+        lambda folder: remove(folder, "tokenizer.model"),
+        "no tokenizer.model.*give tokenizer=FILE",
+    ),
+    "tiktoken": (
+        lambda folder: (folder / "tokenizer.model").write_text("IQ== 0\n"),
+        "not a readable sentencepiece model",
+    ),
+    "no weights": (lambda folder: remove(folder, "*.safetensors"), r"has no model\.safetensors"),
+    "pickled": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+        "pytorch_model.bin is a pickle",
+    ),
+    "torn": (
+        lambda folder: (folder / "model.safetensors").write_bytes(b"12345678{"),
+        "cannot be read",
+    ),
+    "an unknown tensor": (
+        lambda folder: add_tensor(folder, "transformer.h.0.adapter.weight", 3),
+        r"has transformer\.h\.0\.adapter\.weight, for which ours has no place",
+    ),
+    "a file elsewhere": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"a": "../../secret.safetensors"}})
+        ),
+        "names '../../secret.safetensors', which is not a file beside it",
+    ),
+}
+
+
+def refuse(mesh: Mesh, settings: Settings, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        import_model(settings, mesh)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_brought_in_is_said(
+    name: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    """Naming file and key; and no folder is left."""
+    change, message = REFUSED[name]
+    shutil.copytree(sources["gpt2"], tmp_path / "source")
+    change(tmp_path / "source")
+    settings = Settings(source=str(tmp_path / "source"), run=str(tmp_path / "run"))
+    run_on(ONE_RANK, refuse, settings=settings, message=message)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

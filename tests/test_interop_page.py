@@ -1,0 +1,56 @@
+"""docs/interop.md: each command of the page, run as it stands, one after the other."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import Layout
+from tests.lines import ROOT
+from tests.random_runs import GPT2, write_run
+
+PAGE = (ROOT / "docs" / "interop.md").read_text("utf-8")
+BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+
+
+def run(language: str, text: str, folder: Path) -> str:
+    """Run a block in a folder that has all that the repository has; returns what it prints."""
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "WANDB_MODE": "disabled",
+        "HOME": str(folder),  # with the cache of tokens
+    }
+    interpreter = {"sh": ["bash", "-ec"], "python": [sys.executable, "-c"]}[language]
+    ended = subprocess.run(
+        [*interpreter, text],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+@pytest.mark.timeout(300)
+def test_the_page_from_beginning_to_end(tmp_path: Path) -> None:
+    """But for make train, in whose place a small run of the same name is written."""
+    for path in ROOT.glob("[!.]*"):
+        if path.name not in ("runs", "exports"):
+            (tmp_path / path.name).symlink_to(path)
+    assert BLOCKS[0] == ("sh", "make train\n")
+    write_run(tmp_path / "runs/gpt_laptop", GPT2, Layout(tp=2))
+    printed = [run(*block, tmp_path) for block in BLOCKS[1:]]
+    generated, exported, used, imported, _ = printed
+    assert generated.rstrip("\n") == used.rstrip("\n")
+    assert generated.startswith("def main(")
+    assert re.search(r"logits differ by \d\.\de-0\d at most.* 0 of 1000 texts", exported)
+    assert "vocab_size: 603" in imported
+    assert (tmp_path / "runs/again/checkpoints/step_00000002").is_dir()
