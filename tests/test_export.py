@@ -15,6 +15,7 @@ from checkpoints.manifest import read_manifest
 from configs import Config, ConfigError, ModelConfig
 from export import Settings, export, require_same, split, write_weights
 from huggingface_check import compare, odd_texts, some_tokens
+from model import Sampling, generate
 from model.huggingface_config import family_of
 from new_folder import new_folder
 from parallel import Mesh
@@ -23,6 +24,7 @@ from tests.distributed import ONE_RANK, Layout, run_on
 from tests.random_runs import GPT2, LLAMA, STEP, VOCAB, weight, write_run
 from tests.reference import reference_logits
 from tests.test_data_tokenizer import ODD_TEXTS, random_strings
+from trained import load_trained
 
 CASES = {
     "llama": LLAMA,
@@ -90,6 +92,44 @@ def test_logits_are_those_of_the_dense_reference(
     expected = reference_logits(weights, config.model, tokens, positions)
     torch.testing.assert_close(model(tokens).logits.double(), expected, rtol=0, atol=1e-5)
     assert model.dtype == torch.float32
+
+
+def write_greedy(mesh: Mesh, config: Config, run: Path, prompt: list[int], path: Path) -> None:
+    """What generate.py would choose."""
+    trained = load_trained(config, run, mesh, None)
+    tokenizer = trained.tokenizer
+    tokens = generate(
+        trained.model,
+        prompt,
+        config.model.seq_length - len(prompt),
+        Sampling(temperature=0.0),
+        num_ids=tokenizer.vocab_size,
+        end_id=tokenizer.eos_id,
+    )
+    path.write_text(json.dumps(tokens))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_greedy_continuations_are_ours(
+    name: str, exported: dict[str, tuple[Config, Path]], tmp_path: Path
+) -> None:
+    """On two tensor-parallel ranks, until the context is full; rows without a piece never win."""
+    config, folder = exported[name]
+    model, auto = load(folder)
+    inputs = auto("def f(", return_tensors="pt")
+    prompt = inputs["input_ids"][0].tolist()
+    run_on(
+        Layout(tp=2),
+        write_greedy,
+        config=config,
+        run=folder.parent / "run",
+        prompt=prompt,
+        path=tmp_path / "tokens",
+    )
+    most = config.model.seq_length - len(prompt)
+    theirs = model.generate(**inputs, max_new_tokens=most, do_sample=False)[0].tolist()
+    assert json.loads((tmp_path / "tokens").read_text()) == theirs
+    assert max(theirs) < auto.vocab_size < VOCAB
 
 
 def test_tokens_are_ours(exported: dict[str, tuple[Config, Path]]) -> None:
