@@ -21,6 +21,7 @@ from new_folder import new_folder
 from parallel import Mesh
 from tests.data_corpora import small_tokenizer
 from tests.distributed import ONE_RANK, Layout, run_on
+from tests.memory import forget_peak_memory, peak_memory
 from tests.random_runs import GPT2, LLAMA, STEP, VOCAB, weight, write_run
 from tests.reference import reference_logits
 from tests.test_data_tokenizer import ODD_TEXTS, random_strings
@@ -200,22 +201,11 @@ def test_no_more_than_a_tensor_is_in_memory(tmp_path: Path) -> None:
     # A first time, with one layer, for what libraries keep.
     few = {name: entry for name, entry in checkpoint.tensors.items() if "s.0." in name}
     write_weights(tmp_path, settings, config, dataclasses.replace(checkpoint, tensors=few))
-    before = start_of_peak_memory()
+    before = forget_peak_memory()
     write_weights(tmp_path, settings, config, checkpoint)
     size = (tmp_path / "model.safetensors").stat().st_size
     assert size > 60 * 2**20
     assert peak_memory() - before < 8 * 2**20
-
-
-def start_of_peak_memory() -> int:
-    """Have the kernel forget the peak so far; returns the resident bytes of this process."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak_memory()
-
-
-def peak_memory() -> int:
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return 1024 * int(fields["VmHWM"].split()[0])
 
 
 def test_a_difference_is_noticed(exported: dict[str, tuple[Config, Path]]) -> None:

@@ -15,6 +15,7 @@ from checkpoints import begin_save, commit_save, find_checkpoint, load_tensors
 from configs import Config, parse_config, read_config
 from export import Settings as ExportSettings
 from export import export
+from huggingface_source import download
 from import_hf import Settings, import_model
 from model import build_model
 from optimizer import build_optimizer, training_tensors
@@ -23,6 +24,7 @@ from run_folder import RunFolder, StartError
 from stopping import StopSignals
 from tests.data_corpora import small_tokenizer
 from tests.distributed import ONE_RANK, Layout, run_on
+from tests.memory import forget_peak_memory, peak_memory
 from tests.runs import rows, train_on
 from train import train
 
@@ -129,6 +131,35 @@ def test_round_trip_gives_the_same_bytes(
     config = read_config(run / "config.yaml")
     run_on(ONE_RANK, export_from, settings=settings, config=config)
     assert stored_bytes(tmp_path / "out") == stored_bytes(sources[name])
+
+
+def bring_in_and_measure(mesh: Mesh, one_layer: Settings, settings: Settings) -> None:
+    import_model(one_layer, mesh)  # a first time, for what libraries keep
+    before = forget_peak_memory()
+    import_model(settings, mesh)
+    assert peak_memory() - before < 8 * 2**20, (peak_memory() - before) / 2**20
+
+
+def test_no_more_than_a_tensor_is_in_memory(sources: dict[str, Path], tmp_path: Path) -> None:
+    """Of 76 MiB, the largest of them 1 MiB: less than 8 MiB, and 0.9 to 4.8 were measured.
+
+    The moments, zeros, take no room on the disk.
+    """
+    settings = {}
+    for layers in (1, 20):
+        model = theirs("Llama", num_hidden_layers=layers, hidden_size=256, intermediate_size=1024)
+        model.save_pretrained(tmp_path / f"source{layers}")
+        settings[layers] = Settings(
+            source=str(tmp_path / f"source{layers}"),
+            run=str(tmp_path / f"run{layers}"),
+            tokenizer=str(sources["llama"] / "tokenizer.model"),
+        )
+    run_on(ONE_RANK, bring_in_and_measure, one_layer=settings[1], settings=settings[20])
+    size = (tmp_path / "source20/model.safetensors").stat().st_size
+    assert size > 70 * 2**20
+    file = (tmp_path / "run20/checkpoints/step_00000000/rank_00000.safetensors").stat()
+    assert file.st_size > 2.9 * size
+    assert 512 * file.st_blocks < 1.1 * size
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -303,3 +334,22 @@ def test_what_cannot_be_brought_in_is_said(
     settings = Settings(source=str(tmp_path / "source"), run=str(tmp_path / "run"))
     run_on(ONE_RANK, refuse, settings=settings, message=message)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_name_of_the_hub(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its cache has it, without a network; else one line says that it cannot be had."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "models--somebody--gpt"
+    for revision in ("a" * 40, "b" * 40):
+        shutil.copytree(sources["gpt2"], cached / "snapshots" / revision)
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text("a" * 40)
+    (cached / "refs/v1").write_text("b" * 40)
+    assert download("somebody/gpt", None).name == "a" * 40
+    assert download("somebody/gpt", "v1").name == "b" * 40
+    for name in ("somebody/else", "no folder, no name"):
+        with pytest.raises(ValueError, match=f"source={name} is no folder here, and the hub does"):
+            download(name, None)
