@@ -79,13 +79,15 @@ def export(settings: Settings, config: Config, mesh: Mesh) -> Comparison | None:
         raise CheckpointError(f"run={settings.run} has no checkpoint yet")
     tokenizer = load_tokenizer(run / "tokenizer.model", "the run's tokenizer.model")
     require_fingerprint(checkpoint, "tokenizer", tokenizer.fingerprint)
+    files = small_files(settings, config, checkpoint, tokenizer)
     tokens = some_tokens(config, tokenizer.vocab_size)
     is_checked = settings.check and importlib.util.find_spec("transformers") is not None
     ours = our_logits(config, checkpoint, tokens, mesh) if is_checked else None
     if mesh.world.rank > 0:
         return None
     with new_folder(Path(settings.output).expanduser(), "output") as folder:
-        write_files(folder, settings, config, checkpoint, tokenizer)
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
         write_weights(folder, settings, config, checkpoint)
         if ours is None:
             return None
@@ -94,29 +96,29 @@ def export(settings: Settings, config: Config, mesh: Mesh) -> Comparison | None:
     return comparison
 
 
-def write_files(
-    folder: Path, settings: Settings, config: Config, checkpoint: Checkpoint, tokenizer: Tokenizer
-) -> None:
-    """Write all but the weights."""
+def small_files(
+    settings: Settings, config: Config, checkpoint: Checkpoint, tokenizer: Tokenizer
+) -> dict[str, bytes]:
+    """The contents of all files but the weights; ValueError if theirs cannot say what ours does."""
     symbols = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     options = to_huggingface_config(config.model, config.data.vocab_size)
-    # Rows of the vocabulary that no piece has were never trained.
-    never = [*range(tokenizer.vocab_size, config.data.vocab_size)]
+    without_piece = [*range(tokenizer.vocab_size, config.data.vocab_size)]
     contents: dict[str, Any] = {
         "config.json": options | symbols | {"dtype": settings.dtype},
         "generation_config.json": symbols
         | {"pad_token_id": tokenizer.eos_id}
-        | ({"suppress_tokens": never} if never else {}),
+        | ({"suppress_tokens": without_piece} if without_piece else {}),
         "tokenizer.json": tokenizer_json(tokenizer),
         "tokenizer_config.json": tokenizer_config(tokenizer, config.model.seq_length),
     }
-    for name, content in contents.items():
-        text = json.dumps(content, indent=1, ensure_ascii=False)
-        (folder / name).write_text(f"{text}\n", "utf-8")
-    (folder / "tokenizer.model").write_bytes(tokenizer.model)
     metrics = Path(settings.run).expanduser() / "metrics.jsonl"
     card = model_card(config, checkpoint, metrics, options["architectures"][0])
-    (folder / "README.md").write_text(card, "utf-8")
+    files = {name: _json(content).encode() for name, content in contents.items()}
+    return files | {"tokenizer.model": tokenizer.model, "README.md": card.encode()}
+
+
+def _json(content: object) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def write_weights(folder: Path, settings: Settings, config: Config, checkpoint: Checkpoint) -> None:
@@ -135,7 +137,7 @@ def write_weights(folder: Path, settings: Settings, config: Config, checkpoint: 
 
     def make(name: str) -> Tensor:
         tensor = made[name](lambda ours: read_whole(checkpoint, f"{WEIGHTS}{ours}")).to(dtype)
-        if not tensor.isfinite().all():
+        if not all(end.isfinite() for end in tensor.aminmax()):  # makes no tensor of its size
             raise ValueError(f"{name} has values that {settings.dtype} cannot hold; choose another")
         return tensor
 
@@ -149,7 +151,7 @@ def write_weights(folder: Path, settings: Settings, config: Config, checkpoint: 
     if len(files) > 1:
         sizes = [info.num_bytes for info in infos.values()]
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        (folder / "model.safetensors.index.json").write_text(_json(index), "utf-8")
 
 
 def split(infos: Mapping[str, TensorInfo], max_bytes: int) -> list[dict[str, TensorInfo]]:

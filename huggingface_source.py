@@ -32,9 +32,9 @@ class Source:
     def read(self, name: str) -> Tensor:
         """One tensor in full, in the precision of the file."""
         stored = self._stored(name)
-        # Opened for each tensor: what has been read of a mapped file is memory until it is closed.
+        # Opened for each tensor: what has been read of a mapped file is memory while any is in use.
         with safe_open(self.files[stored], "pt") as file:
-            return file.get_tensor(stored).clone()
+            return file.get_tensor(stored)
 
     def require(self, shapes: Mapping[str, tuple[int, ...]], *, ignored: str | None) -> None:
         """Raise ValueError unless the tensors of these names and shapes are all that is there.

@@ -31,7 +31,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     kinds, spec = type(model.pieces[0]), model.normalizer_spec
     vocab = {_spaced(piece.piece): index for index, piece in enumerate(model.pieces)}
     if len(vocab) != len(model.pieces):
-        raise ValueError("two of its pieces differ in U+2581 and a space alone")
+        raise ValueError("two pieces of this sentencepiece model are the same but for U+2581")
     added = [
         _added_token(index, piece.piece, is_special=piece.type != kinds.USER_DEFINED)
         for index, piece in enumerate(model.pieces)
@@ -127,7 +127,10 @@ def _refuse(model: Any) -> None:
     }
     found = [problem for problem, is_found in problems.items() if is_found]
     if found:
-        raise ValueError(", ".join(found))
+        raise ValueError(
+            "Hugging Face's tokenizers cannot give the ids of this sentencepiece model: "
+            f"{', '.join(found)}"
+        )
 
 
 def _normalizers(spec: Any, can_cut: bool) -> list[dict[str, Any]]:
