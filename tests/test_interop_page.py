@@ -48,9 +48,11 @@ def test_the_page_from_beginning_to_end(tmp_path: Path) -> None:
     assert BLOCKS[0] == ("sh", "make train\n")
     write_run(tmp_path / "runs/gpt_laptop", GPT2, Layout(tp=2))
     printed = [run(*block, tmp_path) for block in BLOCKS[1:]]
-    generated, exported, used, imported, _ = printed
+    generated, exported, used, measured, imported, _ = printed
     assert generated.rstrip("\n") == used.rstrip("\n")
     assert generated.startswith("def main(")
     assert re.search(r"logits differ by \d\.\de-0\d at most.* 0 of 1000 texts", exported)
+    ours, theirs = re.findall(r"([\d.]+) bits/byte|bits_per_byte\D+([\d.]+)", measured)
+    assert float(ours[0]) == pytest.approx(float(theirs[1]), abs=1e-4)
     assert "vocab_size: 603" in imported
     assert (tmp_path / "runs/again/checkpoints/step_00000002").is_dir()
