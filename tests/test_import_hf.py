@@ -133,6 +133,23 @@ def test_round_trip_gives_the_same_bytes(
     assert stored_bytes(tmp_path / "out") == stored_bytes(sources[name])
 
 
+def test_a_model_as_it_was_published(sources: dict[str, Path], tmp_path: Path) -> None:
+    """GPT-2's own files have no "transformer." before names, and masks beside the weights."""
+    shutil.copytree(sources["gpt2"], tmp_path / "source")
+    path = tmp_path / "source/model.safetensors"
+    tensors = {
+        name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()
+    }
+    masks = {f"h.{layer}.attn.bias": torch.ones(1, 1, 37, 37) for layer in range(2)}
+    save_file(tensors | masks | {"lm_head.weight": tensors["wte.weight"].clone()}, path)
+    run = tmp_path / "run"
+    run_on(ONE_RANK, bring_in, settings=Settings(source=str(path.parent), run=str(run)))
+    settings = ExportSettings(run=str(run), output=str(tmp_path / "out"), check=False)
+    config = read_config(run / "config.yaml")
+    run_on(ONE_RANK, export_from, settings=settings, config=config)
+    assert stored_bytes(tmp_path / "out") == stored_bytes(sources["gpt2"])
+
+
 def bring_in_and_measure(mesh: Mesh, one_layer: Settings, settings: Settings) -> None:
     import_model(one_layer, mesh)  # a first time, for what libraries keep
     before = forget_peak_memory()
@@ -239,6 +256,13 @@ def test_settings_are_derived(sources: dict[str, Path], tmp_path: Path) -> None:
         config = read_config(run / "config.yaml")
         assert {key: getattr(config.model, key) for key in expected} == expected
         assert config.data.vocab_size == VOCAB
+
+
+def test_a_table_of_positions_keeps_its_length(sources: dict[str, Path], tmp_path: Path) -> None:
+    """Only rotary positions can be fewer."""
+    settings = Settings(source=str(sources["gpt2"]), run=str(tmp_path / "run"), seq_length=16)
+    message = "seq_length=16 is not the length of the source's table of positions, 37"
+    run_on(ONE_RANK, refuse, settings=settings, message=message)
 
 
 def change_json(folder: Path, name: str = "config.json", **changes: Any) -> None:
