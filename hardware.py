@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import platform
 import resource
 import sys
 import time
@@ -39,6 +40,17 @@ def peak_flops_per_second(device: torch.device, precision: str) -> float:
     a = a.to(operand_dtype(a))
     best_s = min(_seconds_of_product(a) for _ in range(_REPEATS))
     return 2 * size**3 / best_s
+
+
+def device_name(device: torch.device) -> str:
+    """The maker's name of a GPU or a processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):  # not on every architecture
+                return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def set_up_allocator(mesh: Mesh, num_parameters: int) -> None:

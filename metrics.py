@@ -2,7 +2,7 @@
 
 metrics.jsonl is the truth: a JSON object for each step, flushed, in full precision; samples.jsonl
 has the texts. A resume cuts both at the checkpoint's step, so they hold each step once. Only rank 0
-writes.
+writes. wandb is sent what these files say (wandb_view.py).
 """
 
 import json
@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
-from configs import Config, flatten
+from configs import Config
 from evaluation import Evaluation
 from hardware import peak_flops_per_second, peak_memory_gib
 from model import flops_per_token, num_parameters
 from parallel import Mesh
-from run_state import Run, RunState, StepResult
+from run_state import Run, RunState, StepResult, lineage
+from wandb_run import Launch, about
 from wandb_view import WandbView
 
 logger = logging.getLogger("microtron")
@@ -63,9 +64,13 @@ class RunLog:
             cut_rows(run.folder.metrics, state.step)
             cut_rows(run.folder.samples, state.step)
             self.file = run.folder.metrics.open("a")
-            self.wandb = WandbView(
-                run.config.logging, run.folder.path, state.wandb_id, flatten(run.config)
+            launch = Launch(
+                wandb_id=state.wandb_id,
+                step=state.step,
+                lineage=lineage(run.config, state.skipped_windows),
+                about=about(run.config, run.mesh),
             )
+            self.wandb = WandbView(run.config.logging, run.folder.path, launch)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -128,8 +133,6 @@ class RunLog:
             finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
             self.file.write(json.dumps(finite, allow_nan=False) + "\n")
             self.file.flush()
-        if self.wandb is not None:
-            self.wandb.log(row)
 
     def _step_line(self, state: RunState, row: Mapping[str, float | int]) -> str:
         last = last_step(self.config)

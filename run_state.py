@@ -4,11 +4,15 @@ Randomness and the order of samples are functions of these numbers, so they, the
 optimizer's moments are all that decides the next step.
 """
 
+import hashlib
+import json
 import logging
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
+import torch
 from torch.optim import AdamW
 
 from checkpoints import Checkpoint, CheckpointError, find_checkpoint, load_tensors
@@ -18,6 +22,7 @@ from model import GPT
 from optimizer import set_num_updates, training_tensors
 from parallel import Mesh, gather_json
 from run_folder import RunFolder, mendable
+from wandb_run import begun_id
 
 logger = logging.getLogger("microtron")
 
@@ -37,6 +42,20 @@ _MAY_CHANGE_KEYS = (
 )
 # Of an imported model, which has read no text yet, all else is still to be chosen.
 _OF_THE_MODEL = ("model.", "data.vocab_size")
+_PACKAGES = ("configs", "parallel", "data", "model", "checkpoints")
+# What changes nothing that metrics.jsonl says of a step, but for rounding, the clock and when there
+# is an evaluation.
+_CHANGE_NO_STEP = (
+    "parallel.",
+    "run.",
+    "logging.",
+    "evaluate.",
+    "checkpoint.",
+    "debug.",
+    "train.micro_batch_size",
+    "train.compile",
+    "data.cache_directory",
+)
 
 
 @dataclass(frozen=True)
@@ -112,7 +131,8 @@ def resume(run: Run) -> RunState:
                 f"run.resume=must, but there is no checkpoint in {run.folder.checkpoints}; "
                 "check run.name and run.directory, or use run.resume=auto"
             )
-        return RunState(wandb_id=gather_json(run.mesh, uuid.uuid4().hex[:12])[0])
+        known = begun_id(run.folder.path, lineage(run.config))
+        return RunState(wandb_id=gather_json(run.mesh, known or uuid.uuid4().hex[:12])[0])
     _require_same_run(checkpoint, run.config, run.corpus)
     logger.info("resuming from %s", checkpoint.directory)
     return load(run, checkpoint)
@@ -130,6 +150,22 @@ def load(run: Run, checkpoint: Checkpoint) -> RunState:
     state = RunState(**progress)
     set_num_updates(run.optimizer, state.num_updates)
     return state
+
+
+def lineage(config: Config, skipped_windows: tuple[tuple[int, int, int], ...] = ()) -> str:
+    """A hash of all that decides a step: launches of one lineage do their steps alike."""
+    settings = {
+        key: value
+        for key, value in flatten(config).items()
+        if key == "run.seed" or not key.startswith(_CHANGE_NO_STEP)
+    }
+    decides = [settings, skipped_windows, torch.__version__]
+    digest = hashlib.sha256(json.dumps(decides, default=asdict).encode())
+    root = Path(__file__).parent
+    for pattern in ("*.py", *(f"{name}/**/*.py" for name in _PACKAGES)):
+        for file in sorted(root.glob(pattern)):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def training_batches(run: Run, state: RunState) -> BatchLoader:

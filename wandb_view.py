@@ -1,101 +1,161 @@
-"""A wandb dashboard of metrics.jsonl, which can neither hold up nor end a run."""
+"""wandb as a view of metrics.jsonl, which can neither hold up nor end training.
 
+A thread of rank 0 reads rows as they are written and sends them, all of a step as one, so that
+training waits for nothing that wandb or its server does. Which rows: [Note: each step once] in
+wandb_run.py.
+"""
+
+import json
 import logging
-import netrc
-import os
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import urlsplit
+from typing import IO, Any
 
+from checkpoints.manifest import checkpoint_directories
 from configs import LoggingConfig
+from wandb_run import END_TIMEOUT_S, Launch, Row, open_run, sent_before
 
 logger = logging.getLogger("microtron")
 
-_TIMEOUT_S = 20
-Mode = Literal["online", "offline"]
+_LOOK_EVERY_S = 0.5
+_WAIT_S = 20.0  # the longest that training waits for it: at its end, where it may yet begin
+_NUM_SAMPLES = 50  # the newest ones, in a table that is sent whole at each evaluation
 
 
 class WandbView:
-    """A wandb run, or nothing once wandb has failed or is disabled."""
+    """The wandb run of a run folder, from now until `finish`; none if wandb is disabled."""
 
-    def __init__(
-        self, config: LoggingConfig, directory: Path, wandb_id: str, values: Mapping[str, Any]
-    ) -> None:
-        self._run: Any = None
-        if config.wandb == "disabled":
-            return
-        mode: Mode = "offline" if config.wandb == "offline" else "online"
-        if mode == "online" and not _has_key():
-            mode = "offline"  # logging in would ask, and nobody may be there to answer
-            if config.wandb == "online":
-                logger.warning("wandb: no API key; logging offline, `wandb sync` sends it later")
-        self._attempt(lambda: self._open(config, directory, wandb_id, values, mode))
-        if self._run is None and mode == "online":
-            logger.warning("wandb: going on offline; `wandb sync` sends it later")
-            self._attempt(lambda: self._open(config, directory, wandb_id, values, "offline"))
-
-    def _open(
-        self,
-        config: LoggingConfig,
-        directory: Path,
-        wandb_id: str,
-        values: Mapping[str, Any],
-        mode: Mode,
-    ) -> None:
-        import wandb  # noqa: PLC0415 - half a second that `wandb=disabled` need not pay
-
-        settings = wandb.Settings(
-            init_timeout=_TIMEOUT_S,
-            login_timeout=_TIMEOUT_S,
-            finish_timeout=_TIMEOUT_S,
-            # Nothing of the machine or the command line leaves it: arguments may hold secrets.
-            x_disable_meta=True,
-            disable_git=True,
-            disable_code=True,
-            console="off",
-            silent=True,
-        )
-        self._run = wandb.init(
-            project=config.wandb_project,
-            dir=str(directory),
-            id=wandb_id,
-            name=directory.name,
-            resume="allow",
-            mode=mode,
-            config=dict(values),
-            settings=settings,
-        )
-        # wandb's own step only grows, so a resume behind the last logged step would lose its rows.
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
-
-    def log(self, row: Mapping[str, float | int]) -> None:
-        """One row of metrics.jsonl."""
-        if self._run is not None:
-            self._attempt(lambda: self._run.log(dict(row)))
+    def __init__(self, config: LoggingConfig, folder: Path, launch: Launch) -> None:
+        self.config, self.folder, self.launch = config, folder, launch
+        self._ending, self._failed, self._given_up = threading.Event(), False, False
+        self._sends_tables = True
+        self._summary_sent: Row = {}
+        self._thread: threading.Thread | None = None
+        if config.wandb != "disabled":
+            self._thread = threading.Thread(target=self._follow, name="wandb", daemon=True)
+            self._thread.start()
 
     def finish(self, *, failed: bool) -> None:
-        """Close the run."""
-        if self._run is not None:
-            self._attempt(lambda: self._run.finish(exit_code=int(failed)))
+        """Send the last rows and close the run, as far as that goes in time."""
+        if self._thread is None:
+            return
+        self._failed = failed
+        self._ending.set()
+        self._thread.join(_WAIT_S)
+        if self._thread.is_alive():
+            self._given_up = True
+            logger.warning("wandb: no end after %d s; metrics.jsonl has everything", _WAIT_S)
 
-    def _attempt(self, action: Callable[[], object]) -> None:
+    def _follow(self) -> None:
         try:
-            action()
+            run = open_run(self.config, self.folder, self.launch)
+            sent = sent_before(run, self.folder, self.launch)
+            whole = _WholeRun()
+            with (self.folder / "metrics.jsonl").open() as file:
+                for row in self._steps(file):
+                    whole.count(row)
+                    if row["step"] > sent:
+                        self._send(run, row)
+                        self._summarise(run, whole.best)
+            self._summarise(run, whole.best | whole.totals)
+            self._close(run)
         except Exception as error:  # whatever a dashboard raises, training goes on
+            if not self._given_up:
+                logger.warning(
+                    "wandb: %s: %s; metrics.jsonl has everything", type(error).__name__, error
+                )
+
+    def _steps(self, file: IO[str]) -> Iterator[Row]:
+        """All that metrics.jsonl says of a step, once it is complete; ends with the run."""
+        row: Row = {}
+        is_last_look = False
+        while not is_last_look:
+            is_last_look = self._ending.wait(_LOOK_EVERY_S)
+            for new in _whole_lines(file):
+                if row and new["step"] != row["step"]:
+                    yield row
+                    row = {}
+                row |= {key: value for key, value in new.items() if value is not None}
+        if row:
+            yield row
+
+    def _send(self, run: Any, row: Row) -> None:
+        row = {**row, "lineage": self.launch.lineage}
+        if "eval/loss" in row and self._sends_tables and (table := self._table(row["step"])):
+            try:
+                run.log({**row, "samples": table})
+            except Exception as error:  # a table alone needs an answer at once; rows can wait
+                self._sends_tables = False
+                logger.warning("wandb: %s; no more samples are sent in this launch", error)
+            else:
+                return
+        run.log(row)
+
+    def _table(self, step: int) -> Any:
+        """The samples so far, if the newest one is of this step."""
+        import wandb  # noqa: PLC0415 - see wandb_run.py
+
+        path = self.folder / "samples.jsonl"
+        if not path.exists():
+            return None
+        with path.open() as file:
+            rows = list(_whole_lines(file))[-_NUM_SAMPLES:]
+        if not rows or rows[-1]["step"] != step:
+            return None
+        return wandb.Table(["step", "text"], [[row["step"], row["text"]] for row in rows])
+
+    def _summarise(self, run: Any, values: Row) -> None:
+        """Set what is new of the summary, the newest checkpoint's name too."""
+        saved = checkpoint_directories(self.folder / "checkpoints")
+        values = values | ({"checkpoint": saved[-1].name} if saved else {})
+        new = {key: value for key, value in values.items() if self._summary_sent.get(key) != value}
+        if new:
+            run.summary.update(new)
+            self._summary_sent |= new
+
+    def _close(self, run: Any) -> None:
+        import wandb  # noqa: PLC0415 - see wandb_run.py
+
+        try:
+            run.finish(exit_code=int(self._failed))
+        except TimeoutError:
             logger.warning(
-                "wandb: %s: %s; metrics.jsonl has everything", type(error).__name__, error
+                "wandb: the server has not taken everything in %d s; "
+                "`wandb sync --include-online %s` sends it, or the run when it goes on",
+                END_TIMEOUT_S,
+                run.settings.sync_dir,
             )
-            self._run = None
+        wandb.teardown()  # waits for its process, which has yet to write its last records
 
 
-def _has_key() -> bool:
-    """Whether wandb could log in without asking."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    try:
-        return netrc.netrc().authenticators(host or "") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+class _WholeRun:
+    """What rows say of the run as a whole.
+
+    wandb's own minima are of one launch alone.
+    """
+
+    def __init__(self) -> None:
+        self.best: Row = {}
+        self.totals: Row = {"total/steps": 0, "total/tokens": 0, "total/training_hours": 0.0}
+
+    def count(self, row: Row) -> None:
+        """The row of the next step."""
+        if speed := row.get("speed/tokens_per_second"):
+            seconds = (row["tokens"] - self.totals["total/tokens"]) / speed
+            self.totals["total/training_hours"] += seconds / 3600
+        self.totals |= {"total/steps": row["step"], "total/tokens": row.get("tokens", 0)}
+        loss = row.get("eval/loss")
+        if loss is not None and loss < self.best.get("best/eval_loss", float("inf")):
+            self.best = {"best/eval_loss": loss, "best/step": row["step"]}
+
+
+def _whole_lines(file: IO[str]) -> Iterator[Row]:
+    """The rows that are new; a line that is still being written is left for the next time."""
+    while True:
+        before = file.tell()
+        line = file.readline()
+        if not line.endswith("\n"):
+            file.seek(before)
+            return
+        yield json.loads(line)

@@ -2,7 +2,7 @@
 
 Batches are made by a thread ahead of time, so a step seldom waits for one; what it takes to make
 one is counted in full. Logging is what train.py does with a step: the row of metrics.jsonl and the
-line on the console, and wandb's offline file.
+line on the console, while a thread hands the rows before it to wandb.
 """
 
 import statistics

@@ -83,12 +83,15 @@ def train_on(layout: Layout, arguments: list[str]) -> None:
 
 
 def command(ranks: int, arguments: list[str], flags: Sequence[str] = ()) -> list[str]:
-    """The command that a person would type; `flags` are torchrun's."""
-    program = [str(ROOT / "train.py"), *arguments]
+    """The command that a person would type, by itself of tensor-parallel ranks.
+
+    `flags` are torchrun's.
+    """
+    program = [str(ROOT / "train.py"), f"parallel.tensor_model_parallel_size={ranks}", *arguments]
     if ranks == 1:
         return [sys.executable, *program]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    return [*launcher, *flags, *program, f"parallel.tensor_model_parallel_size={ranks}"]
+    return [*launcher, *flags, *program]
 
 
 def start(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.runs import LONG, finish, rows, settings, start, steps_done, wait_for, workers_of
+from tests.wandb_server import logs, records
 
 SECRETS = ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "SOME_PASSWORD")
 
@@ -76,6 +77,9 @@ def test_the_run_folder_holds_what_it_should(
         "wandb",
     }
     assert json.loads((folder / "exit.json").read_text())["code"] == 0
+    (log,) = logs(folder)
+    assert [row["item"]["step"] for row in records(log, "history")] == [1, 2, 3, 4, 5, 6]
+    assert str(corpus).encode() not in log.read_bytes()
     for path in folder.rglob("*"):
         if path.is_file():
             content = path.read_bytes()
