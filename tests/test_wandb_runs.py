@@ -88,3 +88,16 @@ def test_killed_twice_and_moved_it_draws_one_curve(
     assert run.summary["best/step"] == best["step"]
     tables = [json.loads(text) for name, text in run.files.items() if "samples" in name]
     assert max(len(table["data"]) for table in tables) == LAST // 10
+
+
+@pytest.mark.drill
+def test_the_stop_button_saves(corpus: Path, tmp_path: Path, server: WandbServer) -> None:
+    """Pressed in wandb's page, it is Ctrl-C: wandb asks for it every 15 s."""
+    more = ("train.train_steps=100000", "evaluate.interval=0", "logging.wandb=online")
+    process = start(1, settings(corpus, tmp_path, *more))
+    wait_for(lambda: any(run.history for run in server.runs.values()), process)
+    server.stops = True
+    output = finish(process, expected=130)
+    (run,) = server.runs.values()
+    assert f"run test stopped by SIGINT: step {run.steps[-1]} of 100000" in output
+    assert run.summary["checkpoint"] == f"step_{run.steps[-1]:08d}"

@@ -26,7 +26,6 @@ class StoredRun:
     """What the server has of a run."""
 
     history: list[dict[str, Any]] = field(default_factory=list)
-    arrived_at: list[float] = field(default_factory=list)  # of each line of it
     summary: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
@@ -50,6 +49,7 @@ class WandbServer(ThreadingHTTPServer):
         self.runs: dict[str, StoredRun] = {}
         self.requests: list[str] = []  # everything that anyone has said to it
         self.answers = True
+        self.stops = False  # whether somebody has pressed the run's stop button
         self.lock = threading.Lock()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -97,7 +97,6 @@ class WandbServer(ThreadingHTTPServer):
             lines = [json.loads(line) for line in new["content"]]
             if name == "wandb-history.jsonl":
                 run.history[new["offset"] :] = lines
-                run.arrived_at[new["offset"] :] = [time.monotonic()] * len(lines)
             elif name == "wandb-summary.json":
                 run.summary = lines[-1]
         if body.get("complete"):
@@ -142,6 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
                 answer = server.graphql(asked["query"], asked.get("variables") or {})
             elif stream := re.fullmatch(r"/files/me/[^/]+/([^/]+)/file_stream", self.path):
                 server.file_stream(server.runs[stream.group(1)], json.loads(body))
+                answer = {"stopped": server.stops}
             elif upload := re.fullmatch(r"/upload/([^/]+)/(.+)", self.path):
                 server.runs[upload.group(1)].files[upload.group(2)] = body
         content = json.dumps(answer).encode()
