@@ -8,16 +8,15 @@ writes. wandb is sent what these files say (wandb_view.py).
 import json
 import logging
 import math
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
 from configs import Config
+from console import Line, duration
 from evaluation import Evaluation
 from hardware import peak_flops_per_second, peak_memory_gib
-from model import flops_per_token, num_parameters
-from parallel import Mesh
+from model import flops_per_token
 from run_state import Run, RunState, StepResult, lineage
 from wandb_run import Launch, about
 from wandb_view import WandbView
@@ -26,16 +25,6 @@ logger = logging.getLogger("microtron")
 
 # A rate from the last few seconds says more about the time left than one from the first step on.
 _RATE_MEMORY = 0.9
-
-
-def set_up_logging(mesh: Mesh) -> None:
-    """INFO from rank 0, warnings from every rank with its number, on stderr."""
-    prefix = "" if mesh.world.rank == 0 else f"[rank {mesh.world.rank}] "
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
-    logger.handlers = [handler]
-    logger.propagate = False
-    logger.setLevel(logging.INFO if mesh.world.rank == 0 else logging.WARNING)
 
 
 class RunLog:
@@ -49,14 +38,6 @@ class RunLog:
             run.mesh.device, run.config.train.precision
         )
         self.seconds_per_step: float | None = None
-        logger.info(
-            "%s parameters on %d data-parallel x %d tensor-parallel ranks%s, %s rows a step",
-            f"{num_parameters(run.config.model, run.config.data.vocab_size):,}",
-            run.mesh.dp.size,
-            run.mesh.tp.size,
-            " with sequence parallelism" if run.mesh.sequence_parallel else "",
-            f"{run.config.train.global_batch_size} x {run.config.model.seq_length}",
-        )
         self.file: IO[str] | None = None
         self.samples = run.folder.samples
         self.wandb: WandbView | None = None
@@ -103,7 +84,7 @@ class RunLog:
         if result.why_skipped is not None and self.is_writer:
             logger.warning("step %d: %s; its update is left out", state.step, result.why_skipped)
         if is_first or is_last or state.step % self.config.logging.log_interval == 0:
-            logger.info("%s", self._step_line(state, row))
+            logger.info(self._step_line(state, row))
 
     def evaluation(self, state: RunState, evaluation: Evaluation) -> None:
         """One evaluation, and its sample."""
@@ -134,18 +115,22 @@ class RunLog:
             self.file.write(json.dumps(finite, allow_nan=False) + "\n")
             self.file.flush()
 
-    def _step_line(self, state: RunState, row: Mapping[str, float | int]) -> str:
+    def _step_line(self, state: RunState, row: Mapping[str, float | int]) -> Line:
         last = last_step(self.config)
         assert self.seconds_per_step is not None
-        return (
-            f"step {state.step:>{len(str(last))}}/{last}"
-            f" | loss {row['train/loss']:.4f}"
-            f" | grad norm {row['train/grad_norm']:.3f}"
-            f" | lr {row['train/learning_rate']:.2e}"
-            f" | {row['speed/tokens_per_second']:,.0f} tokens/s"
-            f" | mfu {100 * row['speed/mfu']:.1f}%"
-            f" | {row['memory/peak_gib']:.2f} GiB"
-            f" | {_duration((last - state.step) * self.seconds_per_step)} left"
+        return Line(
+            (f"step {state.step:>{len(str(last))}}/{last}", "plain"),
+            (" | ", "dim"),
+            (f"loss {row['train/loss']:.4f}", "bold"),
+            (
+                f" | grad norm {row['train/grad_norm']:.3f}"
+                f" | lr {row['train/learning_rate']:.2e}"
+                f" | {row['speed/tokens_per_second']:,.0f} tokens/s"
+                f" | mfu {100 * row['speed/mfu']:.1f}%"
+                f" | {row['memory/peak_gib']:.2f} GiB"
+                f" | {duration((last - state.step) * self.seconds_per_step)} left",
+                "dim",
+            ),
         )
 
 
@@ -168,9 +153,3 @@ def cut_rows(path: Path, step: int) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text("".join(kept))
     temporary.rename(path)
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -7,6 +7,7 @@ import torch
 
 from accounting import Account, Kept, Traffic, paper_formula
 from configs import Config
+from console import size
 from model import flops_per_token, num_parameters
 from parallel import Collective
 
@@ -38,15 +39,6 @@ def page(config: Config, plan: Account, memory_gib: float) -> str:
         _answer(config, plan, memory_gib),
     )
     return "\n".join("\n".join(section) + "\n" for section in sections)
-
-
-def size(num_bytes: float) -> str:
-    """Bytes with a unit, three digits at least."""
-    for unit, scale in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if num_bytes >= scale:
-            digits = 2 if num_bytes < 10 * scale else 1
-            return f"{num_bytes / scale:,.{digits}f} {unit}"
-    return f"{num_bytes:.0f} B  "
 
 
 def _heading(config: Config, plan: Account) -> Iterator[str]:

@@ -10,10 +10,8 @@ All ranks must see the same file system. Nothing inside holds an absolute path, 
 
 import fcntl
 import json
-import logging
 import os
 import shlex
-import signal
 import socket
 import sys
 import time
@@ -26,8 +24,6 @@ from checkpoints import sweep_leftovers
 from configs import EXIT_BEFORE_TRAINING, Config, is_restart, launch_id, to_yaml
 from parallel import Mesh, gather_json
 from stopping import FatalError
-
-logger = logging.getLogger("microtron")
 
 _PREVIOUS = "previous_"
 _WAIT_FOR_RUNNING_S, _WAIT_FOR_ENDING_S = 5.0, 30.0
@@ -68,6 +64,7 @@ class RunFolder:
         self.samples = self.path / "samples.jsonl"
         self.tokenizer = self.path / "tokenizer.model"
         self.step: int | None = None  # finished updates, for exit.json
+        self.opened_at = time.monotonic()
         self._config, self._mesh = config, mesh
         self._since = time.strftime("%Y-%m-%d %H:%M:%S")
         self._is_writer = mesh.world.rank == 0
@@ -207,43 +204,21 @@ class RunFolder:
             }
             _write(self.path / "exit.json", (json.dumps(report, indent=1) + "\n").encode())
 
-    def report_end(self, started_from: int, stop: signal.Signals | None) -> int:
-        """Say how the run ended, on the console and in exit.json; returns the exit code."""
-        assert self.step is not None, "a run that ends has begun"
-        run, num_steps = self._config.run, self._config.train.train_steps
-        if stop is not None:
-            reason, code = f"stopped by {stop.name}", 128 + stop
-        elif self.step >= num_steps:
-            reason, code = "finished", 0
-        else:
-            reason, code = f"reached run.stop_at_step={run.stop_at_step}", 0
-        self.write_exit(code, reason)
-        logger.info(
-            "run %s %s: step %d of %d (%d in this launch)",
-            run.name,
-            f"is {reason}" if reason == "finished" else reason,
-            self.step,
-            num_steps,
-            self.step - started_from,
-        )
-        if reason != "finished":
-            logger.info("resume with\n  %s", self.resume_command())
-        return code
-
     def write_hang(self, code: int, reason: str, *, speaks: bool) -> None:
         """As `write_exit`, by whichever rank can still speak; what comes after changes nothing."""
         self._is_writer = speaks
         self.write_exit(code, reason)
         self._is_writer = False
 
-    def resume_command(self) -> str:
-        """The command line that goes on with this run."""
-        arguments = [arg for arg in sys.argv if not arg.startswith("run.resume=")]
+    def resume_command(self, *settings: str) -> str:
+        """The command line that goes on with this run; `settings` replace those that it has."""
+        dropped = {"run.resume", *(setting.partition("=")[0] for setting in settings)}
         if self.step == self._config.run.stop_at_step:
-            arguments = [arg for arg in arguments if not arg.startswith("run.stop_at_step=")]
+            dropped.add("run.stop_at_step")
+        arguments = [arg for arg in sys.argv if arg.partition("=")[0] not in dropped]
         if self._config.run.resume == "never":
             arguments.append("run.resume=auto")
-        return f"{_launcher()} {shlex.join(arguments)}"
+        return f"{_launcher()} {shlex.join([*arguments, *settings])}"
 
 
 def _launcher() -> str:

@@ -20,10 +20,11 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from audit import audit
 from bad_numbers import roll_back, too_many_skipped, why_to_skip
 from checkpoints import CheckpointError
+from console import set_up_logging
 from data import BatchLoader, prepare_corpus
 from evaluation import evaluate, held_out
 from hardware import set_up_allocator, use_deterministic_kernels
-from metrics import RunLog, last_step, set_up_logging
+from metrics import RunLog, last_step
 from model import build_model, num_parameters
 from optimizer import apply_update, build_optimizer, learning_rate, leave_out_update
 from parallel import (
@@ -40,6 +41,7 @@ from run_folder import RunFolder, StartError, mendable, require_same_on_all_rank
 from run_state import Run, RunState, StepResult, resume, training_batches
 from saving import Saving
 from stopping import FatalError, StopSignals
+from summary import report_end, report_start
 from watchdog import Watchdog
 
 logger = logging.getLogger("microtron")
@@ -48,20 +50,21 @@ logger = logging.getLogger("microtron")
 def train(config: Config, mesh: Mesh, folder: RunFolder, signals: StopSignals) -> int:
     """Train from the newest checkpoint, or the start, to the last step; returns the exit code."""
     run, state = start(config, mesh, folder)
-    last, started_from = last_step(config), state.step
+    last, began = last_step(config), state
     folder.step = state.step
     audit(run, state)
     if state.step >= last:
-        return folder.report_end(started_from, None)
+        return report_end(run, began, state, stop=None)
 
     folder.describe(run.corpus.tokenizer_path)
+    report_start(run, state)
     signals.training(on_stop=lambda: folder.announce(ending=True))
     stop: signal.Signals | None = None
     while state.step < last and stop is None:
         state, stop = train_from(run, state, signals)
         if too_many_skipped(state, config.train):
             state = roll_back(run, state)
-    return folder.report_end(started_from, stop)
+    return report_end(run, began, state, stop)
 
 
 def train_from(
@@ -179,7 +182,7 @@ def main(config: Config) -> int:
     if config.debug.deterministic:
         use_deterministic_kernels()
     mesh = join_mesh(config)
-    set_up_logging(mesh)
+    set_up_logging(mesh.world.rank)
     try:
         with RunFolder(config, mesh) as folder:
             code = train(config, mesh, folder, signals)

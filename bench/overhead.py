@@ -17,7 +17,8 @@ from bench.ours import random_corpus, settings
 from bench.timing import report
 from bench.workload import parse
 from configs import Config, parse_config
-from metrics import RunLog, set_up_logging
+from console import set_up_logging
+from metrics import RunLog
 from model import GPT
 from optimizer import build_optimizer
 from parallel import Mesh, close_mesh, init_mesh
@@ -74,7 +75,7 @@ def main() -> int:
             ]
         )
         mesh = init_mesh(1, sequence_parallel=False)
-        set_up_logging(mesh)
+        set_up_logging(mesh.world.rank)
         torch.manual_seed(0)
         report(dict(measure(config, mesh)))
         close_mesh()

@@ -1,7 +1,7 @@
 """Sharded tensors to files and back, on any layout, surviving a kill at any moment."""
 
 from checkpoints.load import find_checkpoint, load_tensors
-from checkpoints.manifest import Checkpoint, CheckpointError
+from checkpoints.manifest import Checkpoint, CheckpointError, checkpoint_directories
 from checkpoints.save import Save, begin_save, commit_save, sweep_leftovers
 from checkpoints.whole import TensorInfo, read_whole, write_tensors, write_whole_checkpoint
 
@@ -11,6 +11,7 @@ __all__ = [
     "Save",
     "TensorInfo",
     "begin_save",
+    "checkpoint_directories",
     "commit_save",
     "find_checkpoint",
     "load_tensors",

@@ -4,7 +4,8 @@ The package knows no process groups: a rank is an int. What programs need is nam
 """
 
 from data.evaluation import EvaluationSet, evaluation_batches
-from data.loader import BatchLoader, StepBatch
+from data.loader import BatchLoader, StepBatch, rows_of_corpus
+from data.mixture import SampleOrder
 from data.prepare import Corpus, prepare_corpus
 from data.rows import IGNORED_TARGET, MicroBatch
 from data.texts import corpus_to_score
@@ -17,6 +18,7 @@ __all__ = [
     "Corpus",
     "EvaluationSet",
     "MicroBatch",
+    "SampleOrder",
     "StepBatch",
     "TokenFile",
     "Tokenizer",
@@ -24,4 +26,5 @@ __all__ = [
     "evaluation_batches",
     "load_tokenizer",
     "prepare_corpus",
+    "rows_of_corpus",
 ]

@@ -47,9 +47,12 @@ def test_a_signal_saves_and_the_run_goes_on(
     report = json.loads((tmp_path / "test" / "exit.json").read_text())
     assert report["code"] == 128 + number
     assert f"run test stopped by {number.name}: step {report['step']} of 40" in output
-    assert report["resume"] in output
+    assert report["resume"].startswith("python" if ranks == 1 else "torchrun --nproc-per-node 2")
+    assert f"resume with\n  {report['resume']}\n" in output
     (saved,) = (tmp_path / "test" / "checkpoints").iterdir()
     assert saved.name == f"step_{report['step']:08d}"
+    assert f"\n  checkpoint    {saved}\n" in output
+    assert f"\n  this launch   {report['step']} steps, " in output
     assert f"resuming from {saved}" in finish(start(ranks, arguments))
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, 41))
 
@@ -142,16 +145,6 @@ def test_compiled_kernels_resume_to_the_bit(corpus: Path, tmp_path: Path) -> Non
         [r for r in rows(tmp_path, name) if "train/loss" in r] for name in ("parts", "whole")
     )
     assert parts == whole
-
-
-def test_the_resume_line_goes_on(corpus: Path, tmp_path: Path) -> None:
-    """What exit.json says after run.stop_at_step, typed as it stands, finishes the run."""
-    once = settings(corpus, tmp_path, "run.stop_at_step=2", "run.resume=never")
-    assert "reached run.stop_at_step=2: step 2 of 6" in finish(start(1, once))
-    line = json.loads((tmp_path / "test" / "exit.json").read_text())["resume"]
-    assert line.startswith("python ")
-    arguments = line.partition("train.py ")[2].split()
-    assert "run test is finished: step 6 of 6 (4 in this launch)" in finish(start(1, arguments))
 
 
 def test_a_run_that_is_not_finite_ends(corpus: Path, tmp_path: Path) -> None:
