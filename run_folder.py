@@ -62,6 +62,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.samples = self.path / "samples.jsonl"
+        self.profile = self.path / "profile"
         self.tokenizer = self.path / "tokenizer.model"
         self.step: int | None = None  # finished updates, for exit.json
         self.opened_at = time.monotonic()
@@ -114,7 +115,7 @@ class RunFolder:
 
     def _refuse_links(self) -> None:
         """What a run writes and deletes lies in its folder, not where somebody's link leads."""
-        names = ("checkpoints", "metrics.jsonl", "samples.jsonl", ".lock")
+        names = ("checkpoints", "metrics.jsonl", "samples.jsonl", "profile", ".lock")
         for path in (self.path, *(self.path / name for name in names)):
             if path.is_symlink():
                 raise StartError(

@@ -20,7 +20,7 @@ from configs import Config, flatten
 from data import BatchLoader, Corpus
 from model import GPT
 from optimizer import set_num_updates, training_tensors
-from parallel import Mesh, gather_json
+from parallel import Mesh, gather_json, init_mesh
 from run_folder import RunFolder, mendable
 from wandb_run import begun_id
 
@@ -117,6 +117,17 @@ class Run:
     corpus: Corpus
     model: GPT
     optimizer: AdamW
+
+
+def join_mesh(config: Config) -> Mesh:
+    """Join the other ranks, laid out as the configuration says."""
+    return init_mesh(
+        config.parallel.tensor_model_parallel_size,
+        config.parallel.sequence_parallel,
+        config.parallel.tp_comm_overlap,
+        config.train.compile and config.model.has_chains,
+        config.parallel.shared_memory,
+    )
 
 
 def resume(run: Run) -> RunState:

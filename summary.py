@@ -46,7 +46,7 @@ def report_start(run: Run, state: RunState) -> None:
             "memory": _memory(run),
             "step": _step(run),
             "plan": _plan(run, state),
-            **_places(run),
+            **_places(run, state),
         }
     )
 
@@ -232,7 +232,7 @@ def _has_full_rows(config: Config) -> bool:
     return config.data.sequence_mode == "pack" and config.data.packing == "stream"
 
 
-def _places(run: Run) -> dict[str, str]:
+def _places(run: Run, state: RunState) -> dict[str, str]:
     """Where what the run writes goes, and how to look at it."""
     folder, save, log = run.folder, run.config.checkpoint, run.config.logging
     when = (
@@ -243,10 +243,17 @@ def _places(run: Run) -> dict[str, str]:
         "folder": f"{folder.path} (metrics.jsonl, samples.jsonl, config.yaml)",
         "checkpoints": f"{folder.checkpoints}, {when}; {kept}",
         "wandb": "",
+        "profile": "",
         "to look at": _dashboard(run.config),
     }
     if log.wandb != "disabled":
         facts["wandb"] = f"project {log.wandb_project}, {_WANDB[log.wandb]}"
+    if log.profile_steps is not None:
+        first, last = log.profile_steps
+        is_here = first <= last_step(run.config) and last > state.step
+        facts["profile"] = f"steps {first:,} to {last:,}" + (
+            f", {folder.profile}" if is_here else ": not in this launch"
+        )
     return facts
 
 

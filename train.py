@@ -32,13 +32,13 @@ from parallel import (
     Mesh,
     clip_gradients,
     close_mesh,
-    init_mesh,
     set_gradient_sync,
     sum_over,
     sum_partial_gradients,
 )
+from profiling import Profiler
 from run_folder import RunFolder, StartError, mendable, require_same_on_all_ranks
-from run_state import Run, RunState, StepResult, resume, training_batches
+from run_state import Run, RunState, StepResult, join_mesh, resume, training_batches
 from saving import Saving
 from stopping import FatalError, StopSignals
 from summary import report_end, report_start
@@ -79,10 +79,12 @@ def train_from(
         RunLog(run, state) as log,
         training_batches(run, state) as batches,
         Saving(run, state) as saving,
+        Profiler(config.logging.profile_steps, folder.profile, run.mesh) as profiler,
         Watchdog(run),
     ):
         while state.step < last and not (stop := signals.agreed(run.mesh)):
-            result = train_step(run, state, batches)
+            with profiler.step(state.step + 1):
+                result = train_step(run, state, batches)
             state = state.advance(result, config.train.global_batch_size)
             folder.step = state.step
             log.step(state, result)
@@ -162,17 +164,6 @@ def train_step(run: Run, state: RunState, batches: BatchLoader) -> StepResult:
 def due(step: int, interval: int, at_end: int | None = None) -> bool:
     """Whether what is done every `interval` steps (0: never), and at the end, is due."""
     return interval > 0 and (step % interval == 0 or step == at_end)
-
-
-def join_mesh(config: Config) -> Mesh:
-    """Join the other ranks, laid out as the configuration says."""
-    return init_mesh(
-        config.parallel.tensor_model_parallel_size,
-        config.parallel.sequence_parallel,
-        config.parallel.tp_comm_overlap,
-        config.train.compile and config.model.has_chains,
-        config.parallel.shared_memory,
-    )
 
 
 @record

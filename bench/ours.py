@@ -39,8 +39,8 @@ from model import build_model, flops_per_token, num_parameters
 from optimizer import build_optimizer
 from parallel import DropoutStream, Mesh, close_mesh
 from run_folder import RunFolder
-from run_state import Run, RunState, training_batches
-from train import join_mesh, train_step
+from run_state import Run, RunState, join_mesh, training_batches
+from train import train_step
 
 _CONFIG = Path(__file__).with_name("bench_gpt.yaml")
 _ROWS = 64  # of random tokens; an epoch more or less is all one

@@ -216,6 +216,9 @@ class LoggingConfig:
     """What a person sees while it runs; metrics.jsonl gets every step whatever is set here."""
 
     log_interval: int = 1  # steps between console lines
+    # First and last step of which every rank writes a trace of torch.profiler to profile/, and
+    # rank 0 says where the time went; null: none.
+    profile_steps: tuple[int, int] | None = None
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: offline without a key
     wandb_project: str = "microtron"
 

@@ -99,6 +99,7 @@ def validate(config: Config, world_size: int) -> None:
     _check_model(config)
     _check_data(config)
     _check_schedule(config)
+    _check_profile(config.logging.profile_steps)
     check_layout(config, world_size)
 
 
@@ -224,4 +225,14 @@ def _check_schedule(config: Config) -> None:
             f"optimizer.lr_decay_style={optimizer.lr_decay_style}; set it to null, or "
             "optimizer.lr_decay_style=WSD",
             "optimizer.lr_wsd_decay_steps",
+        )
+
+
+def _check_profile(steps: tuple[int, int] | None) -> None:
+    key = "logging.profile_steps"
+    if steps is not None and not 1 <= steps[0] <= steps[1] <= _LARGEST_STEP:
+        raise ConfigError(
+            f"{key}={shown(steps)} is no range of steps; write the first and the last one, like "
+            f"[10, 12]; steps are counted from 1, and {_LARGEST_STEP} is the largest",
+            key,
         )

@@ -12,12 +12,15 @@ import threading
 import time
 from dataclasses import dataclass
 
+from torch.profiler import record_function
+
 from configs.schema import Config
 from data.mixture import JoinedRows, SampleOrder
 from data.packing import Deal, deal_by_length, deal_in_order, padding_share
 from data.prepare import Corpus
 from data.rows import MicroBatch, Rows, make_micro_batch, training_rows
 
+WAITING_FOR_DATA = "waiting for data"  # in a trace of torch.profiler
 _STEPS_AHEAD = 2
 _STOP_CHECK_INTERVAL_S = 0.1
 _ROWS_OF_ESTIMATE = 4096  # of the first epoch, to tell the share of padding at the start
@@ -89,7 +92,8 @@ class BatchLoader:
         """Returns the next step's batch; raises what the thread raised, and ends after `close`."""
         if self._closed.is_set():
             raise StopIteration
-        item = self._queue.get()
+        with record_function(WAITING_FOR_DATA):
+            item = self._queue.get()
         if isinstance(item, Exception):
             self._closed.set()
             raise item

@@ -139,3 +139,27 @@ def test_the_fields_of_a_source_are_keys() -> None:
                 single.nullable,
                 single.default,
             )
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        ("[10, 12]", (10, 12)),
+        ("[7, 7]", (7, 7)),
+        ("null", None),
+        ("[0, 2]", "logging.profile_steps=[0, 2] is no range of steps; write the first and the"),
+        ("[5, 4]", "logging.profile_steps=[5, 4] is no range of steps"),
+        ("[1, 100000000]", "logging.profile_steps=[1, 100000000] is no range of steps"),
+        ("[5]", "logging.profile_steps has 1 items; write a list [a whole number, a whole number]"),
+        ("5", "logging.profile_steps=5 is no list; write a list [a whole number, a whole number]"),
+    ],
+)
+def test_the_steps_to_profile(steps: str, expected: object) -> None:
+    """Two of them, from 1 on and in order."""
+    arguments = ["config=gpt_debug", f"logging.profile_steps={steps}"]
+    if not isinstance(expected, str):
+        assert parse_config(arguments).logging.profile_steps == expected
+        return
+    with pytest.raises(ConfigError) as caught:
+        parse_config(arguments)
+    assert str(caught.value).startswith(expected)

@@ -17,7 +17,9 @@ def config(directory: Path) -> Config:
 
 
 @distributed(ONE_RANK, Layout(dp=2))
-@pytest.mark.parametrize("name", ["", "checkpoints", "metrics.jsonl", "samples.jsonl", ".lock"])
+@pytest.mark.parametrize(
+    "name", ["", "checkpoints", "metrics.jsonl", "samples.jsonl", "profile", ".lock"]
+)
 def test_a_link_is_refused_and_what_it_leads_to_left_alone(
     mesh: Mesh, tmp_path: Path, name: str
 ) -> None:

@@ -1,5 +1,6 @@
 """What a person is told: a run of two ranks that stops on its way, goes on, and is trained on."""
 
+import gzip
 import json
 import re
 import shlex
@@ -38,12 +39,13 @@ class Told:
 
 @pytest.fixture(scope="module")
 def told(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Told:
-    """Stopped after step 3 of 6; then with the lines that it prints.
+    """Stopped after step 3 of 6 while it profiles 2 to 5, then with the lines that it prints.
 
     On from there to the end, and to twice as many steps, that by one rank.
     """
     directory = tmp_path_factory.mktemp("told")
-    arguments = settings(corpus, directory, "checkpoint.save_interval=2")
+    profile = "logging.profile_steps=[2, 5]"
+    arguments = settings(corpus, directory, profile, "checkpoint.save_interval=2")
     stopped = finish(start(2, [*arguments, "run.stop_at_step=3", "run.resume=never"]))
     resume = json.loads((directory / "test" / "exit.json").read_text())["resume"]
     assert f"resume with\n  {resume}\n" in stopped
@@ -103,6 +105,8 @@ def test_where_everything_goes(told: Told) -> None:
     assert fact(told.stopped, "folder").startswith(f"{folder} (metrics.jsonl, samples.jsonl")
     when = "every 2 steps and at the end; the newest 2 are kept"
     assert fact(told.stopped, "checkpoints") == f"{folder}/checkpoints, {when}"
+    assert fact(told.stopped, "profile") == f"steps 2 to 5, {folder}/profile"
+    assert fact(told.trained_on, "profile") == "steps 2 to 5: not in this launch"
     assert facts(told.stopped, "wandb") == []  # disabled
     dashboard = f"make dashboard ARGS=runs={folder.parent}"
     assert facts(told.stopped, "to look at") == [dashboard] * 2
@@ -154,6 +158,27 @@ def test_a_step_is_one_plain_line(told: Told) -> None:
     assert len(lines) == 3
     assert all(re.fullmatch(pattern, line) for line in lines)
     assert "\x1b" not in told.stopped + told.finished + told.trained_on
+
+
+def test_every_rank_leaves_a_trace(told: Told) -> None:
+    """Of the steps that were asked for and done, in each launch; rank 0 says where time went."""
+    expected = {
+        f"steps_{steps}.rank_{rank}.json.gz": launch
+        for steps, launch in (("2_to_3", told.stopped), ("4_to_5", told.finished))
+        for rank in (0, 1)
+    }
+    assert {path.name for path in (told.folder / "profile").iterdir()} == set(expected)
+    for name in expected:
+        with gzip.open(told.folder / "profile" / name, "rt") as file:
+            seen = {str(event.get("name")) for event in json.load(file)["traceEvents"]}
+        steps = {f"step {number}" for number in re.findall(r"\d+", name)[:2]}
+        assert {name for name in seen if name.startswith("step ")} == steps
+        assert {"aten::mm", "aten::_fused_adamw_", "waiting for data"} <= seen
+    for launch in set(expected.values()):
+        table = launch.partition("profile of steps ")[2].partition("trace is in")[0]
+        shares = dict(re.findall(r"^  (\D+?) +[\d.]+ ms a step +([\d.]+)%", table, re.MULTILINE))
+        assert {"products", "attention", "communication", "optimizer", "rest"} <= set(shares)
+        assert sum(map(float, shares.values())) == pytest.approx(100, abs=0.5)
 
 
 def test_progress_of_a_file_that_is_not_as_usual(tmp_path: Path) -> None:
