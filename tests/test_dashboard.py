@@ -19,6 +19,7 @@ from configs import ConfigError
 from dashboard import Dashboard, parse
 from live_rows import JsonLines
 from metrics import cut_rows
+from tests.browser import CHROMIUM, browse
 from tests.lines import ROOT
 
 PATIENCE_S = 60
@@ -178,5 +179,24 @@ def test_it_serves_live_and_ends_quietly(tmp_path: Path, port: int) -> None:
     server = start(tmp_path, port)
     try:
         follow(server, metrics, port)
+    finally:
+        server.kill()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on PATH")
+def test_the_page_compares_runs(tmp_path: Path, port: int) -> None:
+    """As a person sees it: both runs in the list, and a picture of each of their metrics."""
+    for name, shift in (("dense", 0.0), ("parallel", 0.5)):
+        rows = [row | {"speed/tokens_per_second": 100.0} for row in steps(1, 2, 3, shift=shift)]
+        write(tmp_path / name / "metrics.jsonl", *rows, {"step": 3, "eval/bits_per_byte": 2.0})
+    server = start(tmp_path, port)
+    try:
+        assert server.stdout is not None
+        server.stdout.readline()
+        # Of one filter all cards are in view, and only what is in view is drawn.
+        with browse(f"http://localhost:{port}/?tagFilter=loss|bits|tokens#timeseries") as page:
+            for word in ("dense", "parallel", "/bits_per_byte", "/tokens_per_second", "/loss"):
+                page.wait_for(f"document.body.innerText.includes('{word}')")
+            page.wait_for("document.querySelectorAll('scalar-card canvas, scalar-card svg').length")
     finally:
         server.kill()
