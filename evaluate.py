@@ -100,9 +100,9 @@ if __name__ == "__main__":
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from console import set_up_logging
 from data import Corpus, corpus_to_score, prepare_corpus
 from evaluation import Score, documents_of, score
-from metrics import set_up_logging
 from parallel import close_mesh
 from run_folder import StartError, mendable, require_same_on_all_ranks
 from stopping import StopSignals
@@ -154,7 +154,7 @@ def main(settings: Settings, config: Config) -> int:
     """Join the other ranks, load the model, and score the text."""
     StopSignals()
     mesh = join_ranks(config, decoding=False)
-    set_up_logging(mesh)
+    set_up_logging(mesh.world.rank)
     try:
         trained = load_trained(config, Path(os.path.expanduser(settings.run)), mesh, settings.step)
         corpus, max_sequences = text_to_score(trained, settings)

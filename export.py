@@ -54,10 +54,10 @@ from checkpoints import (
     read_whole,
     write_tensors,
 )
+from console import set_up_logging
 from data import Tokenizer, load_tokenizer
 from data.tokenizer_json import tokenizer_config, tokenizer_json
 from huggingface_check import Comparison, compare, our_logits, some_tokens
-from metrics import set_up_logging
 from model.huggingface import to_huggingface
 from model.huggingface_config import family_of, to_huggingface_config
 from model_card import model_card
@@ -181,7 +181,7 @@ def require_same(comparison: Comparison, dtype: str) -> None:
 def main(settings: Settings, config: Config) -> int:
     """Join the other ranks and export."""
     mesh = init_mesh(config.parallel.tensor_model_parallel_size, config.parallel.sequence_parallel)
-    set_up_logging(mesh)
+    set_up_logging(mesh.world.rank)
     try:
         with mendable(ValueError, OSError, CheckpointError):
             comparison = export(settings, config, mesh)

@@ -84,8 +84,8 @@ if __name__ == "__main__":
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from configs import exit_with_error
+from console import set_up_logging
 from continuation import Continuation
-from metrics import set_up_logging
 from model import Sampling, continuations
 from parallel import Mesh, close_mesh, gather_json
 from run_folder import StartError, mendable
@@ -175,7 +175,7 @@ def main(settings: Settings, config: Config) -> int:
     """Join the other ranks, load the model, and continue each prompt."""
     StopSignals()
     mesh = join_ranks(config, decoding=True)
-    set_up_logging(mesh)
+    set_up_logging(mesh.world.rank)
     try:
         trained = load_trained(config, Path(os.path.expanduser(settings.run)), mesh, settings.step)
         logger.info("continuing with the model of %s", trained.checkpoint.directory)

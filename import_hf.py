@@ -57,9 +57,9 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from checkpoints import TensorInfo, write_whole_checkpoint
+from console import set_up_logging
 from data import Tokenizer, load_tokenizer
 from huggingface_source import Source, download, open_source
-from metrics import set_up_logging
 from model import GPT
 from model.huggingface import Family, from_huggingface, to_huggingface
 from model.huggingface_config import from_huggingface_config
@@ -175,7 +175,7 @@ def write_checkpoint(
 def main(settings: Settings) -> int:
     """Import on rank 0; any others, of torchrun, have nothing to do."""
     mesh = init_mesh(1, sequence_parallel=False)
-    set_up_logging(mesh)
+    set_up_logging(mesh.world.rank)
     if mesh.world.rank == 0:
         try:
             with mendable(ValueError, OSError):
