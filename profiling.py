@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from console import say_facts
 from data import WAITING_FOR_DATA
-from parallel import Mesh
+from parallel import WAITING_FOR_RANKS, Mesh
 
 logger = logging.getLogger("microtron")
 
@@ -37,11 +37,14 @@ _STEP = "step "
 _WITH_CALLED: Kinds = (
     ("optimizer", re.compile(r"Optimizer\.")),
     (WAITING_FOR_DATA, re.compile(WAITING_FOR_DATA)),
+    ("communication", re.compile(WAITING_FOR_RANKS)),
     ("communication", re.compile(r"(\w*c10d\w*|microtron)::|nccl:|gloo:|record_param_comms")),
 )
 _BY_ITSELF: Kinds = (
     ("attention", re.compile(r"aten::.*(attention|scaled_dot_product)")),
-    ("products", re.compile(r"aten::.*(mm|matmul|linear|baddbmm|addmv|bilinear)\b|mkldnn::")),
+    ("products", re.compile(r"aten::\w*(mm|matmul|linear|addmv)_?$|aten::_addmm|mkldnn::")),
+    # FSDP2 waits inside of these.
+    ("communication", re.compile(r"FSDP::(all_gather|post_backward_(reduce|rs_wait))")),
     ("elementwise, norms, copies", re.compile(r"aten::|fsdp::|inductor|triton|.*Compiled")),
 )
 _NAMED, _LEAST_NAMED = 3, 0.005  # operators of a kind on the console, and their least share

@@ -5,7 +5,7 @@ This package is the only one that crosses the wire. It takes plain ints and bool
 
 from parallel.agreement import any_rank, gather_json, sum_over
 from parallel.backend import is_transport
-from parallel.collectives import is_wait
+from parallel.collectives import WAITING_FOR_RANKS, is_wait
 from parallel.data_parallel import (
     free_gathered_weights,
     set_gradient_sync,
@@ -47,6 +47,7 @@ from parallel.sharding import local_part, local_slices, shard_range, tp_shard_di
 from parallel.traffic import Collective, record_traffic
 
 __all__ = [
+    "WAITING_FOR_RANKS",
     "Axis",
     "Collective",
     "ColumnParallelLinear",

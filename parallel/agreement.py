@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.profiler import record_function
 
+from parallel.collectives import WAITING_FOR_RANKS
 from parallel.mesh import Axis, Mesh
 
 
 def sum_over(axis: Axis, values: torch.Tensor) -> torch.Tensor:
     """The sum of `values` over the ranks of an axis, in place; one all-reduce."""
     if axis.size > 1:
-        dist.all_reduce(values, group=axis.group)
+        with record_function(WAITING_FOR_RANKS):
+            dist.all_reduce(values, group=axis.group)
     return values
 
 

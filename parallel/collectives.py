@@ -10,8 +10,11 @@ from types import CodeType
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from parallel.mesh import Axis, Mesh
+
+WAITING_FOR_RANKS = "waiting for ranks"  # in a trace of torch.profiler
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class Pending:
 
 def await_work(work: dist.Work) -> None:
     """Wait for a collective that was started before."""
-    work.wait()
+    with record_function(WAITING_FOR_RANKS):
+        work.wait()
 
 
 def is_wait(code: CodeType) -> bool:
