@@ -7,6 +7,7 @@ without.
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Mapping
 from typing import Literal, TextIO
@@ -14,6 +15,7 @@ from typing import Literal, TextIO
 logger = logging.getLogger("microtron")
 
 Look = Literal["plain", "bold", "dim", "yellow", "red"]
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 # ECMA-48, 8.3.117: select graphic rendition.
 _CODES: dict[Look, str] = {"bold": "1", "dim": "2", "yellow": "33", "red": "31"}
 
@@ -72,6 +74,11 @@ def say_facts(facts: Mapping[str, str]) -> None:
     for name, fact in facts.items():
         if fact:
             logger.info(Line((f"  {name:<{width}}  ", "dim"), (fact, "plain")))
+
+
+def printable(text: str) -> str:
+    """A text that a model has written, without what would make a terminal do something."""
+    return _CONTROLS.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 def size(num_bytes: float) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from configs import Config
-from console import Line, duration
+from console import Line, duration, printable
 from evaluation import Evaluation
 from hardware import peak_flops_per_second, peak_memory_gib
 from model import flops_per_token
@@ -103,7 +103,8 @@ class RunLog:
             evaluation.bits_per_byte,
         )
         if evaluation.sample is not None:
-            logger.info("--- sample ---\n%s\n--------------", evaluation.sample.rstrip())
+            sample = printable(evaluation.sample.rstrip())
+            logger.info("--- sample ---\n%s\n--------------", sample)
             if self.is_writer:
                 with self.samples.open("a") as file:
                     file.write(json.dumps({"step": state.step, "text": evaluation.sample}) + "\n")

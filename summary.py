@@ -81,6 +81,7 @@ def report_end(run: Run, began: RunState, state: RunState, stop: signal.Signals 
             "skipped": _skipped(state),
             "checkpoint": str(saved[-1]) if saved else "",
             "to look at": _dashboard(run.config),
+            "to sample": f"python generate.py run={shlex.quote(str(folder.path))}" if saved else "",
         }
     )
     if reason == "finished":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from console import Line, duration, say_facts, set_up_logging, size
+from console import Line, duration, printable, say_facts, set_up_logging, size
 
 LINE = Line(("step 1/9", "plain"), (" | ", "dim"), ("loss 2.5000", "bold"))
 PLAIN = "step 1/9 | loss 2.5000\n  model  2 layers\n  step   9 tokens\na warning\nan error\n"
@@ -98,3 +98,7 @@ def test_a_duration(seconds: float, text: str) -> None:
 )
 def test_a_size(num_bytes: int, text: str) -> None:
     assert size(num_bytes) == text
+
+
+def test_what_a_model_writes_cannot_steer_the_terminal() -> None:
+    assert printable("a\tb\nc\x1b[31m\x07\r\x9bé") == "a\tb\nc\\x1b[31m\\x07\\r\\x9bé"
