@@ -80,7 +80,10 @@ def parse(arguments: list[str]) -> tuple[Settings, Config]:
 if __name__ == "__main__":
     # Before torch is imported, which takes seconds, so that a mistyped key is answered at once.
     SETTINGS, CONFIG = parse(sys.argv[1:])
+    # Weights in huge pages where Linux lends them: each token reads all of them once.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from configs import exit_with_error
@@ -114,6 +117,7 @@ def read_line() -> str | None:
         return line.decode().rstrip("\r\n") if line else None
 
 
+@torch.inference_mode()
 def write(trained: Trained, settings: Settings, prompt: str) -> None:
     """Print a prompt and its continuations; a single one as it comes."""
     tokenizer, is_writer = trained.tokenizer, trained.mesh.world.rank == 0

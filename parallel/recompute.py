@@ -7,24 +7,26 @@ it again before backward reads it; here autograd is given the recipe to keep in 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-@contextmanager
-def made_again(output: Tensor, recipe: Callable[[], Tensor], when: bool = True) -> Iterator[None]:
+def made_again(
+    output: Tensor, recipe: Callable[[], Tensor], when: bool = True
+) -> AbstractContextManager[None]:
     """Operations inside that keep `output` for backward keep `recipe` in its place, if `when`.
 
     `recipe` must give the same values again, from tensors that it holds; it runs in backward,
     without autograd, once for each operation that kept `output`.
     """
-    if not when:
-        yield
-        return
+    return _made_again(output, recipe) if when else nullcontext()
 
+
+@contextmanager
+def _made_again(output: Tensor, recipe: Callable[[], Tensor]) -> Iterator[None]:
     # torch asks the innermost hooks only. All other tensors go on to those around these, which may
     # be those of full recomputation.
     outer_pack, outer_unpack = _hooks_around()
