@@ -87,7 +87,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from configs import exit_with_error
-from console import set_up_logging
+from console import printable, set_up_logging
 from continuation import Continuation
 from model import Sampling, continuations
 from parallel import Mesh, close_mesh, gather_json
@@ -164,7 +164,8 @@ def write(trained: Trained, settings: Settings, prompt: str) -> None:
 
 
 def show(text: str) -> None:
-    """Print a piece of text as it is, now."""
+    """Print a piece of text as it is, now; a terminal is not to do what a model writes."""
+    text = printable(text) if sys.stdout.isatty() else text
     sys.stdout.buffer.write(text.encode())
     sys.stdout.buffer.flush()
 
