@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from tests.runs import LONG, finish, rows, settings, start
+from tests.trained_runs import FAMILIES, train_family
 
 WORDS = ["def", "return", "self", "import", "class", "for", "while", "if", "else", "None", "True"]
 
@@ -33,3 +34,11 @@ def unbroken(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dic
     directory = tmp_path_factory.mktemp("unbroken")
     finish(start(2, settings(corpus, directory, *LONG)))
     return rows(directory)
+
+
+@pytest.fixture(scope="session")
+def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folder of a run of each family, written on 2 x 2 ranks."""
+    return {
+        family: train_family(corpus, tmp_path_factory.mktemp(family), family) for family in FAMILIES
+    }

@@ -13,23 +13,11 @@ from parallel import Mesh
 from tests.distributed import ONE_RANK, Layout, distributed
 from tests.runs import rows
 from tests.test_evaluation import reference_score
-from tests.trained_runs import FAMILIES, Dense, start_program, train_family
+from tests.trained_runs import FAMILIES, Dense, start_program
 from trained import load_trained
 
 # The second one is there twice, and counts twice.
 TEXTS = ["while True:\n    é = '漢'\n" * 9, "def f", "def f"]
-
-
-@pytest.fixture(scope="module")
-def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run folder of each family, written on 2 x 2 ranks, and a jsonl file beside it."""
-    folders = {}
-    for family in FAMILIES:
-        directory = tmp_path_factory.mktemp(family)
-        folders[family] = train_family(corpus, directory, family)
-        lines = [json.dumps({"content": text}) for text in TEXTS]
-        (directory / "texts.jsonl").write_text("\n".join(lines))
-    return folders
 
 
 @distributed(ONE_RANK, Layout(tp=2), Layout(tp=2, dp=2), Layout(dp=4))
@@ -56,8 +44,9 @@ def test_any_text_has_the_score_of_the_reference(
     runs: dict[str, Path], tmp_path: Path, family: str, ranks: int, stride: int | None
 ) -> None:
     """Of jsonl; every document counts, with its bytes; the file has all of it."""
-    run, output = runs[family], tmp_path / "result.json"
-    arguments = [f"run={run}", "source=jsonl", f"path={run.parent / 'texts.jsonl'}"]
+    run, output, path = runs[family], tmp_path / "result.json", tmp_path / "texts.jsonl"
+    path.write_text("\n".join(json.dumps({"content": text}) for text in TEXTS))
+    arguments = [f"run={run}", "source=jsonl", f"path={path}"]
     arguments += ["text_field=content", f"output={output}"]
     arguments += [f"stride={stride}"] if stride else []
     code, written = start_program(ranks, "evaluate.py", *arguments)

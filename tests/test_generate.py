@@ -11,16 +11,8 @@ from parallel import Mesh, local_part
 from run_folder import StartError
 from tests.data_corpora import small_tokenizer
 from tests.distributed import EVERY_LAYOUT, ONE_RANK, distributed
-from tests.trained_runs import FAMILIES, Dense, start_program, train_family
+from tests.trained_runs import FAMILIES, Dense, start_program
 from trained import load_trained
-
-
-@pytest.fixture(scope="module")
-def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run folder of each family, written on 2 x 2 ranks."""
-    return {
-        family: train_family(corpus, tmp_path_factory.mktemp(family), family) for family in FAMILIES
-    }
 
 
 @distributed(*EVERY_LAYOUT)
