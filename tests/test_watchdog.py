@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -122,7 +123,8 @@ def test_a_stopped_rank_0_is_named_by_another(corpus: Path, tmp_path: Path) -> N
     output = finish(process, expected=1)
     reason = hang_report(tmp_path)
     assert f"rank 0 (host {socket.gethostname()}, process {stopped}) has stopped" in reason
-    assert "in train_step, after step " in reason
+    # Mostly in train_step; between two steps on a busy machine.
+    assert re.search(r"was last seen in \w+, after step \d+", reason)
     assert reason in output
     assert "[rank 1] Thread" in output
 
