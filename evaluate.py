@@ -38,6 +38,9 @@ class Settings:
     source: Literal["held_out", "text", "jsonl", "parquet", "arrow", "hub"] = "held_out"
     path: str | None = None  # file, folder, glob or hub name; of all sources but held_out
     text_field: str = "text"  # the column of jsonl, parquet, arrow and hub rows that holds the text
+    hub_config: str | None = None  # of a hub dataset, as are the next two
+    hub_split: str = "train"
+    hub_revision: str | None = None
     # Tokens that each window after a document's first scores, having seen those before: fewer is
     # slower and sees more. null: model.seq_length.
     stride: int | None = None
@@ -70,6 +73,8 @@ class Settings:
             raise ConfigError(f"path is missing: source={self.source} needs {what}", "path")
         if self.output is not None and not Path(self.output).expanduser().parent.is_dir():
             raise ConfigError(f"output={self.output} is in no folder that exists", "output")
+        if self.output is not None and Path(self.output).expanduser().is_dir():
+            raise ConfigError(f"output={self.output} is a folder; give a file", "output")
 
 
 def parse(arguments: list[str]) -> tuple[Settings, Config]:
@@ -88,7 +93,14 @@ def parse(arguments: list[str]) -> tuple[Settings, Config]:
                 "stride",
             )
         if settings.source != "held_out":
-            data = DataConfig(settings.source, settings.path, settings.text_field)
+            data = DataConfig(
+                settings.source,
+                settings.path,
+                settings.text_field,
+                hub_config=settings.hub_config,
+                hub_split=settings.hub_split,
+                hub_revision=settings.hub_revision,
+            )
             config = replace(config, data=replace(data, vocab_size=config.data.vocab_size))
         check_inputs(config)
     return settings, config
@@ -117,7 +129,9 @@ def text_to_score(trained: Trained, settings: Settings) -> tuple[Corpus, int | N
     with mendable(ValueError, OSError):
         if settings.source != "held_out":
             path = Path(settings.run, "tokenizer.model")
-            return corpus_to_score(config.data, tokenizer, path), settings.max_sequences
+            corpus = corpus_to_score(config.data, tokenizer, path)
+            require_same_on_all_ranks(mesh, corpus.fingerprint, "the text")
+            return corpus, settings.max_sequences
         corpus = prepare_corpus(config.data, config.model.seq_length, mesh.local_rank)
     require_same_on_all_ranks(mesh, corpus.fingerprint, "the tokenized text")
     require_fingerprint(trained.checkpoint, "data", corpus.fingerprint)
@@ -166,6 +180,8 @@ def main(settings: Settings, config: Config) -> int:
             documents.num_documents,
             trained.checkpoint.directory,
         )
+        if documents.num_targets == 0:
+            raise StartError("the text has no token to score; give more of it")
         result = score(trained.model, documents)
         if mesh.world.rank == 0:
             with mendable(OSError):

@@ -138,7 +138,7 @@ def write_weights(folder: Path, settings: Settings, config: Config, checkpoint: 
     def make(name: str) -> Tensor:
         tensor = made[name](lambda ours: read_whole(checkpoint, f"{WEIGHTS}{ours}")).to(dtype)
         if not all(end.isfinite() for end in tensor.aminmax()):  # makes no tensor of its size
-            raise ValueError(f"{name} has values that {settings.dtype} cannot hold; choose another")
+            raise ValueError(f"{name} has values that dtype={settings.dtype} cannot hold")
         return tensor
 
     files = split(infos, int(settings.max_shard_gib * 2**30))

@@ -48,7 +48,7 @@ class RunLog:
             launch = Launch(
                 wandb_id=state.wandb_id,
                 step=state.step,
-                lineage=lineage(run.config, state.skipped_windows),
+                lineage=lineage(run.config, state.skipped_windows, run.corpus.identity),
                 about=about(run.config, run.mesh),
             )
             self.wandb = WandbView(run.config.logging, run.folder.path, launch)

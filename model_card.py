@@ -63,16 +63,21 @@ The tokenizer puts nothing before a text. In training each document began with
 def _corpus(source: SourceConfig) -> str:
     if source.path is None:
         return "the Python standard library's source text"
-    name = source.path if source.source == "hub" else Path(source.path).name
+    is_name = source.source == "hub" and not Path(source.path).is_dir()
+    name = source.path if is_name else Path(source.path).name
     return f"`{name}` ({source.source})"
 
 
 def _evaluation(metrics: Path, step: int) -> str:
     """The last evaluation of the run up to this step."""
-    rows = (
-        [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-    )
-    evaluations = [row for row in rows if "eval/loss" in row and row["step"] <= step]
+    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+    # A kill may have torn the last line; what is not finite is null.
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    evaluations = [
+        row
+        for row in rows
+        if row["step"] <= step and None not in (row.get(key) for key in _EVALUATION)
+    ]
     if not evaluations:
         return "It was not evaluated in training."
     last = evaluations[-1]

@@ -14,6 +14,8 @@ def require_new(path: Path, key: str) -> None:
     """Raises ConfigError, naming `key`, if something is there already; an empty folder is new."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise ConfigError(f"{key}={path} is a file or a link; choose a folder, new or empty", key)
+    if path.is_mount():
+        raise ConfigError(f"{key}={path} is a mount point; choose a folder in it", key)
     if path.is_dir() and any(path.iterdir()):
         raise ConfigError(
             f"{key}={path} is a folder with something in it, which stays as it is; choose another "

@@ -66,7 +66,9 @@ class Profiler:
     def __enter__(self) -> "Profiler":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self._mesh.device.type == "cuda":
+            self._profile = None  # a kernel that waits for a lost rank would hold this one too
         self._finish()  # what there is of steps that were to go on
 
     @contextmanager

@@ -115,7 +115,7 @@ class RunFolder:
 
     def _refuse_links(self) -> None:
         """What a run writes and deletes lies in its folder, not where somebody's link leads."""
-        names = ("checkpoints", "metrics.jsonl", "samples.jsonl", "profile", ".lock")
+        names = ("checkpoints", "metrics.jsonl", "samples.jsonl", "profile", "wandb", ".lock")
         for path in (self.path, *(self.path / name for name in names)):
             if path.is_symlink():
                 raise StartError(

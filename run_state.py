@@ -142,7 +142,7 @@ def resume(run: Run) -> RunState:
                 f"run.resume=must, but there is no checkpoint in {run.folder.checkpoints}; "
                 "check run.name and run.directory, or use run.resume=auto"
             )
-        known = begun_id(run.folder.path, lineage(run.config))
+        known = begun_id(run.folder.path, lineage(run.config, text=run.corpus.identity))
         return RunState(wandb_id=gather_json(run.mesh, known or uuid.uuid4().hex[:12])[0])
     _require_same_run(checkpoint, run.config, run.corpus)
     logger.info("resuming from %s", checkpoint.directory)
@@ -163,19 +163,28 @@ def load(run: Run, checkpoint: Checkpoint) -> RunState:
     return state
 
 
-def lineage(config: Config, skipped_windows: tuple[tuple[int, int, int], ...] = ()) -> str:
-    """A hash of all that decides a step: launches of one lineage do their steps alike."""
+def lineage(
+    config: Config, skipped_windows: tuple[tuple[int, int, int], ...] = (), text: str = ""
+) -> str:
+    """A hash of all that decides a step: launches of one lineage do their steps alike.
+
+    `text`: the fingerprints of what they are trained on.
+    """
+    changes_no_step = list(_CHANGE_NO_STEP)
+    if config.model.attention_dropout > 0:  # whose masks depend on the layout
+        changes_no_step.remove("parallel.")
     settings = {
         key: value
         for key, value in flatten(config).items()
-        if key == "run.seed" or not key.startswith(_CHANGE_NO_STEP)
+        if key == "run.seed" or not key.startswith(tuple(changes_no_step))
     }
-    decides = [settings, skipped_windows, torch.__version__]
+    decides = [settings, skipped_windows, text, torch.__version__]
     digest = hashlib.sha256(json.dumps(decides, default=asdict).encode())
     root = Path(__file__).parent
     for pattern in ("*.py", *(f"{name}/**/*.py" for name in _PACKAGES)):
         for file in sorted(root.glob(pattern)):
-            digest.update(file.read_bytes())
+            if file.is_file():  # an editor's lock is a link to nothing
+                digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
 
 

@@ -16,7 +16,6 @@ later row counts.
 import dataclasses
 import json
 import logging
-import netrc
 import os
 import platform
 import subprocess
@@ -24,7 +23,6 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import torch
 
@@ -78,7 +76,8 @@ def about(config: Config, mesh: Mesh) -> Row:
 
 def _without_places(value: Any) -> Any:
     if isinstance(value, dict):
-        is_name = value.get("source") == "hub"  # then path is no path
+        # The name of a dataset is no path; a folder may be given in its place.
+        is_name = value.get("source") == "hub" and not Path(str(value.get("path"))).is_dir()
         return {
             key: _without_places(inner)
             for key, inner in value.items()
@@ -89,11 +88,11 @@ def _without_places(value: Any) -> Any:
 
 def begun_id(folder: Path, lineage: str) -> str | None:
     """The wandb id of a launch of this lineage that has died before its first checkpoint."""
-    path = _begun(folder)
-    if not path.exists():
+    try:
+        begun = json.loads(_begun(folder).read_text())
+        return str(begun["id"]) if begun["lineage"] == lineage else None
+    except (OSError, ValueError, KeyError, TypeError):  # none, or torn: then it is a new one
         return None
-    begun = json.loads(path.read_text())
-    return str(begun["id"]) if begun["lineage"] == lineage else None
 
 
 def _begun(folder: Path) -> Path:
@@ -108,7 +107,7 @@ def open_run(config: LoggingConfig, folder: Path, launch: Launch) -> Any:
     import wandb  # noqa: PLC0415 - half a second that `wandb=disabled` need not pay
 
     if config.wandb != "offline":
-        if _has_key():
+        if _has_key(wandb):
             try:
                 run = _init(config, folder, launch, "online")
             except Exception as error:  # of whatever kind: offline needs no server
@@ -206,12 +205,16 @@ def _last_row(log: Path) -> Row | None:
     return None if last is None else json.loads(last)["history"]["item"]
 
 
-def _has_key() -> bool:
-    """Whether wandb could log in without asking."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+def _has_key(wandb: Any) -> bool:
+    """Whether wandb could log in without asking: as it looks itself, in many places."""
+    from wandb.sdk.lib import wbauth  # noqa: PLC0415 - as above
+
+    host = wandb.setup(settings=wandb.Settings(silent=True)).settings.base_url
     try:
-        return netrc.netrc().authenticators(host or "") is not None
-    except (OSError, netrc.NetrcParseError):
+        found = wbauth.authenticate_session(
+            host=host, source="train.py", prompt=False, update_session=False
+        )
+    except wandb.errors.AuthenticationError as error:  # a key that can be none
+        logger.warning("wandb: %s", error)
         return False
+    return found is not None

@@ -6,7 +6,9 @@ read, so resuming on another number of ranks is no special case. No rank reads m
 
 import logging
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -21,6 +23,8 @@ from checkpoints.manifest import (
     verify_file,
 )
 from parallel import Mesh, gather_json, local_part
+
+_MAPPED_BYTES = 256 << 20  # read of mapped files until they are closed
 
 logger = logging.getLogger("microtron")
 
@@ -90,37 +94,72 @@ def load_tensors(
     if names, shapes or (unless it `converts`) dtypes differ from theirs, or a part is missing.
     """
     _require_same_names(checkpoint, tensors, prefix)
-    for name, tensor in tensors.items():
-        stored = checkpoint.tensors[name]
-        dtype = stored["dtype"] if converts else str(tensor.dtype).removeprefix("torch.")
-        ours = (list(tensor.shape), dtype)
-        if ours != (stored["shape"], stored["dtype"]):
-            raise CheckpointError(
-                f"{checkpoint.directory}: {name} is {stored['dtype']} {stored['shape']}, "
-                f"the model has {ours[1]} {ours[0]}"
-            )
-        local = tensor.to_local()
-        wanted = local_part(tensor, mesh)
-        filled = 0
-        for shard in stored["shards"]:
-            source, target = _overlap(wanted, shard["offsets"], shard["shape"])
-            if target is None:
-                continue
-            if shard["file"] not in checkpoint.files:
+    with _MappedFiles(checkpoint.directory) as files:
+        for name, tensor in tensors.items():
+            stored = checkpoint.tensors[name]
+            dtype = stored["dtype"] if converts else str(tensor.dtype).removeprefix("torch.")
+            ours = (list(tensor.shape), dtype)
+            if ours != (stored["shape"], stored["dtype"]):
                 raise CheckpointError(
-                    f"{checkpoint.directory}: {name} is in {shard['file']}, which was not verified"
+                    f"{checkpoint.directory}: {name} is {stored['dtype']} {stored['shape']}, "
+                    f"the model has {ours[1]} {ours[0]}"
                 )
-            # Opened for each tensor: what was read of a mapped file counts as memory until then.
-            with safe_open(checkpoint.directory / shard["file"], "pt") as file:
-                piece = file.get_slice(name)[source]
+            local = tensor.to_local()
+            wanted = local_part(tensor, mesh)
+            filled = 0
+            for shard in stored["shards"]:
+                source, target = _overlap(wanted, shard["offsets"], shard["shape"])
+                if target is None:
+                    continue
+                if shard["file"] not in checkpoint.files:
+                    raise CheckpointError(
+                        f"{checkpoint.directory}: {name} is in {shard['file']}, not verified"
+                    )
+                piece = files.of(shard["file"]).get_slice(name)[source]
                 local[target].copy_(piece)
                 filled += piece.numel()
+                files.count(piece.nbytes)
                 del piece
-        if filled != local.numel():
-            raise CheckpointError(
-                f"{checkpoint.directory}: {name} has {filled} of the "
-                f"{local.numel()} elements wanted"
-            )
+            if filled != local.numel():
+                raise CheckpointError(
+                    f"{checkpoint.directory}: {name} has {filled} of the "
+                    f"{local.numel()} elements wanted"
+                )
+
+
+class _MappedFiles:
+    """Files of a checkpoint, opened as they are asked for.
+
+    Opening one reads the names of all its tensors, so they stay open; but what was read of a mapped
+    file counts as memory until it is closed, so after much reading all are.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._stack = ExitStack()
+        self._files: dict[str, Any] = {}
+        self._read_bytes = 0
+
+    def __enter__(self) -> "_MappedFiles":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def of(self, name: str) -> Any:
+        """The open file of a name."""
+        if self._read_bytes > _MAPPED_BYTES:
+            self._files.clear()
+            self._stack.close()
+            self._read_bytes = 0
+        if name not in self._files:
+            file = safe_open(self._directory / name, "pt")
+            self._files[name] = self._stack.enter_context(file)
+        return self._files[name]
+
+    def count(self, num_bytes: int) -> None:
+        """So much was read."""
+        self._read_bytes += num_bytes
 
 
 def _require_same_names(

@@ -86,9 +86,13 @@ def evaluation_batches(
     file = corpus.validation
     num_tokens = np.diff(file.document_offsets) - 2  # of text, without bos and eos
     beyond_first = np.maximum(0, num_tokens - seq_length)
-    rows_per_document = np.where(num_tokens > 0, 1 - -beyond_first // stride, 0)
-    documents = _choose_from_each(corpus, rows_per_document, max_sequences)
-    windows = _windows_of(file, documents, rows_per_document, seq_length, stride)
+
+    def num_windows(step: int) -> Int64Array:
+        return np.where(num_tokens > 0, 1 - -beyond_first // step, 0)
+
+    # The same documents whatever the stride, so that scores can be compared.
+    documents = _choose_from_each(corpus, num_windows(seq_length), max_sequences)
+    windows = _windows_of(file, documents, num_windows(stride), seq_length, stride)
     batch_rows = micro_batch_size * dp_size
     num_rows = len(windows.starts)
     num_batches = -(-num_rows // batch_rows)

@@ -62,6 +62,11 @@ class Corpus:
     summary: dict[str, Any]  # see data/report.py
     weights: tuple[float, ...] = (1.0,)  # of the sources, the parts of train and of validation
 
+    @property
+    def identity(self) -> str:
+        """What tells this corpus and its tokenizer from all others."""
+        return f"{self.fingerprint} {self.tokenizer.fingerprint}"
+
 
 def prepare_corpus(config: DataConfig, seq_length: int, local_rank: int) -> Corpus:
     """Opens the corpus of `config` from the cache; local rank 0 makes what is not there.

@@ -1,21 +1,26 @@
 """Any text as documents to be scored, without a cache: read once, tokenized, and forgotten."""
 
 import itertools
+import logging
 import tempfile
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from configs.schema import SourceConfig
 from data.files import source_files
 from data.prepare import Corpus
 from data.records import Place
+from data.report import describe_counts
 from data.token_file import TokenFile, encoded, token_dtype
 from data.tokenizer import Tokenizer
 
 _RECORDS_AT_ONCE = 256  # encoded in one call, on all cores
+
+logger = logging.getLogger("microtron")
 
 
 def corpus_to_score(source: SourceConfig, tokenizer: Tokenizer, tokenizer_path: Path) -> Corpus:
@@ -39,11 +44,18 @@ def corpus_to_score(source: SourceConfig, tokenizer: Tokenizer, tokenizer_path: 
             document_bytes += [len(text.encode()) for text in texts]
             documents += encoded(texts, tokenizer, dtype)
     if not documents:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))
+        reasons = describe_counts(skipped)
         raise ValueError(
             f"source={source.source} path={source.path!r} yields no documents; skipped: "
             f"{reasons or 'nothing'}; give non-empty UTF-8 text"
         )
+    if skipped:
+        logger.warning("not scored: %s", describe_counts(skipped))
     offsets = np.cumsum([0, *(len(document) for document in documents)])
-    file = TokenFile(np.concatenate(documents), offsets, np.array(document_bytes, dtype=np.int64))
-    return Corpus(tokenizer, tokenizer_path, file, file, "", {"skipped": dict(skipped)})
+    tokens, sizes = np.concatenate(documents), np.array(document_bytes, dtype=np.int64)
+    digest = xxhash.xxh3_128()
+    for part in (tokens, offsets, sizes):
+        digest.update(part.tobytes())
+    file = TokenFile(tokens, offsets, sizes)
+    summary = {"skipped": dict(skipped)}
+    return Corpus(tokenizer, tokenizer_path, file, file, digest.hexdigest(), summary)

@@ -35,7 +35,11 @@ def choose(logits: Tensor, sampling: Sampling, draws: list[float]) -> Tensor:
 
 def likelihoods(logits: Tensor, sampling: Sampling) -> Tensor:
     """What the tokens' probabilities are in proportion to, `[b, v]` float64; 0: never chosen."""
-    scaled = logits.double() / sampling.temperature
+    logits = logits.double()
+    if not logits.isfinite().all():
+        raise ValueError("the model gives logits that are not finite; its weights are damaged")
+    # The largest is 0, so that no temperature makes it infinite.
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
     if sampling.top_k is None and sampling.top_p is None:
         return scaled.softmax(dim=-1)
     # Of equals the lower id comes first, and exactly top_k are left.

@@ -150,3 +150,23 @@ def test_no_validation_documents_give_an_empty_set() -> None:
     empty = evaluation_set(12, lengths=())
     assert (empty.num_batches, empty.num_documents, empty.num_bytes) == (0, 0, 0)
     assert list(empty.batches) == []
+
+
+def test_a_stride_does_not_choose_other_documents() -> None:
+    """Scores of one text with and without it can be compared, however few rows there may be."""
+    corpus = corpus_of_lengths([10], LENGTHS)
+    sets = [
+        evaluation_batches(
+            corpus,
+            seq_length=8,
+            max_sequences=6,
+            micro_batch_size=3,
+            dp_rank=0,
+            dp_size=1,
+            tp_size=1,
+            stride=stride,
+        )
+        for stride in (None, 8, 2, 1)
+    ]
+    assert len({(each.num_documents, each.num_bytes, each.num_targets) for each in sets}) == 1
+    assert 1 < sets[0].num_documents < len(LENGTHS)

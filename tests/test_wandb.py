@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import wandb
+from wandb.sdk.lib import wbauth
 
 import wandb_run
 from configs import LoggingConfig, parse_config
@@ -329,9 +330,10 @@ def test_no_secret_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_what_is_said_about_a_run(mesh: Any, corpus: Path) -> None:
     """Settings, size, layout and environment; of paths nothing but the name of a hub's data set."""
     mixture = f"data.sources=[{{source: text, path: {corpus}, weight: 2}}]"
-    for overrides in (("data.source=text", f"data.path={corpus}"), (mixture,)):
+    folder = ("data.source=hub", f"data.path={corpus.parent}")  # in place of a name
+    for overrides in (("data.source=text", f"data.path={corpus}"), (mixture,), folder):
         said = about(parse_config(["config=gpt_debug.yaml", *overrides]), mesh)
-        assert str(corpus) not in json.dumps(said)
+        assert str(corpus.parent) not in json.dumps(said)
         assert "/" not in json.dumps(said["data"]) + json.dumps(said["run"])
     assert said["layout"]["world"] == said["layout"]["tp"] * said["layout"]["dp"] == mesh.world.size
     assert said["optimizer"]["lr"] == parse_config(["config=gpt_debug.yaml"]).optimizer.lr
@@ -339,3 +341,32 @@ def test_what_is_said_about_a_run(mesh: Any, corpus: Path) -> None:
     assert said["environment"]["device"]
     hub = ("data.source=hub", "data.path=org/books")
     assert about(parse_config(["config=gpt_debug.yaml", *hub]), mesh)["data"]["path"] == "org/books"
+
+
+@pytest.mark.parametrize("host", ["the default", "http://localhost:4321"])
+def test_a_key_is_found_where_wandb_login_writes_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, host: str
+) -> None:
+    """In netrc, under whatever name wandb gives the server; a key of another server is none."""
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    if host != "the default":
+        monkeypatch.setenv("WANDB_BASE_URL", host)
+    assert not wandb_run._has_key(wandb)
+    wandb.teardown()
+    url = wandb.setup(settings=wandb.Settings(silent=True)).settings.base_url
+    wbauth.write_netrc_auth(host=url, api_key=KEY)
+    assert wandb_run._has_key(wandb)
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_BASE_URL", "http://localhost:9")
+    assert not wandb_run._has_key(wandb)
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    wandb.teardown()
+    assert not wandb_run._has_key(wandb)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"id": "x"}', '{"id": "x", "lineage": "B"}'])
+def test_torn_notes_are_no_notes(tmp_path: Path, content: str) -> None:
+    """A run that died at a bad moment starts anew in wandb, and starts."""
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "begun.json").write_text(content)
+    assert begun_id(tmp_path, "A") is None
