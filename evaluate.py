@@ -117,8 +117,9 @@ from data import Corpus, corpus_to_score, prepare_corpus
 from evaluation import Score, documents_of, score
 from parallel import close_mesh
 from run_folder import StartError, mendable, require_same_on_all_ranks
+from run_state import join_mesh
 from stopping import StopSignals
-from trained import Trained, join_ranks, load_trained, require_fingerprint
+from trained import Trained, load_trained, require_fingerprint
 
 logger = logging.getLogger("microtron")
 
@@ -167,7 +168,7 @@ def report(result: Score, output: str | None) -> None:
 def main(settings: Settings, config: Config) -> int:
     """Join the other ranks, load the model, and score the text."""
     StopSignals()
-    mesh = join_ranks(config, decoding=False)
+    mesh = join_mesh(config)
     set_up_logging(mesh.world.rank)
     try:
         trained = load_trained(config, Path(os.path.expanduser(settings.run)), mesh, settings.step)

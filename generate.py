@@ -92,8 +92,9 @@ from continuation import Continuation
 from model import Sampling, continuations
 from parallel import Mesh, close_mesh, gather_json
 from run_folder import StartError, mendable
+from run_state import join_mesh
 from stopping import StopSignals
-from trained import Trained, join_ranks, load_trained
+from trained import Trained, load_trained
 
 logger = logging.getLogger("microtron")
 
@@ -179,7 +180,7 @@ def line_end(settings: Settings) -> str:
 def main(settings: Settings, config: Config) -> int:
     """Join the other ranks, load the model, and continue each prompt."""
     StopSignals()
-    mesh = join_ranks(config, decoding=True)
+    mesh = join_mesh(config, decoding=True)
     set_up_logging(mesh.world.rank)
     try:
         trained = load_trained(config, Path(os.path.expanduser(settings.run)), mesh, settings.step)

@@ -119,14 +119,19 @@ class Run:
     optimizer: AdamW
 
 
-def join_mesh(config: Config) -> Mesh:
-    """Join the other ranks, laid out as the configuration says."""
+def join_mesh(config: Config, *, decoding: bool = False) -> Mesh:
+    """Join the other ranks, laid out as the configuration says.
+
+    To decode is to read one position at a time, of which there is no sequence shard, and whose
+    chains of operations are not worth a kernel.
+    """
+    parallel = config.parallel
     return init_mesh(
-        config.parallel.tensor_model_parallel_size,
-        config.parallel.sequence_parallel,
-        config.parallel.tp_comm_overlap,
-        config.train.compile and config.model.has_chains,
-        config.parallel.shared_memory,
+        parallel.tensor_model_parallel_size,
+        parallel.sequence_parallel and not decoding,
+        "none" if decoding else parallel.tp_comm_overlap,
+        config.train.compile and config.model.has_chains and not decoding,
+        parallel.shared_memory,
     )
 
 

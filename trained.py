@@ -8,7 +8,7 @@ from configs import Config
 from data import Tokenizer, load_tokenizer
 from model import GPT, build_bare_model
 from optimizer import WEIGHTS, weight_tensors
-from parallel import Mesh, init_mesh
+from parallel import Mesh
 from run_folder import StartError, mendable
 
 
@@ -21,22 +21,6 @@ class Trained:
     checkpoint: Checkpoint
     tokenizer: Tokenizer
     model: GPT
-
-
-def join_ranks(config: Config, *, decoding: bool) -> Mesh:
-    """Join the other ranks, laid out as the configuration says.
-
-    To decode is to read one position at a time, of which there is no sequence shard, and whose
-    chains of operations are not worth a kernel.
-    """
-    parallel = config.parallel
-    return init_mesh(
-        parallel.tensor_model_parallel_size,
-        parallel.sequence_parallel and not decoding,
-        "none" if decoding else parallel.tp_comm_overlap,
-        config.train.compile and config.model.has_chains and not decoding,
-        parallel.shared_memory,
-    )
 
 
 def load_trained(config: Config, folder: Path, mesh: Mesh, step: int | None) -> Trained:

@@ -23,7 +23,8 @@ import transformers
 from configs import Config, Range, exit_on_config_error, load_settings, run_config
 from model import Sampling, continuations
 from parallel import close_mesh
-from trained import join_ranks, load_trained
+from run_state import join_mesh
+from trained import load_trained
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def timed(decode: Callable[[], list[int]]) -> tuple[float, list[int]]:
 
 def main(settings: Settings, config: Config) -> int:
     """Take both in turn; print the median rate of each, and of the ratios of a round."""
-    mesh = join_ranks(config, decoding=True)
+    mesh = join_mesh(config, decoding=True)
     trained = load_trained(config, Path(os.path.expanduser(settings.run)), mesh, None)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         os.path.expanduser(settings.exported), dtype=torch.float32, local_files_only=True
