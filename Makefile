@@ -54,7 +54,7 @@ lint: setup  ## check format and style
 types: setup  ## check types
 	$(BIN)/mypy $(PACKAGES) bench docs $(PROGRAMS)
 
-lines: setup  ## check the lines of each file against its budget
+lines: setup  ## count the lines of the import closure and the reading path against their budgets
 	$(BIN)/python tests/lines.py
 
 test: setup  ## run all tests that need no GPU
