@@ -17,6 +17,7 @@ from configs import (
     ConfigError,
     DataConfig,
     Range,
+    UserError,
     exit_on_config_error,
     exit_with_error,
     load_settings,
@@ -116,7 +117,7 @@ from console import set_up_logging
 from data import Corpus, corpus_to_score, prepare_corpus
 from evaluation import Score, documents_of, score
 from parallel import close_mesh
-from run_folder import StartError, mendable, require_same_on_all_ranks
+from run_folder import mendable, require_same_on_all_ranks
 from run_state import join_mesh
 from stopping import StopSignals
 from trained import Trained, load_trained, require_fingerprint
@@ -137,7 +138,7 @@ def text_to_score(trained: Trained, settings: Settings) -> tuple[Corpus, int | N
     require_same_on_all_ranks(mesh, corpus.fingerprint, "the tokenized text")
     require_fingerprint(trained.checkpoint, "data", corpus.fingerprint)
     if corpus.validation.num_documents == 0:
-        raise StartError(
+        raise UserError(
             "the run holds out no text (data.validation_fraction, or a single document); give "
             "source= and path="
         )
@@ -182,12 +183,12 @@ def main(settings: Settings, config: Config) -> int:
             trained.checkpoint.directory,
         )
         if documents.num_targets == 0:
-            raise StartError("the text has no token to score; give more of it")
+            raise UserError("the text has no token to score; give more of it")
         result = score(trained.model, documents)
         if mesh.world.rank == 0:
             with mendable(OSError):
                 report(result, settings.output)
-    except StartError as error:
+    except UserError as error:
         exit_with_error(str(error))
     close_mesh()
     return 0

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from configs import Config, Range, exit_on_config_error, exit_with_error, load_settings, run_config
+from configs import (
+    Config,
+    Range,
+    UserError,
+    exit_on_config_error,
+    exit_with_error,
+    load_settings,
+    run_config,
+)
 from new_folder import new_folder, require_new
 
 
@@ -63,7 +71,7 @@ from model.huggingface_config import family_of, to_huggingface_config
 from model_card import model_card
 from optimizer import WEIGHTS
 from parallel import Mesh, close_mesh, init_mesh
-from run_folder import StartError, mendable
+from run_folder import mendable
 from trained import require_fingerprint
 
 # What float32 sums of another order may differ by, as a fraction of the largest logit.
@@ -185,7 +193,7 @@ def main(settings: Settings, config: Config) -> int:
     try:
         with mendable(ValueError, OSError, CheckpointError):
             comparison = export(settings, config, mesh)
-    except StartError as error:
+    except UserError as error:
         exit_with_error(str(error))
     if mesh.world.rank == 0:
         checked = f"with transformers: {comparison}" if comparison else "not loaded to check it"

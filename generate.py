@@ -17,6 +17,7 @@ from configs import (
     ConfigError,
     Range,
     Text,
+    UserError,
     exit_on_config_error,
     load_settings,
     run_config,
@@ -91,7 +92,7 @@ from console import printable, set_up_logging
 from continuation import Continuation
 from model import Sampling, continuations
 from parallel import Mesh, close_mesh, gather_json
-from run_folder import StartError, mendable
+from run_folder import mendable
 from run_state import join_mesh
 from stopping import StopSignals
 from trained import Trained, load_trained
@@ -187,7 +188,7 @@ def main(settings: Settings, config: Config) -> int:
         logger.info("continuing with the model of %s", trained.checkpoint.directory)
         for prompt in prompts(settings, mesh):
             write(trained, settings, prompt)
-    except StartError as error:
+    except UserError as error:
         exit_with_error(str(error))
     except BrokenPipeError:  # nobody reads on, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -20,6 +20,7 @@ from configs import (
     OptimizerConfig,
     Range,
     RunConfig,
+    UserError,
     exit_on_config_error,
     exit_with_error,
     flatten,
@@ -65,7 +66,7 @@ from model.huggingface import Family, from_huggingface, to_huggingface
 from model.huggingface_config import from_huggingface_config
 from optimizer import MOMENTS, WEIGHTS
 from parallel import Mesh, close_mesh, init_mesh
-from run_folder import StartError, mendable
+from run_folder import mendable
 from run_state import RunState
 
 logger = logging.getLogger("microtron")
@@ -180,7 +181,7 @@ def main(settings: Settings) -> int:
         try:
             with mendable(ValueError, OSError):
                 config = import_model(settings, mesh)
-        except StartError as error:
+        except UserError as error:
             exit_with_error(str(error))
         sys.stdout.write(to_yaml(config))
         logger.info(

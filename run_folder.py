@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from checkpoints import sweep_leftovers
-from configs import EXIT_BEFORE_TRAINING, Config, is_restart, launch_id, to_yaml
+from configs import EXIT_BEFORE_TRAINING, Config, UserError, is_restart, launch_id, to_yaml
 from parallel import Mesh, gather_json
 from stopping import FatalError
 
@@ -29,25 +29,21 @@ _PREVIOUS = "previous_"
 _WAIT_FOR_RUNNING_S, _WAIT_FOR_ENDING_S = 5.0, 30.0
 
 
-class StartError(RuntimeError):
-    """What keeps a run from starting and a person can mend: told in one line, no traceback."""
-
-
 @contextmanager
 def mendable(*kinds: type[Exception]) -> Iterator[None]:
-    """Within it, errors of these kinds are messages for a person: raise them as StartError."""
+    """Within it, errors of these kinds are messages for a person: raise them as UserError."""
     try:
         yield
     except kinds as error:
-        raise StartError(str(error)) from error
+        raise UserError(str(error)) from error
 
 
 def require_same_on_all_ranks(mesh: Mesh, value: str, what: str) -> None:
-    """Raise StartError on every rank if ranks differ: hosts may have other files or Pythons."""
+    """Raise UserError on every rank if ranks differ: hosts may have other files or Pythons."""
     values = gather_json(mesh, value)
     if len(set(values)) > 1:
         others = [rank for rank, other in enumerate(values) if other != values[0]]
-        raise StartError(
+        raise UserError(
             f"{what} of ranks {others} differs from that of rank 0; give all hosts the same "
             "files, and for data.source=python_stdlib the same Python"
         )
@@ -78,16 +74,16 @@ class RunFolder:
                 self._open()
             except OSError as error:
                 failure = f"cannot write in run folder {self.path}: {error.strerror}"
-            except StartError as error:
+            except UserError as error:
                 failure = str(error)
         # Rank 0 alone knows; all raise, or its peers would wait for it in a collective.
         failure = gather_json(self._mesh, failure)[0]
         if failure is not None:
-            raise StartError(failure)
+            raise UserError(failure)
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, StartError):
+        if isinstance(error, UserError):
             self.write_exit(EXIT_BEFORE_TRAINING, str(error))
         elif isinstance(error, FatalError):
             self.write_exit(error.exit_code, str(error))
@@ -118,7 +114,7 @@ class RunFolder:
         names = ("checkpoints", "metrics.jsonl", "samples.jsonl", "profile", "wandb", ".lock")
         for path in (self.path, *(self.path / name for name in names)):
             if path.is_symlink():
-                raise StartError(
+                raise UserError(
                     f"{path} is a symbolic link to {path.readlink()}; a run writes to its own "
                     "folder alone: remove the link, or set run.directory to where the run should be"
                 )
@@ -136,7 +132,7 @@ class RunFolder:
                 is_ending = holder.get("ending") or is_restart()
                 patience = _WAIT_FOR_ENDING_S if is_ending else _WAIT_FOR_RUNNING_S
                 if time.monotonic() - started_at > patience:
-                    raise StartError(
+                    raise UserError(
                         f"run folder {self.path} is in use by process {holder.get('pid')} "
                         f"on {holder.get('host')} since {holder.get('since')}; wait for it, stop "
                         "it, or choose another run.name"

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 
-from configs import Config, exit_with_error, load_config
+from configs import Config, UserError, exit_with_error, load_config
 
 if __name__ == "__main__":
     # Before torch is imported, which takes seconds, so that a mistyped key is answered at once.
@@ -37,7 +37,7 @@ from parallel import (
     sum_partial_gradients,
 )
 from profiling import Profiler
-from run_folder import RunFolder, StartError, mendable, require_same_on_all_ranks
+from run_folder import RunFolder, mendable, require_same_on_all_ranks
 from run_state import Run, RunState, StepResult, join_mesh, resume, training_batches
 from saving import Saving
 from stopping import FatalError, StopSignals
@@ -177,7 +177,7 @@ def main(config: Config) -> int:
     try:
         with RunFolder(config, mesh) as folder:
             code = train(config, mesh, folder, signals)
-    except StartError as error:
+    except UserError as error:
         exit_with_error(str(error))
     except FatalError as error:
         exit_with_error(str(error), error.exit_code)

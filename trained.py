@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoints import Checkpoint, CheckpointError, find_checkpoint, load_tensors
-from configs import Config
+from configs import Config, UserError
 from data import Tokenizer, load_tokenizer
 from model import GPT, build_bare_model
 from optimizer import WEIGHTS, weight_tensors
 from parallel import Mesh
-from run_folder import StartError, mendable
+from run_folder import mendable
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class Trained:
 def load_trained(config: Config, folder: Path, mesh: Mesh, step: int | None) -> Trained:
     """The model of the newest checkpoint in a run folder, or of a step; memory is the model's.
 
-    Every rank calls this. Raises StartError if there is no whole checkpoint or another tokenizer.
+    Every rank calls this. Raises UserError if there is no whole checkpoint or another tokenizer.
     """
     with mendable(CheckpointError, ValueError, OSError):
         checkpoint = find_checkpoint(folder / "checkpoints", mesh, step)
         if checkpoint is None:
-            raise StartError(
+            raise UserError(
                 f"run={folder} has no checkpoint yet: there is none in {folder / 'checkpoints'}; "
                 "train.py saves every checkpoint.save_interval steps and at the end"
             )
@@ -43,10 +43,10 @@ def load_trained(config: Config, folder: Path, mesh: Mesh, step: int | None) -> 
 
 
 def require_fingerprint(checkpoint: Checkpoint, what: str, fingerprint: str) -> None:
-    """Raise StartError if the tokenizer or the data is not that of the checkpoint."""
+    """Raise UserError if the tokenizer or the data is not that of the checkpoint."""
     stored = checkpoint.state[f"{what}_fingerprint"]
     if stored not in (fingerprint, None):  # None: an imported model, whose data nobody knows
-        raise StartError(
+        raise UserError(
             f"the {what} is not the one that {checkpoint.directory} was trained with (fingerprint "
             f"{fingerprint}, was {stored}); restore it"
         )

@@ -1,6 +1,6 @@
 """Settings: one page of typed keys, the shipped files, loading and validation. No torch here."""
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, UserError
 from configs.keys import flatten
 from configs.launch import (
     EXIT_BEFORE_TRAINING,
@@ -51,6 +51,7 @@ __all__ = [
     "SourceConfig",
     "Text",
     "TrainConfig",
+    "UserError",
     "WeightedSource",
     "exit_on_config_error",
     "exit_with_error",

@@ -7,7 +7,14 @@ A text names the key, the value, what is allowed and the fix, in one line:
 _SHOWN_CHARACTERS = 60
 
 
-class ConfigError(ValueError):
+class UserError(ValueError):
+    """What the user of a program can fix: printed as one line, without a traceback, exit code 2.
+
+    Raise it deliberately. Every other exception is a defect of ours and keeps its traceback.
+    """
+
+
+class ConfigError(UserError):
     """A setting that cannot be used; `key` is the one to change, where there is one."""
 
     def __init__(self, message: str, key: str | None = None) -> None:

@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs import run_config
+from configs import UserError, run_config
 from model import Sampling
 from parallel import Mesh, local_part
-from run_folder import StartError
 from tests.data_corpora import small_tokenizer
 from tests.distributed import EVERY_LAYOUT, ONE_RANK, distributed
 from tests.trained_runs import FAMILIES, Dense, start_program
@@ -39,7 +38,7 @@ def test_what_is_not_there_is_one_message(
     config = run_config(str(runs["gpt"]))
 
     def message(run: Path, step: int | None) -> str:
-        with pytest.raises(StartError) as caught:
+        with pytest.raises(UserError) as caught:
             load_trained(config, run, mesh, step)
         return str(caught.value)
 

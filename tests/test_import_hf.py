@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from checkpoints import begin_save, commit_save, find_checkpoint, load_tensors
-from configs import Config, parse_config, read_config
+from configs import Config, UserError, parse_config, read_config
 from export import Settings as ExportSettings
 from export import export
 from huggingface_source import download
@@ -20,7 +20,7 @@ from import_hf import Settings, import_model
 from model import build_model
 from optimizer import build_optimizer, training_tensors
 from parallel import Mesh
-from run_folder import RunFolder, StartError
+from run_folder import RunFolder
 from stopping import StopSignals
 from tests.data_corpora import small_tokenizer
 from tests.distributed import ONE_RANK, Layout, run_on
@@ -228,7 +228,7 @@ def test_the_model_stays_as_it_is(sources: dict[str, Path], corpus: Path, tmp_pa
 
 def refuse_to_train(mesh: Mesh, config: Config) -> None:
     message = r"model\.rotary_base=5\.0 \(was 10000\.0\); change it back"
-    with pytest.raises(StartError, match=message), RunFolder(config, mesh) as folder:
+    with pytest.raises(UserError, match=message), RunFolder(config, mesh) as folder:
         train(config, mesh, folder, StopSignals())
 
 

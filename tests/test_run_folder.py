@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from configs import Config, RunConfig
+from configs import Config, RunConfig, UserError
 from parallel import Mesh
-from run_folder import RunFolder, StartError
+from run_folder import RunFolder
 from tests.distributed import ONE_RANK, Layout, distributed
 
 
@@ -34,7 +34,7 @@ def test_a_link_is_refused_and_what_it_leads_to_left_alone(
         path.parent.mkdir(exist_ok=True)
         path.symlink_to(victim)
     with (
-        pytest.raises(StartError, match=r"is a symbolic link to .*victim"),
+        pytest.raises(UserError, match=r"is a symbolic link to .*victim"),
         RunFolder(config(tmp_path), mesh),
     ):
         pass
@@ -51,7 +51,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_on_all_ranks(
     """Said before training; here a file is where the folder should be."""
     if mesh.world.rank == 0:
         (tmp_path / "test").write_text("")
-    with pytest.raises(StartError, match=r"cannot write in run folder .*test: (Not|File)"):
+    with pytest.raises(UserError, match=r"cannot write in run folder .*test: (Not|File)"):
         RunFolder(config(tmp_path), mesh).__enter__()
 
 
