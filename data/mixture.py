@@ -65,7 +65,8 @@ class JoinedRows:
 
     def spans(self, rows: Int64Array) -> Spans:
         """Returns the spans of rows given by number, in the tokens of all sources end to end."""
-        found = []
+        none = np.empty(0, dtype=np.int64)
+        found = [(none, none, none, none)]  # so that no rows give no spans
         for source, places, numbers in self._by_source(rows):
             spans = self._parts[source].spans(numbers)
             starts = spans.starts + self._first_tokens[source]

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from configs.errors import UserError
 from configs.schema import SourceConfig
 from data.files import source_files
 from data.prepare import Corpus
@@ -26,7 +27,7 @@ logger = logging.getLogger("microtron")
 def corpus_to_score(source: SourceConfig, tokenizer: Tokenizer, tokenizer_path: Path) -> Corpus:
     """A corpus in memory whose documents, held out and not, are all those of a source in order.
 
-    Duplicates are among them: a score is of the text as it is. Raises ValueError or
+    Duplicates are among them: a score is of the text as it is. Raises UserError or
     FileNotFoundError where the source cannot be read or has none.
     """
     # Here, not at the top: importing `datasets` takes a second, and training needs no reading.
@@ -45,7 +46,7 @@ def corpus_to_score(source: SourceConfig, tokenizer: Tokenizer, tokenizer_path: 
             documents += encoded(texts, tokenizer, dtype)
     if not documents:
         reasons = describe_counts(skipped)
-        raise ValueError(
+        raise UserError(
             f"source={source.source} path={source.path!r} yields no documents; skipped: "
             f"{reasons or 'nothing'}; give non-empty UTF-8 text"
         )

@@ -13,6 +13,7 @@ Where texts may be cut, it is cut out and written as its three byte pieces, whic
 
 import functools
 import io
+import itertools
 import os
 import re
 from collections import Counter
@@ -24,6 +25,8 @@ import numpy as np
 import numpy.typing as npt
 import sentencepiece
 import xxhash
+
+from configs.errors import UserError
 
 # Part of the cache key: a change of the recipe below must not find old tokenizers.
 RECIPE_VERSION = 1
@@ -82,7 +85,7 @@ class Tokenizer:
     def encode_batch(self, texts: list[str]) -> list[npt.NDArray[np.int32]]:
         """Returns the ids of each text, without bos and eos; uses all cores."""
         parts: list[str] = []
-        ends = []
+        ends = [0]
         for text in texts:
             parts.extend(self._parts(text))
             ends.append(len(parts))
@@ -94,10 +97,9 @@ class Tokenizer:
                 self._block_ids if part == _BLOCK else ids
                 for part, ids in zip(parts, encoded, strict=True)
             ]
-        starts = [0, *ends[:-1]]
         return [
             np.concatenate(encoded[start:end]) if end > start else np.empty(0, np.int32)
-            for start, end in zip(starts, ends, strict=True)
+            for start, end in itertools.pairwise(ends)
         ]
 
     def decode(self, ids: list[int]) -> str:
@@ -174,6 +176,11 @@ def train_tokenizer(sentences: Sequence[str], vocab_size: int) -> bytes:
     Sentences must not contain newlines: the newline is a symbol of its own.
     """
     counts = [count for _, count in Counter("".join(sentences)).most_common()]
+    if not counts:
+        raise UserError(
+            "no tokenizer can be trained: the training text has no characters besides newlines; "
+            "use more text, or give data.tokenizer"
+        )
     # Characters get half of the free pieces at most; rarer ones are written as bytes.
     num_characters = max(0, vocab_size - _NUM_FIXED_PIECES) // 2
     for attempt in range(_TRAINING_ATTEMPTS):

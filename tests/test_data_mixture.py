@@ -11,7 +11,8 @@ from configs import Config, DataConfig, ModelConfig, TrainConfig, WeightedSource
 from data import IGNORED_TARGET, BatchLoader, Corpus, prepare_corpus
 from data.loader import rows_of_corpus
 from data.making import sample_shares
-from data.mixture import JoinedTokens, SampleOrder, make_schedule
+from data.mixture import JoinedRows, JoinedTokens, SampleOrder, make_schedule
+from data.rows import PaddedRows
 from tests.data_corpora import random_text, small_tokenizer, token_file
 
 WEIGHTS = [(1.0,), (1.0, 1.0), (3.0, 1.0), (0.7, 0.2, 0.1), (5.0, 1e-6), (1.0, 2.0, 3.0, 4.0)]
@@ -105,6 +106,13 @@ def test_joined_tokens_are_those_of_the_parts() -> None:
     assert found == documents
     with pytest.raises(AssertionError, match="inside one source"):
         joined.span(6, 10)
+
+
+def test_no_rows_have_no_spans() -> None:
+    """Whatever asks for them."""
+    rows = JoinedRows([PaddedRows(token_file([5, 3]), 8)], [8])
+    spans = rows.spans(np.empty(0, dtype=np.int64))
+    assert [len(part) for part in vars(spans).values()] == [0, 0, 0, 0]
 
 
 def write_sources(folder: Path) -> list[WeightedSource]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
+from configs import UserError
 from data import Tokenizer, load_tokenizer
 from data.tokenizer import cut_after_newlines, train_tokenizer
 from tests.data_corpora import random_text, small_tokenizer
@@ -177,3 +178,15 @@ def test_other_peoples_models_are_not_cut(options: dict[str, object]) -> None:
     assert not tokenizer.can_cut
     assert not tokenizer.is_lossless
     assert tokenizer.encode(text) == plain.encode(text)
+
+
+def test_no_texts_give_no_ids() -> None:
+    """A batch of records may have nothing to encode."""
+    assert small_tokenizer().encode_batch([]) == []
+
+
+@pytest.mark.parametrize("sentences", [[], ["", ""]])
+def test_text_without_characters_is_too_little_to_learn_from(sentences: list[str]) -> None:
+    """A corpus of empty lines."""
+    with pytest.raises(UserError, match="no characters besides newlines; use more text"):
+        train_tokenizer(sentences, 320)
