@@ -10,7 +10,7 @@ import math
 import statistics
 from dataclasses import replace
 
-from checkpoints import find_checkpoint
+from checkpoints import CheckpointError, find_checkpoint
 from configs import TrainConfig
 from parallel import Mesh, any_rank
 from run_state import Run, RunState, load
@@ -48,7 +48,10 @@ def roll_back(run: Run, state: RunState) -> RunState:
     """
     config = run.config.train
     what = f"{state.skipped_in_a_row} updates in a row had to be left out"
-    checkpoint = find_checkpoint(run.folder.checkpoints, run.mesh)
+    try:
+        checkpoint = find_checkpoint(run.folder.checkpoints, run.mesh)
+    except CheckpointError as error:
+        raise NonFiniteError(state.step, f"{what}, and {error}") from error
     if checkpoint is None:
         raise NonFiniteError(state.step, f"{what}, and there is no checkpoint to go back to")
     tried = sum(window[0] == checkpoint.step for window in state.skipped_windows)

@@ -21,6 +21,7 @@ from configs import (
     exit_on_config_error,
     exit_with_error,
     load_settings,
+    machine_errors_as_user_errors,
     run_config,
 )
 from configs.inputs import check_inputs
@@ -117,7 +118,7 @@ from console import set_up_logging
 from data import Corpus, corpus_to_score, prepare_corpus
 from evaluation import Score, documents_of, score
 from parallel import close_mesh
-from run_folder import mendable, require_same_on_all_ranks
+from run_folder import require_same_on_all_ranks
 from run_state import join_mesh
 from stopping import StopSignals
 from trained import Trained, load_trained, require_fingerprint
@@ -128,7 +129,7 @@ logger = logging.getLogger("microtron")
 def text_to_score(trained: Trained, settings: Settings) -> tuple[Corpus, int | None]:
     """The documents, as those that a corpus holds out, and how many rows of them at most."""
     config, mesh, tokenizer = trained.config, trained.mesh, trained.tokenizer
-    with mendable(ValueError, OSError):
+    with machine_errors_as_user_errors("read the text"):
         if settings.source != "held_out":
             path = Path(settings.run, "tokenizer.model")
             corpus = corpus_to_score(config.data, tokenizer, path)
@@ -186,7 +187,7 @@ def main(settings: Settings, config: Config) -> int:
             raise UserError("the text has no token to score; give more of it")
         result = score(trained.model, documents)
         if mesh.world.rank == 0:
-            with mendable(OSError):
+            with machine_errors_as_user_errors(f"write output={settings.output}"):
                 report(result, settings.output)
     except UserError as error:
         exit_with_error(str(error))

@@ -19,6 +19,7 @@ from configs import (
     exit_on_config_error,
     exit_with_error,
     load_settings,
+    machine_errors_as_user_errors,
     run_config,
 )
 from new_folder import new_folder, require_new
@@ -71,7 +72,6 @@ from model.huggingface_config import family_of, to_huggingface_config
 from model_card import model_card
 from optimizer import WEIGHTS
 from parallel import Mesh, close_mesh, init_mesh
-from run_folder import mendable
 from trained import require_fingerprint
 
 # What float32 sums of another order may differ by, as a fraction of the largest logit.
@@ -146,7 +146,7 @@ def write_weights(folder: Path, settings: Settings, config: Config, checkpoint: 
     def make(name: str) -> Tensor:
         tensor = made[name](lambda ours: read_whole(checkpoint, f"{WEIGHTS}{ours}")).to(dtype)
         if not all(end.isfinite() for end in tensor.aminmax()):  # makes no tensor of its size
-            raise ValueError(f"{name} has values that dtype={settings.dtype} cannot hold")
+            raise UserError(f"{name} has values that dtype={settings.dtype} cannot hold")
         return tensor
 
     files = split(infos, int(settings.max_shard_gib * 2**30))
@@ -176,10 +176,10 @@ def split(infos: Mapping[str, TensorInfo], max_bytes: int) -> list[dict[str, Ten
 
 
 def require_same(comparison: Comparison, dtype: str) -> None:
-    """Raises ValueError if transformers makes something else of the folder."""
+    """Raises UserError if transformers makes something else of the folder."""
     rounds = dtype != "float32" or comparison.logits < _ROUNDING * comparison.largest
     if comparison.num_texts or not rounds:
-        raise ValueError(
+        raise UserError(
             f"transformers does not give what ours does, so nothing was written: {comparison}; "
             "check=false writes it all the same"
         )
@@ -191,7 +191,7 @@ def main(settings: Settings, config: Config) -> int:
     mesh = init_mesh(config.parallel.tensor_model_parallel_size, config.parallel.sequence_parallel)
     set_up_logging(mesh.world.rank)
     try:
-        with mendable(ValueError, OSError, CheckpointError):
+        with machine_errors_as_user_errors(f"write output={settings.output}"):
             comparison = export(settings, config, mesh)
     except UserError as error:
         exit_with_error(str(error))

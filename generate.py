@@ -92,7 +92,6 @@ from console import printable, set_up_logging
 from continuation import Continuation
 from model import Sampling, continuations
 from parallel import Mesh, close_mesh, gather_json
-from run_folder import mendable
 from run_state import join_mesh
 from stopping import StopSignals
 from trained import Trained, load_trained
@@ -115,8 +114,10 @@ def read_line() -> str | None:
         sys.stderr.write("> ")
         sys.stderr.flush()
     line = sys.stdin.buffer.readline()
-    with mendable(UnicodeDecodeError):
+    try:
         return line.decode().rstrip("\r\n") if line else None
+    except UnicodeDecodeError as error:
+        raise UserError(f"a prompt on stdin is not UTF-8: {error}") from error
 
 
 @torch.inference_mode()

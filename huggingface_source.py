@@ -12,6 +12,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from configs.errors import UserError
+
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHOWN = 3  # names in an error
 _FLOATS = ("F32", "BF16", "F16")
@@ -42,24 +44,24 @@ class Source:
         Besides `ignored`, and what is no weight.
         """
         if missing := [name for name in shapes if self._stored(name) not in self.files]:
-            raise ValueError(f"{self.folder} has no tensor {_listed(missing)}")
+            raise UserError(f"{self.folder} has no tensor {_listed(missing)}")
         for name, shape in shapes.items():
             stored = self._stored(name)
             with safe_open(self.files[stored], "pt") as file:
                 found = file.get_slice(stored)
                 if (theirs := tuple(found.get_shape())) != tuple(shape):
-                    raise ValueError(
+                    raise UserError(
                         f"{self.folder}: {name} is {list(theirs)}, which its config.json makes "
                         f"{list(shape)}"
                     )
                 if found.get_dtype() not in _FLOATS:
-                    raise ValueError(
+                    raise UserError(
                         f"{self.folder}: {name} is {found.get_dtype()}, not one of "
                         f"{', '.join(_FLOATS)}; give the weights before they were quantised"
                     )
         used = {self._stored(name) for name in shapes} | {ignored}
         if unknown := [n for n in self.files if n not in used and not n.endswith(_BUFFERS)]:
-            raise ValueError(f"{self.folder} has {_listed(unknown)}, for which ours has no place")
+            raise UserError(f"{self.folder} has {_listed(unknown)}, for which ours has no place")
 
     def _stored(self, name: str) -> str:
         """What the files call a tensor of the whole model."""
@@ -70,14 +72,14 @@ class Source:
 
 
 def open_source(folder: Path) -> Source:
-    """A local folder; raises ValueError or OSError saying what is missing or cannot be read."""
+    """A local folder; raises UserError saying what is missing or cannot be read."""
     config = _read_json(folder / "config.json")
     files = dict(_tensor_files(folder))
     return Source(folder, config, files)
 
 
 def download(name: str, revision: str | None) -> Path:
-    """The folder of a model of the hub, in its cache; raises ValueError if it cannot be had."""
+    """The folder of a model of the hub, in its cache; raises UserError if it cannot be had."""
     # Here: a folder needs no network.
     from huggingface_hub import errors, snapshot_download  # noqa: PLC0415
 
@@ -86,7 +88,7 @@ def download(name: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (errors.HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"source={name} is no folder here, and the hub does not give it: {reason}"
         ) from error
 
@@ -95,7 +97,7 @@ def _tensor_files(folder: Path) -> Iterator[tuple[str, Path]]:
     if (folder / _INDEX).is_file():
         weight_map = _read_json(folder / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise ValueError(f"{folder / _INDEX} has no weight_map")
+            raise UserError(f"{folder / _INDEX} has no weight_map")
         names = set(weight_map.values())
     elif (folder / _SINGLE).is_file():
         names = {_SINGLE}
@@ -107,26 +109,26 @@ def _tensor_files(folder: Path) -> Iterator[tuple[str, Path]]:
             if pickled
             else "give a folder with safetensors"
         )
-        raise ValueError(f"{folder} has no {_SINGLE} and no {_INDEX}; {hint}")
+        raise UserError(f"{folder} has no {_SINGLE} and no {_INDEX}; {hint}")
     for name in sorted(names):
         if Path(name).name != name or not (folder / name).is_file():
-            raise ValueError(f"{folder / _INDEX} names {name!r}, which is not a file beside it")
+            raise UserError(f"{folder / _INDEX} names {name!r}, which is not a file beside it")
         try:
             with safe_open(folder / name, "pt") as file:
                 yield from ((tensor, folder / name) for tensor in file.keys())  # noqa: SIM118
         except SafetensorError as error:
-            raise ValueError(f"{folder / name} cannot be read: {error}") from error
+            raise UserError(f"{folder / name} cannot be read: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"{path.parent} has no {path.name}; give the folder of a model")
+        raise UserError(f"{path.parent} has no {path.name}; give the folder of a model")
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a mapping")
+        raise UserError(f"{path} is not a mapping")
     return content
 
 

@@ -25,6 +25,7 @@ from configs import (
     exit_with_error,
     flatten,
     load_settings,
+    machine_errors_as_user_errors,
     read_config,
     to_yaml,
 )
@@ -66,7 +67,6 @@ from model.huggingface import Family, from_huggingface, to_huggingface
 from model.huggingface_config import from_huggingface_config
 from optimizer import MOMENTS, WEIGHTS
 from parallel import Mesh, close_mesh, init_mesh
-from run_folder import mendable
 from run_state import RunState
 
 logger = logging.getLogger("microtron")
@@ -118,12 +118,12 @@ def find_tokenizer(settings: Settings, source: Source, vocab_size: int) -> Token
     elif (source.folder / "tokenizer.model").is_file():
         tokenizer = load_tokenizer(source.folder / "tokenizer.model", "the source's tokenizer")
     else:
-        raise ValueError(
+        raise UserError(
             f"{source.folder} has no tokenizer.model: its tokenizer is not one of sentencepiece, "
             "which ours are; if it has one elsewhere, give tokenizer=FILE"
         )
     if tokenizer.vocab_size > vocab_size:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} pieces and the model {vocab_size} rows of "
             "its vocabulary; give the model's own with tokenizer=FILE"
         )
@@ -179,7 +179,7 @@ def main(settings: Settings) -> int:
     set_up_logging(mesh.world.rank)
     if mesh.world.rank == 0:
         try:
-            with mendable(ValueError, OSError):
+            with machine_errors_as_user_errors(f"import {settings.source}"):
                 config = import_model(settings, mesh)
         except UserError as error:
             exit_with_error(str(error))

@@ -15,8 +15,6 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,15 +25,6 @@ from stopping import FatalError
 
 _PREVIOUS = "previous_"
 _WAIT_FOR_RUNNING_S, _WAIT_FOR_ENDING_S = 5.0, 30.0
-
-
-@contextmanager
-def mendable(*kinds: type[Exception]) -> Iterator[None]:
-    """Within it, errors of these kinds are messages for a person: raise them as UserError."""
-    try:
-        yield
-    except kinds as error:
-        raise UserError(str(error)) from error
 
 
 def require_same_on_all_ranks(mesh: Mesh, value: str, what: str) -> None:

@@ -21,7 +21,7 @@ from data import BatchLoader, Corpus
 from model import GPT
 from optimizer import set_num_updates, training_tensors
 from parallel import Mesh, gather_json, init_mesh
-from run_folder import RunFolder, mendable
+from run_folder import RunFolder
 from wandb_run import begun_id
 
 logger = logging.getLogger("microtron")
@@ -196,16 +196,15 @@ def lineage(
 def training_batches(run: Run, state: RunState) -> BatchLoader:
     """This rank's batches from the state on."""
     mesh = run.mesh
-    with mendable(ValueError):
-        return BatchLoader(
-            run.corpus,
-            run.config,
-            consumed_samples=state.consumed_samples,
-            dp_rank=mesh.dp.rank,
-            dp_size=mesh.dp.size,
-            tp_size=mesh.tp.size,
-            device_is_cuda=mesh.device.type == "cuda",
-        )
+    return BatchLoader(
+        run.corpus,
+        run.config,
+        consumed_samples=state.consumed_samples,
+        dp_rank=mesh.dp.rank,
+        dp_size=mesh.dp.size,
+        tp_size=mesh.tp.size,
+        device_is_cuda=mesh.device.type == "cuda",
+    )
 
 
 def _may_change(key: str, is_imported: bool) -> bool:

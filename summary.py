@@ -20,7 +20,6 @@ from data import SampleOrder, rows_of_corpus
 from metrics import last_step
 from model import num_parameters
 from optimizer import training_tensors
-from run_folder import mendable
 from run_state import Run, RunState
 
 logger = logging.getLogger("microtron")
@@ -210,8 +209,7 @@ def _step(run: Run) -> str:
 
 def _plan(run: Run, state: RunState) -> str:
     config, corpus, steps = run.config, run.corpus, run.config.train.train_steps
-    with mendable(ValueError):
-        rows_of_sources = rows_of_corpus(corpus, config).rows_of_sources
+    rows_of_sources = rows_of_corpus(corpus, config).rows_of_sources
     num_rows = steps * config.train.global_batch_size
     epochs = SampleOrder(corpus.weights, rows_of_sources, config.run.seed).epochs(num_rows)
     if _has_full_rows(config) and not config.data.inter_document_masking:

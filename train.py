@@ -8,7 +8,13 @@ import signal
 import sys
 import time
 
-from configs import Config, UserError, exit_with_error, load_config
+from configs import (
+    Config,
+    UserError,
+    exit_with_error,
+    load_config,
+    machine_errors_as_user_errors,
+)
 
 if __name__ == "__main__":
     # Before torch is imported, which takes seconds, so that a mistyped key is answered at once.
@@ -19,7 +25,6 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from audit import audit
 from bad_numbers import roll_back, too_many_skipped, why_to_skip
-from checkpoints import CheckpointError
 from console import set_up_logging
 from data import BatchLoader, prepare_corpus
 from evaluation import evaluate, held_out
@@ -37,7 +42,7 @@ from parallel import (
     sum_partial_gradients,
 )
 from profiling import Profiler
-from run_folder import RunFolder, mendable, require_same_on_all_ranks
+from run_folder import RunFolder, require_same_on_all_ranks
 from run_state import Run, RunState, StepResult, join_mesh, resume, training_batches
 from saving import Saving
 from stopping import FatalError, StopSignals
@@ -105,15 +110,15 @@ def train_from(
 
 def start(config: Config, mesh: Mesh, folder: RunFolder) -> tuple[Run, RunState]:
     """Prepare text, model and optimizer, and take up the run where it was left."""
-    with mendable(ValueError, OSError):
+    cache = config.data.cache_directory
+    with machine_errors_as_user_errors(f"prepare the corpus in data.cache_directory={cache}"):
         corpus = prepare_corpus(config.data, config.model.seq_length, mesh.local_rank)
         require_same_on_all_ranks(mesh, corpus.fingerprint, "the tokenized text")
     set_up_allocator(mesh, num_parameters(config.model, config.data.vocab_size))
     model = build_model(config, mesh)
     optimizer = build_optimizer(model, config.optimizer)
     run = Run(config, mesh, folder, corpus, model, optimizer)
-    with mendable(CheckpointError):
-        return run, resume(run)
+    return run, resume(run)
 
 
 def train_step(run: Run, state: RunState, batches: BatchLoader) -> StepResult:

@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoints import Checkpoint, CheckpointError, find_checkpoint, load_tensors
+from checkpoints import Checkpoint, find_checkpoint, load_tensors
 from configs import Config, UserError
 from data import Tokenizer, load_tokenizer
 from model import GPT, build_bare_model
 from optimizer import WEIGHTS, weight_tensors
 from parallel import Mesh
-from run_folder import mendable
 
 
 @dataclass(frozen=True)
@@ -28,17 +27,16 @@ def load_trained(config: Config, folder: Path, mesh: Mesh, step: int | None) -> 
 
     Every rank calls this. Raises UserError if there is no whole checkpoint or another tokenizer.
     """
-    with mendable(CheckpointError, ValueError, OSError):
-        checkpoint = find_checkpoint(folder / "checkpoints", mesh, step)
-        if checkpoint is None:
-            raise UserError(
-                f"run={folder} has no checkpoint yet: there is none in {folder / 'checkpoints'}; "
-                "train.py saves every checkpoint.save_interval steps and at the end"
-            )
-        tokenizer = load_tokenizer(folder / "tokenizer.model", "the tokenizer of the run")
-        require_fingerprint(checkpoint, "tokenizer", tokenizer.fingerprint)
-        model = build_bare_model(config, mesh)
-        load_tensors(checkpoint, weight_tensors(model), mesh, prefix=WEIGHTS, converts=True)
+    checkpoint = find_checkpoint(folder / "checkpoints", mesh, step)
+    if checkpoint is None:
+        raise UserError(
+            f"run={folder} has no checkpoint yet: there is none in {folder / 'checkpoints'}; "
+            "train.py saves every checkpoint.save_interval steps and at the end"
+        )
+    tokenizer = load_tokenizer(folder / "tokenizer.model", "the tokenizer of the run")
+    require_fingerprint(checkpoint, "tokenizer", tokenizer.fingerprint)
+    model = build_bare_model(config, mesh)
+    load_tensors(checkpoint, weight_tensors(model), mesh, prefix=WEIGHTS, converts=True)
     return Trained(config, mesh, checkpoint, tokenizer, model)
 
 

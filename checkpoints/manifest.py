@@ -21,11 +21,13 @@ from typing import Any
 
 import xxhash
 
+from configs.errors import UserError
+
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be written, or cannot be read as what it should be."""
 
 

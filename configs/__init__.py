@@ -1,6 +1,6 @@
 """Settings: one page of typed keys, the shipped files, loading and validation. No torch here."""
 
-from configs.errors import ConfigError, UserError
+from configs.errors import ConfigError, UserError, machine_errors_as_user_errors
 from configs.keys import flatten
 from configs.launch import (
     EXIT_BEFORE_TRAINING,
@@ -61,6 +61,7 @@ __all__ = [
     "leave_error",
     "load_config",
     "load_settings",
+    "machine_errors_as_user_errors",
     "parse_config",
     "parse_settings",
     "read_config",

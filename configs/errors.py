@@ -4,7 +4,28 @@ A text names the key, the value, what is allowed and the fix, in one line:
 `model.hidden_size=130 is not divisible by model.num_attention_heads=4; choose 128 or 132`.
 """
 
+import contextlib
+import errno
+from collections.abc import Iterator
+
 _SHOWN_CHARACTERS = 60
+# Errors of the machine rather than of the program: full, read-only or failing storage, missing
+# permission, limits of the system.
+_MACHINE_ERRORS = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.ELOOP,
+    errno.EMFILE,
+    errno.ENAMETOOLONG,
+    errno.ENFILE,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ESTALE,
+}
 
 
 class UserError(ValueError):
@@ -20,6 +41,18 @@ class ConfigError(UserError):
     def __init__(self, message: str, key: str | None = None) -> None:
         super().__init__(message)
         self.key = key
+
+
+@contextlib.contextmanager
+def machine_errors_as_user_errors(task: str) -> Iterator[None]:
+    """Raise errors of the machine as UserError `cannot {task}: reason: file`; others pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _MACHINE_ERRORS:
+            raise
+        file = f": {error.filename}" if error.filename is not None else ""
+        raise UserError(f"cannot {task}: {error.strerror}{file}") from error
 
 
 def shown(value: object) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 
 import xxhash
 
+from configs.errors import UserError
 from configs.inputs import COMPRESSED, SOURCE_EXTENSIONS, extensions_in_words
 from configs.schema import SourceConfig
 from data.cache import locked
@@ -39,17 +40,17 @@ def source_files(config: SourceConfig, key: str = "data") -> list[Path]:
     """
     if config.source == "hub":
         if config.path is None:
-            raise ValueError(f"{key}.path is null; {key}.source=hub needs the name of a dataset")
+            raise UserError(f"{key}.path is null; {key}.source=hub needs the name of a dataset")
         return []
     if config.source == "python_stdlib":
         return _stdlib_files()
     if config.path is None:
-        raise ValueError(
+        raise UserError(
             f"{key}.path is null; {key}.source={config.source} needs a file, a folder or a glob"
         )
     files = _matching_files(config.path, SOURCE_EXTENSIONS[config.source])
     if not files:
-        raise FileNotFoundError(
+        raise UserError(
             f"{key}.path={config.path!r} matches no files for {key}.source={config.source}; give a "
             f"file, a glob, or a folder with {extensions_in_words(config.source)} files"
         )

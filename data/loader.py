@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from torch.profiler import record_function
 
+from configs.errors import UserError
 from configs.schema import Config
 from data.mixture import JoinedRows, SampleOrder
 from data.packing import Deal, deal_by_length, deal_in_order, padding_share
@@ -53,7 +54,7 @@ class BatchLoader:
         global_batch_size = config.train.global_batch_size
         sequence_mode = config.data.sequence_mode
         if global_batch_size % dp_size:
-            raise ValueError(
+            raise UserError(
                 f"train.global_batch_size={global_batch_size} is not divisible by the "
                 f"data-parallel size {dp_size}; choose a multiple of {dp_size}"
             )
@@ -147,7 +148,7 @@ def rows_of_corpus(corpus: Corpus, config: Config) -> JoinedRows:
     for (key, source), tokens in zip(data.mixture.items(), corpus.train.parts, strict=True):
         rows = training_rows(tokens, seq_length, data.sequence_mode, data.packing)
         if not len(rows):
-            raise ValueError(
+            raise UserError(
                 f"the training documents of {key}.source={source.source} give no row of "
                 f"model.seq_length={seq_length} tokens; use more text or a smaller model.seq_length"
             )

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import xxhash
 
+from configs.errors import UserError
 from configs.schema import DataConfig, WeightedSource
 from data.cache import build_entry, read_header, write_header
 from data.durable import write_durably
@@ -75,7 +76,7 @@ def fill_text(source: Source, work: Path) -> None:
         done = write_spool(work, read, _reading(source.files, progress))
     shutil.rmtree(scratch, ignore_errors=True)
     if not done.num_documents:
-        raise ValueError(
+        raise UserError(
             f"{source.key}.source={config.source} with {source.key}.path={config.path!r} yields "
             f"no documents; skipped: {describe_counts(done.skipped) or 'nothing'}; give non-empty "
             "UTF-8 text"

@@ -22,6 +22,7 @@ from typing import Any
 
 import xxhash
 
+from configs.errors import UserError
 from configs.schema import DataConfig, WeightedSource
 from data.cache import (
     TEXT,
@@ -71,7 +72,7 @@ class Corpus:
 def prepare_corpus(config: DataConfig, seq_length: int, local_rank: int) -> Corpus:
     """Opens the corpus of `config` from the cache; local rank 0 makes what is not there.
 
-    Raises ValueError or FileNotFoundError where source, tokenizer or settings do not fit.
+    Raises UserError where source, tokenizer or settings do not fit.
     """
     cache = Path(config.cache_directory).expanduser()
     if local_rank == 0 and cache.exists():
@@ -109,7 +110,7 @@ def _key(*parts: object) -> str:
 def _require_a_row(source: Source, config: DataConfig, num_tokens: int, seq_length: int) -> None:
     is_stream = config.sequence_mode == "pack" and config.packing == "stream"
     if is_stream and num_tokens <= seq_length:
-        raise ValueError(
+        raise UserError(
             f"the {num_tokens} training tokens of {source.key}.source={source.config.source} do "
             f"not fill a row of model.seq_length={seq_length}; use more text, a smaller "
             "model.seq_length, or data.sequence_mode=pad"
@@ -143,7 +144,7 @@ def _tokenizer(
 def _given_tokenizer(config: DataConfig, path: str) -> Tokenizer:
     tokenizer = load_tokenizer(Path(path).expanduser())
     if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"data.tokenizer={path!r} has {tokenizer.vocab_size} pieces, more than "
             f"data.vocab_size={config.vocab_size}; set data.vocab_size={tokenizer.vocab_size} or "
             "more, or use a smaller tokenizer"

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import datasets
 import huggingface_hub
 
+from configs.errors import UserError
 from configs.schema import SourceConfig
 from data import json_files
 from data.compressed import open_bytes
@@ -51,7 +52,7 @@ def read_records(
     """Yields the records of a source in order, from a place on.
 
     `key` is what the source's keys begin with; `scratch` is a folder for the lock files that
-    `datasets` makes. Raises ValueError where the source cannot be read, naming the file, or lacks
+    `datasets` makes. Raises UserError where the source cannot be read, naming the file, or lacks
     the column `text_field`.
     """
     datasets.disable_progress_bars()
@@ -127,7 +128,9 @@ class _Reader:
 
     def _texts(self, file: Path, skip: int) -> Iterator[Any]:
         what = f"{self._key}.path: {file} cannot be read"
-        for content in itertools.islice(_errors_name(what, _stretches(file)), skip, None):
+        for content in itertools.islice(
+            _errors_name(what, _stretches(file), _FILE_ERRORS), skip, None
+        ):
             try:
                 yield content.decode("utf-8")
             except UnicodeDecodeError:
@@ -145,7 +148,7 @@ class _Reader:
             # A row of JSON may lack what others have; a column that is missing at once is a
             # mistake.
             if is_first and name not in row:
-                raise ValueError(
+                raise UserError(
                     f"{self._key}.text_field={name!r} is not a column of {self._key}.path="
                     f"{self._source.path!r}; the columns there are: {', '.join(row)}"
                 )
@@ -221,7 +224,7 @@ class _Reader:
         except UnicodeDecodeError:
             return [], _NOT_UTF8
         except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{self._key}.path: {where} is not JSON ({error}); {self._key}.source=jsonl needs "
                 "one object a line, or a file that is one array of objects"
             ) from error
@@ -229,7 +232,7 @@ class _Reader:
 
     def _object(self, where: str, row: object) -> dict[str, Any]:
         if not isinstance(row, dict):
-            raise ValueError(
+            raise UserError(
                 f"{self._key}.path: {where} is not a JSON object; write each document as "
                 '{"text": "..."}'
             )
@@ -263,9 +266,11 @@ def _stretches(file: Path, longest: int = LONGEST_DOCUMENT) -> Iterator[bytes]:
         yield rest
 
 
-# Those of pyarrow are ValueErrors, OSErrors or TypeErrors, that of a compressed file that was cut
-# off is an EOFError, that of JSON in a thousand brackets a RecursionError.
-_READING_ERRORS = (OSError, ValueError, TypeError, EOFError, RecursionError)
+# That of a compressed file that was cut off is an EOFError.
+_FILE_ERRORS = (OSError, EOFError)
+# Those of pyarrow are ValueErrors, OSErrors or TypeErrors, that of JSON in a thousand brackets a
+# RecursionError.
+_READING_ERRORS = (*_FILE_ERRORS, ValueError, TypeError, RecursionError)
 
 
 @contextlib.contextmanager
@@ -276,7 +281,7 @@ def _errors_named(
     try:
         yield
     except kinds as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise UserError(f"{where}: {error}") from error
 
 
 def _errors_name(

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from configs.errors import UserError
 from data.durable import open_at, replace_durably, sync_files, write_durably
 from data.progress import Progress
 from data.spool import Spool
@@ -72,14 +73,14 @@ class TokenFile:
     def span(self, start: int, stop: int) -> npt.NDArray[np.uint16] | npt.NDArray[np.uint32]:
         """Returns the tokens of a span.
 
-        Raises ValueError for an id that the tokenizer cannot have given: with the embedding cut
+        Raises UserError for an id that the tokenizer cannot have given: with the embedding cut
         over ranks it would be looked up nowhere, and trained on as zeros.
         """
         tokens = self.tokens[start:stop]
         if self.num_ids is not None and (beyond := np.flatnonzero(tokens >= self.num_ids)).size:
             place = int(beyond[0])
             folder = self.path.parent if self.path else None
-            raise ValueError(
+            raise UserError(
                 f"token {start + place} of {self.path} is {tokens[place]}, but the tokenizer has "
                 f"ids up to {self.num_ids - 1}: the file is damaged; delete {folder}, and it is "
                 "made again"

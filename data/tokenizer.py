@@ -62,14 +62,14 @@ class Tokenizer:
         try:
             processor.LoadFromSerializedProto(model)
         except RuntimeError as error:
-            raise ValueError(f"{origin} is not a readable sentencepiece model") from error
+            raise UserError(f"{origin} is not a readable sentencepiece model") from error
         self.vocab_size: int = processor.get_piece_size()
         if self.vocab_size == 0:  # sentencepiece accepts an empty file
-            raise ValueError(f"{origin} is not a readable sentencepiece model: it has no pieces")
+            raise UserError(f"{origin} is not a readable sentencepiece model: it has no pieces")
         self.bos_id: int = processor.bos_id()
         self.eos_id: int = processor.eos_id()
         if self.bos_id < 0 or self.eos_id < 0:
-            raise ValueError(
+            raise UserError(
                 f"{origin} has bos_id={self.bos_id} and eos_id={self.eos_id}; both must be "
                 "defined, since documents begin with bos and end with eos"
             )
@@ -164,9 +164,7 @@ def cut_after_newlines(text: str, part_length: int = _PART_LENGTH) -> list[str]:
 def load_tokenizer(path: Path, key: str = "data.tokenizer") -> Tokenizer:
     """Reads a sentencepiece model file; `key` is the setting that named it, for errors."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{key}={str(path)!r} is not a file; give a sentencepiece model file"
-        )
+        raise UserError(f"{key}={str(path)!r} is not a file; give a sentencepiece model file")
     return Tokenizer(path.read_bytes(), f"{key}={str(path)!r}")
 
 
@@ -191,7 +189,7 @@ def train_tokenizer(sentences: Sequence[str], vocab_size: int) -> bytes:
             missing = vocab_size - _largest_vocab_size(str(error), vocab_size)
             all_tried = attempt == _TRAINING_ATTEMPTS - 1 or num_characters >= len(counts)
             if missing == 0 or all_tried:
-                raise ValueError(_explain(str(error), vocab_size)) from error
+                raise UserError(_explain(str(error), vocab_size)) from error
             # Where there are too few merges to learn, more characters take their place.
             num_characters += missing
     raise AssertionError("every attempt returns or raises")

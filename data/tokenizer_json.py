@@ -16,6 +16,7 @@ transformers.
 
 from typing import Any
 
+from configs.errors import UserError
 from data.tokenizer import Tokenizer
 
 _BLOCK = "\u2581"
@@ -24,14 +25,14 @@ _BLOCK = "\u2581"
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """The content of tokenizer.json.
 
-    Raises ValueError naming what of the sentencepiece model tokenizers has no equivalent for.
+    Raises UserError naming what of the sentencepiece model tokenizers has no equivalent for.
     """
     model = _parsed(tokenizer)
     _refuse(model)
     kinds, spec = type(model.pieces[0]), model.normalizer_spec
     vocab = {_spaced(piece.piece): index for index, piece in enumerate(model.pieces)}
     if len(vocab) != len(model.pieces):
-        raise ValueError("two pieces of this sentencepiece model are the same but for U+2581")
+        raise UserError("two pieces of this sentencepiece model are the same but for U+2581")
     added = [
         _added_token(index, piece.piece, is_special=piece.type != kinds.USER_DEFINED)
         for index, piece in enumerate(model.pieces)
@@ -127,7 +128,7 @@ def _refuse(model: Any) -> None:
     }
     found = [problem for problem, is_found in problems.items() if is_found]
     if found:
-        raise ValueError(
+        raise UserError(
             "Hugging Face's tokenizers cannot give the ids of this sentencepiece model: "
             f"{', '.join(found)}"
         )

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from configs.errors import shown
+from configs.errors import UserError, shown
 from configs.schema import ModelConfig
 from model.huggingface import Family
 
@@ -86,7 +86,7 @@ def family_of(config: ModelConfig) -> Family:
         )
     nearest = min(problems, key=lambda family: len(problems[family]))
     if problems[nearest]:
-        raise ValueError(
+        raise UserError(
             "no Hugging Face model has these options together; the nearest is "
             f"{ARCHITECTURES[nearest]}, but for {', '.join(problems[nearest])}"
         )
@@ -147,7 +147,7 @@ def to_huggingface_config(config: ModelConfig, vocab_size: int) -> dict[str, Any
 def from_huggingface_config(theirs: Mapping[str, Any]) -> tuple[Family, int, dict[str, Any]]:
     """The family of a config.json, the rows of its vocabulary, and our options of `model`.
 
-    Raises ValueError naming the key for what ours does not compute, and for what is missing.
+    Raises UserError naming the key for what ours does not compute, and for what is missing.
     """
     family = _family_in(theirs)
     options = _DEFAULTS[family] | dict(theirs)
@@ -155,7 +155,7 @@ def from_huggingface_config(theirs: Mapping[str, Any]) -> tuple[Family, int, dic
         _require(options, key, value, options.get(key, value) == value)
     for key in _SIZES[family]:
         if not isinstance(options.get(key), int) or options[key] < 1:
-            raise ValueError(
+            raise UserError(
                 f"config.json has {key}={json.dumps(options.get(key))}; a {family} model has a "
                 "whole number there"
             )
@@ -169,19 +169,17 @@ def _family_in(theirs: Mapping[str, Any]) -> Family:
     family, architectures = theirs.get("model_type"), theirs.get("architectures") or []
     known = " or ".join(f"{name} ({kind})" for name, kind in ARCHITECTURES.items())
     if family not in ARCHITECTURES:
-        raise ValueError(f"config.json has model_type={shown(family)}, which is not {known}")
+        raise UserError(f"config.json has model_type={shown(family)}, which is not {known}")
     if architectures and architectures != [ARCHITECTURES[family]]:
-        raise ValueError(f"config.json has architectures={json.dumps(architectures)}, not {known}")
+        raise UserError(f"config.json has architectures={json.dumps(architectures)}, not {known}")
     if "quantization_config" in theirs:
-        raise ValueError(
-            "config.json has a quantization_config; give the weights that it came from"
-        )
+        raise UserError("config.json has a quantization_config; give the weights that it came from")
     return family
 
 
 def _require(options: Mapping[str, Any], key: str, needed: object, is_met: bool) -> None:
     if not is_met:
-        raise ValueError(
+        raise UserError(
             f"config.json has {key}={json.dumps(options.get(key))}, which ours does not compute; "
             f"it would have to be {json.dumps(needed)}"
         )
@@ -236,7 +234,7 @@ def _rotary_base(options: Mapping[str, Any]) -> float:
     rope = options.get("rope_parameters") or options.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        raise ValueError(
+        raise UserError(
             f"config.json has rope_type={json.dumps(kind)}, which ours does not compute; it would "
             'have to be "default"'
         )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from configs.errors import UserError
 from parallel import fold_seed
 
 _DRAW_BITS = 40  # few enough that a draw times any total stays below it
@@ -37,7 +38,7 @@ def likelihoods(logits: Tensor, sampling: Sampling) -> Tensor:
     """What the tokens' probabilities are in proportion to, `[b, v]` float64; 0: never chosen."""
     logits = logits.double()
     if not logits.isfinite().all():
-        raise ValueError("the model gives logits that are not finite; its weights are damaged")
+        raise UserError("the model gives logits that are not finite; its weights are damaged")
     # The largest is 0, so that no temperature makes it infinite.
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
     if sampling.top_k is None and sampling.top_p is None:

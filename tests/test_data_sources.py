@@ -9,6 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from configs import UserError
 from configs.schema import DataConfig
 from data.files import source_files, source_fingerprint
 from data.records import Place
@@ -164,7 +165,7 @@ def test_a_path_without_files_names_what_is_needed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.path is null; data\.source=hub needs"):
         source_files(DataConfig(source="hub"))
     with pytest.raises(
-        FileNotFoundError, match=r"matches no files.*\.jsonl or \.json \(or compressed\) files"
+        UserError, match=r"matches no files.*\.jsonl or \.json \(or compressed\) files"
     ):
         source_files(DataConfig(source="jsonl", path=str(tmp_path)))
 

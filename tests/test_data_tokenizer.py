@@ -148,7 +148,7 @@ def test_a_corrupt_model_is_named(tmp_path: Path, content: bytes | str) -> None:
 
 def test_a_missing_model_is_named(tmp_path: Path) -> None:
     """The message has key and path."""
-    with pytest.raises(FileNotFoundError, match=r"data\.tokenizer='.*none\.model' is not a file"):
+    with pytest.raises(UserError, match=r"data\.tokenizer='.*none\.model' is not a file"):
         load_tokenizer(tmp_path / "none.model")
 
 

@@ -15,7 +15,7 @@ ALLOWED = {
     "parallel": set(),
     "data": {"configs"},
     "model": {"parallel", "configs"},
-    "checkpoints": {"parallel"},
+    "checkpoints": {"parallel", "configs"},
 }
 # Outside `parallel/`: the types of distributed tensors, and the launcher's error reports.
 NOT_COMMUNICATION = ("torch.distributed.tensor", "torch.distributed.elastic")

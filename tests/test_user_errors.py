@@ -1,0 +1,78 @@
+"""One line for what a user can fix, a traceback for everything else."""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import bad_numbers
+import train
+from checkpoints import CheckpointError
+from configs import Config, TrainConfig, UserError, machine_errors_as_user_errors, parse_config
+from run_state import RunState
+from stopping import NonFiniteError
+from tests.runs import settings
+
+MESH: Any = SimpleNamespace(local_rank=0)
+
+
+def _raise(error: Exception) -> Callable[..., None]:
+    def raises(*_: object) -> None:
+        raise error
+
+    return raises
+
+
+def _start(config: Config) -> None:
+    train.start(config, MESH, SimpleNamespace())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("error", [ValueError("zip()"), KeyError("x"), FileNotFoundError(2, "y")])
+def test_a_defect_of_the_preparation_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(train, "prepare_corpus", _raise(error))
+    with pytest.raises(type(error)) as caught:
+        _start(Config())
+    assert caught.value is error
+
+
+def test_a_cache_that_cannot_be_made_names_its_key(corpus: Path, tmp_path: Path) -> None:
+    """ENOTDIR stands for the errors that a root user cannot provoke, such as a read-only disk."""
+    (tmp_path / "file").touch()
+    cache = f"data.cache_directory={tmp_path}/file/cache"
+    with pytest.raises(UserError, match=rf"{cache}: Not a directory: {tmp_path}/file"):
+        _start(parse_config([*settings(corpus, tmp_path), cache]))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO])
+def test_errors_of_the_machine_are_one_line(number: int) -> None:
+    reason = os.strerror(number)
+    with (
+        pytest.raises(UserError, match=f"^cannot save it: {reason}: /a$"),
+        machine_errors_as_user_errors("save it"),
+    ):
+        raise OSError(number, reason, "/a")
+    with (
+        pytest.raises(UserError, match=f"^cannot save it: {reason}$"),
+        machine_errors_as_user_errors("save it"),
+    ):
+        raise OSError(number, reason)
+
+
+def test_damaged_checkpoints_end_a_rollback_and_not_a_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The run has trained: its exit code is that of a loss that is not finite, not 2."""
+    monkeypatch.setattr(bad_numbers, "find_checkpoint", _raise(CheckpointError("all damaged")))
+    run: Any = SimpleNamespace(
+        config=SimpleNamespace(train=TrainConfig()),
+        folder=SimpleNamespace(checkpoints=Path("none")),
+        mesh=None,
+    )
+    with pytest.raises(NonFiniteError, match=r"step 9: .* and all damaged"):
+        bad_numbers.roll_back(run, RunState("id", step=9, skipped_in_a_row=4))
