@@ -1,22 +1,26 @@
 """Folders that appear whole or not at all, and can be gone on with after a kill.
 
 A folder is filled under a temporary name, with everything in it on the disk, and appears by one
-rename. Its header tells the size of each file, so that damage is noticed. Who fills it holds a file
-lock, which the kernel releases when the process dies; what a killed process has filled stays, and
-the next one goes on from there.
+rename. Its header has the size and digest of each file and its own checksum. A file is verified
+whenever its size, times or inode are new. Who fills a folder holds a file lock, which the kernel
+releases when the process dies; what a killed process has filled stays, and the next one goes on
+from there.
 """
 
 import contextlib
-import fcntl
 import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from data.durable import sync_directory, write_durably
+from data.files import digests, file_digest
+from data.locks import locked
 
 TEXT = "text-"  # what the names of folders begin with that are of use only to make others
 _HEADER = "header.json"
@@ -29,25 +33,39 @@ logger = logging.getLogger("microtron")
 
 
 def write_header(entry: Path, names: list[str], facts: dict[str, Any]) -> None:
-    """Writes the header, which must be the last file: facts, and the sizes of the named files."""
-    sizes = {name: (entry / name).stat().st_size for name in names}
-    write_durably(entry / _HEADER, json.dumps({**facts, "files": sizes}, indent=1).encode())
+    """Writes the header, which must be the last file: facts, and what the named files hold."""
+    paths = {name: entry / name for name in names}
+    files = {name: [p.stat().st_size, file_digest(p).hex()] for name, p in paths.items()}
+    content = {**facts, "files": files}
+    header = {**content, "checksum": _checksum(content)}
+    write_durably(entry / _HEADER, json.dumps(header, indent=1).encode())
     sync_directory(entry)
 
 
 def read_header(entry: Path) -> dict[str, Any]:
-    """Returns the facts of an entry."""
+    """Returns the facts of an entry, which `is_whole` has verified."""
     header: dict[str, Any] = json.loads((entry / _HEADER).read_text())
     return header
 
 
 def is_whole(entry: Path) -> bool:
-    """True if the header is there and every file has the size it tells."""
+    """True if header and files are as they were written; files that are as they were when they
+    were last verified are not read."""
     try:
-        sizes = read_header(entry)["files"]
-        return all((entry / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
-        return False
+        header = read_header(entry)
+        checksum, files = header.pop("checksum"), header["files"]
+        paths = [entry / name for name in files]
+        sizes = [size for size, _ in files.values()]
+        if checksum != _checksum(header) or [path.stat().st_size for path in paths] != sizes:
+            return False
+        found = [digest.hex() for digest in digests(paths, entry.parent)]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return False  # missing, or no header that we have written
+    return found == [digest for _, digest in files.values()]
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 def build_entry(entry: Path, fill: Callable[[Path], None]) -> None:
@@ -89,24 +107,3 @@ def wait_for_entry(entry: Path) -> None:
         if time.perf_counter() - logged_at > _WAIT_LOG_INTERVAL_S:
             logged_at = time.perf_counter()
             logger.info("waiting for local rank 0 to prepare %s", entry)
-
-
-@contextlib.contextmanager
-def locked(entries: Iterable[Path], *, wait: bool = True) -> Iterator[None]:
-    """Holds the locks of entries, taken in one order, so that no two runs wait for each other.
-
-    If it should not wait, raises BlockingIOError where another one holds a lock.
-    """
-    with contextlib.ExitStack() as stack:
-        for entry in sorted(set(entries)):
-            entry.parent.mkdir(parents=True, exist_ok=True)
-            path = entry.with_name(f"{entry.name}.lock")
-            file = stack.enter_context(path.open("w"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if not wait:
-                    raise
-                logger.info("waiting for another run that prepares the same text (%s)", path)
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -2,7 +2,7 @@
 
 Nothing is decoded here and `datasets` is not imported, because every rank of every start does this:
 a corpus that is already in the cache is found by the source's bytes, and those of a file are read
-once as long as its size and its time of change stay.
+once as long as its size, its times of change and its inode stay.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ import xxhash
 from configs.errors import UserError
 from configs.inputs import COMPRESSED, SOURCE_EXTENSIONS, extensions_in_words
 from configs.schema import SourceConfig
-from data.cache import locked
 from data.durable import replace_durably
+from data.locks import locked
 from data.progress import Progress
 
 _SETTLED_NS = 2_000_000_000
@@ -73,7 +73,7 @@ def source_fingerprint(config: SourceConfig, files: list[Path], cache: Path | No
         kind = ["hub", config.path, config.hub_config, config.hub_split, config.hub_revision]
         kind.append(config.text_field)
     digest.update(json.dumps(kind).encode())
-    for file, file_hash in zip(files, _digests(files, cache), strict=True):
+    for file, file_hash in zip(files, digests(files, cache), strict=True):
         digest.update(file_hash)
         if file.suffix in COMPRESSED:  # which decides how it is read
             digest.update(file.suffix.encode())
@@ -86,12 +86,14 @@ def file_digest(file: Path) -> bytes:
         return hashlib.file_digest(stream, xxhash.xxh3_128).digest()
 
 
-def _digests(files: list[Path], cache: Path | None) -> list[bytes]:
+def digests(files: list[Path], cache: Path | None) -> list[bytes]:
     """The digests of files; `cache` remembers those of files that have not changed since."""
     if cache is None:
         return [file_digest(file) for file in files]
     index = _Index(cache)
     if not all(index.knows(file) for file in files):
+        if cache.exists() and not os.access(cache, os.W_OK):  # nothing can be remembered
+            return [file_digest(file) for file in files]
         # One rank of a host, or run, after the other: what one has read the next need not.
         with locked([index.path]), Progress("hashing files", _total_bytes(files)) as progress:
             index = _Index(cache)
@@ -109,7 +111,7 @@ def _total_bytes(files: list[Path]) -> int:
 
 
 class _Index:
-    """The digests of files by name, size and time of change, kept in a file."""
+    """The digests of files by name, size, times of change and inode, kept in a file."""
 
     def __init__(self, cache: Path) -> None:
         self.path = cache / "digests.json"
@@ -149,7 +151,8 @@ class _Index:
 
 def _stamp(file: Path) -> list[int]:
     status = file.stat()
-    return [status.st_size, status.st_mtime_ns, status.st_ino]
+    # The time of modification can be set to anything; that of the last change of state cannot.
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def _stdlib_files() -> list[Path]:

@@ -36,7 +36,7 @@ from data.spool import (
 from data.token_file import PARTS, PROGRESS, open_token_file, write_token_file
 from data.tokenizer import Tokenizer, train_tokenizer
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 SAMPLE_BYTES = 8_000_000  # of training text that a tokenizer learns from: about 200,000 lines
 TOKENIZER = "tokenizer.model"
 SPLITS = ("train", "validation")

@@ -28,12 +28,12 @@ from data.cache import (
     TEXT,
     build_entry,
     is_whole,
-    locked,
     read_header,
     remove_abandoned,
     wait_for_entry,
 )
 from data.files import source_files, source_fingerprint
+from data.locks import locked
 from data.making import (
     FORMAT_VERSION,
     SAMPLE_BYTES,
@@ -87,6 +87,9 @@ def prepare_corpus(config: DataConfig, seq_length: int, local_rank: int) -> Corp
         elif not is_whole(entry):
             with locked([source.text]):
                 build_entry(entry, partial(fill_tokens, source, config, tokenizer))
+    for source in sources:
+        if local_rank == 0 and source.text.exists():
+            with locked([source.text]):
                 shutil.rmtree(source.text, ignore_errors=True)
     corpus = _open(sources, entries)
     if local_rank == 0:

@@ -184,9 +184,12 @@ def encoded(
 ) -> Iterator[npt.NDArray[np.unsignedinteger]]:
     """The tokens of documents: bos, those of the text, eos."""
     for ids in tokenizer.encode_batch(texts):
-        # A model file may give ids that its own piece count does not cover; caught here, it is not
-        # an index error inside the embedding.
-        assert not ids.size or int(ids.max()) < tokenizer.vocab_size, "token id out of range"
+        # A model file may give ids that its own piece count does not cover. A token file whose
+        # checksum is right has been through here, so its ids need not be looked at again.
+        if ids.size and int(ids.max()) >= tokenizer.vocab_size:
+            raise ValueError(
+                f"the tokenizer gives id {ids.max()}, but has {tokenizer.vocab_size} pieces"
+            )
         document = np.empty(len(ids) + 2, dtype)
         document[0], document[1:-1], document[-1] = tokenizer.bos_id, ids, tokenizer.eos_id
         yield document

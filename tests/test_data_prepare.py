@@ -3,9 +3,13 @@
 import fcntl
 import json
 import logging
+import os
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +18,11 @@ import pytest
 
 from configs.schema import DataConfig
 from data import Corpus, prepare_corpus
+from data.files import file_digest
+from data.making import SPLITS
 from data.records import Place, Record
 from data.spool import open_spool, sample_sentences, split_documents, write_spool
-from data.token_file import TokenFile, Tokens, open_token_file
+from data.token_file import PARTS, TokenFile, Tokens, encoded, open_token_file
 from tests.data_corpora import random_text, small_tokenizer, text_config, write_texts
 
 PREPARE = """
@@ -182,24 +188,124 @@ def test_preparing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     assert np.array_equal(all_tokens(first), all_tokens(second))
 
 
-@pytest.mark.parametrize("name", ["train.tokens", "validation.bytes", "tokenizer.model", "header"])
+def cut_short(path: Path) -> None:
+    """Takes the last byte off a file."""
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_bytes(path: Path) -> None:
+    """Changes bytes in the middle of a file, which keeps its size."""
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 4] = bytes(byte ^ 0xFF for byte in content[middle : middle + 4])
+    path.write_bytes(content)
+
+
+ENTRY_FILES = [
+    *(f"tokens-*/{split}.{part}" for split in SPLITS for part in PARTS),
+    "tokens-*/tokenizer.model",
+    "tokens-*/header.json",
+    "tokenizer-*/tokenizer.model",
+    "tokenizer-*/header.json",
+]
+
+
+@pytest.mark.parametrize("damage", [cut_short, flip_bytes, Path.unlink])
+@pytest.mark.parametrize("pattern", ENTRY_FILES)
 def test_a_damaged_entry_is_made_again(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    pattern: str,
+    damage: Callable[[Path], None],
 ) -> None:
-    """A file that is missing or has another size is noticed, with a warning."""
+    """A file of any entry that is missing, has another size, or has other bytes; with a warning."""
     write_texts(tmp_path, 10)
     first = prepare_corpus(text_config(tmp_path), 16, 0)
-    entry = first.tokenizer_path.parent
-    if name == "header":
-        (entry / "header.json").write_text('{"files":')
-    else:
-        (entry / name).write_bytes((entry / name).read_bytes()[:-1])
+    before = entries(tmp_path)
+    (path,) = (tmp_path / "cache").glob(pattern)
+    expected = documents(first, first.train)
+    damage(path)
+    caplog.clear()
     second = prepare_corpus(text_config(tmp_path), 16, 0)
-    assert "is damaged" in caplog.text
-    assert documents(second, second.train) == documents(second, first.train)
-    assert second.fingerprint == first.fingerprint
-    assert len(entries(tmp_path)) == 2
-    assert entry.name in entries(tmp_path)
+    assert f"cache entry {path.parent} is damaged" in caplog.text
+    assert documents(second, second.train) == expected
+    assert (second.fingerprint, second.summary) == (first.fingerprint, first.summary)
+    assert entries(tmp_path) == before
+
+
+def test_facts_of_an_entry_are_verified_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A header that is well formed, and not what was written."""
+    write_texts(tmp_path, 10)
+    first = prepare_corpus(text_config(tmp_path), 16, 0)
+    path = first.tokenizer_path.parent / "header.json"
+    path.write_text(path.read_text().replace('"vocab_size": 320', '"vocab_size": 321'))
+    prepare_corpus(text_config(tmp_path), 16, 0)
+    assert "is damaged; making it again" in caplog.text
+    assert json.loads(path.read_text())["vocab_size"] == 320
+
+
+def test_a_damaged_entry_is_not_opened_by_other_ranks(tmp_path: Path) -> None:
+    """They wait until local rank 0 has made it again."""
+    write_texts(tmp_path, 10)
+    first = prepare_corpus(text_config(tmp_path), 16, 0)
+    expected = all_tokens(first).tolist()
+    flip_bytes(first.tokenizer_path.parent / "train.tokens")
+    found: list[list[int]] = []
+    rank_1 = threading.Thread(
+        target=lambda: found.append(
+            all_tokens(prepare_corpus(text_config(tmp_path), 16, 1)).tolist()
+        ),
+        daemon=True,
+    )
+    rank_1.start()
+    rank_1.join(timeout=1)
+    assert found == []
+    prepare_corpus(text_config(tmp_path), 16, 0)
+    rank_1.join(timeout=20)
+    assert found == [expected]
+
+
+def test_an_entry_is_verified_once_until_a_file_of_it_is_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By size, times and inode; the result is kept beside the entries."""
+    write_texts(tmp_path, 10)
+    prepare_corpus(text_config(tmp_path), 16, 0)
+    long_ago = time.time() - 100
+    for path in tmp_path.rglob("*.*"):
+        os.utime(path, (long_ago, long_ago))
+    prepare_corpus(text_config(tmp_path), 16, 0)
+    hashed: list[str] = []
+    monkeypatch.setattr(
+        "data.files.file_digest", lambda file: hashed.append(file.name) or file_digest(file)
+    )
+    prepare_corpus(text_config(tmp_path), 16, 0)
+    assert hashed == []
+    (path,) = (tmp_path / "cache").glob("tokens-*/train.offsets")
+    other = path.with_name("other")
+    other.write_bytes(path.read_bytes())
+    os.utime(other, (long_ago, long_ago))
+    other.rename(path)
+    prepare_corpus(text_config(tmp_path), 16, 0)
+    assert hashed == ["train.offsets"]
+
+
+def test_a_text_edited_in_place_with_its_old_time_is_seen(tmp_path: Path) -> None:
+    """The time of modification can be set; that of the last change of state cannot."""
+    write_texts(tmp_path, 10)
+    file = tmp_path / "texts" / "003.txt"
+    long_ago = time.time() - 100
+    os.utime(file, (long_ago, long_ago))
+    first = prepare_corpus(text_config(tmp_path), 16, 0)
+    text = file.read_text().swapcase()
+    with file.open("r+") as stream:
+        stream.write(text)
+    os.utime(file, (long_ago, long_ago))
+    second = prepare_corpus(text_config(tmp_path), 16, 0)
+    assert second.fingerprint != first.fingerprint
+    assert text in [*documents(second, second.train), *documents(second, second.validation)]
 
 
 def test_other_ranks_wait_for_local_rank_0(tmp_path: Path) -> None:
@@ -243,19 +349,25 @@ def test_wide_vocabularies_take_four_bytes(tmp_path: Path) -> None:
 
 
 def test_an_id_beyond_the_vocabulary_is_an_error_that_names_it(tmp_path: Path) -> None:
-    """A damaged byte is found when it is read, with its file and place, and how to mend it."""
+    """When the file is damaged after it was verified: with its place, and how to mend it."""
     write_texts(tmp_path, 6)
-    corpus = prepare_corpus(text_config(tmp_path), 16, 0)
-    assert isinstance(corpus.train, TokenFile)
-    path = corpus.train.path
-    assert path is not None
-    data = bytearray(path.read_bytes())
-    data[2 * 40 : 2 * 41] = b"\xff\xff"
-    path.write_bytes(data)
-    damaged = prepare_corpus(text_config(tmp_path), 16, 0).train
-    assert len(damaged.span(0, 40)) == 40
-    with pytest.raises(ValueError, match=rf"token 40 of {path} is 65535, but .* up to 319: the"):
-        damaged.span(30, 50)
+    file = prepare_corpus(text_config(tmp_path), 16, 0).train
+    assert isinstance(file, TokenFile)
+    assert file.path is not None
+    with file.path.open("r+b") as stream:
+        stream.seek(2 * 40)
+        stream.write(b"\xff\xff")
+    assert len(file.span(0, 40)) == 40
+    with pytest.raises(ValueError, match=rf"token 40 of {file.path} is 65535, but .* up to 319:"):
+        file.span(30, 50)
+
+
+def test_a_tokenizer_that_gives_ids_beyond_its_size_is_refused() -> None:
+    """Before they are in a file that counts as verified."""
+    tokenizer = copy(small_tokenizer())
+    tokenizer.vocab_size = 10
+    with pytest.raises(ValueError, match=r"gives id \d+, but has 10 pieces"):
+        list(encoded(["self"], tokenizer, np.dtype("<u2")))
 
 
 def test_the_tokenizer_learns_from_a_bounded_sample_of_training_lines(tmp_path: Path) -> None:
