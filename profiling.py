@@ -23,6 +23,7 @@ from torch._C._autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from configs import os_error_text
 from console import say_facts
 from data import WAITING_FOR_DATA
 from parallel import WAITING_FOR_RANKS, Mesh
@@ -108,7 +109,7 @@ class Profiler:
             recorded.export_chrome_trace(str(temporary))
             temporary.rename(path)
         except OSError as error:  # it costs the trace alone, as with a checkpoint
-            logger.warning("cannot write the trace %s: %s", path, error.strerror)
+            logger.warning("cannot write the trace %s: %s", path, os_error_text(error))
         if self._mesh.world.rank == 0:
             logger.info("%s", f"profile of {steps.replace('_', ' ')}, on rank 0")
             say_facts(table(recorded.events(), on_gpu=self._mesh.device.type == "cuda"))

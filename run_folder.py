@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import IO, Any
 
 from checkpoints import sweep_leftovers
-from configs import EXIT_BEFORE_TRAINING, Config, UserError, is_restart, launch_id, to_yaml
+from configs import (
+    EXIT_BEFORE_TRAINING,
+    Config,
+    UserError,
+    is_restart,
+    launch_id,
+    os_error_text,
+    to_yaml,
+)
 from parallel import Mesh, gather_json
 from stopping import FatalError
 
@@ -62,7 +70,7 @@ class RunFolder:
             try:
                 self._open()
             except OSError as error:
-                failure = f"cannot write in run folder {self.path}: {error.strerror}"
+                failure = f"cannot write in run folder {self.path}: {os_error_text(error)}"
             except UserError as error:
                 failure = str(error)
         # Rank 0 alone knows; all raise, or its peers would wait for it in a collective.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from checkpoints import CheckpointError, Save, begin_save, commit_save
+from checkpoints import CheckpointError, Save, begin_save, commit_save, prune_checkpoints
 from configs import flatten
 from hardware import copies_fit
 from optimizer import training_tensors
@@ -99,7 +99,7 @@ class Saving:
         pending, self.pending = self.pending, None
         settling_at = time.perf_counter()
         try:
-            directory = commit_save(pending, mesh, keep=self.run.config.checkpoint.keep)
+            directory = commit_save(pending, mesh)
         except CheckpointError as error:
             self._report_failure(error)
             return
@@ -111,6 +111,9 @@ class Saving:
             now - self.begun_at,
             self.held_s + now - settling_at,
         )
+        if mesh.world.rank == 0:
+            keep = self.run.config.checkpoint.keep
+            prune_checkpoints(self.run.folder.checkpoints, keep=keep, up_to=pending.step)
 
     def end(self, state: RunState) -> None:
         """Leave this state saved; raises SaveError on all ranks if that cannot be."""

@@ -18,6 +18,7 @@ from checkpoints.manifest import (
     Checkpoint,
     CheckpointError,
     checkpoint_directories,
+    foreign_entries,
     read_manifest,
     step_directory,
     verify_file,
@@ -37,9 +38,7 @@ def find_checkpoint(folder: Path, mesh: Mesh, step: int | None = None) -> Checkp
     starting from scratch is for a person to decide. With a `step` that one is meant, and it is an
     error if it is damaged or not there.
     """
-    # All ranks must look at the same list, also if one sees a directory appear later.
-    listed = [path.name for path in reversed(checkpoint_directories(folder))]
-    names = gather_json(mesh, listed)[0]
+    names = _listed(folder, mesh)
     if step is not None:
         names = [_of_step(step, folder, names)]
     for name in names:
@@ -56,6 +55,16 @@ def find_checkpoint(folder: Path, mesh: Mesh, step: int | None = None) -> Checkp
             "move them away to start from scratch"
         )
     return None
+
+
+def _listed(folder: Path, mesh: Mesh) -> list[str]:
+    """The names of the checkpoints, newest first: the same on all ranks, whatever each one sees."""
+    if mesh.world.rank == 0:
+        for path in foreign_entries(folder):
+            logger.warning("%s is not a directory, ignored", path)
+    names = [path.name for path in reversed(checkpoint_directories(folder))]
+    result: list[str] = gather_json(mesh, names)[0]
+    return result
 
 
 def _of_step(step: int, folder: Path, names: list[str]) -> str:

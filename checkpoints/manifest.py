@@ -21,7 +21,7 @@ from typing import Any
 
 import xxhash
 
-from configs.errors import UserError
+from configs import UserError, os_error_text
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -48,7 +48,19 @@ def step_directory(folder: Path, step: int) -> Path:
 
 
 def checkpoint_directories(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, oldest first; what is named otherwise is someone else's."""
+    """The checkpoints of a folder, oldest first, links to directories included.
+
+    Everything else in the folder is someone else's.
+    """
+    return [path for path in _named_as_checkpoints(folder) if path.is_dir()]
+
+
+def foreign_entries(folder: Path) -> list[Path]:
+    """Files and dangling links with the name of a checkpoint."""
+    return [path for path in _named_as_checkpoints(folder) if not path.is_dir()]
+
+
+def _named_as_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"step_{'[0-9]' * 8}"))
 
 
@@ -114,7 +126,7 @@ def read_manifest(directory: Path) -> Checkpoint:
     except FileNotFoundError:
         raise CheckpointError(f"{MANIFEST} is missing") from None
     except OSError as error:
-        raise CheckpointError(f"{MANIFEST} cannot be read: {error.strerror}") from None
+        raise CheckpointError(f"{MANIFEST} cannot be read: {os_error_text(error)}") from None
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{MANIFEST} is not a manifest: {error!r}") from None
     return Checkpoint(
@@ -134,5 +146,5 @@ def verify_file(checkpoint: Checkpoint, name: str) -> str | None:
         if hash_file(path) != expected["xxh3_128"]:
             return f"{name} does not match its hash"
     except OSError as error:
-        return f"{name} cannot be read: {error.strerror}"
+        return f"{name} cannot be read: {os_error_text(error)}"
     return None

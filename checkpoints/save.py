@@ -5,7 +5,8 @@ Everything is written into a hidden temporary directory: each rank's file, fsync
 ranks have reported theirs, the manifest. One rename makes it a checkpoint. A kill before the rename
 leaves a temporary directory, which the next start sweeps; a kill after it leaves a whole
 checkpoint. Older ones are deleted only then, renamed first so that a half-deleted one has no
-checkpoint's name.
+checkpoint's name. Only real directories with a manifest are deleted: links, files and directories
+that somebody else has given such a name stay. A failed deletion is a warning.
 
 [Note: in the background]
 Training may go on while files are written: what it would change is copied first, and a thread of
@@ -18,6 +19,7 @@ All ranks must see the same file system.
 """
 
 import logging
+import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,6 +33,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from checkpoints.manifest import (
+    MANIFEST,
     CheckpointError,
     checkpoint_directories,
     fsync,
@@ -38,6 +41,7 @@ from checkpoints.manifest import (
     step_directory,
     write_manifest,
 )
+from configs import os_error_text
 from parallel import Mesh, any_rank, gather_json, local_slices, tp_shard_dim
 
 logger = logging.getLogger("microtron")
@@ -92,11 +96,11 @@ def begin_save(
     return Save(step, folder, temporary, state, report)
 
 
-def commit_save(save: Save, mesh: Mesh, *, keep: int) -> Path:
+def commit_save(save: Save, mesh: Mesh) -> Path:
     """Wait for all ranks to have written, and make it a checkpoint; every rank calls this.
 
-    Keeps the `keep` newest checkpoints (0: all). Raises CheckpointError on all ranks if any rank
-    could not write; what was there before is then still there.
+    Raises CheckpointError on all ranks if any rank could not write; what was there before is then
+    still there.
     """
     reports = gather_json(mesh, save.wait())
     failures = [
@@ -117,16 +121,64 @@ def commit_save(save: Save, mesh: Mesh, *, keep: int) -> Path:
         # It may be what fills the disk. All ranks are here.
         _on_rank_0(mesh, "cannot remove", lambda: shutil.rmtree(save.temporary, ignore_errors=True))
         raise
-    if keep > 0:
-        _on_rank_0(mesh, "cannot prune", lambda: _prune(directory, keep))
     return directory
+
+
+def prune_checkpoints(folder: Path, *, keep: int, up_to: int) -> None:
+    """Delete all but the `keep` newest (0: all stay) of the checkpoints up to a step.
+
+    A later one is damaged, or of a row of bad steps, and must not count as one of those kept. Call
+    it on one rank, holding the lock.
+    """
+    if keep > 0:
+        for directory in _own_checkpoints(folder, 0, up_to)[:-keep]:
+            _delete(directory)
+
+
+def delete_checkpoints(folder: Path, *, after: int, up_to: int) -> None:
+    """Delete those of the steps in (after, up_to]. Call it on one rank, holding the lock."""
+    for directory in _own_checkpoints(folder, after + 1, up_to):
+        _delete(directory)
 
 
 def sweep_leftovers(folder: Path) -> None:
     """Remove what a killed save or deletion left. Call it on one rank, holding the lock."""
     for prefix in (_TEMPORARY, _DELETED):
-        for leftover in folder.glob(f"{prefix}*"):
-            shutil.rmtree(leftover)
+        for leftover in folder.glob(f"{prefix}step_*"):
+            if _is_real_directory(leftover):
+                _remove(leftover)
+
+
+def _is_real_directory(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _own_checkpoints(folder: Path, first: int, last: int) -> list[Path]:
+    """The checkpoints of the steps from `first` to `last` that a run may have written itself."""
+    return [
+        path
+        for path in checkpoint_directories(folder)
+        if step_directory(folder, first) <= path <= step_directory(folder, last)
+        and _is_real_directory(path)
+        and os.path.isfile(path / MANIFEST)  # False, where Path raises, if it may not be read
+    ]
+
+
+def _delete(directory: Path) -> None:
+    deleted = directory.with_name(f"{_DELETED}{directory.name}")
+    try:
+        directory.rename(deleted)
+    except OSError as error:
+        logger.warning("cannot delete checkpoint %s: %s", directory, os_error_text(error))
+    else:
+        _remove(deleted)
+
+
+def _remove(directory: Path) -> None:
+    try:
+        shutil.rmtree(directory)
+    except OSError as error:
+        logger.warning("cannot remove %s: %s", directory, os_error_text(error))
 
 
 def _on_rank_0(mesh: Mesh, what: str, action: Any) -> None:
@@ -136,13 +188,13 @@ def _on_rank_0(mesh: Mesh, what: str, action: Any) -> None:
         try:
             action()
         except OSError as error:
-            failure = f"{what} a checkpoint: {error.strerror}: {error.filename}"
+            failure = f"{what} a checkpoint: {error}"
     if any_rank(mesh, failure is not None):
         raise CheckpointError(failure or f"rank 0 {what} a checkpoint; its log says why")
 
 
 def _make_empty(directory: Path) -> None:
-    if directory.exists():
+    if _is_real_directory(directory):
         shutil.rmtree(directory)
     directory.mkdir(parents=True)
 
@@ -205,29 +257,16 @@ def _commit(
             where = {key: shard[key] for key in ("offsets", "shape")}
             entry["shards"].append({"file": report["file"], **where})
     write_manifest(temporary, step, state, tensors, files)
-    if directory.exists():
-        # Only a damaged one is ever saved again. It is kept, out of the way, for whoever wants to
-        # look.
+    if os.path.lexists(directory):
+        # Only a damaged one is ever saved again, or the name is taken by something else. It is
+        # kept, out of the way.
         aside = next(
             path
             for number in range(1, 10**6)
-            if not (path := directory.with_name(f"damaged_{directory.name}_{number}")).exists()
+            if not os.path.lexists(
+                path := directory.with_name(f"damaged_{directory.name}_{number}")
+            )
         )
         directory.rename(aside)
     temporary.rename(directory)
     fsync(directory.parent)
-
-
-def _prune(committed: Path, keep: int) -> None:
-    """Delete all but the `keep` newest of the checkpoints up to the one just committed.
-
-    A later one is what a resume has passed over as damaged. It must not count as one of those kept.
-    """
-    older = [path for path in checkpoint_directories(committed.parent) if path <= committed]
-    for directory in older[:-keep]:
-        deleted = directory.with_name(f"{_DELETED}{directory.name}")
-        try:
-            directory.rename(deleted)
-            shutil.rmtree(deleted)
-        except OSError as error:
-            logger.warning("cannot delete old checkpoint %s: %s", directory, error.strerror)

@@ -1,6 +1,6 @@
 """Settings: one page of typed keys, the shipped files, loading and validation. No torch here."""
 
-from configs.errors import ConfigError, UserError, machine_errors_as_user_errors
+from configs.errors import ConfigError, UserError, machine_errors_as_user_errors, os_error_text
 from configs.keys import flatten
 from configs.launch import (
     EXIT_BEFORE_TRAINING,
@@ -62,6 +62,7 @@ __all__ = [
     "load_config",
     "load_settings",
     "machine_errors_as_user_errors",
+    "os_error_text",
     "parse_config",
     "parse_settings",
     "read_config",

@@ -55,6 +55,11 @@ def machine_errors_as_user_errors(task: str) -> Iterator[None]:
         raise UserError(f"cannot {task}: {error.strerror}{file}") from error
 
 
+def os_error_text(error: OSError) -> str:
+    """Why the system refused; errors that Python raises by itself have no strerror, only a text."""
+    return error.strerror or str(error) or type(error).__name__
+
+
 def shown(value: object) -> str:
     """A value as one short line: null and booleans as in YAML, unprintable text escaped."""
     if value is None or isinstance(value, bool):

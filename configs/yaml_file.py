@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from configs.errors import ConfigError, shown
+from configs.errors import ConfigError, os_error_text, shown
 from configs.keys import KEYS, SECTIONS
 from configs.unknown import explain_section, explain_unknown
 from configs.values import Written
@@ -66,7 +66,7 @@ def _compose(path: Path, file: str) -> yaml.Node | None:
     try:
         return yaml.compose(path.read_text("utf-8-sig"), Loader=yaml.SafeLoader)
     except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{file}: cannot be read: {os_error_text(error)}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: is not UTF-8 text (byte {error.start})") from error
     except RecursionError as error:

@@ -78,4 +78,4 @@ def _write(mesh: Mesh, folder: Path, config: Config) -> None:
     }
     tensors = training_tensors(model, build_optimizer(model, config.optimizer))
     save = begin_save(folder / "checkpoints", STEP, tensors, state, mesh, background=False)
-    commit_save(save, mesh, keep=0)
+    commit_save(save, mesh)

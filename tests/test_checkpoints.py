@@ -1,6 +1,7 @@
 """Checkpoints: exact on any layout, there whole or not at all, and damage is always found."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from checkpoints import (
     commit_save,
     find_checkpoint,
     load_tensors,
+    prune_checkpoints,
     sweep_leftovers,
 )
 from parallel import Mesh, Normal, any_rank, declare_parameter, initialise_parameters
@@ -51,7 +53,11 @@ def save_checkpoint(
 ) -> Path:
     """Begin and commit at once."""
     pending = begin_save(folder, step, tensors, state, mesh, background=False)
-    return commit_save(pending, mesh, keep=keep)
+    directory = commit_save(pending, mesh)
+    if mesh.world.rank == 0:
+        prune_checkpoints(folder, keep=keep, up_to=step)
+    barrier(mesh)
+    return directory
 
 
 def save(mesh: Mesh, folder: Path, step: int, keep: int = 0) -> Path:
@@ -272,7 +278,7 @@ def test_a_save_in_the_background_is_of_the_moment_it_began(mesh: Mesh, tmp_path
         tensor.to_local().detach().fill_(float("nan"))
     barrier(mesh)
     assert [path.name for path in tmp_path.iterdir()] == [".tmp-step_00000007"]
-    commit_save(pending, mesh, keep=0)
+    commit_save(pending, mesh)
     assert_loads(mesh, tmp_path, 7)
 
 
@@ -308,7 +314,7 @@ def test_any_failure_of_a_writer_is_reported(mesh: Mesh, tmp_path: Path) -> None
         with pytest.raises(
             CheckpointError, match=r"rank 1 cannot write: MemoryError\('no memory'\)"
         ):
-            commit_save(pending, mesh, keep=0)
+            commit_save(pending, mesh)
 
 
 @distributed(ONE_RANK)
@@ -319,6 +325,84 @@ def test_leftovers_are_swept(mesh: Mesh, tmp_path: Path) -> None:
     shutil.copytree(directory, tmp_path / ".del-step_00000000")
     sweep_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+
+
+def plant_foreign_entries(folder: Path) -> list[Path]:
+    """Entries with a checkpoint's name that are none: a file, links, and somebody's directory."""
+    elsewhere = folder.parent / f"{folder.name}_elsewhere"
+    (elsewhere / "step_00000003").mkdir(parents=True)
+    (elsewhere / "step_00000003" / "precious").write_text("")
+    (folder / "step_00000001").write_text("a file")
+    (folder / "step_00000002").symlink_to(elsewhere / "nothing")
+    (folder / "step_00000003").symlink_to(elsewhere / "step_00000003")
+    (folder / "step_00000004").mkdir()
+    (folder / "step_00000004" / "notes").write_text("")
+    (folder / ".del-step_00000005").write_text("a file")
+    (folder / ".tmp-step_00000005").symlink_to(elsewhere)
+    return [*sorted(folder.iterdir()), elsewhere / "step_00000003" / "precious"]
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+def test_foreign_entries_are_left_alone(mesh: Mesh, tmp_path: Path) -> None:
+    """Saving, pruning and sweeping neither touch nor count them; a start warns and goes on."""
+    folder, said = tmp_path / "checkpoints", []
+    if mesh.world.rank == 0:
+        folder.mkdir()
+        plant_foreign_entries(folder)
+    barrier(mesh)
+    planted = [*sorted(folder.iterdir()), tmp_path / "checkpoints_elsewhere/step_00000003/precious"]
+    for step in (6, 7, 8):
+        save(mesh, folder, step, keep=2)
+    barrier(mesh)
+    if mesh.world.rank == 0:
+        sweep_leftovers(folder)
+    barrier(mesh)
+    assert all(os.path.lexists(path) for path in planted)
+    kept = sorted(path for path in folder.iterdir() if path not in planted)
+    assert [path.name for path in kept] == ["step_00000007", "step_00000008"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load_module.logger, "warning", lambda *message: said.append(message))
+        assert_loads(mesh, folder, 8)
+    if mesh.world.rank == 0:
+        text = "\n".join(message % tuple(values) for message, *values in said)
+        assert "step_00000001 is not a directory" in text
+        assert "step_00000002 is not a directory" in text
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+def test_a_step_whose_name_is_taken_is_saved(mesh: Mesh, tmp_path: Path) -> None:
+    """A link in the way is moved aside, not followed."""
+    if mesh.world.rank == 0:
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "step_00000002").symlink_to(tmp_path / "elsewhere")
+        (tmp_path / "step_00000003").symlink_to(tmp_path / "nowhere")
+    barrier(mesh)
+    for step in (2, 3):
+        save(mesh, tmp_path, step)
+        assert_loads(mesh, tmp_path, step)
+    barrier(mesh)
+    assert (tmp_path / "damaged_step_00000002_1").readlink() == tmp_path / "elsewhere"
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+@distributed(ONE_RANK)
+def test_a_failed_cleanup_is_a_warning_with_a_reason(mesh: Mesh, tmp_path: Path) -> None:
+    """Python's own OSErrors have no strerror: the text is printed, never "None"."""
+    save(mesh, tmp_path, 1)
+    (tmp_path / ".del-step_00000000").mkdir()
+    said: list[str] = []
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("Cannot call rmtree on a symbolic link")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(save_module.shutil, "rmtree", fail)
+        patch.setattr(save_module.logger, "warning", lambda text, *v: said.append(text % v))
+        sweep_leftovers(tmp_path)
+        save(mesh, tmp_path, 2, keep=1)
+    assert len(said) == 2
+    assert all(text.endswith(": Cannot call rmtree on a symbolic link") for text in said)
+    assert_loads(mesh, tmp_path, 2)
 
 
 @distributed(ONE_RANK, Layout(tp=2))

@@ -93,7 +93,7 @@ def save_again(mesh: Mesh, run: Path, output: Path) -> None:
     for name, tensor in tensors.items():
         assert name.startswith("parameters.") or not tensor.to_local().any(), name
     save = begin_save(output, 0, tensors, checkpoint.state, mesh, background=False)
-    commit_save(save, mesh, keep=0)
+    commit_save(save, mesh)
 
 
 def export_from(mesh: Mesh, settings: ExportSettings, config: Config) -> None:
