@@ -87,10 +87,8 @@ def prepare_corpus(config: DataConfig, seq_length: int, local_rank: int) -> Corp
         elif not is_whole(entry):
             with locked([source.text]):
                 build_entry(entry, partial(fill_tokens, source, config, tokenizer))
-    for source in sources:
-        if local_rank == 0 and source.text.exists():
-            with locked([source.text]):
-                shutil.rmtree(source.text, ignore_errors=True)
+    if local_rank == 0:
+        _remove_texts(sources)
     corpus = _open(sources, entries)
     if local_rank == 0:
         where = f" and {len(entries) - 1} more" if entries[1:] else ""
@@ -98,6 +96,14 @@ def prepare_corpus(config: DataConfig, seq_length: int, local_rank: int) -> Corp
     for source, tokens in zip(sources, corpus.train.parts, strict=True):
         _require_a_row(source, config, tokens.num_tokens, seq_length)
     return corpus
+
+
+def _remove_texts(sources: list[Source]) -> None:
+    """Removes the texts of sources, which are of no use once they have been tokenized."""
+    for source in sources:
+        if source.text.exists():
+            with locked([source.text]):
+                shutil.rmtree(source.text, ignore_errors=True)
 
 
 def _find(key: str, config: WeightedSource, cache: Path) -> Source:
