@@ -1,10 +1,11 @@
 """Begin a run with a published model: `python import_hf.py source=DIR_OR_NAME run=runs/NAME`.
 
 A GPT2LMHeadModel or LlamaForCausalLM becomes a run folder with a checkpoint at step 0, which
-train.py takes up on any layout. No more than one tensor is in memory.
+train.py takes up on any layout. No more than one tensor is in memory, or two to compare them.
 """
 
 import dataclasses
+import json
 import logging
 import sys
 import uuid
@@ -64,7 +65,7 @@ from data import Tokenizer, load_tokenizer
 from huggingface_source import Source, download, open_source
 from model import GPT
 from model.huggingface import Family, from_huggingface, to_huggingface
-from model.huggingface_config import from_huggingface_config
+from model.huggingface_config import ARCHITECTURES, from_huggingface_config, unknown_options
 from optimizer import MOMENTS, WEIGHTS
 from parallel import Mesh, close_mesh, init_mesh
 from run_state import RunState
@@ -74,6 +75,8 @@ logger = logging.getLogger("microtron")
 # A peak rate for weights that have learned something, and a warm-up for moments that have not.
 _OPTIMIZER = OptimizerConfig(lr=1e-4, min_lr=1e-5, lr_warmup_steps=100)
 
+_SHOWN = 60  # characters of a value in a warning
+
 
 def import_model(settings: Settings, mesh: Mesh) -> Config:
     """Make the run folder on this rank; returns its configuration."""
@@ -82,6 +85,13 @@ def import_model(settings: Settings, mesh: Mesh) -> Config:
         folder = download(settings.source, settings.revision)
     source = open_source(folder)
     family, vocab_size, options = from_huggingface_config(source.config)
+    if unknown := unknown_options(source.config):
+        logger.warning(
+            "config.json sets %s, which %s of transformers does not have and which is not used; "
+            "if the model was trained with other code that uses it, it computes something else",
+            ", ".join(f"{key}={json.dumps(value)[:_SHOWN]}" for key, value in unknown.items()),
+            ARCHITECTURES[family],
+        )
     tokenizer = find_tokenizer(settings, source, vocab_size)
     with new_folder(run, "run") as work:
         (work / "tokenizer.model").write_bytes(tokenizer.model)
@@ -127,13 +137,25 @@ def find_tokenizer(settings: Settings, source: Source, vocab_size: int) -> Token
             f"the tokenizer has {tokenizer.vocab_size} pieces and the model {vocab_size} rows of "
             "its vocabulary; give the model's own with tokenizer=FILE"
         )
-    theirs = source.config.get("eos_token_id")
-    if isinstance(theirs, int) and theirs != tokenizer.eos_id:
-        logger.warning(
-            "the model ends texts with id %d, the tokenizer with %d: is it the model's own?",
-            theirs,
-            tokenizer.eos_id,
-        )
+    for name, verb, ours in (
+        ("bos_token_id", "begins", tokenizer.bos_id),
+        ("eos_token_id", "ends", tokenizer.eos_id),
+    ):
+        theirs = source.config.get(name)
+        if theirs not in (None, ours, [ours]):
+            hint = (
+                "of these, training and generation use only the tokenizer's"
+                if isinstance(theirs, list) and ours in theirs
+                else "is it the model's own?"
+            )
+            logger.warning(
+                "config.json has %s=%s, and the tokenizer %s texts with %d: %s",
+                name,
+                json.dumps(theirs),
+                verb,
+                ours,
+                hint,
+            )
     return tokenizer
 
 
@@ -152,6 +174,8 @@ def write_checkpoint(
         },
         ignored="lm_head.weight" if is_tied else None,
     )
+    if is_tied and "lm_head.weight" in source.files:
+        require_equal_head(source, family, config.model)
     infos = {
         f"{kind}{name}": TensorInfo(torch.float32, shape)
         for kind in (WEIGHTS, *(f"{moment}." for moment in MOMENTS))
@@ -170,6 +194,17 @@ def write_checkpoint(
         "tokenizer_fingerprint": tokenizer.fingerprint,
     }
     write_whole_checkpoint(folder, 0, state, infos, make)
+
+
+def require_equal_head(source: Source, family: Family, config: ModelConfig) -> None:
+    """Refuse a stored head that a tied model would drop; transformers 5 uses it."""
+    embedding = from_huggingface("embedding.weight", family, config, source.read)
+    head = source.read("lm_head.weight")
+    if head.shape != embedding.shape or not (head == embedding).all():
+        raise UserError(
+            f"{source.folder}: config.json has tie_word_embeddings=true, but lm_head.weight "
+            "differs from the embedding; set it to false to keep this head, or remove the tensor"
+        )
 
 
 @record

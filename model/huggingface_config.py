@@ -6,7 +6,7 @@ error that names it.
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from configs.errors import UserError, shown
 from configs.schema import ModelConfig
@@ -28,14 +28,65 @@ _LLAMA: dict[str, tuple[object, ...]] = {
     "qk_layernorm": (False,),
 }
 _GELUS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-# Options of theirs that change what is computed, and the only value that ours computes.
+# Options of theirs that change what is computed, and the only value that ours computes. The first
+# ones are of every model of transformers 5.
+_FIXED_IN_ALL: dict[str, object] = {
+    "is_causal": True,
+    "is_encoder_decoder": False,
+    "per_layer_config": None,
+    "sliding_window": None,
+    "attention_chunk_size": None,
+    "quantization_config": None,
+}
 _FIXED: dict[Family, dict[str, object]] = {
     "gpt2": {
+        **_FIXED_IN_ALL,
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
         "add_cross_attention": False,
     },
-    "llama": {"hidden_act": "silu"},
+    "llama": {**_FIXED_IN_ALL, "hidden_act": "silu", "partial_rotary_factor": 1.0},
+}
+# Options that change nothing that trained weights compute, beyond rounding. import_hf.py reads the
+# ids; `summary` is that of heads for classification.
+_WITHOUT_EFFECT = (
+    "architectures",
+    "model_type",
+    "transformers_version",
+    "_name_or_path",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "output_hidden_states",
+    "output_attentions",
+    "return_dict",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "task_specific_params",
+    "chunk_size_feed_forward",
+    "initializer_range",
+    "pretraining_tp",
+    "reorder_and_upcast_attn",
+    "n_ctx",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "summary_type",
+    "summary_use_proj",
+    "summary_activation",
+    "summary_proj_to_labels",
+    "summary_first_dropout",
+)
+# Other names that GPT2Config accepts, and then prefers.
+_ALIASES: dict[Family, dict[str, str]] = {
+    "gpt2": {
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    },
+    "llama": {},
 }
 _SIZES: dict[Family, tuple[str, ...]] = {
     "gpt2": ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"),
@@ -72,10 +123,12 @@ _DEFAULTS: dict[Family, dict[str, Any]] = {
     },
 }
 _ROTARY_BASE = 10000.0
+_ROPE_KEYS = ("rope_theta", "rope_parameters", "rope_scaling")
+_ROPE_DEFAULTS = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
 
 
 def family_of(config: ModelConfig) -> Family:
-    """The family that a model of ours belongs to; ValueError names the options that keep it out."""
+    """The family that a model of ours belongs to; UserError names the options that keep it out."""
     problems: dict[Family, list[str]] = {
         "llama": _differences(config, _LLAMA),
         "gpt2": _differences(config, _GPT2),
@@ -151,30 +204,44 @@ def from_huggingface_config(theirs: Mapping[str, Any]) -> tuple[Family, int, dic
     """
     family = _family_in(theirs)
     options = _DEFAULTS[family] | dict(theirs)
+    for alias, key in _ALIASES[family].items():
+        if alias in theirs:
+            needed = options.setdefault(key, theirs[alias])
+            _require(options, alias, needed, theirs[alias] == needed)
     for key, value in _FIXED[family].items():
         _require(options, key, value, options.get(key, value) == value)
     for key in _SIZES[family]:
-        if not isinstance(options.get(key), int) or options[key] < 1:
-            raise UserError(
-                f"config.json has {key}={json.dumps(options.get(key))}; a {family} model has a "
-                "whole number there"
-            )
+        _require_kind(family, key, options.get(key), int)
+    for key, default in _DEFAULTS[family].items():
+        if default is not None:
+            _require_kind(family, key, options[key], type(default))
+        elif options[key] is not None:
+            _require_kind(family, key, options[key], int)
     ours = _from_gpt2(options) if family == "gpt2" else _from_llama(options)
     untied = not options["tie_word_embeddings"]
     ours |= {"untie_embeddings_and_output_weights": untied}
     return family, options["vocab_size"], ours
 
 
+def unknown_options(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json sets that is not in the tables above, and may change what is computed."""
+    family = _family_in(theirs)
+    known = {*_WITHOUT_EFFECT, *_SIZES[family], *_DEFAULTS[family], *_FIXED[family]}
+    known |= {*_ALIASES[family], *(_ROPE_KEYS if family == "llama" else ())}
+    # Models keep what their class does not have switched off.
+    return {key: value for key, value in theirs.items() if key not in known and value}
+
+
 def _family_in(theirs: Mapping[str, Any]) -> Family:
     family, architectures = theirs.get("model_type"), theirs.get("architectures") or []
     known = " or ".join(f"{name} ({kind})" for name, kind in ARCHITECTURES.items())
-    if family not in ARCHITECTURES:
+    if not isinstance(family, str) or family not in ARCHITECTURES:
         raise UserError(f"config.json has model_type={shown(family)}, which is not {known}")
     if architectures and architectures != [ARCHITECTURES[family]]:
         raise UserError(f"config.json has architectures={json.dumps(architectures)}, not {known}")
-    if "quantization_config" in theirs:
+    if theirs.get("quantization_config") is not None:
         raise UserError("config.json has a quantization_config; give the weights that it came from")
-    return family
+    return cast(Family, family)
 
 
 def _require(options: Mapping[str, Any], key: str, needed: object, is_met: bool) -> None:
@@ -182,6 +249,28 @@ def _require(options: Mapping[str, Any], key: str, needed: object, is_met: bool)
         raise UserError(
             f"config.json has {key}={json.dumps(options.get(key))}, which ours does not compute; "
             f"it would have to be {json.dumps(needed)}"
+        )
+
+
+_KINDS = {
+    int: "a whole number from 1",
+    float: "a number",
+    bool: "true or false",
+    str: "a name",
+}
+
+
+def _require_kind(family: Family, key: str, value: object, kind: type) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is float:
+        is_met = is_number
+    elif kind is int:
+        is_met = is_number and isinstance(value, int) and value >= 1
+    else:
+        is_met = isinstance(value, kind)
+    if not is_met:
+        raise UserError(
+            f"config.json has {key}={json.dumps(value)}; a {family} model has {_KINDS[kind]} there"
         )
 
 
@@ -230,12 +319,29 @@ def _from_llama(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rotary_base(options: Mapping[str, Any]) -> float:
-    """transformers 5 keeps it in rope_parameters, 4 beside rope_scaling."""
-    rope = options.get("rope_parameters") or options.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise UserError(
-            f"config.json has rope_type={json.dumps(kind)}, which ours does not compute; it would "
-            'have to be "default"'
-        )
-    return float(rope.get("rope_theta", options.get("rope_theta", _ROTARY_BASE)))
+    """The base of default RoPE, which versions of transformers keep in different places.
+
+    Version 5 reads rope_scaling if there is one, else rope_parameters, and rope_theta for what they
+    leave out; version 4 reads rope_theta. Where they differ, it is unknown what was trained.
+    """
+    default = options.get("rope_theta", _ROTARY_BASE)
+    bases = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = options.get(name) or {}
+        _require(options, name, {"rope_type": "default"}, isinstance(rope, dict))
+        for key, value in rope.items():
+            if key != "rope_theta" and _ROPE_DEFAULTS.get(key) != value:
+                raise UserError(
+                    f"config.json has {name}.{key}={json.dumps(value)}, which ours does not "
+                    "compute; it would have to be default RoPE, with a rope_theta alone"
+                )
+        if rope:
+            bases[f"{name}.rope_theta"] = rope.get("rope_theta", default)
+    if not bases or options.get("rope_theta") is not None:
+        bases["rope_theta"] = default
+    for key, value in bases.items():
+        _require_kind("llama", key, value, float)
+    if len(set(bases.values())) > 1:
+        stated = ", ".join(f"{key}={json.dumps(value)}" for key, value in bases.items())
+        raise UserError(f"config.json has {stated}; leave the one that the model was trained with")
+    return float(next(iter(bases.values())))

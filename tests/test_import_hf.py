@@ -1,6 +1,8 @@
 """Published models become runs: every byte, and train.py takes them up on any layout."""
 
+import dataclasses
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +17,10 @@ from checkpoints import begin_save, commit_save, find_checkpoint, load_tensors
 from configs import Config, UserError, parse_config, read_config
 from export import Settings as ExportSettings
 from export import export
-from huggingface_source import download
-from import_hf import Settings, import_model
+from huggingface_source import download, open_source
+from import_hf import Settings, find_tokenizer, import_model
 from model import build_model
+from model.huggingface_config import from_huggingface_config, unknown_options
 from optimizer import build_optimizer, training_tensors
 from parallel import Mesh
 from run_folder import RunFolder
@@ -358,6 +361,188 @@ def test_what_cannot_be_brought_in_is_said(
     settings = Settings(source=str(tmp_path / "source"), run=str(tmp_path / "run"))
     run_on(ONE_RANK, refuse, settings=settings, message=message)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+_DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+# Changes to a config.json that transformers 5.23 saves; where it accepts them, its logits change.
+REFUSED_OPTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "llama3 beside default": (
+        "Llama",
+        {"rope_scaling": _LLAMA3, "rope_parameters": _DEFAULT_ROPE},
+        r'rope_scaling\.rope_type="llama3", which ours does not compute',
+    ),
+    "llama3 in rope_parameters": (
+        "Llama",
+        {"rope_parameters": _LLAMA3},
+        r'rope_parameters\.rope_type="llama3"',
+    ),
+    "old name of the type": ("Llama", {"rope_scaling": {"type": "linear"}}, r'type="linear"'),
+    "scaled by its factor": (
+        "Llama",
+        {"rope_parameters": {**_DEFAULT_ROPE, "factor": 2.0}},
+        r"rope_parameters\.factor=2\.0",
+    ),
+    "a rope for each kind of layer": (
+        "Llama",
+        {"rope_parameters": {"full_attention": _DEFAULT_ROPE}},
+        r"rope_parameters\.full_attention=",
+    ),
+    "no rope type": ("Llama", {"rope_parameters": {"rope_type": None}}, r"rope_type=null"),
+    "a list": ("Llama", {"rope_parameters": [1]}, r"rope_parameters=\[1\]"),
+    "no base": (
+        "Llama",
+        {"rope_parameters": None, "rope_theta": None},
+        r"rope_theta=null; a llama model has a number there",
+    ),
+    "a text as base": ("Llama", {"rope_theta": "1e4"}, r'rope_theta="1e4"; a llama model has a nu'),
+    "two bases": (
+        "Llama",
+        {"rope_theta": 500.0, "rope_parameters": _DEFAULT_ROPE},
+        r"rope_parameters\.rope_theta=10000\.0, rope_theta=500\.0; leave the one",
+    ),
+    "a base that version 5 does not read": (
+        "Llama",
+        {
+            "rope_scaling": {"rope_type": "default"},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+        },
+        r"rope_scaling\.rope_theta=10000\.0, rope_parameters\.rope_theta=500\.0",
+    ),
+    "part of a head": ("Llama", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5"),
+    "sees what follows": ("Llama", {"is_causal": False}, "is_causal=false"),
+    "sees what follows, GPT-2": ("GPT2", {"is_causal": False}, "is_causal=false"),
+    "a window": ("Llama", {"sliding_window": 4}, "sliding_window=4"),
+    "layers of their own": (
+        "Llama",
+        {"per_layer_config": {"0": {"hidden_act": "gelu"}}},
+        "per_layer_config=",
+    ),
+    "another activation": ("Llama", {"hidden_act": "gelu"}, 'hidden_act="gelu"'),
+    "biases of one kind": ("Llama", {"attention_bias": True}, "mlp_bias=false.*have to be true"),
+    "a head dimension": ("Llama", {"head_dim": 16}, "head_dim=16.*have to be 8"),
+    "a text for a switch": (
+        "Llama",
+        {"tie_word_embeddings": "false"},
+        'tie_word_embeddings="false"; a llama model has true or false there',
+    ),
+    "a text for a number": ("Llama", {"rms_norm_eps": "1e-5"}, "rms_norm_eps=.*has a number"),
+    "null for a number": ("Llama", {"attention_dropout": None}, "attention_dropout=null"),
+    "no groups": ("Llama", {"num_key_value_heads": 0}, "num_key_value_heads=0.*from 1"),
+    "another number of heads by its other name": (
+        "GPT2",
+        {"num_attention_heads": 2},
+        "num_attention_heads=2.*have to be 4",
+    ),
+    "a true size": ("GPT2", {"n_layer": True}, "n_layer=true"),
+    "no inner size": ("GPT2", {"n_inner": 0}, "n_inner=0"),
+    "a list of activations": ("GPT2", {"activation_function": ["gelu"]}, "activation_function="),
+}
+
+
+def options_of(kind: str, **changes: Any) -> dict[str, Any]:
+    """What config.json holds."""
+    import transformers  # noqa: PLC0415  takes seconds
+
+    base = {"Llama": _LLAMA, "GPT2": _GPT2}[kind]
+    return getattr(transformers, f"{kind}Config")(**base).to_dict() | changes
+
+
+@pytest.mark.parametrize("name", REFUSED_OPTIONS)
+def test_options_that_change_the_function_are_refused(name: str) -> None:
+    kind, changes, message = REFUSED_OPTIONS[name]
+    with pytest.raises(UserError, match=message):
+        from_huggingface_config(options_of(kind, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "base"),
+    [
+        ({}, 10000.0),
+        ({"rope_parameters": None}, 10000.0),
+        ({"rope_parameters": None, "rope_theta": 500}, 500.0),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, 500.0),
+        ({"rope_parameters": {"rope_theta": 500.0}, "rope_theta": None}, 500.0),
+        ({"rope_parameters": {"type": "default"}, "rope_theta": 500.0}, 500.0),
+        ({"rope_parameters": {"rope_theta": 500.0}, "rope_theta": 500}, 500.0),
+        ({"rope_scaling": {"rope_theta": 10000.0, "partial_rotary_factor": 1}}, 10000.0),
+    ],
+)
+def test_the_base_of_rotary_positions(changes: dict[str, Any], base: float) -> None:
+    """Wherever a version of transformers keeps it."""
+    _, _, options = from_huggingface_config(options_of("Llama", **changes))
+    assert options["rotary_base"] == base
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2"])
+def test_every_option_of_transformers_is_examined(kind: str) -> None:
+    """A release with a new one fails here; what a file has beyond them is told."""
+    import transformers  # noqa: PLC0415
+
+    fields = dataclasses.fields(getattr(transformers, f"{kind}Config"))
+    options = options_of(kind) | {field.name: "something" for field in fields}
+    assert len(fields) > 20
+    assert unknown_options(options | {"model_type": kind.lower(), "architectures": None}) == {}
+    options = options_of(kind, rope_interleaved=True, kv_sharing_modes=None)
+    assert unknown_options(options) == {"rope_interleaved": True}
+
+
+def test_a_head_that_would_be_dropped(sources: dict[str, Path], tmp_path: Path) -> None:
+    """A tied model with a head of its own, which transformers 5 uses; an equal one is accepted."""
+    for number, (name, source) in enumerate(
+        {"lm_head.weight": "gpt2", "model.embed_tokens.weight": "llama, tied, bf16"}.items()
+    ):
+        folder = tmp_path / f"source{number}"
+        shutil.copytree(sources[source], folder)
+        remove(folder, "*.index.json")
+        tensors = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            tensors |= load_file(path)
+        remove(folder, "*.safetensors")
+        embedding = tensors["transformer.wte.weight" if source == "gpt2" else name]
+        tensors["lm_head.weight"] = embedding.clone()
+        save_file(tensors, folder / "model.safetensors")
+        settings = Settings(source=str(folder), run=str(tmp_path / f"equal{number}"))
+        run_on(ONE_RANK, bring_in, settings=settings)
+        tensors["lm_head.weight"][0, 0] += 1
+        save_file(tensors, folder / "model.safetensors")
+        settings = Settings(source=str(folder), run=str(tmp_path / f"different{number}"))
+        message = r"tie_word_embeddings=true, but lm_head\.weight differs from the embedding"
+        run_on(ONE_RANK, refuse, settings=settings, message=message)
+
+
+@pytest.mark.parametrize(
+    ("ids", "told"),
+    [
+        ({"eos_token_id": [2]}, ""),
+        ({"eos_token_id": None, "bos_token_id": None}, ""),
+        ({"eos_token_id": [2, 7]}, "eos_token_id=[2, 7], and the tokenizer ends texts with 2: of"),
+        ({"eos_token_id": [7]}, "eos_token_id=[7], and the tokenizer ends texts with 2: is it"),
+        ({"eos_token_id": 7}, "eos_token_id=7, and the tokenizer ends texts with 2: is it the mo"),
+        ({"bos_token_id": 7}, "bos_token_id=7, and the tokenizer begins texts with 1: is it the"),
+    ],
+)
+def test_symbols_that_the_tokenizer_does_not_have(
+    ids: dict[str, Any],
+    told: str,
+    sources: dict[str, Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its own begin and end texts here, whatever the model has learned."""
+    shutil.copytree(sources["gpt2"], tmp_path / "source")
+    change_json(tmp_path / "source", **ids)
+    settings = Settings(source=str(tmp_path / "source"), run="unused")
+    with caplog.at_level(logging.WARNING, "microtron"):
+        find_tokenizer(settings, open_source(tmp_path / "source"), VOCAB)
+    assert told in caplog.text
+    assert bool(told) == bool(caplog.text)
 
 
 def test_a_name_of_the_hub(
