@@ -23,18 +23,22 @@ _MOST_KERNELS = 64
 
 
 def fused(function: Function, compiles: bool) -> Function:
-    """The function; as one kernel if it is to be compiled, made at its first call."""
+    """The function; as one kernel if it is to be compiled, made at its first call.
+
+    A kernel gets what it computes with as tensors. The compiler may take a number for a constant or
+    for a variable, as settings of the calling thread say; both must give the same result.
+    """
     return _compiled(function) if compiles else function
 
 
 @functools.cache
 def _compiled(function: Function) -> Function:
-    # Numbers with a point are constants, each with a kernel of its own. As variables, torch 2.13
-    # computes int(rate * 2**32) once and takes the kernel, by its cache on disk, for any rate.
-    torch._dynamo.config.specialize_float = True
-    torch._dynamo.config.recompile_limit = _MOST_KERNELS
-    # Of any size: a batch padded to its longest row has another length each time.
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    # Of any size: a batch padded to its longest row has another length each time. The limit is an
+    # argument because torch._dynamo.config is of the calling thread, and autograd has its own.
+    compiled: Function = torch.compile(  # type: ignore[call-overload]  # a stub lacks the limit
+        function, dynamic=True, fullgraph=True, recompile_limit=_MOST_KERNELS
+    )
+    return compiled
 
 
 def why_not_compile(device: torch.device) -> str | None:

@@ -7,6 +7,7 @@ multiplications mixes counter and key. Every rank can therefore make just its pa
 backward and recomputation make it again instead of storing it.
 """
 
+import functools
 import struct
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,15 @@ def keep_mask(shape: torch.Size, first_position: int, rate: float, keys: Tensor)
 
     `first_position` is the global position of row 0, `keys` are `[2, b]` int32.
     """
+    return _hashes(shape, first_position, keys) >= _threshold(rate)
+
+
+def _threshold(rate: float) -> int:
+    """The hashes are uniform over the signed 32-bit integers; those below this are dropped."""
+    return int(rate * 2**32) - 2**31
+
+
+def _hashes(shape: torch.Size, first_position: int, keys: Tensor) -> Tensor:
     positions, batch, channels = shape
     start = first_position * channels
     counter = torch.arange(
@@ -74,20 +84,46 @@ def keep_mask(shape: torch.Size, first_position: int, rate: float, keys: Tensor)
     x ^= _shift_right(x, 15)
     x *= _MULTIPLIER_2
     x ^= _shift_right(x, 16)
-    # x is uniform over the signed 32-bit integers: the lowest `rate` of them drop.
-    return x >= int(rate * 2**32) - 2**31
+    return x
 
 
-def _drop(x: Tensor, keys: Tensor, first_position: int, rate: float) -> Tensor:
+Scalar = float | Tensor
+
+
+@functools.cache
+def _scalars(rate: float, compiles: bool, device: torch.device) -> tuple[Scalar, Scalar]:
+    """Threshold and scale of dropout at a rate, as numbers, or for a compiled kernel as tensors.
+
+    A kernel must not be given the rate: whether the compiler makes it a constant is a setting of
+    the calling thread, and torch 2.13 then makes a constant of int(rate * 2**32) alone and takes
+    that kernel, from its cache on disk too, for any rate.
+    """
+    threshold, scale = _threshold(rate), 1.0 / (1.0 - rate)
+    if not compiles:
+        return threshold, scale
+    return (
+        torch.full((), threshold, dtype=torch.int32, device=device),
+        torch.full((), scale, dtype=torch.float32, device=device),
+    )
+
+
+def _drop(x: Tensor, keys: Tensor, first_position: int, threshold: Scalar, scale: Scalar) -> Tensor:
     """m x / (1 - p)."""
-    return (x * (1.0 / (1.0 - rate))).mul_(keep_mask(x.shape, first_position, rate, keys))
+    # Times a tensor without dimensions, a bfloat16 x would round the tensor first.
+    wide = x.to(scale.dtype) if isinstance(scale, Tensor) else x
+    return (wide * scale).to(x.dtype).mul_(_hashes(x.shape, first_position, keys) >= threshold)
 
 
 def _drop_and_add(
-    x: Tensor, residual: Tensor, keys: Tensor, first_position: int, rate: float
+    x: Tensor,
+    residual: Tensor,
+    keys: Tensor,
+    first_position: int,
+    threshold: Scalar,
+    scale: Scalar,
 ) -> Tensor:
     """r + m x / (1 - p)."""
-    return _drop(x, keys, first_position, rate).add_(residual)
+    return _drop(x, keys, first_position, threshold, scale).add_(residual)
 
 
 class _DropoutAdd(torch.autograd.Function):
@@ -106,8 +142,8 @@ class _DropoutAdd(torch.autograd.Function):
         rate: float,
         compiles: bool,
     ) -> Tensor:
-        ctx.mask, ctx.compiles = (keys, first_position, rate), compiles
-        ctx.has_residual = residual is not None
+        ctx.mask = (keys, first_position, *_scalars(rate, compiles, x.device))
+        ctx.compiles, ctx.has_residual = compiles, residual is not None
         if residual is None:
             return fused(_drop, compiles)(x, *ctx.mask)
         return fused(_drop_and_add, compiles)(x, residual, *ctx.mask)

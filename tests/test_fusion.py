@@ -2,7 +2,9 @@
 
 import dataclasses
 import shutil
+import threading
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -15,8 +17,10 @@ from model.norm import rms_norm
 from model.rotary import rotate
 from parallel import DropoutStream, Mesh, dropout_add, fused
 from parallel.fusion import why_not_compile
+from parallel.randomness import keep_mask
 from tests.distributed import ONE_RANK, Layout, distributed
 from tests.test_model_gpt import OPTIONS, STREAM, TINY, batch, tiny_model
+from tests.test_parallel_mappings import seeded
 
 pytestmark = pytest.mark.timeout(300)  # compilers take their time, once on a machine
 
@@ -94,6 +98,51 @@ def test_dropout_of_one_kernel_keeps_the_same(
     _, compiled_grad, *_ = results[1]
     assert torch.equal(plain_grad == 0, compiled_grad == 0)
     assert (plain_grad == 0).any()
+
+
+@needs_a_compiler
+@distributed(ONE_RANK)
+@pytest.mark.parametrize("has_residual", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dropout_has_the_right_gradient_from_any_thread(
+    mesh: Mesh, has_residual: bool, dtype: torch.dtype
+) -> None:
+    """On CUDA backward runs in a thread of autograd; settings of the compiler are per thread."""
+    mesh = dataclasses.replace(mesh, compiles=True)
+    stream = DropoutStream(1, 2, (3, 4))
+    for rate in (0.3, 0.1, 0.5):
+        x, residual = torch.ones(2, 64, 2, 96, dtype=dtype).unbind()
+        x.requires_grad_()
+        residual = residual if has_residual else None
+        y = dropout_add(x, residual, rate, stream, 0, 1, mesh)
+        thread = threading.Thread(target=y.backward, args=(torch.ones_like(y),))
+        thread.start()
+        thread.join()
+        kept = keep_mask(x.shape, 0, rate, stream.keys(0, 1, CPU))
+        assert torch.equal(x.grad, (kept / (1 - rate)).to(dtype)), rate
+
+
+@needs_a_compiler
+@distributed(ONE_RANK)
+def test_a_kernel_takes_each_epsilon_from_any_thread(mesh: Mesh) -> None:
+    """Full recomputation runs a norm's forward in autograd's thread."""
+    compiled = fused(rms_norm, compiles=True)
+    x, weight = seeded(1, 6, 2, 48), seeded(2, 48)
+    for epsilon in (1e-5, 0.5, 1e-2):
+        expected = outcome(partial(rms_norm, epsilon=epsilon), [x.double(), weight.double()])
+        results: list[list[Tensor]] = []
+
+        def run(epsilon: float = epsilon, results: list[list[Tensor]] = results) -> None:
+            results.append(outcome(partial(compiled, epsilon=epsilon), [x, weight]))
+
+        run()
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        assert len(results) == 2
+        for result in results:
+            for mine, reference in zip(result, expected, strict=True):
+                assert_close(mine.double(), reference, rtol=1e-5, atol=1e-5)
 
 
 def model_outcome(mesh: Mesh, config: ModelConfig, recompute: str) -> list[Tensor]:
