@@ -10,14 +10,14 @@ import logging
 import uuid
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.optim import AdamW
 
 from checkpoints import Checkpoint, CheckpointError, find_checkpoint, load_tensors
 from configs import Config, flatten
-from data import BatchLoader, Corpus
+from data import BatchLoader, Corpus, load_tokenizer
 from model import GPT
 from optimizer import set_num_updates, training_tensors
 from parallel import Mesh, gather_json, init_mesh
@@ -26,6 +26,15 @@ from wandb_run import begun_id
 
 logger = logging.getLogger("microtron")
 
+# Where text comes from. Fingerprints tell whether it is the same text.
+_PLACES_OF_TEXT = (
+    "data.source",
+    "data.path",
+    "data.text_field",
+    "data.hub_config",
+    "data.hub_split",
+    "data.hub_revision",
+)
 # What may differ between a checkpoint and the run that continues it. All else would make it another
 # run.
 _MAY_CHANGE = ("parallel.", "run.", "logging.", "evaluate.", "checkpoint.", "optimizer.", "debug.")
@@ -39,6 +48,7 @@ _MAY_CHANGE_KEYS = (
     "train.loss_spike_nats",
     "data.cache_directory",
     "data.tokenizer",  # what is in it is compared by its fingerprint
+    *_PLACES_OF_TEXT,
 )
 # Of an imported model, which has read no text yet, all else is still to be chosen.
 _OF_THE_MODEL = ("model.", "data.vocab_size")
@@ -55,6 +65,7 @@ _CHANGE_NO_STEP = (
     "train.micro_batch_size",
     "train.compile",
     "data.cache_directory",
+    *_PLACES_OF_TEXT,
 )
 
 
@@ -135,21 +146,44 @@ def join_mesh(config: Config, *, decoding: bool = False) -> Mesh:
     )
 
 
-def resume(run: Run) -> RunState:
-    """Load the newest whole checkpoint of the run folder, or begin.
+def find_own_checkpoint(
+    config: Config, text_fingerprint: str, mesh: Mesh, folder: RunFolder
+) -> Checkpoint | None:
+    """The newest whole checkpoint of the run folder; None if there is none.
 
-    Raises CheckpointError if there is none and `run.resume=must`, or if it is of another run.
+    Raises CheckpointError if there is none and `run.resume=must`, or if it is of another run: with
+    other settings, text or tokenizer, as far as can be known before the text is tokenized.
     """
-    checkpoint = find_checkpoint(run.folder.checkpoints, run.mesh)
+    checkpoint = find_checkpoint(folder.checkpoints, mesh)
+    if checkpoint is not None:
+        _require_same_settings(checkpoint, config)
+        found = {"text_fingerprint": text_fingerprint}
+        if config.data.tokenizer is not None:
+            tokenizer = load_tokenizer(Path(config.data.tokenizer).expanduser())
+            found["tokenizer_fingerprint"] = tokenizer.fingerprint
+        _require_same_fingerprints(checkpoint, found)
+    elif config.run.resume == "must":
+        raise CheckpointError(
+            f"run.resume=must, but there is no checkpoint in {folder.checkpoints}; "
+            "check run.name and run.directory, or use run.resume=auto"
+        )
+    return checkpoint
+
+
+def resume(run: Run, checkpoint: Checkpoint | None) -> RunState:
+    """Load the checkpoint that `find_own_checkpoint` has found, or begin.
+
+    Raises CheckpointError if its tokens or its tokenizer are not the run's.
+    """
     if checkpoint is None:
-        if run.config.run.resume == "must":
-            raise CheckpointError(
-                f"run.resume=must, but there is no checkpoint in {run.folder.checkpoints}; "
-                "check run.name and run.directory, or use run.resume=auto"
-            )
         known = begun_id(run.folder.path, lineage(run.config, text=run.corpus.identity))
         return RunState(wandb_id=gather_json(run.mesh, known or uuid.uuid4().hex[:12])[0])
-    _require_same_run(checkpoint, run.config, run.corpus)
+    corpus = run.corpus
+    found = {
+        "tokenizer_fingerprint": corpus.tokenizer.fingerprint,
+        "data_fingerprint": corpus.fingerprint,
+    }
+    _require_same_fingerprints(checkpoint, found)
     logger.info("resuming from %s", checkpoint.directory)
     return load(run, checkpoint)
 
@@ -213,11 +247,12 @@ def _may_change(key: str, is_imported: bool) -> bool:
     return key != "run.seed" and (key.startswith(_MAY_CHANGE) or key in _MAY_CHANGE_KEYS)
 
 
-def _require_same_run(checkpoint: Checkpoint, config: Config, corpus: Corpus) -> None:
-    """Refuse what would make the continued run another one, naming the keys."""
-    now = flatten(config)
+def _require_same_settings(checkpoint: Checkpoint, config: Config) -> None:
+    """Refuse settings that would make the continued run another one, naming the keys."""
     # A key that came after the checkpoint had, in effect, its default.
-    stored = flatten(Config()) | checkpoint.state["config"]
+    stored, now = flatten(Config()) | checkpoint.state["config"], flatten(config)
+    for settings in (stored, now):  # of a mixture, fingerprints tell all but the weights
+        settings["data.sources"] = _weights(settings["data.sources"])
     changed = [key for key in sorted(stored.keys() | now.keys()) if stored.get(key) != now.get(key)]
     is_imported = checkpoint.state["data_fingerprint"] is None
     refused = [key for key in changed if not _may_change(key, is_imported)]
@@ -227,17 +262,6 @@ def _require_same_run(checkpoint: Checkpoint, config: Config, corpus: Corpus) ->
             f"cannot resume {checkpoint.directory} with {differences}; change it back, or "
             "choose another run.name"
         )
-    fingerprints = {
-        "the tokenizer": ("tokenizer_fingerprint", corpus.tokenizer.fingerprint),
-        "the text of data.source": ("data_fingerprint", corpus.fingerprint),
-    }
-    for what, (key, fingerprint) in fingerprints.items():
-        if checkpoint.state[key] not in (fingerprint, None):
-            raise CheckpointError(
-                f"cannot resume {checkpoint.directory}: {what} has changed since (fingerprint "
-                f"{fingerprint}, was {checkpoint.state[key]}); restore it, or choose another "
-                "run.name"
-            )
     if is_imported:
         return
     for key in changed:
@@ -249,4 +273,26 @@ def _require_same_run(checkpoint: Checkpoint, config: Config, corpus: Corpus) ->
                 key,
                 now[key],
                 stored[key],
+            )
+
+
+def _weights(sources: list[dict[str, Any]]) -> list[float]:
+    return [source["weight"] for source in sources] if len(sources) > 1 else []
+
+
+_CONTENTS = {
+    "text_fingerprint": "the text of data.path or data.sources",
+    "tokenizer_fingerprint": "the tokenizer",
+    "data_fingerprint": "the tokenized text",
+}
+
+
+def _require_same_fingerprints(checkpoint: Checkpoint, found: dict[str, str]) -> None:
+    """Refuse another text or tokenizer; a checkpoint that does not tell is not compared."""
+    for key, fingerprint in found.items():
+        stored = checkpoint.state.get(key)
+        if stored not in (fingerprint, None):
+            raise CheckpointError(
+                f"cannot resume {checkpoint.directory}: {_CONTENTS[key]} has changed since "
+                f"(fingerprint {fingerprint}, was {stored}); restore it, or choose another run.name"
             )

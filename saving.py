@@ -69,6 +69,7 @@ class Saving:
         contents: dict[str, Any] = {
             "progress": asdict(state),
             "config": flatten(run.config),
+            "text_fingerprint": run.corpus.text_fingerprint,
             "data_fingerprint": run.corpus.fingerprint,
             "tokenizer_fingerprint": run.corpus.tokenizer.fingerprint,
         }

@@ -26,7 +26,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from audit import audit
 from bad_numbers import roll_back, too_many_skipped, why_to_skip
 from console import set_up_logging
-from data import BatchLoader, prepare_corpus
+from data import BatchLoader, prepare_corpus, text_fingerprint
 from evaluation import evaluate, held_out
 from hardware import set_up_allocator, use_deterministic_kernels
 from metrics import RunLog, last_step
@@ -43,7 +43,15 @@ from parallel import (
 )
 from profiling import Profiler
 from run_folder import RunFolder, require_same_on_all_ranks
-from run_state import Run, RunState, StepResult, join_mesh, resume, training_batches
+from run_state import (
+    Run,
+    RunState,
+    StepResult,
+    find_own_checkpoint,
+    join_mesh,
+    resume,
+    training_batches,
+)
 from saving import Saving
 from stopping import FatalError, StopSignals
 from summary import report_end, report_start
@@ -112,13 +120,17 @@ def start(config: Config, mesh: Mesh, folder: RunFolder) -> tuple[Run, RunState]
     """Prepare text, model and optimizer, and take up the run where it was left."""
     cache = config.data.cache_directory
     with machine_errors_as_user_errors(f"prepare the corpus in data.cache_directory={cache}"):
+        text = text_fingerprint(config.data)
+        require_same_on_all_ranks(mesh, text, "the text")
+        # Compared with the run's before it is tokenized, which may take hours.
+        checkpoint = find_own_checkpoint(config, text, mesh, folder)
         corpus = prepare_corpus(config.data, config.model.seq_length, mesh.local_rank)
         require_same_on_all_ranks(mesh, corpus.fingerprint, "the tokenized text")
     set_up_allocator(mesh, num_parameters(config.model, config.data.vocab_size))
     model = build_model(config, mesh)
     optimizer = build_optimizer(model, config.optimizer)
     run = Run(config, mesh, folder, corpus, model, optimizer)
-    return run, resume(run)
+    return run, resume(run, checkpoint)
 
 
 def train_step(run: Run, state: RunState, batches: BatchLoader) -> StepResult:

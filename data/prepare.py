@@ -62,6 +62,7 @@ class Corpus:
     fingerprint: str  # hex; equal if and only if tokenizer, tokens and splits are
     summary: dict[str, Any]  # see data/report.py
     weights: tuple[float, ...] = (1.0,)  # of the sources, the parts of train and of validation
+    text_fingerprint: str = ""  # hex, of what the sources hold
 
     @property
     def identity(self) -> str:
@@ -77,7 +78,7 @@ def prepare_corpus(config: DataConfig, seq_length: int, local_rank: int) -> Corp
     cache = Path(config.cache_directory).expanduser()
     if local_rank == 0 and cache.exists():
         remove_abandoned(cache)
-    sources = [_find(key, source, cache) for key, source in config.mixture.items()]
+    sources = _find_sources(config)
     tokenizer = _tokenizer(config, sources, cache, local_rank)
     encoded_by = (config.validation_fraction, tokenizer.fingerprint)
     entries = [cache / f"tokens-{_key(source.fingerprint, *encoded_by)}" for source in sources]
@@ -93,8 +94,7 @@ def prepare_corpus(config: DataConfig, seq_length: int, local_rank: int) -> Corp
     if local_rank == 0:
         where = f" and {len(entries) - 1} more" if entries[1:] else ""
         logger.info("corpus %s%s: %s", entries[0], where, describe(corpus.summary))
-    for source, tokens in zip(sources, corpus.train.parts, strict=True):
-        _require_a_row(source, config, tokens.num_tokens, seq_length)
+    _require_rows(sources, config, corpus, seq_length)
     return corpus
 
 
@@ -104,6 +104,16 @@ def _remove_texts(sources: list[Source]) -> None:
         if source.text.exists():
             with locked([source.text]):
                 shutil.rmtree(source.text, ignore_errors=True)
+
+
+def text_fingerprint(config: DataConfig) -> str:
+    """Returns a hash of what the sources hold, before anything of it is read as text."""
+    return _joined([source.fingerprint for source in _find_sources(config)])
+
+
+def _find_sources(config: DataConfig) -> list[Source]:
+    cache = Path(config.cache_directory).expanduser()
+    return [_find(key, source, cache) for key, source in config.mixture.items()]
 
 
 def _find(key: str, config: WeightedSource, cache: Path) -> Source:
@@ -116,13 +126,20 @@ def _key(*parts: object) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps([FORMAT_VERSION, *parts]).encode())
 
 
-def _require_a_row(source: Source, config: DataConfig, num_tokens: int, seq_length: int) -> None:
-    is_stream = config.sequence_mode == "pack" and config.packing == "stream"
-    if is_stream and num_tokens <= seq_length:
+def _require_rows(
+    sources: list[Source], config: DataConfig, corpus: Corpus, seq_length: int
+) -> None:
+    """Raises UserError if a source does not fill a row, naming the longest row that all fill."""
+    if config.sequence_mode != "pack" or config.packing != "stream":
+        return
+    num_tokens = [tokens.num_tokens for tokens in corpus.train.parts]
+    fewest = min(num_tokens)
+    source = sources[num_tokens.index(fewest)]
+    if fewest <= seq_length:
         raise UserError(
-            f"the {num_tokens} training tokens of {source.key}.source={source.config.source} do "
-            f"not fill a row of model.seq_length={seq_length}; use more text, a smaller "
-            "model.seq_length, or data.sequence_mode=pad"
+            f"the {fewest} training tokens of {source.key}.source={source.config.source} do "
+            f"not fill a row of model.seq_length={seq_length}; use more text, model.seq_length="
+            f"{fewest - 1} or less, or data.sequence_mode=pad"
         )
 
 
@@ -186,4 +203,5 @@ def _open(sources: list[Source], entries: list[Path]) -> Corpus:
             {source.key: header["summary"] for source, header in zip(sources, headers, strict=True)}
         ),
         weights=tuple(source.config.weight for source in sources),
+        text_fingerprint=_joined([source.fingerprint for source in sources]),
     )

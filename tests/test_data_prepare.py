@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from configs import UserError
 from configs.schema import DataConfig
 from data import Corpus, prepare_corpus
 from data.files import file_digest
 from data.making import SPLITS
 from data.records import Place, Record
+from data.rows import training_rows
 from data.spool import open_spool, sample_sentences, split_documents, write_spool
 from data.token_file import PARTS, TokenFile, Tokens, encoded, open_token_file
 from tests.data_corpora import random_text, small_tokenizer, text_config, write_texts
@@ -137,12 +139,18 @@ def test_a_source_without_documents_says_what_was_skipped(tmp_path: Path) -> Non
     assert all(name.endswith(".partial") for name in entries(tmp_path))
 
 
-def test_too_little_text_for_a_row_is_refused(tmp_path: Path) -> None:
+def test_too_little_text_for_a_row_names_the_longest_that_works(tmp_path: Path) -> None:
     """In mode pack there must be one row; mode pad takes shorter documents."""
     write_texts(tmp_path, 3)
-    with pytest.raises(ValueError, match=r"model\.seq_length=100000"):
-        prepare_corpus(text_config(tmp_path), 100_000, 0)
-    prepare_corpus(text_config(tmp_path, sequence_mode="pad"), 100_000, 0)
+    with pytest.raises(UserError, match=r"model\.seq_length=8192") as error:
+        prepare_corpus(text_config(tmp_path), 8192, 0)
+    longest = int(str(error.value).split("more text, model.seq_length=")[1].split()[0])
+    corpus = prepare_corpus(text_config(tmp_path), longest, 0)
+    assert len(training_rows(corpus.train, longest, "pack")) == 1
+    assert len(training_rows(corpus.train, longest + 1, "pack")) == 0
+    with pytest.raises(UserError, match=f"model.seq_length={longest} or less"):
+        prepare_corpus(text_config(tmp_path), longest + 1, 0)
+    prepare_corpus(text_config(tmp_path, sequence_mode="pad"), 8192, 0)
 
 
 def test_a_given_tokenizer_is_used_and_checked(tmp_path: Path) -> None:

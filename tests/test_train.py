@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,26 @@ def test_what_may_not_change_is_refused(corpus: Path, tmp_path: Path) -> None:
     for change in changes:
         assert f"{change} (was " in output
     assert [path.read_bytes() for path in files] == before
+
+
+def test_another_text_is_refused_before_it_is_tokenized(corpus: Path, tmp_path: Path) -> None:
+    """By what its files hold, wherever they are: a moved folder goes on."""
+    finish(start(1, settings(corpus, tmp_path, "run.stop_at_step=2")))
+    shutil.copytree(corpus, tmp_path / "moved")
+    moved = settings(corpus, tmp_path, f"data.path={tmp_path / 'moved'}")
+    output = finish(start(1, [*moved, "run.stop_at_step=3"]))
+    assert "resuming from" in output
+    assert [row["step"] for row in rows(tmp_path) if "train/loss" in row] == [1, 2, 3]
+    (tmp_path / "moved" / "more.txt").write_text("one more text\n")
+    cache = corpus.parent / "cache"
+    before = sorted(path.name for path in cache.iterdir())
+    output = finish(start(1, moved), expected=2)
+    assert "the text of data.path or data.sources has changed since" in output
+    assert "Traceback" not in output
+    output = finish(start(1, [*moved, "model.num_layers=3"]), expected=2)
+    assert "cannot resume" in output
+    assert "model.num_layers=3 (was 2)" in output
+    assert sorted(path.name for path in cache.iterdir()) == before
 
 
 def test_must_never_and_in_use(corpus: Path, tmp_path: Path) -> None:

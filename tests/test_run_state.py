@@ -1,0 +1,61 @@
+"""What a run that goes on may change, and what would make it another one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import run_state
+from checkpoints import Checkpoint, CheckpointError
+from configs import Config, DataConfig, WeightedSource, flatten
+from run_state import find_own_checkpoint
+from tests.data_corpora import small_tokenizer
+
+TEXT = "the fingerprint of the text"
+
+
+def mixture(*places: str, weights: tuple[float, ...] = (3.0, 1.0)) -> Config:
+    """A run on texts in folders."""
+    sources = [
+        WeightedSource("text", place, weight=w) for place, w in zip(places, weights, strict=True)
+    ]
+    return Config(data=DataConfig(sources=tuple(sources)))
+
+
+def resume(monkeypatch: pytest.MonkeyPatch, before: Config, now: Config, text: str = TEXT) -> None:
+    """Look for the checkpoint of a run, with other settings and other text."""
+    fingerprints = {"text_fingerprint": TEXT, "data_fingerprint": "x", "tokenizer_fingerprint": "y"}
+    state = {"config": flatten(before), **fingerprints}
+    checkpoint = Checkpoint(Path("step_00000005"), 5, state, {}, {})
+    monkeypatch.setattr(run_state, "find_checkpoint", lambda *_: checkpoint)
+    mesh: Any = None
+    folder: Any = type("Folder", (), {"checkpoints": Path("unused")})
+    assert find_own_checkpoint(now, text, mesh, folder) is checkpoint
+
+
+def test_the_same_text_may_be_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fingerprint decides, of one source and of several."""
+    one, other = (Config(data=DataConfig("text", path)) for path in "ab")
+    resume(monkeypatch, one, other)
+    resume(monkeypatch, mixture("a", "b"), mixture("/moved/a", "b"))
+    for before, now in ((one, other), (mixture("a", "b"), mixture("c", "b"))):
+        with pytest.raises(CheckpointError, match=r"the text .* has changed since .*other text"):
+            resume(monkeypatch, before, now, "other text")
+
+
+def test_the_weights_of_a_mixture_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They decide the order of samples, and no fingerprint has them."""
+    with pytest.raises(CheckpointError, match=r"data\.sources=\[1\.0, 3\.0\] \(was \[3\.0, 1\.0\]"):
+        resume(monkeypatch, mixture("a", "b"), mixture("a", "b", weights=(1.0, 3.0)))
+    resume(monkeypatch, Config(data=DataConfig("text", "a")), mixture("a", weights=(7.0,)))
+
+
+def test_another_tokenizer_is_refused_before_the_text_is_tokenized(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One that is given; one that is trained has to be made first."""
+    path = tmp_path / "given.model"
+    path.write_bytes(small_tokenizer().model)
+    given = DataConfig("text", "a", tokenizer=str(path))
+    with pytest.raises(CheckpointError, match="the tokenizer has changed since"):
+        resume(monkeypatch, Config(data=DataConfig("text", "a")), Config(data=given))
