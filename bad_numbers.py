@@ -10,7 +10,7 @@ import math
 import statistics
 from dataclasses import replace
 
-from checkpoints import CheckpointError, find_checkpoint
+from checkpoints import CheckpointError, delete_checkpoints, find_checkpoint
 from configs import TrainConfig
 from parallel import Mesh, any_rank
 from run_state import Run, RunState, load
@@ -42,14 +42,16 @@ def too_many_skipped(state: RunState, config: TrainConfig) -> bool:
 
 
 def roll_back(run: Run, state: RunState) -> RunState:
-    """Load the newest checkpoint; the state passes over the samples since.
+    """Load the newest checkpoint from before the skipped steps; pass over the samples since.
+
+    Those within the row are deleted: see [Note: saves and skipped steps].
 
     Raises NonFiniteError on all ranks if there is none, or if that was tried often enough.
     """
     config = run.config.train
     what = f"{state.skipped_in_a_row} updates in a row had to be left out"
     try:
-        checkpoint = find_checkpoint(run.folder.checkpoints, run.mesh)
+        checkpoint = find_checkpoint(run.folder.checkpoints, run.mesh, up_to=state.last_good_step)
     except CheckpointError as error:
         raise NonFiniteError(state.step, f"{what}, and {error}") from error
     if checkpoint is None:
@@ -70,8 +72,11 @@ def roll_back(run: Run, state: RunState) -> RunState:
         *window[:2],
         window[2] - 1,
     )
+    if run.mesh.world.rank == 0:
+        delete_checkpoints(run.folder.checkpoints, after=before.step, up_to=state.step)
     return replace(
         before,
+        skipped_in_a_row=0,
         consumed_samples=state.consumed_samples,
         skipped_windows=(*state.skipped_windows, window),
     )

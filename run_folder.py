@@ -194,7 +194,7 @@ class RunFolder:
                 "code": code,
                 "reason": reason,
                 "step": self.step,
-                "resume": None if finished else self.resume_command(),
+                "resume": None if code == 0 and finished else self.resume_command(),
             }
             _write(self.path / "exit.json", (json.dumps(report, indent=1) + "\n").encode())
 

@@ -103,6 +103,11 @@ class RunState:
         """Updates of the weights, which AdamW counts."""
         return self.step - self.skipped_steps
 
+    @property
+    def last_good_step(self) -> int:
+        """The step before those that were skipped last; `step` itself if it was not skipped."""
+        return self.step - self.skipped_in_a_row
+
     def advance(self, result: StepResult, num_samples: int) -> "RunState":
         """The state after one more step."""
         skipped = result.why_skipped is not None

@@ -1,8 +1,16 @@
 """When a run saves, and how long that holds it up.
 
 A save is begun at a step boundary and settled at a later one. In between a thread of each rank
-writes a copy of the weights and moments, and training goes on. There is one save at a time. One
-that fails is said and done with: the checkpoint before it stands, and training goes on.
+writes a copy of the weights and moments, and training goes on. There is one save at a time. A
+failed save is logged and dropped: the previous checkpoint remains valid, and training goes on,
+until `checkpoint.max_failed_saves` have failed in a row.
+
+[Note: saves and skipped steps]
+The weights after a skipped step are those before it, so a stop there saves them like any others.
+But they may be the reason for skipping, and a rollback must get behind the first step of the row.
+So while training goes on, nothing is saved within a row. A checkpoint that a stop has left there
+does not count towards `checkpoint.keep`, so the one from before the row stays. A rollback loads
+that one and deletes those within the row.
 """
 
 import logging
@@ -37,7 +45,9 @@ class Saving:
         self.saved_step = state.step
         self.pending: Save | None = None
         self.begun_at, self.held_s = 0.0, 0.0
-        self.failure: CheckpointError | None = None
+        self.failure: CheckpointError | None = None  # of the newest save
+        self.failed_step, self.failures_in_a_row = 0, 0
+        self._last_good_step = state.last_good_step  # of the newest save
 
     def __enter__(self) -> "Saving":
         return self
@@ -48,15 +58,14 @@ class Saving:
             self.pending.wait()
 
     def begin(self, state: RunState, *, background: bool) -> None:
-        """Begin a checkpoint of this state, after the one under way.
+        """Begin a checkpoint of this state, after the one under way; none within skipped steps."""
+        if state.skipped_in_a_row == 0:
+            self.settle(wait=True)
+            self._begin(state, background=background)
+            self.settle(wait=not background)
 
-        Not in a row of bad steps, for which the weights may be to blame: a run that goes back is to
-        get behind its beginning.
-        """
-        run, is_last = self.run, state.step == self.run.config.train.train_steps
-        if state.skipped_in_a_row > 0 and not is_last:
-            return
-        self.settle(wait=True)
+    def _begin(self, state: RunState, *, background: bool) -> None:
+        run, self._last_good_step = self.run, state.last_good_step
         tensors = training_tensors(run.model, run.optimizer)
         num_bytes = sum(tensor.to_local().nbytes for tensor in tensors.values())
         if background and any_rank(run.mesh, not copies_fit(num_bytes)):
@@ -85,42 +94,59 @@ class Saving:
                 background=background,
             )
         except CheckpointError as error:
-            self._report_failure(error)
+            self._report_failure(state.step, error)
         self.held_s = time.perf_counter() - self.begun_at
-        if not background:
-            self.settle(wait=True)
 
     def settle(self, *, wait: bool = False) -> None:
-        """Commit the save under way, if all ranks have written it; `wait` until they have."""
+        """Commit the save under way, if all ranks have written it; `wait` until they have.
+
+        Raises SaveError on all ranks if too many saves have failed in a row.
+        """
+        if self.pending is not None:
+            if not wait and any_rank(self.run.mesh, not self.pending.is_written):
+                return
+            self._commit()
+            self.prune()
+        if self.failures_in_a_row >= (allowed := self.run.config.checkpoint.max_failed_saves):
+            raise SaveError(
+                self.failed_step,
+                self.saved_step,
+                str(self.failure),
+                f", {allowed} failed saves in a row (checkpoint.max_failed_saves={allowed})",
+            )
+
+    def _commit(self) -> None:
+        """Wait until all ranks have written the save under way, and commit it."""
         if self.pending is None:
             return
-        mesh = self.run.mesh
-        if not wait and any_rank(mesh, not self.pending.is_written):
-            return
-        pending, self.pending = self.pending, None
+        mesh, pending, self.pending = self.run.mesh, self.pending, None
         settling_at = time.perf_counter()
         try:
             directory = commit_save(pending, mesh)
         except CheckpointError as error:
-            self._report_failure(error)
+            self._report_failure(pending.step, error)
             return
         now = time.perf_counter()
-        self.saved_step, self.failure = pending.step, None
+        self.saved_step, self.failure, self.failures_in_a_row = pending.step, None, 0
         logger.info(
             "saved %s in %.1f s, of which training waited %.2f s",
             directory,
             now - self.begun_at,
             self.held_s + now - settling_at,
         )
-        if mesh.world.rank == 0:
+
+    def prune(self) -> None:
+        """Delete old checkpoints, on rank 0."""
+        if self.run.mesh.world.rank == 0:
             keep = self.run.config.checkpoint.keep
-            prune_checkpoints(self.run.folder.checkpoints, keep=keep, up_to=pending.step)
+            prune_checkpoints(self.run.folder.checkpoints, keep=keep, up_to=self._last_good_step)
 
     def end(self, state: RunState) -> None:
-        """Leave this state saved; raises SaveError on all ranks if that cannot be."""
-        self.settle(wait=True)
+        """Leave this state saved, without pruning; raises SaveError on all ranks if it cannot."""
+        self._commit()
         if state.step > self.saved_step:
-            self.begin(state, background=False)
+            self._begin(state, background=False)
+            self._commit()
         if isinstance(self.failure, _NotFiniteError):
             raise NonFiniteError(state.step, "its weights or moments are not finite")
         if self.failure is not None:
@@ -132,7 +158,9 @@ class Saving:
         if any_rank(self.run.mesh, not bool(torch.stack(norms).isfinite().all())):
             raise _NotFiniteError(f"step {state.step} has weights or moments that are not finite")
 
-    def _report_failure(self, error: CheckpointError) -> None:
-        self.failure = error
+    def _report_failure(self, step: int, error: CheckpointError) -> None:
+        self.failure, self.failed_step = error, step
+        # Weights that are not finite are for the rollback that follows, not for the disk.
+        self.failures_in_a_row += not isinstance(error, _NotFiniteError)
         if self.run.mesh.world.rank == 0:
             logger.error("%s; the checkpoint before it stands", error)

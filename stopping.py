@@ -57,13 +57,13 @@ class DriftError(FatalError):
 
 
 class SaveError(FatalError):
-    """A last checkpoint that cannot be written."""
+    """A last checkpoint, or several in a row, that cannot be written."""
 
     exit_code = 1
 
-    def __init__(self, step: int, saved_step: int, why: str) -> None:
+    def __init__(self, step: int, saved_step: int, why: str, after: str = "") -> None:
         super().__init__(
-            f"step {step} is not saved: {why}; mend that and resume, which goes on from step "
+            f"step {step} is not saved{after}: {why}; fix that and resume, which goes on from step "
             f"{saved_step}"
         )
 

@@ -113,6 +113,7 @@ def train_from(
                 return state, None
         folder.announce(ending=True)
         saving.end(state)
+        saving.prune()
     return state, stop
 
 

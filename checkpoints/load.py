@@ -30,15 +30,17 @@ _MAPPED_BYTES = 256 << 20  # read of mapped files until they are closed
 logger = logging.getLogger("microtron")
 
 
-def find_checkpoint(folder: Path, mesh: Mesh, step: int | None = None) -> Checkpoint | None:
+def find_checkpoint(
+    folder: Path, mesh: Mesh, step: int | None = None, *, up_to: int | None = None
+) -> Checkpoint | None:
     """The newest checkpoint of a folder that is whole; None if there are none at all.
 
     Every rank calls this; the files are verified in shares. A damaged checkpoint is named and
     passed over. Raises CheckpointError if there are checkpoints and all of them are damaged:
     starting from scratch is for a person to decide. With a `step` that one is meant, and it is an
-    error if it is damaged or not there.
+    error if it is damaged or not there. Later ones than `up_to` are as if not there.
     """
-    names = _listed(folder, mesh)
+    names = _listed(folder, mesh, up_to)
     if step is not None:
         names = [_of_step(step, folder, names)]
     for name in names:
@@ -57,12 +59,14 @@ def find_checkpoint(folder: Path, mesh: Mesh, step: int | None = None) -> Checkp
     return None
 
 
-def _listed(folder: Path, mesh: Mesh) -> list[str]:
+def _listed(folder: Path, mesh: Mesh, up_to: int | None) -> list[str]:
     """The names of the checkpoints, newest first: the same on all ranks, whatever each one sees."""
     if mesh.world.rank == 0:
         for path in foreign_entries(folder):
             logger.warning("%s is not a directory, ignored", path)
-    names = [path.name for path in reversed(checkpoint_directories(folder))]
+    last = None if up_to is None else step_directory(folder, up_to)
+    directories = reversed(checkpoint_directories(folder))
+    names = [path.name for path in directories if last is None or path <= last]
     result: list[str] = gather_json(mesh, names)[0]
     return result
 

@@ -208,6 +208,7 @@ class CheckpointConfig:
 
     save_interval: int = 250  # steps; there is a save at the end and on a signal too; 0: only those
     keep: int = 2  # newest checkpoints kept; 0: all
+    max_failed_saves: int = 2  # so many failures in a row end the run with exit code 1
     async_save: bool = True  # train on while a copy is written, where there is memory for the copy
 
 

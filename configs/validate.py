@@ -87,6 +87,7 @@ RANGES = {
     "evaluate.sample_temperature": _NOT_NEGATIVE,
     "checkpoint.save_interval": _COUNT_OR_NONE,
     "checkpoint.keep": _COUNT_OR_NONE,
+    "checkpoint.max_failed_saves": _COUNT,
     "logging.log_interval": _COUNT,
     "debug.audit_interval": _COUNT_OR_NONE,
 }

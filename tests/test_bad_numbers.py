@@ -61,6 +61,11 @@ def run(mesh: Mesh, config: Config, **run_keys: Any) -> list[dict[str, Any]]:
     return rows(Path(config.run.directory), str(config.run.name))
 
 
+def steps_saved(checkpoints: Path) -> list[int]:
+    """The steps of all checkpoints."""
+    return sorted(int(path.name.removeprefix("step_")) for path in checkpoints.glob("step_*"))
+
+
 @contextmanager
 def poisoned(mesh: Mesh, samples: range) -> Iterator[list[tuple[int, list[int]]]]:
     """Within it gradients of these samples are NaN; yields each step and this rank's samples."""
@@ -113,13 +118,48 @@ def test_all_ranks_leave_out_one_bad_update(mesh: Mesh, config: Config) -> None:
 
 
 @distributed(ONE_RANK, Layout(tp=2, dp=2))
-def test_a_resume_remembers_what_was_left_out(mesh: Mesh, config: Config) -> None:
+@pytest.mark.parametrize("stop_at_step", [3, 4])
+def test_a_resume_remembers_what_was_left_out(
+    mesh: Mesh, config: Config, stop_at_step: int
+) -> None:
     """AdamW counts updates and not steps; stopped after a bad step, the curve is the unbroken's."""
-    with poisoned(mesh, range(17, 18)):
+    with poisoned(mesh, range(17, 18)) as seen:
         whole = run(mesh, config, name="whole")
-        run(mesh, config, name="parts", stop_at_step=4)
+        run(mesh, config, name="parts", stop_at_step=stop_at_step)
+        seen.clear()
         parts = run(mesh, config, name="parts")
     assert parts == whole
+    assert [step for step, _ in seen] == list(range(stop_at_step, 6))
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+def test_stopped_within_a_row_it_still_goes_back_behind_it(mesh: Mesh, config: Config) -> None:
+    """Steps 3 and 4 are bad, the run is stopped between them and saved: back to step 2, not to 3.
+
+    The state saved at step 3 does not count as one of checkpoint.keep, and goes with the row.
+    """
+    config = changed(config, checkpoint={"keep": 1})
+    checkpoints = Path(config.run.directory, "parts", "checkpoints")
+    with poisoned(mesh, range(16, 40)) as seen:
+        whole = run(mesh, config, name="whole")
+        run(mesh, config, name="parts", stop_at_step=3)
+        assert steps_saved(checkpoints) == [2, 3]
+        seen.clear()
+        run(mesh, config, name="parts", stop_at_step=5)
+        assert [step for step, _ in seen] == [3, 2, 3, 4]
+        # Saved at step 4, whose row of good steps began behind the bad one, and at the stop.
+        assert steps_saved(checkpoints) == [5]
+        parts = run(mesh, config, name="parts")
+    assert parts == whole
+
+
+@distributed(ONE_RANK)
+def test_there_is_nothing_to_go_back_to_but_the_row_itself(mesh: Mesh, config: Config) -> None:
+    """The only checkpoint is of the row of bad steps: weights that may be to blame."""
+    with poisoned(mesh, range(8, 10**6)):
+        run(mesh, changed(config, checkpoint={"save_interval": 0}), stop_at_step=2)
+        with pytest.raises(NonFiniteError, match="there is no checkpoint to go back to"):
+            run(mesh, config)
 
 
 @distributed(*LAYOUTS)
