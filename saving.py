@@ -19,14 +19,13 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch.distributed.tensor import DTensor
 
 from checkpoints import CheckpointError, Save, begin_save, commit_save, prune_checkpoints
 from configs import flatten
 from hardware import copies_fit
 from optimizer import training_tensors
-from parallel import any_rank
+from parallel import any_rank, are_finite
 from run_state import Run, RunState
 from stopping import NonFiniteError, SaveError
 
@@ -154,8 +153,8 @@ class Saving:
 
     def _require_finite(self, state: RunState, tensors: Mapping[str, DTensor]) -> None:
         """A run that went back to such weights could not go on from them."""
-        norms = torch._foreach_norm([tensor.to_local() for tensor in tensors.values()])
-        if any_rank(self.run.mesh, not bool(torch.stack(norms).isfinite().all())):
+        is_finite = are_finite([tensor.to_local() for tensor in tensors.values()])
+        if any_rank(self.run.mesh, not is_finite):
             raise _NotFiniteError(f"step {state.step} has weights or moments that are not finite")
 
     def _report_failure(self, step: int, error: CheckpointError) -> None:

@@ -12,7 +12,7 @@ from parallel.data_parallel import (
     shard_over_data_parallel,
 )
 from parallel.fusion import fused
-from parallel.gradients import clip_gradients, sum_partial_gradients
+from parallel.gradients import are_finite, clip_gradients, sum_partial_gradients
 from parallel.heartbeats import Heartbeats
 from parallel.layers import (
     ColumnParallelLinear,
@@ -61,6 +61,7 @@ __all__ = [
     "RowParallelLinear",
     "VocabParallelEmbedding",
     "any_rank",
+    "are_finite",
     "as_operand",
     "clip_gradients",
     "close_mesh",

@@ -5,6 +5,8 @@ these sums may still be under way. What remains is tp: see [Note: partial gradie
 parameters.py.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -38,7 +40,7 @@ def sum_partial_gradients(model: nn.Module, mesh: Mesh) -> None:
 def clip_gradients(model: nn.Module, largest_norm: float, mesh: Mesh) -> Tensor:
     """Scale all gradients so that their global norm is at most `largest_norm`; 0 never scales.
 
-    Returns the norm before scaling, a float32 scalar and the same on every rank. A gradient that
+    Returns the norm before scaling, a float64 scalar and the same on every rank. A gradient that
     every tp rank has in full counts once. One all-reduce.
     """
     gradients, counted = [], []
@@ -47,10 +49,22 @@ def clip_gradients(model: nn.Module, largest_norm: float, mesh: Mesh) -> Tensor:
         gradients.append(gradient)
         if tp_shard_dim(parameter) is not None or mesh.tp.rank == 0:
             counted.append(gradient)
-    norms = torch.stack(torch._foreach_norm(counted))
-    # Squares in float64: the square of a large but finite float32 norm would overflow.
-    norm = sum_over(mesh.world, norms.double().square().sum()).sqrt().float()
+    norm = sum_over(mesh.world, _norms(counted).square().sum()).sqrt()
     if largest_norm > 0:
         scale = (largest_norm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, scale)
+        torch._foreach_mul_(gradients, scale.float())
     return norm
+
+
+def are_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether all elements of float32 tensors are finite numbers."""
+    return bool(_norms(tensors).isfinite().all())
+
+
+def _norms(tensors: Sequence[Tensor]) -> Tensor:
+    """The norm of each float32 tensor, in float64.
+
+    In float32 the squares of large elements are infinite, and torch 2.13 sums a processor's one
+    after the other: the norm of 4 million elements is 8e-5 away, and so depends on the layout.
+    """
+    return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float64))

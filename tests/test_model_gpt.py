@@ -13,7 +13,9 @@ from model import GPT, build_model, flops_per_token, num_parameters
 from parallel import (
     DropoutStream,
     Mesh,
+    are_finite,
     clip_gradients,
+    local_part,
     local_slices,
     parameter_facts,
     sum_over,
@@ -23,6 +25,7 @@ from parallel import (
 from parallel.randomness import keep_mask
 from tests.distributed import EVERY_LAYOUT, ONE_RANK, OVERLAPPED, Layout, distributed
 from tests.reference import reference_logits, reference_losses
+from tests.test_parallel_mappings import seeded
 
 TINY = ModelConfig(
     num_layers=2,
@@ -146,6 +149,31 @@ def test_loss_and_gradients_equal_the_reference(
     for name, parameter in model.named_parameters():
         clipped, scale = parameter.grad.full_tensor().double(), dense[name].grad.abs().max().item()
         assert_close(clipped, 0.5 * dense[name].grad, rtol=0, atol=2e-5 * scale, msg=name)
+
+
+@distributed(ONE_RANK, Layout(tp=2), Layout(dp=2))
+@pytest.mark.parametrize("largest", [1e-30, 3e19, 2e38])
+def test_gradients_of_any_size_have_a_norm(mesh: Mesh, largest: float) -> None:
+    """Finite elements whose squares are no float32, or whose norm is none."""
+    model = tiny_model(mesh)
+    dense = []
+    for number, parameter in enumerate(model.parameters()):
+        gradient = seeded(number, *parameter.shape).clamp(-1, 1)
+        parameter.grad = parameter.detach().clone()  # a DTensor of the same placement
+        parameter.grad.to_local().copy_(largest * gradient[local_part(parameter, mesh)])
+        dense.append((largest * gradient).float().double())
+    assert are_finite([parameter.grad.to_local() for parameter in model.parameters()])
+
+    norm = torch.stack([gradient.norm() for gradient in dense]).norm()
+    assert_close(clip_gradients(model, 0.5, mesh).double(), norm, rtol=1e-6, atol=0)
+    scale = min(1.0, 0.5 / (norm.item() + 1e-6))
+    for parameter, gradient in zip(model.parameters(), dense, strict=True):
+        # A factor near 1e-41 has few bits left.
+        clipped = parameter.grad.full_tensor().double()
+        assert_close(clipped, scale * gradient, rtol=1e-3, atol=0)
+
+    parameter.grad.to_local().view(-1)[0] = float("inf")
+    assert not are_finite([parameter.grad.to_local() for parameter in model.parameters()])
 
 
 @distributed(ONE_RANK, Layout(tp=2), Layout(tp=2, dp=2), *OVERLAPPED)
