@@ -39,6 +39,7 @@ from parallel.collectives import (
 )
 from parallel.mesh import Mesh
 from parallel.products import multiply
+from parallel.recompute import keep_now
 
 # Pieces that a shard is cut into where both directions overlap.
 _NUM_PIECES = 4
@@ -78,12 +79,13 @@ class _RowParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mesh: Mesh, weight: Tensor) -> Tensor:
         ctx.mesh = mesh
-        ctx.save_for_backward(x, weight)
+        # In a block that is recomputed, what follows would only send the layer's output again.
+        ctx.kept = keep_now(x, weight)
         return _multiply_and_sum(x, weight.t(), mesh)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        (x, weight), ctx.kept = ctx.kept(), None
         (grad_x,), grad = _gather_and_multiply(grad, [weight], [None], ctx.mesh)
         grad_weight = multiply(_rows(grad).t(), _rows(x)) if ctx.needs_input_grad[2] else None
         return grad_x, None, grad_weight

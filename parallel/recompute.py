@@ -48,6 +48,17 @@ def _made_again(output: Tensor, recipe: Callable[[], Tensor]) -> Iterator[None]:
         yield
 
 
+def keep_now(*tensors: Tensor) -> Callable[[], list[Tensor]]:
+    """Keep tensors for backward, which gets them back from the result; drop that afterwards.
+
+    `save_for_backward` keeps them when forward is done. A recomputation ends when the last tensor
+    is kept, so one that is kept before its forward sends anything spares it from sending again.
+    """
+    pack, unpack = _hooks_around()
+    kept = [pack(tensor) for tensor in tensors]
+    return lambda: [unpack(one) for one in kept]
+
+
 class _Recipe:
     """Stands where a tensor would be kept."""
 

@@ -6,6 +6,7 @@ section 4.2.2 (arXiv 2205.05198).
 
 import dataclasses
 import math
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -142,6 +143,20 @@ def test_recomputed_block_traffic(mesh: Mesh, options: str) -> None:
     assert plain_backward == [*before, *after]
     assert backward == [*before, *forward[:-1], *after]
     assert whole_backward == [*before, *forward, *after]
+
+
+@distributed(*(layout for layout in OVERLAPPED if layout.tp > 1))
+@every_option
+def test_overlapped_and_recomputed_block_traffic(mesh: Mesh, options: str) -> None:
+    """As without overlap: the forward's collectives come again but for the MLP's last sum."""
+    config = dataclasses.replace(WITH_DROPOUT, **OPTIONS[options])
+    _, plain_backward = block_traffic(mesh, config, s=16)
+    forward, backward = block_traffic(mesh, config, recompute="full", s=16)
+    pieces = 4 if mesh.overlap == "both" else 1
+    assert {one.kind for one in forward[-pieces:]} == {
+        SCATTER if mesh.sequence_parallel else REDUCE
+    }
+    assert Counter(backward) == Counter(plain_backward) + Counter(forward[:-pieces])
 
 
 @distributed(*TENSOR_PARALLEL)
