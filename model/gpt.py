@@ -150,7 +150,7 @@ class GPT(nn.Module):
         if targets is None:
             # [s, b, v/t]
             logits = vocab_parallel_logits(x, table.to_local(), self.mesh, wanted)
-            return gather_vocabulary(logits, self.mesh, self.vocab_size).transpose(0, 1).float()
+            return gather_vocabulary(logits, self.mesh, self.vocab_size).transpose(0, 1)
         # Inside the root's forward, because FSDP2 frees the head's weight after it.
         return vocab_parallel_loss(
             x, table.to_local(), targets.t(), self.vocab_size, self.mesh, z_loss_coeff

@@ -16,7 +16,7 @@ from parallel.mappings import enter_tensor_parallel_region, exit_tensor_parallel
 from parallel.mesh import Mesh
 from parallel.overlap import WeightAndBias, column_parallel_linear, row_parallel_linear
 from parallel.parameters import Constant, Normal, declare_parameter
-from parallel.products import linear
+from parallel.products import linear, linear_in_float32
 from parallel.sharding import shard_range
 
 
@@ -213,6 +213,7 @@ def vocab_parallel_logits(
     """Logits over this rank's part of the vocabulary, of all positions or of some.
 
     `x` `[s/t, b, h]`, `weight` `[v/t, h]` (the head's or the tied embedding's shard); result
-    `[s, b, v/t]`. Forward: all-gather of x (or nothing). Backward: reduce-scatter (or all-reduce).
+    `[s, b, v/t]` in float32 at least. Forward: all-gather of x (or nothing). Backward:
+    reduce-scatter (or all-reduce).
     """
-    return linear(enter_tensor_parallel_region(x, mesh)[positions], weight)
+    return linear_in_float32(enter_tensor_parallel_region(x, mesh)[positions], weight)

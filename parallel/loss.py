@@ -24,7 +24,7 @@ from torch import Tensor
 
 from parallel.collectives import all_gather, start_sum_over_tp
 from parallel.mesh import Axis, Mesh
-from parallel.products import as_operand, product_in_float32
+from parallel.products import add_product_, as_operand, exact_operand, product_in_float32
 from parallel.sharding import shard_range
 
 # Logits at a time: as many as a processor's caches hold, or as keep a GPU busy.
@@ -72,6 +72,7 @@ class _HeadLoss(torch.autograd.Function):
         rows = all_gather(x, mesh.tp) if mesh.sequence_parallel else x  # [s, b, h]
         rows = rows.reshape(-1, x.shape[-1])  # [s b, h]
         matrix = as_operand(weight, "right")  # [v/t, h]
+        exact = exact_operand(matrix, "right")
         first_id, _ = shard_range(vocab_size, mesh.tp.size, mesh.tp.rank)
         of_all = _find_targets(targets, first_id, len(matrix))
         at_least_float32 = torch.promote_types(weight.dtype, torch.float32)
@@ -85,7 +86,7 @@ class _HeadLoss(torch.autograd.Function):
         for start in range(0, len(rows), length):
             piece = slice(start, start + length)
             target, operand = of_all.piece(piece), as_operand(rows[piece], "left")
-            z = product_in_float32(operand, matrix.t())  # [n, v/t]
+            z = product_in_float32(operand, exact.t())  # [n, v/t]
             log_z, loss, softmax_scale = _over_vocabulary_(z, target, mesh.tp)
             of_positions = torch.stack([loss, log_z.square()])
             sums += of_positions.masked_fill(~target.counts, 0.0).sum(dim=1)
@@ -93,24 +94,24 @@ class _HeadLoss(torch.autograd.Function):
                 softmax_scale *= 1.0 + 2.0 * z_loss_coeff * log_z
                 grad_z = _gradient_of_logits_(z, softmax_scale, target).to(matrix.dtype)
                 grad_rows[piece] = torch.mm(grad_z, matrix)
-                if grad_z.dtype == grad_weight.dtype:
-                    grad_weight.addmm_(grad_z.t(), operand)
-                else:
-                    grad_weight += torch.mm(grad_z.t(), operand)
+                add_product_(grad_weight, grad_z.t(), operand)
         if with_gradients:
             grad_rows = grad_rows.view(-1, *x.shape[1:])
             grad_x = start_sum_over_tp(grad_rows, mesh).wait()  # as x: [s/t, b, h]
-            ctx.save_for_backward(grad_x, grad_weight)
-            ctx.weight_dtype = weight.dtype
+            ctx.gradients, ctx.weight_dtype = (grad_x, grad_weight), weight.dtype
         cross_entropy, log_z_squared = sums.unbind()
         ctx.mark_non_differentiable(cross_entropy, log_z_squared)
         return cross_entropy + z_loss_coeff * log_z_squared, cross_entropy, log_z_squared
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_weight = ctx.saved_tensors
-        grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
-        return grad_x * grad, grad_weight, None, None, None, None, None
+        # Scaled in place, once: a copy of dW is as large as the embedding, in float32.
+        assert ctx.gradients is not None, "the loss has been differentiated before"
+        (grad_x, grad_weight), ctx.gradients = ctx.gradients, None
+        grad_weight = grad_weight.mul_(grad).to(ctx.weight_dtype)
+        # In float32: times a bfloat16 tensor, a GPU would round the factor itself to bfloat16.
+        grad_x = grad_x.to(grad.dtype).mul_(grad).to(grad_x.dtype)
+        return grad_x, grad_weight, None, None, None, None, None
 
 
 def _over_vocabulary_(z: Tensor, target: _Targets, tp: Axis) -> tuple[Tensor, Tensor, Tensor]:

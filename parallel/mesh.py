@@ -19,6 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from parallel.backend import cpu_backend
 from parallel.fusion import why_not_compile
+from parallel.products import use_full_precision
 
 logger = logging.getLogger("microtron")
 
@@ -75,6 +76,7 @@ def init_mesh(
     nobodys_choice = "1" if under_torchrun else None
     if os.environ.get("OMP_NUM_THREADS") in (None, nobodys_choice):
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+    use_full_precision()
     num_gpus = torch.cuda.device_count()
     use_cuda = num_gpus >= ranks_here
     if 0 < num_gpus < ranks_here:

@@ -8,6 +8,9 @@ avx512_bf16: half the rate). There the operands are widened to float32, multipli
 is rounded. The product of two bfloat16 numbers is exact in float32, so the sum is the same but for
 the order of its terms; what is kept for backward and what is sent stays bfloat16.
 
+The head's logits are not rounded at all: a logit of 20 in bfloat16 is up to 0.06 nats away. A GPU
+gives the float32 sum itself; a processor's kernels do not, so there the head is always widened.
+
 [Note: scratch]
 Widened operands and the product before its rounding live for one call, between tensors that are
 kept for backward. Allocated there, each would leave a hole that the next kept tensor, of half its
@@ -44,6 +47,16 @@ def operand_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype == torch.bfloat16 and lacks_units else x.dtype
 
 
+def use_full_precision() -> None:
+    """Have torch multiply float32 as float32, and add up products of bfloat16 in float32.
+
+    The first is torch's default but for TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1, which NVIDIA's
+    containers set; by the second's default a GPU may add partial sums in bfloat16.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
 class _Scratch(threading.local):
     """Float32 memory of a processor, by use; what it holds is good until the use comes again."""
 
@@ -77,18 +90,44 @@ def as_operand(x: Tensor, use: str) -> Tensor:
 
     The copy has x's order of dimensions, and is good until the next call with the same `use`.
     """
-    if operand_dtype(x) == x.dtype:
+    return x if operand_dtype(x) == x.dtype else _widened(x, use)
+
+
+def _widened(x: Tensor, use: str) -> Tensor:
+    """A float32 copy of x in scratch memory, or x where it is float32 or wider."""
+    if x.dtype != torch.bfloat16:
         return x
     if x.ndim == 2 and x.t().is_contiguous():  # noqa: PLR2004  # a matrix
         return _scratch.take(use, x, x.t().shape).copy_(x.t()).t()
     return _scratch.take(use, x, x.shape).copy_(x)
 
 
+def exact_operand(x: Tensor, use: str) -> Tensor:
+    """x as `product_in_float32` multiplies it, for one that it multiplies several times."""
+    return _widened(x, use) if x.device.type == "cpu" else x
+
+
 def product_in_float32(a: Tensor, b: Tensor) -> Tensor:
-    """`a b` of two operands, in float32 at least; good until the next product."""
-    if a.dtype == torch.float32 and a.device.type == "cpu":
+    """`a b` in float32 at least, never rounded to bfloat16; good until the next product.
+
+    A processor's kernels round to the precision of the operands, so there those are widened.
+    """
+    if a.device.type == "cpu":
+        a, b = _widened(a, "left"), _widened(b, "right")
+        if a.dtype != torch.float32:
+            return torch.mm(a, b)
         return torch.mm(a, b, out=_scratch.take("product", a, (a.shape[0], b.shape[1])))
-    return torch.mm(a, b).to(torch.promote_types(a.dtype, torch.float32))
+    return torch.mm(a, b, out_dtype=torch.float32) if a.dtype == torch.bfloat16 else torch.mm(a, b)
+
+
+def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """`total += a b`, where total is of float32 at least, and a and b perhaps of bfloat16."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.device.type == "cpu":  # whose kernels round to bfloat16
+        total += torch.mm(a, b)
+    else:
+        total += torch.mm(a, b, out_dtype=total.dtype)
 
 
 def multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -99,33 +138,43 @@ def multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return (wide if bias is None else wide.add_(bias)).to(a.dtype)
 
 
-class _WidenedLinear(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
     """Y = X A^T + b.     dX = dY A.     dA = dY^T X.     db = sum of dY over positions.
 
-    As F.linear, but the widened operands are not kept for backward.
+    As F.linear, but widened operands are not kept for backward, and Y may be `exact`: not rounded
+    to the precision of X.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, exact: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        y = multiply(x.reshape(-1, x.shape[-1]), weight.t(), bias)
+        rows, matrix = x.reshape(-1, x.shape[-1]), weight.t()
+        # A copy, because the next product is written over this one.
+        y = product_in_float32(rows, matrix).clone() if exact else multiply(rows, matrix, bias)
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grads = grad.reshape(-1, grad.shape[-1])
+        grads = grad.reshape(-1, grad.shape[-1]).to(x.dtype)
         grad_x = multiply(grads, weight).view(x.shape) if ctx.needs_input_grad[0] else None
         grad_weight = grad_bias = None
         if ctx.needs_input_grad[1]:
             grad_weight = multiply(grads.t(), x.reshape(-1, x.shape[-1]))
         if ctx.needs_input_grad[2]:
             grad_bias = grads.sum(dim=0)
-        return grad_x, grad_weight, grad_bias
+        return grad_x, grad_weight, grad_bias, None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x weight^T + bias`, `[..., in]` to `[..., out]`, `weight` `[out, in]`."""
     if operand_dtype(x) != x.dtype:
-        return _WidenedLinear.apply(x, weight, bias)
+        return _Linear.apply(x, weight, bias, False)
     return F.linear(x, weight, bias)
+
+
+def linear_in_float32(x: Tensor, weight: Tensor) -> Tensor:
+    """`x weight^T` as `linear`, but in float32 at least."""
+    return (
+        _Linear.apply(x, weight, None, True) if x.dtype == torch.bfloat16 else F.linear(x, weight)
+    )

@@ -160,8 +160,8 @@ MISTAKES = (
     Mistake(
         "the head multiplies x without entering the region, so its dX is not summed",
         "parallel/layers.py",
-        "linear(enter_tensor_parallel_region(x, mesh)[positions], weight)",
-        "linear(x[positions], weight)",
+        "linear_in_float32(enter_tensor_parallel_region(x, mesh)[positions], weight)",
+        "linear_in_float32(x[positions], weight)",
         (_LAYERS + "test_logits_equal_dense[tp2-dp1]",),
     ),
     Mistake(
@@ -314,8 +314,8 @@ MISTAKES = (
     Mistake(
         "each rank clips by the norm of its own gradients",
         "parallel/gradients.py",
-        "sum_over(mesh.world, norms.double().square().sum())",
-        "norms.double().square().sum()",
+        "sum_over(mesh.world, _norms(counted).square().sum())",
+        "_norms(counted).square().sum()",
         (_MODEL + "[gpt2-False-tp1-dp2]",),
     ),
     Mistake(

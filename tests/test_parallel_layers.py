@@ -24,6 +24,7 @@ from parallel import (
     initialise_parameters,
     lookup,
     parameter_facts,
+    products,
     sequence_shard,
     shard_range,
     sum_over,
@@ -233,6 +234,18 @@ def test_loss_equals_dense(mesh: Mesh, vocab_size: int, scale: float, rows_at_a_
     assert (x_dense.grad[2:4] == 0).all()
 
 
+@distributed(ONE_RANK)
+def test_the_gradient_of_the_head_is_not_copied(mesh: Mesh) -> None:
+    """It is as large as the embedding; forward makes it and backward scales it in place."""
+    table, x = seeded(1, 23, H).float().requires_grad_(), seeded(2, S, B, H).float()
+    objective = vocab_parallel_loss(x, table, torch.zeros(S, B).long(), 23, mesh).objective
+    address = objective.grad_fn.gradients[1].data_ptr()
+    objective.backward(retain_graph=True)
+    assert table.grad.data_ptr() == address
+    with pytest.raises(AssertionError, match="has been differentiated before"):
+        objective.backward()
+
+
 @distributed(*LAYOUTS)
 def test_logits_equal_dense(mesh: Mesh) -> None:
     """The gather is before the head; its backward sums what every vocabulary shard says of x."""
@@ -249,6 +262,41 @@ def test_logits_equal_dense(mesh: Mesh) -> None:
     assert_close(logits, shard_of(x_dense @ table_dense.T, 2, mesh), rtol=1e-12, atol=1e-12)
     assert_close(x.grad, sequence_shard(x_dense.grad, mesh), rtol=1e-12, atol=1e-12)
     assert_close(table.grad, shard_of(table_dense.grad, 0, mesh), rtol=1e-12, atol=1e-12)
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+@pytest.mark.parametrize("has_units", [True, False])
+def test_logits_of_bfloat16_are_float32(mesh: Mesh, has_units: bool) -> None:
+    """Loss and logits of a bfloat16 head, against float64 ones of the same bfloat16 numbers.
+
+    A logit of 20 rounded to bfloat16 is up to 0.06 away. The gradients are rounded to it once.
+    """
+    h, vocab_size = 64, 23
+    x_dense = seeded(2, S, B, h).bfloat16()
+    table_dense = (0.7 * seeded(1, vocab_size, h)).bfloat16()
+    targets = torch.randint(vocab_size, (S, B), generator=torch.Generator().manual_seed(5))
+    exact_x, exact_table = (t.double().requires_grad_() for t in (x_dense, table_dense))
+    exact = exact_x @ exact_table.T
+    expected = F.cross_entropy(exact.flatten(0, 1), targets.flatten(), reduction="sum")
+    expected.backward()
+
+    x = sequence_shard(x_dense, mesh).requires_grad_()
+    table = shard_of(table_dense, 0, mesh).clone().requires_grad_()
+    with (
+        patch.object(products, "_has_bfloat16_units", lambda: has_units),
+        patch.dict(loss_module._PIECE_ELEMENTS, cpu=5 * vocab_size),
+    ):
+        logits = vocab_parallel_logits(x, table, mesh)
+        losses = vocab_parallel_loss(x, table, targets, vocab_size, mesh)
+    losses.objective.backward()
+
+    assert logits.dtype == torch.float32
+    assert_close(logits.double(), shard_of(exact, 2, mesh), rtol=1e-6, atol=2e-5)
+    assert_close(losses.cross_entropy.double(), expected, rtol=1e-6, atol=0)
+    for mine, whole in ((x, sequence_shard(exact_x.grad, mesh)), (table, exact_table.grad)):
+        reference = whole if mine is x else shard_of(whole, 0, mesh)
+        scale = reference.abs().max().item()
+        assert_close(mine.grad.double(), reference, rtol=2**-7, atol=2**-8 * scale)
 
 
 @distributed(Layout(tp=2), Layout(tp=4, sp=False))

@@ -1,5 +1,9 @@
 """Products and attention in the precision in which the device is fast: equal to exact ones."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -42,6 +46,18 @@ def test_linear_is_exact_up_to_one_rounding(dtype: torch.dtype) -> None:
         assert tensor.grad is not None
         assert tensor.grad.dtype == dtype
         torch.testing.assert_close(tensor.grad.double(), reference.grad, **close)
+
+
+def test_the_environment_does_not_lower_the_precision() -> None:
+    """NVIDIA's containers set the variable, and float32 would be multiplied as TF32."""
+    program = (
+        "import torch; from parallel import init_mesh; init_mesh(1, False);"
+        "print(torch.get_float32_matmul_precision())"
+    )
+    environment = {**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
+    command = [sys.executable, "-c", program]
+    printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert printed.stdout.split() == ["highest"]
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
