@@ -140,8 +140,8 @@ def text_to_score(trained: Trained, settings: Settings) -> tuple[Corpus, int | N
     require_fingerprint(trained.checkpoint, "data", corpus.fingerprint)
     if corpus.validation.num_documents == 0:
         raise UserError(
-            "the run holds out no text (data.validation_fraction, or a single document); give "
-            "source= and path="
+            "the run holds out no text (data.validation_fraction=0, or text too short to be cut); "
+            "give source= and path="
         )
     return corpus, settings.max_sequences or config.evaluate.max_sequences
 

@@ -34,6 +34,7 @@ _PLACES_OF_TEXT = (
     "data.hub_config",
     "data.hub_split",
     "data.hub_revision",
+    "data.validation_path",
 )
 # What may differ between a checkpoint and the run that continues it. All else would make it another
 # run.

@@ -40,7 +40,7 @@ Row = dict[str, Any]
 # first, or for the other two, and the process once more at its exit.
 BEGIN_TIMEOUT_S, END_TIMEOUT_S, _ANSWER_TIMEOUT_S = 15.0, 5.0, "10"
 # Keys of settings whose values say where something is on this machine.
-_PLACES = ("path", "directory", "cache_directory", "tokenizer")
+_PLACES = ("path", "validation_path", "directory", "cache_directory", "tokenizer")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,8 +34,9 @@ def extensions_in_words(source: str) -> str:
 def check_inputs(config: Config) -> None:
     """Raises ConfigError for a missing input file, or an output folder that is a file."""
     for prefix, source in config.data.mixture.items():
-        if source.path is not None and source.source in SOURCE_EXTENSIONS:
-            _check_source(prefix, source.path, source.source)
+        for leaf, path in (("path", source.path), ("validation_path", source.validation_path)):
+            if path is not None and source.source in SOURCE_EXTENSIONS:
+                _check_source(f"{prefix}.{leaf}", path, f"{prefix}.source={source.source}")
     if config.data.tokenizer is not None:
         _check_tokenizer(config.data.tokenizer)
     for key, folder in (
@@ -55,8 +56,9 @@ def _check_tokenizer(tokenizer: str) -> None:
     _check_readable(what, path, "data.tokenizer")
 
 
-def _check_source(prefix: str, path: str, source: str) -> None:
-    key, extensions = f"{prefix}.path", SOURCE_EXTENSIONS[source]
+def _check_source(key: str, path: str, setting: str) -> None:
+    source = setting.rpartition("=")[2]
+    extensions = SOURCE_EXTENSIONS[source]
     what, expanded = f"{key}={shown(path)}", os.path.expanduser(path)
     wanted = extensions_in_words(source)
     if os.path.isdir(expanded):
@@ -65,7 +67,7 @@ def _check_source(prefix: str, path: str, source: str) -> None:
             for name in glob.glob("**", root_dir=expanded, recursive=True)
             if name.endswith(extensions)
         ]
-        problem = f"is a folder without {wanted} files, which {prefix}.source={source} reads"
+        problem = f"is a folder without {wanted} files, which {setting} reads"
     elif os.path.exists(expanded):
         found, problem = [expanded], "is neither a file nor a folder"
     else:

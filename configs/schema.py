@@ -116,6 +116,9 @@ class SourceConfig:
     hub_config: str | None = None  # configuration name of a hub dataset
     hub_split: str = "train"
     hub_revision: str | None = None
+    # Held-out text in the same format, a file, folder, glob or hub name; documents that are in it
+    # are not trained on, and validation_fraction has no effect. null: hold out part of the source.
+    validation_path: str | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,9 @@ class DataConfig(SourceConfig):
     # Of pack: attention and positions stay inside each document (in pad they always do). Attention
     # then takes a mask, [s, s] for each row, where else it knows to be causal.
     inter_document_masking: bool = False
-    validation_fraction: float = 0.01  # share of documents held out for evaluation
+    # Share of documents held out for evaluation; of a single document, or of a few large ones, the
+    # share of bytes at the end.
+    validation_fraction: float = 0.01
     cache_directory: str = "~/.cache/microtron"
 
     @property

@@ -179,14 +179,27 @@ def _check_data(config: Config) -> None:
         )
 
 
+def _check_meaning(prefix: str, source: WeightedSource) -> None:
+    """Refuses keys that are for other kinds of sources."""
+    meaningless: dict[str, str] = {}  # leaf -> which sources it is for
+    if source.source == "python_stdlib":
+        kinds = " to what it holds: text, jsonl, parquet, arrow or hub"
+        meaningless |= dict.fromkeys(("path", "validation_path"), kinds)
+    if source.source != "hub":
+        meaningless |= dict.fromkeys(("hub_config", "hub_revision"), "=hub")
+    for leaf, kinds in meaningless.items():
+        key, value = f"{prefix}.{leaf}", getattr(source, leaf)
+        if value is not None:
+            raise ConfigError(
+                f"{key}={shown(value)} has no meaning for {prefix}.source={source.source}; set "
+                f"{key}=null, or {prefix}.source{kinds}",
+                key,
+            )
+
+
 def _check_source(prefix: str, source: WeightedSource) -> None:
     kind, path = f"{prefix}.source={source.source}", f"{prefix}.path"
-    if source.source == "python_stdlib" and source.path is not None:
-        raise ConfigError(
-            f"{path}={shown(source.path)} has no meaning for {kind}; set {path}=null, or "
-            f"{prefix}.source to what it holds: text, jsonl, parquet, arrow or hub",
-            path,
-        )
+    _check_meaning(prefix, source)
     if source.source != "python_stdlib" and source.path is None:
         what = "the name of a dataset" if source.source == "hub" else "a file, a folder or a glob"
         raise ConfigError(
@@ -194,15 +207,7 @@ def _check_source(prefix: str, source: WeightedSource) -> None:
             f"{prefix}.source=python_stdlib for the embedded corpus",
             path,
         )
-    for leaf in ("hub_config", "hub_revision"):
-        key, value = f"{prefix}.{leaf}", getattr(source, leaf)
-        if value is not None and source.source != "hub":
-            raise ConfigError(
-                f"{key}={shown(value)} has no meaning for {kind}; set {key}=null, or "
-                f"{prefix}.source=hub",
-                key,
-            )
-    for leaf in ("path", "text_field", "hub_split"):
+    for leaf in ("path", "text_field", "hub_split", "validation_path"):
         if getattr(source, leaf) is not None and not getattr(source, leaf).strip():
             raise ConfigError(f"{prefix}.{leaf} is empty; give it, or leave it out", prefix)
     if source.weight not in _WEIGHT:

@@ -141,8 +141,9 @@ def _choose_from_each(
 
     There is one document at least, though it be longer.
     """
-    chosen, first, total = [np.empty(0, np.int64)], 0, sum(corpus.weights)
-    for part, weight in zip(corpus.validation.parts, corpus.weights, strict=True):
+    weights = corpus.validation_weights or corpus.weights
+    chosen, first, total = [np.empty(0, np.int64)], 0, sum(weights)
+    for part, weight in zip(corpus.validation.parts, weights, strict=True):
         share = None if max_sequences is None else max(1, int(max_sequences * weight / total))
         mine = rows_per_document[first : first + part.num_documents]
         chosen.append(first + _choose_documents(mine, share))

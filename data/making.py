@@ -1,4 +1,4 @@
-"""How each folder of the cache is filled: the text of a source, a tokenizer, tokens.
+"""How each folder of the cache is filled: the text of a source, its documents, a tokenizer, tokens.
 
 Each function fills a folder that is not yet in its place, and goes on where an earlier attempt left
 off. `data/prepare.py` says which folders there are.
@@ -13,6 +13,7 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 import xxhash
 
 from configs.errors import UserError
@@ -23,6 +24,7 @@ from data.files import file_digest
 from data.progress import Progress
 from data.records import Place
 from data.report import describe_counts, read_summary, require_all_accounted_for, split_summary
+from data.split import DOCUMENT_FILES, Split, divide, read_documents, write_documents
 from data.spool import (
     SPOOL_FILES,
     Spool,
@@ -30,7 +32,6 @@ from data.spool import (
     close_spool,
     open_spool,
     sample_sentences,
-    split_documents,
     write_spool,
 )
 from data.token_file import PARTS, PROGRESS, open_token_file, write_token_file
@@ -47,13 +48,14 @@ logger = logging.getLogger("microtron")
 
 @dataclass(frozen=True)
 class Source:
-    """A source of the configuration, and the folder of its text."""
+    """A source of the configuration, and the folders of its text and of what its documents are."""
 
     key: str  # what its keys begin with: data, or data.sources[1]
     config: WeightedSource
     files: list[Path]
     fingerprint: str
     text: Path
+    documents: Path
 
 
 def fill_text(source: Source, work: Path) -> None:
@@ -67,7 +69,8 @@ def fill_text(source: Source, work: Path) -> None:
         # What was read and what is read later must be of one state of the dataset.
         commit = work / _COMMIT
         if not commit.exists():
-            write_durably(commit, commit_of(config, source.key).encode())
+            known = read_header(source.documents)["commit"] if source.documents.exists() else ""
+            write_durably(commit, (known or commit_of(config, source.key)).encode())
         config = replace(config, hub_revision=commit.read_text() or None)
     scratch = work / "datasets"
     read = partial(read_records, config, source.key, source.files, scratch)
@@ -102,18 +105,31 @@ def _reading(files: list[Path], progress: Progress) -> Callable[[Place, int], No
     return told
 
 
-def fill_tokenizer(config: DataConfig, sources: list[Source], work: Path) -> None:
+def fill_documents(source: Source, work: Path) -> None:
+    """Keeps hashes and sizes of the documents of a source, so that its text need not be."""
+    build_entry(source.text, partial(fill_text, source))
+    spool = open_spool(source.text)
+    write_documents(work, spool)
+    close_spool(spool)
+    commit = source.text / _COMMIT
+    facts = {"commit": commit.read_text() if commit.exists() else ""}
+    write_header(work, list(DOCUMENT_FILES), facts)
+
+
+def fill_tokenizer(
+    config: DataConfig, sources: list[Source], splits: list[Split], work: Path
+) -> None:
     """Trains a tokenizer on lines of each source, as much as their weights say or as there is."""
-    spools = [_spooled(source)[0] for source in sources]
-    splits = [split_documents(spool.hashes, config.validation_fraction)[0] for spool in spools]
-    available = [
-        int(spool.num_bytes(train).sum()) for spool, train in zip(spools, splits, strict=True)
+    parts = [
+        divide(_spooled(source)[0], split, config.validation_fraction)
+        for source, split in zip(sources, splits, strict=False)
     ]
+    available = [int(part.spool.num_bytes(part.train).sum()) for part in parts]
     shares = sample_shares([source.config.weight for source in sources], available)
     sentences: list[str] = []
-    for spool, train, share in zip(spools, splits, shares, strict=True):
-        sentences.extend(sample_sentences(spool, train, share))
-        close_spool(spool)
+    for part, share in zip(parts, shares, strict=True):
+        sentences.extend(sample_sentences(part.spool, part.train, share))
+        close_spool(part.spool)
     logger.info("training a tokenizer of data.vocab_size=%d pieces", config.vocab_size)
     write_durably(work / TOKENIZER, train_tokenizer(sentences, config.vocab_size))
     write_header(work, [TOKENIZER], {"format_version": FORMAT_VERSION})
@@ -134,21 +150,24 @@ def sample_shares(weights: list[float], available: list[int]) -> list[int]:
 def _spooled(source: Source) -> tuple[Spool, SpoolProgress]:
     """The documents of a source, read now unless they have been; the caller holds its lock."""
     build_entry(source.text, partial(fill_text, source))
-    return open_spool(source.text), SpoolProgress.stored(read_header(source.text)["read"])
+    spool = open_spool(source.text)
+    # Of a hub dataset in a folder, only its name is known.
+    if not np.array_equal(spool.hashes, read_documents(source.documents).hashes):
+        shutil.rmtree(source.documents)
+        raise UserError(
+            f"{source.key}.path={source.config.path!r} has other documents than when it was first "
+            "read; start again, and what it has now is used"
+        )
+    return spool, SpoolProgress.stored(read_header(source.text)["read"])
 
 
-def fill_tokens(source: Source, config: DataConfig, tokenizer: Tokenizer, work: Path) -> None:
+def fill_tokens(
+    source: Source, split: Split, config: DataConfig, tokenizer: Tokenizer, work: Path
+) -> None:
     """Writes token files, tokenizer and, last, the header."""
     started_at = time.perf_counter()
     spool, read = _spooled(source)
-    splits = split_documents(spool.hashes, config.validation_fraction)
-    if config.validation_fraction > 0 and not len(splits[1]):
-        logger.warning(
-            "%s.source has a single document, which is used for training; without held-out text "
-            "(data.validation_fraction=%s) there is no evaluation: cut it into several documents",
-            source.key,
-            config.validation_fraction,
-        )
+    division = divide(spool, split, config.validation_fraction)
     if config.tokenizer is not None and not tokenizer.is_lossless:
         logger.warning(
             "data.tokenizer=%r does not give every text back unchanged; bits per byte will count "
@@ -156,16 +175,16 @@ def fill_tokens(source: Source, config: DataConfig, tokenizer: Tokenizer, work: 
             config.tokenizer,
         )
     write_durably(work / TOKENIZER, tokenizer.model)
-    summary = read_summary(read, spool)
-    for split, indices in zip(SPLITS, splits, strict=True):
-        write_token_file(work, split, spool, indices, tokenizer)
-        summary[split] = split_summary(open_token_file(work, split, tokenizer.vocab_size))
+    summary = {**read_summary(read, spool), "ends_held_out": division.num_ends}
+    for name, indices in zip(SPLITS, (division.train, division.validation), strict=True):
+        write_token_file(work, name, division.spool, indices, tokenizer)
+        summary[name] = split_summary(open_token_file(work, name, tokenizer.vocab_size))
     close_spool(spool)
     require_all_accounted_for(work, summary)
-    names = [TOKENIZER, *(f"{split}.{part}" for split in SPLITS for part in PARTS)]
+    names = [TOKENIZER, *(f"{name}.{part}" for name in SPLITS for part in PARTS)]
     digest = xxhash.xxh3_128(b"".join(file_digest(work / name) for name in names))
     facts = {"fingerprint": digest.hexdigest(), "format_version": FORMAT_VERSION}
     write_header(work, names, {**facts, "vocab_size": tokenizer.vocab_size, "summary": summary})
-    for split in SPLITS:
-        (work / f"{split}.{PROGRESS}").unlink()
+    for name in SPLITS:
+        (work / f"{name}.{PROGRESS}").unlink()
     logger.info("tokenized %s in %.1f s", source.key, time.perf_counter() - started_at)

@@ -4,18 +4,21 @@
 `data.cache_directory` holds folders named by a hash of all that decides what is in them:
 
     text-...       the text of a source as documents, until it has been tokenized
+    documents-...  hashes and sizes of the documents of a source, by which they are held out
     tokenizer-...  a tokenizer, by the text that it is trained on
-    tokens-...     one source tokenized by one tokenizer
+    tokens-...     one source split in one way and tokenized by one tokenizer
 
 Local rank 0 of each host makes what its disk lacks; the other ranks wait for the folders. A source
-that is in several mixtures with the same tokenizer is tokenized once. A start that finds
+that is in several mixtures with the same tokenizer is tokenized once, unless other sources make an
+exception to what is held out of it (data/split.py). A start that finds
 everything looks at the source's files and reads only those that it has not seen before.
 """
 
 import json
 import logging
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,11 +43,13 @@ from data.making import (
     SPLITS,
     TOKENIZER,
     Source,
+    fill_documents,
     fill_tokenizer,
     fill_tokens,
 )
 from data.mixture import JoinedTokens
-from data.report import describe, joined_summary
+from data.report import describe, evaluation_warnings, joined_summary
+from data.split import HELD_OUT, Split, read_documents, split_by_given, split_by_hash
 from data.token_file import Tokens, open_token_file
 from data.tokenizer import RECIPE_VERSION, Tokenizer, load_tokenizer
 
@@ -63,6 +68,7 @@ class Corpus:
     summary: dict[str, Any]  # see data/report.py
     weights: tuple[float, ...] = (1.0,)  # of the sources, the parts of train and of validation
     text_fingerprint: str = ""  # hex, of what the sources hold
+    validation_weights: tuple[float, ...] | None = None  # if held-out text is given: of its parts
 
     @property
     def identity(self) -> str:
@@ -76,26 +82,40 @@ def prepare_corpus(config: DataConfig, seq_length: int, local_rank: int) -> Corp
     Raises UserError where source, tokenizer or settings do not fit.
     """
     cache = Path(config.cache_directory).expanduser()
-    if local_rank == 0 and cache.exists():
+    is_maker = local_rank == 0
+    if is_maker and cache.exists():
         remove_abandoned(cache)
-    sources = _find_sources(config)
-    tokenizer = _tokenizer(config, sources, cache, local_rank)
-    encoded_by = (config.validation_fraction, tokenizer.fingerprint)
-    entries = [cache / f"tokens-{_key(source.fingerprint, *encoded_by)}" for source in sources]
-    for source, entry in zip(sources, entries, strict=True):
-        if local_rank != 0:
-            wait_for_entry(entry)
-        elif not is_whole(entry):
-            with locked([source.text]):
-                build_entry(entry, partial(fill_tokens, source, config, tokenizer))
-    if local_rank == 0:
-        _remove_texts(sources)
-    corpus = _open(sources, entries)
-    if local_rank == 0:
+    sources, held_out = _find_sources(config)
+    for source in (*sources, *held_out):
+        _make(source.documents, [source], partial(fill_documents, source), is_maker)
+    splits = _splits(config, sources, held_out)
+    tokenizer = _tokenizer(config, sources, splits, is_maker)
+    entries = []
+    for source, split in zip((*sources, *held_out), splits, strict=True):
+        parts = (source.fingerprint, config.validation_fraction, tokenizer.fingerprint)
+        entries.append(cache / f"tokens-{_key(*parts, _digest(split))}")
+        fill = partial(fill_tokens, source, split, config, tokenizer)
+        _make(entries[-1], [source], fill, is_maker)
+    if is_maker:
+        _remove_texts([*sources, *held_out])
+    corpus = _open(sources, held_out, entries)
+    if is_maker:
         where = f" and {len(entries) - 1} more" if entries[1:] else ""
         logger.info("corpus %s%s: %s", entries[0], where, describe(corpus.summary))
+        if held_out or config.validation_fraction > 0:
+            for warning in evaluation_warnings(corpus.summary):
+                logger.warning("%s", warning)
     _require_rows(sources, config, corpus, seq_length)
     return corpus
+
+
+def _make(entry: Path, sources: list[Source], fill: Callable[[Path], None], is_maker: bool) -> None:
+    """Returns when the entry is there; `fill` may read the texts of sources."""
+    if not is_maker:
+        wait_for_entry(entry)
+    elif not is_whole(entry):
+        with locked([entry, *(source.text for source in sources)]):
+            build_entry(entry, fill)
 
 
 def _remove_texts(sources: list[Source]) -> None:
@@ -108,18 +128,54 @@ def _remove_texts(sources: list[Source]) -> None:
 
 def text_fingerprint(config: DataConfig) -> str:
     """Returns a hash of what the sources hold, before anything of it is read as text."""
-    return _joined([source.fingerprint for source in _find_sources(config)])
+    return _joined_sources(*_find_sources(config))
 
 
-def _find_sources(config: DataConfig) -> list[Source]:
-    cache = Path(config.cache_directory).expanduser()
-    return [_find(key, source, cache) for key, source in config.mixture.items()]
+def _joined_sources(sources: list[Source], held_out: list[Source]) -> str:
+    names = [source.fingerprint for source in sources]
+    given = ["held out:", *(source.fingerprint for source in held_out)] if held_out else []
+    return _joined([*names, *given])
 
 
-def _find(key: str, config: WeightedSource, cache: Path) -> Source:
+def _find_sources(config: DataConfig) -> tuple[list[Source], list[Source]]:
+    """The sources to train on, and those that are given to be held out."""
+    sources, held_out = [], []
+    for key, source in config.mixture.items():
+        sources.append(_find(key, source, config.cache_directory))
+        if source.validation_path is not None:
+            given = replace(source, path=source.validation_path, hub_revision=None)
+            held_out.append(_find(f"{key}.validation", given, config.cache_directory))
+    return sources, held_out
+
+
+def _find(key: str, config: WeightedSource, cache_directory: str) -> Source:
+    cache = Path(cache_directory).expanduser()
     files = source_files(config, key)
     fingerprint = source_fingerprint(config, files, cache)
-    return Source(key, config, files, fingerprint, cache / f"{TEXT}{_key(fingerprint)}")
+    name = _key(fingerprint)
+    return Source(
+        key, config, files, fingerprint, cache / f"{TEXT}{name}", cache / f"documents-{name}"
+    )
+
+
+def _splits(config: DataConfig, sources: list[Source], held_out: list[Source]) -> list[Split]:
+    """The splits of all sources, those to train on first."""
+    documents = [read_documents(source.documents) for source in sources]
+    if not held_out:
+        return split_by_hash(documents, config.validation_fraction)
+    given = [read_documents(source.documents) for source in held_out]
+    splits = split_by_given(documents, given)
+    for source, split in zip(sources, splits, strict=True):
+        if (split == HELD_OUT).all():
+            raise UserError(
+                f"every document of {source.key}.path={source.config.path!r} is held out by "
+                "validation_path, so there is nothing to train on; give other text in one of them"
+            )
+    return [*splits, *split_by_given(given, given)]
+
+
+def _digest(split: Split) -> str:
+    return xxhash.xxh3_128_hexdigest(split.tobytes())
 
 
 def _key(*parts: object) -> str:
@@ -144,26 +200,25 @@ def _require_rows(
 
 
 def _tokenizer(
-    config: DataConfig, sources: list[Source], cache: Path, local_rank: int
+    config: DataConfig, sources: list[Source], splits: list[Split], is_maker: bool
 ) -> Tokenizer:
     """The tokenizer that is given, or else one trained on the training text of all sources."""
     if config.tokenizer is not None:
         return _given_tokenizer(config, config.tokenizer)
-    weighted = [[source.fingerprint, source.config.weight] for source in sources]
+    is_one = len(sources) == 1  # then its weight means nothing
+    parts = [
+        [source.fingerprint, _digest(split), None if is_one else source.config.weight]
+        for source, split in zip(sources, splits, strict=False)
+    ]
     recipe = [config.vocab_size, RECIPE_VERSION, SAMPLE_BYTES, config.validation_fraction]
-    # The weight of a single source means nothing.
-    entry = cache / f"tokenizer-{_key(recipe, weighted if sources[1:] else weighted[0][0])}"
-    if local_rank != 0:
-        wait_for_entry(entry)
-    elif not is_whole(entry):
-        with locked([entry, *(source.text for source in sources)]):
-            build_entry(entry, partial(fill_tokenizer, config, sources))
-        if len(sources) > 1:
-            logger.info(
-                "to change data.sources later without tokenizing all of them again, keep this "
-                "tokenizer: data.tokenizer=%s",
-                entry / TOKENIZER,
-            )
+    entry = Path(config.cache_directory).expanduser() / f"tokenizer-{_key(recipe, parts)}"
+    if is_maker and not is_one and not entry.exists():
+        logger.info(
+            "to change data.sources later without tokenizing all of them again, keep this "
+            "tokenizer: data.tokenizer=%s",
+            entry / TOKENIZER,
+        )
+    _make(entry, sources, partial(fill_tokenizer, config, sources, splits), is_maker)
     return load_tokenizer(entry / TOKENIZER, "the cached tokenizer")
 
 
@@ -182,7 +237,7 @@ def _joined(fingerprints: list[str]) -> str:
     return xxhash.xxh3_128_hexdigest(" ".join(fingerprints).encode())
 
 
-def _open(sources: list[Source], entries: list[Path]) -> Corpus:
+def _open(sources: list[Source], held_out: list[Source], entries: list[Path]) -> Corpus:
     headers = [read_header(entry) for entry in entries]
     train, validation = (
         [
@@ -191,17 +246,31 @@ def _open(sources: list[Source], entries: list[Path]) -> Corpus:
         ]
         for split in SPLITS
     )
+    train = train[: len(sources)]
     fingerprints = [header["fingerprint"] for header in headers]
-    is_one = len(entries) == 1
+    summaries = {
+        source.key: header["summary"]
+        for source, header in zip([*sources, *held_out], headers, strict=True)
+    }
+    given = {source.key: summaries.pop(source.key) for source in held_out}
+    summary, validation_weights = joined_summary(summaries), None
+    if held_out:
+        validation = validation[len(sources) :]
+        validation_weights = tuple(source.config.weight for source in held_out)
+        # Documents of the sources that are held out are among those given.
+        summary = {
+            **summary,
+            "excluded": summary["validation"]["documents"],
+            "validation": joined_summary(given)["validation"],
+        }
     return Corpus(
         tokenizer=load_tokenizer(entries[0] / TOKENIZER, "the cached tokenizer"),
         tokenizer_path=entries[0] / TOKENIZER,
-        train=train[0] if is_one else JoinedTokens(train),
-        validation=validation[0] if is_one else JoinedTokens(validation),
-        fingerprint=fingerprints[0] if is_one else _joined(fingerprints),
-        summary=joined_summary(
-            {source.key: header["summary"] for source, header in zip(sources, headers, strict=True)}
-        ),
+        train=train[0] if len(train) == 1 else JoinedTokens(train),
+        validation=validation[0] if len(validation) == 1 else JoinedTokens(validation),
+        fingerprint=fingerprints[0] if len(entries) == 1 else _joined(fingerprints),
+        summary=summary,
         weights=tuple(source.config.weight for source in sources),
-        text_fingerprint=_joined([source.fingerprint for source in sources]),
+        text_fingerprint=_joined_sources(sources, held_out),
+        validation_weights=validation_weights,
     )

@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from data.token_file import TokenFile
 
 _SHORTEST_BIN = 6  # the first bin of lengths ends at 2^6 tokens
 _LONGEST_BIN = 16
+_FEW_BYTES = 10_000  # of held-out text; the loss of so little is uncertain by some hundredths
 
 logger = logging.getLogger("microtron")
 
@@ -48,7 +50,8 @@ def require_all_accounted_for(entry: Path, summary: dict[str, Any]) -> None:
     fix = "delete the folder and start again"
     splits = [summary["train"], summary["validation"]]
     documents = sum(split["documents"] for split in splits)
-    expected = summary["records"] + summary["added_by_cutting"] - sum(summary["skipped"].values())
+    added = summary["added_by_cutting"] + summary["ends_held_out"]
+    expected = summary["records"] + added - sum(summary["skipped"].values())
     if documents != expected:
         raise RuntimeError(f"{entry} has {documents} documents, but {expected} were read; {fix}")
     for name in ("train", "validation"):
@@ -76,14 +79,31 @@ def _sum(values: list[Any]) -> Any:
     return sum(values)
 
 
+def evaluation_warnings(summary: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with the held-out text of a run that should have some."""
+    num_bytes = summary["validation"]["bytes"]
+    fix = "use more text or a larger data.validation_fraction, or give data.validation_path"
+    if not num_bytes:
+        yield f"there is no held-out text, and so no evaluation; {fix}"
+    elif num_bytes < _FEW_BYTES:
+        yield f"only {num_bytes:,} bytes of text are held out, so eval/* says little; {fix}"
+
+
 def describe(summary: dict[str, Any]) -> str:
     """A summary in a few lines."""
-    documents = sum(summary[split]["documents"] for split in ("train", "validation"))
+    documents = summary["train"]["documents"] + summary["validation"]["documents"]
+    if "excluded" in summary:
+        documents = summary["train"]["documents"] + summary["excluded"]
+    documents -= summary["ends_held_out"]
     lines = [f"{summary['records']:,} records gave {documents:,} documents"]
-    if summary["added_by_cutting"]:
-        lines[0] += f", {summary['added_by_cutting']:,} more by cutting long ones"
-    if summary["with_nul"]:
-        lines[0] += f", {summary['with_nul']:,} of them with NUL characters, which are kept"
+    for count, what in (
+        (summary["added_by_cutting"], "more by cutting long ones"),
+        (summary["with_nul"], "of them with NUL characters, which are kept"),
+        (summary["ends_held_out"], "of them with their end held out"),
+        (summary.get("excluded", 0), "of them held out by validation_path"),
+    ):
+        if count:
+            lines[0] += f", {count:,} {what}"
     if summary["skipped"]:
         lines[0] += f"; skipped {describe_counts(summary['skipped'])}"
     for name in ("train", "validation"):

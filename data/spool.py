@@ -1,4 +1,4 @@
-"""The distinct documents of a source as UTF-8 text on disk, and their division into splits.
+"""The distinct documents of a source as UTF-8 text on disk.
 
 A source is read once, whatever it is; tokenizer training and encoding then read from here by memory
 map, in any order and with little memory. A spool takes as much disk as the text and is temporary.
@@ -31,7 +31,6 @@ SPOOL_FILES = ("text", "sizes", "hashes")
 _PROGRESS = "progress.json"
 _ITEM_BYTES = 8  # of a size and of a hash
 _DURABLE_BYTES = 64 << 20  # text between two times that it is made durable
-_HASH_BUCKETS = 1_000_000  # resolution of data.validation_fraction
 # Characters. Longer lines are cut: sentencepiece would drop those of more than 4192 bytes.
 _SENTENCE_LENGTH = 1_000
 _LOOKED_AT_BYTES = 512 << 20  # of text, in search of lines that are spread evenly
@@ -152,27 +151,6 @@ def close_spool(spool: Spool) -> None:
     """Unmaps the text."""
     if isinstance(spool.text, mmap.mmap):
         spool.text.close()
-
-
-def split_documents(
-    hashes: npt.NDArray[np.uint64], validation_fraction: float
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Divides documents by their content: (train in source order, validation in order of hash).
-
-    A document stays in its split whatever else the source holds, except that two documents or more
-    leave neither split empty: the smallest hash goes to validation, the largest to training. A
-    single document is for training. The order of hashes makes every first part of the validation
-    documents a fair sample.
-    """
-    num_documents = len(hashes)
-    held_out = hashes % np.uint64(_HASH_BUCKETS) < validation_fraction * _HASH_BUCKETS
-    if validation_fraction == 0 or num_documents == 1:
-        held_out[:] = False
-    elif num_documents > 1:
-        held_out[np.argmin(hashes)] |= not held_out.any()
-        held_out[np.argmax(hashes)] &= not held_out.all()
-    validation = np.flatnonzero(held_out)
-    return np.flatnonzero(~held_out), validation[np.argsort(hashes[validation])]
 
 
 def sample_sentences(spool: Spool, indices: npt.NDArray[np.int64], max_bytes: int) -> Iterator[str]:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from data.files import file_digest
 from data.making import SPLITS
 from data.records import Place, Record
 from data.rows import training_rows
-from data.spool import open_spool, sample_sentences, split_documents, write_spool
+from data.spool import open_spool, sample_sentences, write_spool
 from data.token_file import PARTS, TokenFile, Tokens, encoded, open_token_file
 from tests.data_corpora import random_text, small_tokenizer, text_config, write_texts
 
@@ -108,25 +109,51 @@ def test_a_document_stays_in_its_split_when_others_come(tmp_path: Path) -> None:
     assert before.fingerprint != after.fingerprint
 
 
-def test_both_splits_have_documents_if_there_are_two() -> None:
-    """Whatever the fraction: the smallest hash is held out, the largest is trained on."""
-    hashes = np.array([500_000, 300_000, 900_000], dtype=np.uint64)
-    assert [part.tolist() for part in split_documents(hashes, 1e-6)] == [[0, 2], [1]]
-    assert [part.tolist() for part in split_documents(hashes, 0.99)] == [[2], [1, 0]]
-    assert [part.tolist() for part in split_documents(hashes, 0.4)] == [[0, 2], [1]]
-    assert [part.tolist() for part in split_documents(hashes, 0.0)] == [[0, 1, 2], []]
-    assert [part.tolist() for part in split_documents(hashes[:1], 0.5)] == [[0], []]
-
-
-def test_a_single_document_is_trained_on_with_a_warning(
+def test_the_end_of_a_single_document_is_held_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """There is nothing to hold out, and the log says so."""
-    write_texts(tmp_path, 1, num_lines=300)
-    corpus = prepare_corpus(text_config(tmp_path), 16, 0)
-    assert (corpus.train.num_documents, corpus.validation.num_documents) == (1, 0)
-    assert corpus.validation.num_tokens == 0
-    assert "single document" in caplog.text
+    """The last `validation_fraction` of its bytes or a little more, from the start of a line."""
+    (text,) = write_texts(tmp_path, 1, num_lines=600)
+    corpus = prepare_corpus(text_config(tmp_path, validation_fraction=0.1), 16, 0)
+    (head,), (end,) = documents(corpus, corpus.train), documents(corpus, corpus.validation)
+    assert head + end == text
+    assert head.endswith("\n")
+    assert 0.1 <= len(end) / len(text) < 0.105
+    assert corpus.summary["records"] == corpus.summary["ends_held_out"] == 1
+    assert f"only {len(end):,} bytes of text are held out" in caplog.text
+
+
+@pytest.mark.parametrize("num_lines", [600, 20_000])
+def test_little_held_out_text_is_warned_of_at_every_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, num_lines: int
+) -> None:
+    """Not when the cache is built alone; and not for enough text."""
+    write_texts(tmp_path, 1, num_lines=num_lines)
+    for _ in range(2):
+        caplog.clear()
+        corpus = prepare_corpus(text_config(tmp_path, validation_fraction=0.05), 16, 0)
+        is_little = corpus.summary["validation"]["bytes"] < 10_000
+        assert is_little == (num_lines == 600)
+        assert ("bytes of text are held out" in caplog.text) == is_little
+
+
+def test_text_too_short_to_be_cut_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There is no evaluation; not so if none is wanted."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "x.txt").write_text("x")
+    model = tmp_path / "given.model"
+    model.write_bytes(small_tokenizer().model)
+    config = text_config(tmp_path, tokenizer=str(model), sequence_mode="pad")
+    for _ in range(2):
+        caplog.clear()
+        corpus = prepare_corpus(config, 16, 0)
+        assert corpus.validation.num_documents == 0
+        assert "there is no held-out text, and so no evaluation; use" in caplog.text
+    caplog.clear()
+    prepare_corpus(replace(config, validation_fraction=0), 16, 0)
+    assert "held-out" not in caplog.text
 
 
 def test_a_source_without_documents_says_what_was_skipped(tmp_path: Path) -> None:
@@ -182,9 +209,8 @@ def test_a_second_start_reads_the_cache(tmp_path: Path, caplog: pytest.LogCaptur
         text_config(tmp_path, path=str(tmp_path / "moved"), vocab_size=300), 16, 0
     )
     assert other.fingerprint != first.fingerprint
-    assert [name.partition("-")[0] for name in entries(tmp_path)] == ["tokenizer"] * 2 + [
-        "tokens"
-    ] * 2
+    kinds = [name.partition("-")[0] for name in entries(tmp_path)]
+    assert kinds == ["documents", "tokenizer", "tokenizer", "tokens", "tokens"]
 
 
 def test_preparing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -215,6 +241,8 @@ ENTRY_FILES = [
     "tokens-*/header.json",
     "tokenizer-*/tokenizer.model",
     "tokenizer-*/header.json",
+    "documents-*/hashes",
+    "documents-*/sizes",
 ]
 
 
@@ -282,7 +310,7 @@ def test_an_entry_is_verified_once_until_a_file_of_it_is_new(
     write_texts(tmp_path, 10)
     prepare_corpus(text_config(tmp_path), 16, 0)
     long_ago = time.time() - 100
-    for path in tmp_path.rglob("*.*"):
+    for path in tmp_path.rglob("*"):
         os.utime(path, (long_ago, long_ago))
     prepare_corpus(text_config(tmp_path), 16, 0)
     hashed: list[str] = []
@@ -344,7 +372,7 @@ def test_two_runs_at_once_prepare_once(tmp_path: Path) -> None:
     logs = [run.communicate(timeout=60)[1] for run in runs]
     assert [run.returncode for run in runs] == [0, 0]
     assert "".join(logs).count("tokenized data in") == 1
-    assert len(entries(tmp_path)) == 2
+    assert len(entries(tmp_path)) == 3
 
 
 def test_wide_vocabularies_take_four_bytes(tmp_path: Path) -> None:
