@@ -155,6 +155,10 @@ def report(result: Score, output: str | None) -> None:
         "tokens": result.num_targets,
         "bytes": result.num_bytes,
     }
+    if result.num_unknown:
+        numbers["unknown_tokens"] = result.num_unknown
+    for warning in result.warnings:
+        logger.warning("%s", warning)
     sys.stdout.write(
         f"loss {result.loss:.4f} nats/token, perplexity {result.perplexity:.2f}, "
         f"{result.bits_per_byte:.4f} bits/byte of {result.num_targets:,} tokens, "

@@ -20,6 +20,8 @@ class Score:
     nats: float
     num_targets: int
     num_bytes: int  # UTF-8 bytes of the documents' text
+    num_unknown: int = 0  # of num_targets, those that the tokenizer does not know the text of
+    warnings: tuple[str, ...] = ()  # why the score looks better than it is
 
     @property
     def loss(self) -> float:
@@ -41,7 +43,7 @@ class Score:
 class Evaluation(Score):
     """The score of the held-out documents while training."""
 
-    sample: str | None  # a continuation of evaluate.sample_prompt
+    sample: str | None = None  # a continuation of evaluate.sample_prompt
 
 
 def held_out(run: Run) -> EvaluationSet:
@@ -79,7 +81,13 @@ def score(model: GPT, documents: EvaluationSet) -> Score:
     for batch in documents.batches:
         nats += model(**batch.inputs(mesh.device)).cross_entropy
     total = sum_over(mesh.dp, nats).item()
-    return Score(total, documents.num_targets, documents.num_bytes)
+    return Score(
+        total,
+        documents.num_targets,
+        documents.num_bytes,
+        documents.num_unknown,
+        documents.warnings,
+    )
 
 
 def evaluate(run: Run, state: RunState, documents: EvaluationSet) -> Evaluation:

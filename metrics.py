@@ -94,6 +94,8 @@ class RunLog:
             "eval/perplexity": evaluation.perplexity,
             "eval/bits_per_byte": evaluation.bits_per_byte,
         }
+        if evaluation.num_unknown:
+            row["eval/unknown_fraction"] = evaluation.num_unknown / evaluation.num_targets
         self._write(row)
         logger.info(
             "evaluation at step %d: loss %.4f, perplexity %.2f, %.4f bits per byte",
@@ -102,6 +104,8 @@ class RunLog:
             evaluation.perplexity,
             evaluation.bits_per_byte,
         )
+        for warning in evaluation.warnings if self.is_writer else ():
+            logger.warning("%s", warning)
         if evaluation.sample is not None:
             sample = printable(evaluation.sample.rstrip())
             logger.info("--- sample ---\n%s\n--------------", sample)

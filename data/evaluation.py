@@ -22,6 +22,7 @@ import numpy as np
 
 from data.packing import Int64Array
 from data.prepare import Corpus
+from data.report import lossy_warning, unknown_warning
 from data.rows import IGNORED_TARGET, MicroBatch, Spans, make_micro_batch
 from data.token_file import Tokens
 
@@ -41,11 +42,23 @@ class EvaluationSet:
     num_documents: int  # of all ranks together, like the counts below
     num_bytes: int  # UTF-8 bytes of the documents' text
     num_targets: int
+    num_unknown: int  # of the targets, those that stand for text that the tokenizer does not know
     num_batches: int  # of each rank: the same number on all
     _corpus: Corpus = field(repr=False)
     _windows: _Windows = field(repr=False)  # [num_batches, b] each, this rank's
     _numbers: Int64Array = field(repr=False)
     _multiple_of: int = field(repr=False)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the targets do not tell of the text, which makes its score look better."""
+        found = []
+        if self.num_unknown:
+            found.append(unknown_warning(self.num_unknown, self.num_targets, "scored tokens"))
+        split = self._corpus.summary.get("validation", {})
+        if split.get("lossy"):
+            found.append(lossy_warning(split, "held-out documents"))
+        return tuple(found)
 
     @property
     def batches(self) -> Iterator[MicroBatch]:
@@ -106,12 +119,22 @@ def evaluation_batches(
         num_documents=len(documents),
         num_bytes=int(file.document_bytes[documents].sum()),
         num_targets=int(windows.scored.sum()),
+        num_unknown=_count_unknown(corpus, documents),
         num_batches=num_batches,
         _corpus=corpus,
         _windows=_Windows(*map(dealt, windows)),
         _numbers=dealt(np.arange(num_rows, dtype=np.int64)),
         _multiple_of=tp_size,
     )
+
+
+def _count_unknown(corpus: Corpus, documents: Int64Array) -> int:
+    if not corpus.summary.get("validation", {}).get("unknown"):  # nearly always
+        return 0
+    file, unk_id = corpus.validation, corpus.tokenizer.unk_id
+    starts, ends = file.document_offsets[documents] + 1, file.document_offsets[documents + 1] - 1
+    spans = (file.span(a, b) for a, b in zip(starts.tolist(), ends.tolist(), strict=True))
+    return sum(int(np.count_nonzero(span == unk_id)) for span in spans)
 
 
 def _windows_of(

@@ -14,6 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from configs.errors import UserError
@@ -161,6 +162,10 @@ def _spooled(source: Source) -> tuple[Spool, SpoolProgress]:
     return spool, SpoolProgress.stored(read_header(source.text)["read"])
 
 
+def _text(spool: Spool, indices: npt.NDArray[np.int64], number: int) -> str:
+    return spool.document(int(indices[number]))
+
+
 def fill_tokens(
     source: Source, split: Split, config: DataConfig, tokenizer: Tokenizer, work: Path
 ) -> None:
@@ -168,17 +173,13 @@ def fill_tokens(
     started_at = time.perf_counter()
     spool, read = _spooled(source)
     division = divide(spool, split, config.validation_fraction)
-    if config.tokenizer is not None and not tokenizer.is_lossless:
-        logger.warning(
-            "data.tokenizer=%r does not give every text back unchanged; bits per byte will count "
-            "the bytes of the original text",
-            config.tokenizer,
-        )
+    texts = division.spool
     write_durably(work / TOKENIZER, tokenizer.model)
     summary = {**read_summary(read, spool), "ends_held_out": division.num_ends}
     for name, indices in zip(SPLITS, (division.train, division.validation), strict=True):
-        write_token_file(work, name, division.spool, indices, tokenizer)
-        summary[name] = split_summary(open_token_file(work, name, tokenizer.vocab_size))
+        write_token_file(work, name, texts, indices, tokenizer)
+        tokens = open_token_file(work, name, tokenizer.vocab_size)
+        summary[name] = split_summary(tokens, partial(_text, texts, indices), tokenizer)
     close_spool(spool)
     require_all_accounted_for(work, summary)
     names = [TOKENIZER, *(f"{name}.{part}" for name in SPLITS for part in PARTS)]

@@ -48,7 +48,7 @@ from data.making import (
     fill_tokens,
 )
 from data.mixture import JoinedTokens
-from data.report import describe, evaluation_warnings, joined_summary
+from data.report import all_warnings, describe, joined_summary
 from data.split import HELD_OUT, Split, read_documents, split_by_given, split_by_hash
 from data.token_file import Tokens, open_token_file
 from data.tokenizer import RECIPE_VERSION, Tokenizer, load_tokenizer
@@ -102,9 +102,9 @@ def prepare_corpus(config: DataConfig, seq_length: int, local_rank: int) -> Corp
     if is_maker:
         where = f" and {len(entries) - 1} more" if entries[1:] else ""
         logger.info("corpus %s%s: %s", entries[0], where, describe(corpus.summary))
-        if held_out or config.validation_fraction > 0:
-            for warning in evaluation_warnings(corpus.summary):
-                logger.warning("%s", warning)
+        is_evaluated = bool(held_out) or config.validation_fraction > 0
+        for warning in all_warnings(corpus.summary, is_evaluated=is_evaluated):
+            logger.warning("%s", warning)
     _require_rows(sources, config, corpus, seq_length)
     return corpus
 

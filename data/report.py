@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,15 @@ import numpy as np
 
 from data.spool import Spool, SpoolProgress
 from data.token_file import TokenFile
+from data.tokenizer import Tokenizer
+
+Texts = Callable[[int], str]  # the text of a document, by its number in a split
 
 _SHORTEST_BIN = 6  # the first bin of lengths ends at 2^6 tokens
 _LONGEST_BIN = 16
+_TOKENS_AT_ONCE = 1 << 24
+# As many are decoded to be compared with their text, and about as many bytes of them.
+_COMPARED_DOCUMENTS, _COMPARED_BYTES = 1000, 16 << 20
 _FEW_BYTES = 10_000  # of held-out text; the loss of so little is uncertain by some hundredths
 
 logger = logging.getLogger("microtron")
@@ -30,7 +36,7 @@ def read_summary(read: SpoolProgress, spool: Spool) -> dict[str, Any]:
     }
 
 
-def split_summary(tokens: TokenFile) -> dict[str, Any]:
+def split_summary(tokens: TokenFile, texts: Texts, tokenizer: Tokenizer) -> dict[str, Any]:
     """What a split has in it; `lengths`: documents of at most 2^6, 2^7, ... 2^16, more tokens."""
     lengths = np.diff(tokens.document_offsets)
     bins = np.clip(np.ceil(np.log2(np.maximum(1, lengths))), _SHORTEST_BIN, _LONGEST_BIN + 1)
@@ -42,7 +48,28 @@ def split_summary(tokens: TokenFile) -> dict[str, Any]:
         "bytes": int(tokens.document_bytes.sum()),
         "tokens": tokens.num_tokens,
         "lengths": counts.tolist(),
+        **_encoding_summary(tokens, texts, tokenizer),
     }
+
+
+def _encoding_summary(tokens: TokenFile, texts: Texts, tokenizer: Tokenizer) -> dict[str, int]:
+    """How much text its tokens do not tell: of `compared` documents, evenly spread, `lossy` decode
+    to another text."""
+    pieces = (
+        tokens.tokens[start : start + _TOKENS_AT_ONCE]
+        for start in range(0, tokens.num_tokens, _TOKENS_AT_ONCE)
+    )
+    unknown = sum(int(np.count_nonzero(piece == tokenizer.unk_id)) for piece in pieces)
+    compared = lossy = num_bytes = 0
+    for index in range(0, tokens.num_documents, 1 + tokens.num_documents // _COMPARED_DOCUMENTS):
+        start, end = tokens.document_offsets[index : index + 2].tolist()
+        text, ids = texts(index), tokens.tokens[start + 1 : end - 1].tolist()
+        lossy += tokenizer.decode(ids) != text
+        compared += 1
+        num_bytes += int(tokens.document_bytes[index])
+        if num_bytes > _COMPARED_BYTES:
+            break
+    return {"unknown": unknown, "lossy": lossy, "compared": compared}
 
 
 def require_all_accounted_for(entry: Path, summary: dict[str, Any]) -> None:
@@ -79,6 +106,13 @@ def _sum(values: list[Any]) -> Any:
     return sum(values)
 
 
+def all_warnings(summary: dict[str, Any], *, is_evaluated: bool) -> Iterator[str]:
+    """What to say of a corpus whenever it is used."""
+    yield from encoding_warnings(summary)
+    if is_evaluated:
+        yield from evaluation_warnings(summary)
+
+
 def evaluation_warnings(summary: dict[str, Any]) -> Iterator[str]:
     """What is wrong with the held-out text of a run that should have some."""
     num_bytes = summary["validation"]["bytes"]
@@ -87,6 +121,35 @@ def evaluation_warnings(summary: dict[str, Any]) -> Iterator[str]:
         yield f"there is no held-out text, and so no evaluation; {fix}"
     elif num_bytes < _FEW_BYTES:
         yield f"only {num_bytes:,} bytes of text are held out, so eval/* says little; {fix}"
+
+
+def encoding_warnings(summary: dict[str, Any]) -> Iterator[str]:
+    """What the tokens of a run's splits do not tell of their texts."""
+    for name in ("train", "validation"):
+        split = summary[name]
+        if split["unknown"]:
+            yield unknown_warning(
+                split["unknown"], split["tokens"] - 2 * split["documents"], f"{name} tokens"
+            )
+        if split["lossy"]:
+            yield lossy_warning(split, f"{name} documents")
+
+
+def unknown_warning(unknown: int, total: int, what: str) -> str:
+    """Says how many tokens are unknown, and why it matters."""
+    return (
+        f"{unknown:,} of {total:,} {what} ({unknown / total:.1%}) are unknown to the tokenizer: "
+        "bits per byte counts the text that they hide as if it were predicted, and is too low; use "
+        "a tokenizer with byte fallback (data.tokenizer=null trains one)"
+    )
+
+
+def lossy_warning(split: dict[str, Any], what: str) -> str:
+    """Says how many documents the tokenizer does not give back."""
+    return (
+        f"{split['lossy']:,} of {split['compared']:,} {what} that were compared decode to another "
+        "text; bits per byte counts the bytes of the original"
+    )
 
 
 def describe(summary: dict[str, Any]) -> str:

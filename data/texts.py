@@ -36,6 +36,7 @@ def corpus_to_score(source: SourceConfig, tokenizer: Tokenizer, tokenizer_path: 
     documents: list[npt.NDArray[np.unsignedinteger]] = []
     document_bytes: list[int] = []
     skipped: Counter[str] = Counter()
+    lossy = 0
     dtype = token_dtype(tokenizer.vocab_size)
     with tempfile.TemporaryDirectory() as scratch:
         records = read_records(source, "data", source_files(source), Path(scratch), Place())
@@ -43,7 +44,11 @@ def corpus_to_score(source: SourceConfig, tokenizer: Tokenizer, tokenizer_path: 
             skipped.update(record.reason for record in batch if record.reason is not None)
             texts = [text for record in batch for text in record.texts]
             document_bytes += [len(text.encode()) for text in texts]
-            documents += encoded(texts, tokenizer, dtype)
+            documents += (found := list(encoded(texts, tokenizer, dtype)))
+            lossy += sum(
+                tokenizer.decode(document[1:-1].tolist()) != text
+                for document, text in zip(found, texts, strict=True)
+            )
     if not documents:
         reasons = describe_counts(skipped)
         raise UserError(
@@ -58,5 +63,7 @@ def corpus_to_score(source: SourceConfig, tokenizer: Tokenizer, tokenizer_path: 
     for part in (tokens, offsets, sizes):
         digest.update(part.tobytes())
     file = TokenFile(tokens, offsets, sizes)
-    summary = {"skipped": dict(skipped)}
+    unknown = int(np.count_nonzero(tokens == tokenizer.unk_id))
+    validation = {"unknown": unknown, "lossy": lossy, "compared": len(documents)}
+    summary = {"skipped": dict(skipped), "validation": validation}
     return Corpus(tokenizer, tokenizer_path, file, file, digest.hexdigest(), summary)

@@ -68,6 +68,7 @@ class Tokenizer:
             raise UserError(f"{origin} is not a readable sentencepiece model: it has no pieces")
         self.bos_id: int = processor.bos_id()
         self.eos_id: int = processor.eos_id()
+        self.unk_id: int = processor.unk_id()  # of text that no piece stands for
         if self.bos_id < 0 or self.eos_id < 0:
             raise UserError(
                 f"{origin} has bos_id={self.bos_id} and eos_id={self.eos_id}; both must be "
@@ -121,11 +122,6 @@ class Tokenizer:
             if first.endswith("\n")
             for second in _CUT_PROBES
         )
-
-    @functools.cached_property
-    def is_lossless(self) -> bool:
-        """True if a text with all kinds of white space and rare characters comes back unchanged."""
-        return self.decode(self.encode(_LOSSLESS_PROBE)) == _LOSSLESS_PROBE
 
     @functools.cached_property
     def _block_ids(self) -> npt.NDArray[np.int32]:

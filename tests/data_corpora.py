@@ -1,11 +1,13 @@
 """Small corpora for the tests of `data`."""
 
 import functools
+import io
 import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import sentencepiece
 
 from configs.schema import DataConfig
 from data import Corpus, TokenFile, Tokenizer
@@ -27,6 +29,21 @@ def random_text(seed: int, num_lines: int) -> str:
 def small_tokenizer() -> Tokenizer:
     """Returns a lossless tokenizer of 320 pieces."""
     return Tokenizer(train_tokenizer(random_text(0, 200).split("\n"), 320), "small_tokenizer")
+
+
+def lossy_model(folder: Path, texts: list[str]) -> Path:
+    """Writes a tokenizer by sentencepiece's defaults, without pieces for characters that are rare
+    in the texts; returns its file."""
+    content = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=content,
+        vocab_size=60,
+        hard_vocab_limit=False,
+        minloglevel=3,
+    )
+    (folder / "lossy.model").write_bytes(content.getvalue())
+    return folder / "lossy.model"
 
 
 def corpus_of_lengths(train: list[int], validation: tuple[int, ...] = ()) -> Corpus:

@@ -10,8 +10,9 @@ from configs import run_config
 from evaluate import Settings, parse, text_to_score
 from evaluation import documents_of, score
 from parallel import Mesh
+from tests.data_corpora import lossy_model, random_text
 from tests.distributed import ONE_RANK, Layout, distributed
-from tests.runs import rows
+from tests.runs import finish, rows, settings, start
 from tests.test_evaluation import reference_score
 from tests.trained_runs import FAMILIES, Dense, start_program
 from trained import load_trained
@@ -60,6 +61,33 @@ def test_any_text_has_the_score_of_the_reference(
     assert result["perplexity"] == pytest.approx(math.exp(nats / num_targets), rel=2e-5)
     assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=2e-6)
     assert f"{result['bits_per_byte']:.4f} bits/byte" in written.decode()
+
+
+def test_unknown_tokens_are_told_while_training_and_after(tmp_path: Path) -> None:
+    """Of a single input.txt, whose end is held out: at the start, at each evaluation, after."""
+    lines = [f"{line} {chr(0x4E00 + number)}" for number, line in enumerate(random_lines())]
+    (tmp_path / "input.txt").write_text("\n".join(lines))
+    model = lossy_model(tmp_path, random_lines())
+    arguments = settings(tmp_path / "input.txt", tmp_path, f"data.tokenizer={model}")
+    for first in (True, False):
+        steps = 3 if first else 6
+        output = finish(start(1, [*arguments, f"train.train_steps={steps}"]))
+        assert output.count("train tokens (") == output.count("validation tokens (") == 1
+        assert output.count("scored tokens (") == 1
+        assert output.count("held-out documents that were compared decode to another text") == 1
+    last = rows(tmp_path)[-1]
+    assert 0 < last["eval/unknown_fraction"] < 0.2
+    output_path = tmp_path / "result.json"
+    code, _ = start_program(1, "evaluate.py", f"run={tmp_path / 'test'}", f"output={output_path}")
+    result = json.loads(output_path.read_text())
+    assert code == 0
+    assert result["unknown_tokens"] / result["tokens"] == last["eval/unknown_fraction"]
+    assert result["bits_per_byte"] == pytest.approx(last["eval/bits_per_byte"], rel=2e-6)
+
+
+def random_lines() -> list[str]:
+    """Lines of words that a small tokenizer knows."""
+    return random_text(1, 400).split("\n")
 
 
 def test_what_does_not_go_together_is_one_line(
