@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs import UserError, WeightedSource
+from configs import ConfigError, UserError, WeightedSource, parse_config
 from configs.schema import DataConfig
-from data import Corpus, prepare_corpus, text_fingerprint
+from data import Corpus, evaluation_batches, prepare_corpus, text_fingerprint
 from data.records import Place, Record
 from data.split import END_HELD_OUT, HELD_OUT, TRAINED_ON, Documents, divide, split_by_hash
 from data.spool import Spool, open_spool, write_spool
@@ -171,6 +171,18 @@ def test_given_text_is_held_out_of_every_source(tmp_path: Path) -> None:
     assert text_fingerprint(plain) != text_fingerprint(config)
     assert prepare_corpus(plain, 16, 0).fingerprint != corpus.fingerprint
     assert prepare_corpus(config, 16, 1).fingerprint == corpus.fingerprint
+    scored = evaluation_batches(
+        corpus,
+        seq_length=16,
+        max_sequences=None,
+        micro_batch_size=4,
+        dp_rank=0,
+        dp_size=1,
+        tp_size=1,
+    )
+    assert scored.num_documents == 2
+    assert scored.num_bytes == len(b) + len(d)
+    assert scored.num_targets == corpus.validation.num_tokens - 2 * 2
 
 
 def test_nothing_but_given_text_is_an_error(tmp_path: Path) -> None:
@@ -179,3 +191,24 @@ def test_nothing_but_given_text_is_an_error(tmp_path: Path) -> None:
     config = mixture(tmp_path, [a, b], [b, a], given=0)
     with pytest.raises(UserError, match=r"every document of data\.sources\[0\]\.path=.* held out"):
         prepare_corpus(config, 16, 0)
+
+
+def test_a_wrong_validation_path_is_named(tmp_path: Path) -> None:
+    """Before anything is started, by its own key."""
+    (tmp_path / "x.txt").write_text("x")
+    arguments = ["config=gpt_debug.yaml", "data.source=text", f"data.path={tmp_path / 'x.txt'}"]
+    given = "data.validation_path=/nowhere"
+    with pytest.raises(ConfigError, match=f"^{given} does not exist; give an existing file"):
+        parse_config([*arguments, given])
+    with pytest.raises(ConfigError, match=r"data\.validation_path=x has no meaning for .*stdlib"):
+        parse_config(["config=gpt_debug.yaml", "data.validation_path=x"])
+    with pytest.raises(ConfigError, match=r"data\.validation_path=x has no meaning beside"):
+        parse_config(
+            [
+                "config=gpt_debug.yaml",
+                "data.sources=[{source: python_stdlib}]",
+                "data.validation_path=x",
+            ]
+        )
+    config = parse_config([*arguments, f"data.validation_path={tmp_path}"])
+    assert config.data.mixture["data"].validation_path == str(tmp_path)
