@@ -1,7 +1,7 @@
 """Settings: one page of typed keys, the shipped files, loading and validation. No torch here."""
 
 from configs.errors import ConfigError, UserError, machine_errors_as_user_errors, os_error_text
-from configs.keys import flatten
+from configs.fields import Text, flatten
 from configs.launch import (
     EXIT_BEFORE_TRAINING,
     exit_with_error,
@@ -11,7 +11,6 @@ from configs.launch import (
 )
 from configs.load import load_config, parse_config, read_config, to_yaml
 from configs.program import (
-    Text,
     exit_on_config_error,
     load_settings,
     parse_settings,

@@ -9,70 +9,40 @@
         RANGES: ClassVar = {"max_new_tokens": Range(1)}
 
 A field without a default is required. Errors and `--help` are made from the class: the comment of a
-field is its documentation. Relations between fields are for its `__post_init__`, as ConfigError.
-What is also a key of train.py may be written as there: `parallel.tensor_model_parallel_size=2`.
+field is its documentation. Relations between fields are checked in `__post_init__`, as ConfigError.
+A key that train.py has too may be written as there: `parallel.tensor_model_parallel_size=2`.
 """
 
 import dataclasses
-import difflib
 import inspect
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar
 
 from configs.errors import ConfigError, shown
-from configs.keys import KEYS, Key, Value, keys_of
+from configs.fields import KEYS, Field, fields_of
 from configs.launch import exit_with_error, is_rank_zero, world_size_from_environment
-from configs.load import HELP, read_config
+from configs.load import HELP, read_config, split_argument
 from configs.schema import Config
-from configs.usage import describe_key, field_comments
+from configs.suggest import suggest
+from configs.usage import describe_field
 from configs.validate import Range, validate
-from configs.values import Written, parse_value
-
-# Taken as it is written: no word for null, no quotes, no escapes.
-Text = Annotated[str, "verbatim"]
+from configs.values import argument_node, convert
 
 _Settings = TypeVar("_Settings")
-_SIMILARITY = 0.6  # difflib's ratio from which a key counts as a misspelling
-
-# What others call our keys; those that a program has count.
-_ALIASES: dict[str, tuple[str, ...]] = {
-    "batch_size": ("micro_batch_size", "num_samples"),
-    "checkpoint": ("step", "run"),
-    "data": ("path",),
-    "dataset": ("path",),
-    "directory": ("output", "run"),
-    "dtype": ("precision",),
-    "file": ("path", "output"),
-    "folder": ("output", "run"),
-    "input": ("prompt", "path", "source"),
-    "length": ("max_new_tokens",),
-    "max_length": ("max_new_tokens",),
-    "model": ("source", "run"),
-    "n": ("num_samples",),
-    "name": ("run",),
-    "num_return_sequences": ("num_samples",),
-    "num_tokens": ("max_new_tokens",),
-    "out": ("output",),
-    "precision": ("dtype",),
-    "temp": ("temperature",),
-    "text": ("prompt", "path"),
-    "tp": ("tensor_model_parallel_size",),
-    "tp_size": ("tensor_model_parallel_size",),
-}
 
 
 def load_settings(settings_class: type[_Settings], arguments: list[str]) -> _Settings:
-    """Returns the settings of a program, or ends the process.
+    """The settings of a program; ends the process if there are none.
 
-    `--help` prints and exits with 0; anything wrong prints a line and exits with 2.
+    `--help` prints and exits with 0; an error prints one line and exits with 2.
     """
     if HELP & set(arguments):
         if is_rank_zero():
-            sys.stdout.write(usage_of(settings_class))
+            sys.stdout.write(_usage(settings_class))
         raise SystemExit(0)
     with exit_on_config_error():
         return parse_settings(settings_class, arguments)
@@ -88,54 +58,66 @@ def exit_on_config_error() -> Iterator[None]:
 
 
 def parse_settings(settings_class: type[_Settings], arguments: list[str]) -> _Settings:
-    """Returns the settings of a program; ConfigError says what is wrong with them."""
-    keys = keys_of(settings_class)
-    given: dict[str, str] = {}  # of a key given twice the last counts, as for train.py
-    for argument in arguments:
-        name, text = _name_and_text(argument, keys, _program(settings_class))
-        given[name] = text
-    hints = get_type_hints(settings_class, include_extras=True)
-    values: dict[str, Any] = {
-        name: _value(keys[name], text, hints[name]) for name, text in given.items()
-    }
-    for name, key in keys.items():
-        if key.default is dataclasses.MISSING and name not in values:
-            comment = _comments(settings_class)[name]
-            raise ConfigError(f"{name}={name.upper()} is required: {comment}", name)
-    ranges: dict[str, Range] = getattr(settings_class, "RANGES", {})
-    for name, allowed in ranges.items():
-        if values.get(name) is not None and values[name] not in allowed:
-            raise ConfigError(f"{name}={values[name]} is out of range; it must be {allowed}", name)
+    """The settings of a program; ConfigError says what is wrong with them."""
+    fields = fields_of(settings_class)
+    ranges: Mapping[str, Range] = getattr(settings_class, "RANGES", {})
+    values: dict[str, Any] = {}
+    for argument in arguments:  # of a key given twice the last counts
+        name, text = _key_and_text(argument, fields, _program(settings_class))
+        value = values[name] = convert(fields[name], argument_node(fields[name], text))
+        if fields[name].hint is str and value is not None and not value.strip():
+            raise ConfigError(f"{name} is empty; give it a value, or leave it out", name)
+        if name in ranges and value is not None and value not in ranges[name]:
+            raise ConfigError(f"{name}={value} is out of range; it must be {ranges[name]}", name)
+    for name, field in fields.items():
+        if field.default is dataclasses.MISSING and name not in values:
+            raise ConfigError(f"{name}={name.upper()} is required: {field.comment}", name)
     return settings_class(**values)
 
 
-def usage_of(settings_class: type[Any]) -> str:
-    """Returns how to start a program, and all its keys with type, default and comment."""
-    comments = _comments(settings_class)
+def _usage(settings_class: type[Any]) -> str:
     lines = [f"Usage: python {_program(settings_class)} key=value ...", ""]
     lines += [*(inspect.getdoc(settings_class) or "").splitlines(), ""]
-    for key in keys_of(settings_class).values():
-        required = key.default is dataclasses.MISSING
-        default = "required" if required else f"default {shown(key.default)}"
-        lines += describe_key(key, default, comments[key.name])
+    for field in fields_of(settings_class).values():
+        lines += describe_field(field)
     return "\n".join([*lines, ""])
 
 
+def _program(settings_class: type[Any]) -> str:
+    return Path(inspect.getfile(settings_class)).name
+
+
+def _key_and_text(argument: str, fields: Mapping[str, Field], program: str) -> tuple[str, str]:
+    key, text, written = split_argument(argument, fields)
+    name = key.rpartition(".")[2] if key in KEYS else key
+    if name not in fields:
+        keys = f"the keys of {program} are: {', '.join(fields)} (python {program} --help)"
+        if meant := suggest(key, fields):
+            problem = f"there is no key {key}; did you mean {meant}?"
+        elif key in KEYS:
+            problem = f"settings of the run come from its config.yaml; {keys}"
+        else:
+            problem = f"there is no key {key}; {keys}"
+        raise ConfigError(f"{key}={shown(text)}: {problem}")
+    if key != written:
+        raise ConfigError(f"{shown(argument)} has dashes; write {key}={shown(text)}")
+    return name, text
+
+
 def run_config(run: str, tensor_model_parallel_size: int | None = None, **train: Any) -> Config:
-    """Returns the configuration of the run in a folder, for the ranks there are.
+    """The configuration of the run in a folder, for the number of ranks of this launch.
 
     The tensor-parallel size is the number of ranks unless given; `train` replaces keys of that
-    section. The batch of training has no meaning here and becomes one micro-batch a rank. Raises
-    ConfigError if the folder is no run, or the model does not divide over the ranks.
+    section. The batch of training has no meaning here and becomes one micro-batch per rank. Raises
+    ConfigError if the folder is not a run, or if the model does not divide over the ranks.
     """
     path = Path(os.path.expanduser(run), "config.yaml")
     if not path.is_file():
-        hint = ""
-        if Path("runs", run, "config.yaml").is_file():
-            hint = f"did you mean run=runs/{run}? "
+        other = Path("runs", run)
+        hint = f"did you mean run={other}? " if (other / "config.yaml").is_file() else ""
         raise ConfigError(
-            f"run={shown(run)} is no run: there is no {path}; {hint}give the folder that train.py "
-            "has written, such as runs/gpt_debug",
+            f"run={shown(run)} is not a run: there is no {path}; {hint}give the folder that "
+            "train.py has written, such as runs/gpt_debug",
             "run",
         )
     config, num_ranks = read_config(path), world_size_from_environment()
@@ -147,60 +129,3 @@ def run_config(run: str, tensor_model_parallel_size: int | None = None, **train:
     config = dataclasses.replace(config, parallel=parallel, train=settings)
     validate(config, num_ranks)
     return config
-
-
-def _program(settings_class: type[Any]) -> str:
-    return Path(inspect.getfile(settings_class)).name
-
-
-def _comments(settings_class: type[Any]) -> dict[str, str]:
-    source = Path(inspect.getfile(settings_class)).read_text("utf-8")
-    return field_comments(source)[settings_class.__name__]
-
-
-def _name_and_text(argument: str, keys: dict[str, Key], program: str) -> tuple[str, str]:
-    written, equals, text = argument.partition("=")
-    written = written.strip()
-    bare = written.lstrip("-")
-    leaf = bare.rpartition(".")[2] if bare in KEYS else bare
-    if not equals:
-        if leaf in keys:
-            fix = f"write {leaf}=VALUE, without spaces or dashes"
-        elif os.path.isdir(argument) and "run" in keys:
-            fix = f"write run={argument}"
-        else:
-            fix = f"write key=value, without spaces or dashes (all keys: python {program} --help)"
-        raise ConfigError(f"{shown(argument)} has no '='; {fix}")
-    if leaf not in keys:
-        raise ConfigError(f"{bare}={shown(text)}: {_explain_unknown(bare, keys, program)}")
-    if written != bare:
-        raise ConfigError(f"{shown(argument)} has dashes; write {bare}={shown(text)}")
-    return leaf, text
-
-
-def _explain_unknown(name: str, keys: dict[str, Key], program: str) -> str:
-    """What was meant by a key that a program does not have, or which ones there are."""
-    leaf = name.rpartition(".")[2].lower().replace("-", "_")
-    meant = [alias for alias in _ALIASES.get(leaf, ()) if alias in keys]
-    if leaf in keys:
-        meant = [leaf]
-    if nearest := meant or difflib.get_close_matches(leaf, keys, n=1, cutoff=_SIMILARITY):
-        return f"there is no key {name}; did you mean {nearest[0]}?"
-    all_keys = f"the keys of {program} are: {', '.join(keys)} (python {program} --help)"
-    if name in KEYS:
-        return f"settings of the run are those of its config.yaml and stay; {all_keys}"
-    return f"there is no key {name}; {all_keys}"
-
-
-def _value(key: Key, text: str, hint: Any) -> Value:
-    written = Written(key.name, text, quoted=not text and key.type is str, place="")
-    if Text in (hint, *get_args(hint)):
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise written.error(f"{key.name} is not valid UTF-8; write it in UTF-8") from None
-        return text
-    value = parse_value(key, written)
-    if isinstance(value, str) and not value.strip():
-        raise written.error(f"{key.name} is empty; give it a value, or leave it out")
-    return value

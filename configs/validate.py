@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, fields
 
 from configs.errors import ConfigError, shown
-from configs.keys import KEYS, flatten
+from configs.fields import KEYS, flatten
 from configs.layout import check_layout, divisors
 from configs.schema import Config, SourceConfig, WeightedSource
 

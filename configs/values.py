@@ -1,142 +1,187 @@
-"""From the text of a value to the value, by the type of its key.
+"""From YAML to the value of a setting, by the type of its key.
 
-YAML guesses types from how a text looks: 010 is eight, 12:30 is 750, off is false, 1e4 is a string.
-So the text itself is read here, the same way from a file and from the command line, and what YAML
-would have changed silently is refused.
+YAML guesses types from how a scalar looks: 010 is eight, 12:30 is 750, off is false, 1e4 is a
+string. So the text of a scalar is read by the type of the key, the same way from a file and from
+the command line; what looks like another type is refused rather than changed.
 """
 
+import dataclasses
+import difflib
+import io
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
 from decimal import Decimal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 
 from configs.errors import ConfigError, shown
-from configs.keys import Key, Value
+from configs.fields import Field, fields_of
 
-NULLS = {"", "~", "null", "Null", "NULL"}
-_INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]*(_[0-9]+)*)")
-_NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
-_LEADING_ZERO = re.compile(r"[+-]?0[0-9_]+")
-_OTHER_BASE = re.compile(r"[+-]?0(x[0-9a-f]+|o[0-7]+|b[01]+)", re.IGNORECASE)
-_BASE_60 = re.compile(r"[+-]?[0-9_]+(:[0-9]+)+(\.[0-9]*)?")
-_MAX_INTEGER_DIGITS = 19  # of 2**63 - 1, the largest seed
+_YAML = "tag:yaml.org,2002:"
+_NULL, _NULLS = f"{_YAML}null", {"", "~", "null", "Null", "NULL"}
+_PLAIN_TAGS = {_YAML + name for name in ("str", "int", "float", "bool", "null", "timestamp")}
+_NUMBER = re.compile(r"[+-]?((?!0[0-9])[0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
+_MAX_DIGITS = 20  # one more than 2**63 - 1, the largest seed, has
 
 
-@dataclass(frozen=True)
-class Written:
-    """A setting as somebody wrote it."""
-
-    key: str
-    text: str
-    quoted: bool  # quoted text is never null
-    place: str  # file:line, or empty for the command line
-    node: yaml.Node | None = None  # of a list, what YAML sees in it; None if it is not YAML
-
-    @property
-    def file(self) -> str:
-        """The file it is from, empty for the command line."""
-        return self.place.rpartition(":")[0]
-
-    def error(self, message: str) -> ConfigError:
-        """The error with its place in front."""
-        return ConfigError(f"{self.place}: {message}" if self.place else message, self.key)
+def argument_node(field: Field, text: str) -> yaml.Node:
+    """The YAML node of a value on the command line; a string is taken as it is."""
+    is_string = field.hint is str
+    is_quoted = is_string and len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+    if get_origin(field.hint) is tuple or is_quoted:
+        try:
+            return compose(text) or yaml.ScalarNode(_NULL, text)
+        except (yaml.YAMLError, RecursionError):
+            raise ConfigError(f"{field.name}={shown(text)} is not valid YAML", field.name) from None
+    is_null = text in _NULLS and get_origin(field.hint) is not Annotated
+    if is_null and not (is_string and not text):
+        return yaml.ScalarNode(_NULL, text)
+    return yaml.ScalarNode(f"{_YAML}str", text)
 
 
-def parse_value(key: Key, written: Written) -> Value:
-    """Reads a text as the type of its key; ConfigError says what is allowed."""
-    if not written.quoted and written.text in NULLS:
-        if key.nullable:
+def compose(text: str, source: str = "") -> yaml.Node | None:
+    """The YAML nodes of a text; `source` is the file it is from, for errors, empty if none."""
+    stream = io.StringIO(text)
+    stream.name = source
+    return yaml.compose(stream, Loader=yaml.SafeLoader)
+
+
+def error(node: yaml.Node, message: str, key: str) -> ConfigError:
+    """The error about a node, with file and line in front if it is from a file."""
+    mark = node.start_mark
+    place = f"{mark.name}:{mark.line + 1}: " if mark and mark.name else ""
+    return ConfigError(f"{place}{message}", key)
+
+
+def display(node: yaml.Node) -> str:
+    """A node as an error shows it."""
+    if isinstance(node, yaml.ScalarNode):
+        return shown(node.value)
+    return "{...}" if isinstance(node, yaml.MappingNode) else "[...]"
+
+
+def mapping_items(mapping: yaml.Node, prefix: str) -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
+    """The full key of each entry of a mapping, its node, and its value; refuses repeated keys."""
+    seen: dict[str, yaml.Node] = {}
+    for key_node, value in mapping.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise error(key_node, "a key must be one word", prefix)
+        key = prefix + key_node.value
+        if key in seen:
+            line = f" in line {seen[key].start_mark.line + 1}" if key_node.start_mark.name else ""
+            raise error(key_node, f"{key} is already set{line}; remove one of the two", key)
+        seen[key] = key_node
+        yield key, key_node, value
+
+
+def convert(field: Field, node: yaml.Node) -> Any:
+    """The value of a field; ConfigError says what is allowed."""
+    if node.tag == _NULL:
+        if field.nullable:
             return None
-        hint = ' (an empty text is "")' if key.type is str and not key.choices else ""
-        raise written.error(
-            f"{key.name} has no value; it needs {key.allowed}, and its default is "
-            f"{shown(key.default)}{hint}"
+        default = (
+            "" if field.default is dataclasses.MISSING else f" (default {shown(field.default)})"
         )
-    text = written.text if key.type is str else written.text.strip()
-    reason = _REFUSALS[key.type](key, text)
-    if reason:
-        raise written.error(f"{key.name}={shown(written.text)} {reason}")
-    if key.type is int:
-        return int(Decimal(text.replace("_", "")))
-    if key.type is float:
+        empty = '; an empty string is ""' if field.hint is str else ""
+        raise error(
+            node, f"{field.name} is null; it must be {field.allowed}{default}{empty}", field.name
+        )
+    if get_origin(field.hint) is tuple:
+        return _sequence(field, node)
+    if dataclasses.is_dataclass(field.hint):
+        return _mapping(field, node)
+    if not isinstance(node, yaml.ScalarNode):
+        raise _not_allowed(field, node)
+    if node.tag not in _PLAIN_TAGS:
+        raise error(
+            node, f"{field.name} has the YAML tag {node.tag}; write the plain value", field.name
+        )
+    return _scalar(field, node)
+
+
+def _not_allowed(field: Field, node: yaml.Node) -> ConfigError:
+    message = f"{field.name}={display(node)} is not {field.allowed}"
+    if field.hint in (int, float):
+        example = field.default if isinstance(field.default, int | float) else 100
+        message += f"; write for example {example}"
+    return error(node, message, field.name)
+
+
+def _sequence(field: Field, node: yaml.Node) -> tuple[Any, ...]:
+    hints = get_args(field.hint)
+    if not isinstance(node, yaml.SequenceNode):
+        raise _not_allowed(field, node)
+    if Ellipsis in hints:
+        hints = hints[:1] * len(node.value)
+    if len(node.value) != len(hints):
+        count = f"{len(node.value)} item{'s' * (len(node.value) != 1)}"
+        raise error(node, f"{field.name} has {count}; it must be {field.allowed}", field.name)
+    return tuple(
+        convert(Field(f"{field.name}[{number}]", hint, dataclasses.MISSING), item)
+        for number, (hint, item) in enumerate(zip(hints, node.value, strict=True))
+    )
+
+
+def _mapping(field: Field, node: yaml.Node) -> Any:
+    if not isinstance(node, yaml.MappingNode):
+        raise _not_allowed(field, node)
+    prefix = f"{field.name}."
+    known, values = fields_of(field.hint, prefix), {}
+    for key, key_node, value in mapping_items(node, prefix):
+        if key not in known:
+            leaves = [name.removeprefix(prefix) for name in known]
+            near = difflib.get_close_matches(key.removeprefix(prefix), leaves, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"its keys are {', '.join(leaves)}"
+            raise error(key_node, f"there is no key {key}; {hint}", field.name)
+        values[key.removeprefix(prefix)] = convert(known[key], value)
+    return field.hint(**values)
+
+
+def _scalar(field: Field, node: yaml.ScalarNode) -> int | float | str | bool:
+    text, hint = node.value, field.hint
+    if hint is int:
+        return _integer(field, node)
+    if hint is float and _NUMBER.fullmatch(text.strip()) and math.isfinite(float(text)):
         return float(text)
-    return text.lower() == "true" if key.type is bool else text
-
-
-def _refuse_integer(key: Key, text: str) -> str | None:
-    """Why a text is no whole number, None if it is one; 1e4 is one."""
-    plain = f"is not {key.allowed}; write for example {_example(key)}"
-    if _INTEGER.fullmatch(text):
-        return (
-            None
-            if len(text) <= _MAX_INTEGER_DIGITS
-            else "has too many digits; write a smaller number"
+    if hint is float and text.endswith("%") and _NUMBER.fullmatch(text[:-1]):
+        raise error(
+            node,
+            f"{field.name}={text} is a percentage; write {Decimal(text[:-1]) / 100:f}",
+            field.name,
         )
-    if reason := _refuse_notation(text):
-        return reason
-    if not _NUMBER.fullmatch(text):
-        return plain
-    number = Decimal(text)
-    # Before it is made an int: 1e999 would pass every check of the shape.
-    if number.adjusted() >= _MAX_INTEGER_DIGITS:
-        return "is too large; write a smaller number"
-    return None if number == number.to_integral_value() else plain
+    if hint is bool and text.strip().lower() in ("true", "false"):
+        return bool(text.strip().lower() == "true")
+    if get_origin(hint) is Literal and text.strip() in get_args(hint):
+        return str(text.strip())
+    if hint is str or get_origin(hint) is Annotated:
+        _check_string(field, node)
+        return str(text)
+    raise _not_allowed(field, node)
 
 
-def _refuse_number(key: Key, text: str) -> str | None:
-    if reason := _refuse_notation(text):
-        return reason
+def _integer(field: Field, node: yaml.ScalarNode) -> int:
+    text = re.sub(r"(?<=[0-9])_(?=[0-9])", "", node.value.strip())
     if _NUMBER.fullmatch(text):
-        return None if math.isfinite(float(text)) else "is too large; write a smaller number"
-    if text.endswith("%") and _NUMBER.fullmatch(text[:-1]):
-        return f"is a percentage; write the fraction {Decimal(text[:-1]) / 100:f}"
-    if re.fullmatch(r"[+-]?\.?(nan|inf|infinity)", text.lower()):
-        return f"is not a finite number; write for example {_example(key)}"
-    return f"is not {key.allowed}; write for example {_example(key)}"
+        number = Decimal(text)  # exact, where a float would round
+        if number.adjusted() > _MAX_DIGITS:
+            raise error(node, f"{field.name}={shown(node.value)} is too large", field.name)
+        if number == number.to_integral_value():
+            return int(number)
+    raise _not_allowed(field, node)
 
 
-def _refuse_notation(text: str) -> str | None:
-    """Why a number must be written differently, None if there is no doubt about it."""
-    if _LEADING_ZERO.fullmatch(text):
-        return f"begins with 0, which YAML may read as octal; write {int(text.replace('_', ''))}"
-    if _OTHER_BASE.fullmatch(text):
-        return f"is not decimal; write {int(text, 0)}"
-    if _BASE_60.fullmatch(text):
-        return "has colons, which YAML reads as digits of base 60; write a decimal number"
-    return None
-
-
-def _refuse_text(key: Key, text: str) -> str | None:
-    if key.choices:
-        return None if text in key.choices else f"is not one of {key.allowed}"
-    if key.nullable and text.lower() == "none":
-        return "is not YAML's word for nothing; write null"
-    if "${" in text:
-        return "has ${...} in it, which is not looked up here; write the value itself"
-    if text == "???":
-        return "is OmegaConf's mark for a missing value; write the value itself"
+def _check_string(field: Field, node: yaml.ScalarNode) -> None:
+    text, problem = node.value, ""
+    is_verbatim = get_origin(field.hint) is Annotated
+    if field.nullable and text.lower() == "none" and not is_verbatim:
+        problem = "is a string; for no value write null"
+    if ("${" in text or text == "???") and not is_verbatim:  # OmegaConf would look for a value
+        problem = "has a special meaning to OmegaConf; write the value itself"
     try:
         text.encode()
     except UnicodeEncodeError:
-        return "is not valid UTF-8; write it in UTF-8"
-    return None
-
-
-def _refuse_boolean(key: Key, text: str) -> str | None:
-    return None if text.lower() in ("true", "false") else f"is not {key.allowed}"
-
-
-def _example(key: Key) -> str:
-    # A nullable number has no default to show.
-    return "100" if key.default is None else shown(key.default)
-
-
-_REFUSALS: dict[type, Callable[[Key, str], str | None]] = {
-    int: _refuse_integer,
-    float: _refuse_number,
-    str: _refuse_text,
-    bool: _refuse_boolean,
-}
+        problem = "is not valid UTF-8; write it in UTF-8"
+    if problem:
+        raise error(node, f"{field.name}={shown(text)} {problem}", field.name)

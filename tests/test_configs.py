@@ -11,11 +11,11 @@ import pytest
 import yaml
 
 from configs import Config, ConfigError, flatten, parse_config, read_config, to_yaml
+from configs.fields import KEYS
 from configs.inputs import SOURCE_EXTENSIONS
-from configs.keys import KEYS
 from configs.layout import check_layout, last_chunk
 from configs.schema import TrainConfig
-from configs.usage import SHIPPED, config_list, key_comments, usage
+from configs.usage import SHIPPED, config_list, usage
 from configs.validate import RANGES
 from tests.lines import ROOT
 
@@ -198,8 +198,7 @@ def test_pieces_are_cut_as_torch_does() -> None:
 
 def test_every_number_has_a_range() -> None:
     """A key without one would accept -1."""
-    is_number = {name: key.type in (int, float) and key.count is None for name, key in KEYS.items()}
-    numbers = {name for name, found in is_number.items() if found}
+    numbers = {name for name, field in KEYS.items() if field.hint in (int, float)}
     assert numbers == set(RANGES)
 
 
@@ -208,10 +207,9 @@ def test_help_names_every_key_and_every_shipped_file() -> None:
     text = usage()
     assert all(f"  {key}  (" in text for key in KEYS)
     assert config_list() in text
-    comments = key_comments()
-    assert comments["optimizer.lr"] == "peak learning rate"
-    assert comments["parallel.gradient_sync"].startswith("When gradients are reduced")
-    assert comments["model.num_attention_heads"] == ""
+    assert KEYS["optimizer.lr"].comment == "peak learning rate"
+    assert KEYS["parallel.gradient_sync"].comment.startswith("When gradients are reduced")
+    assert KEYS["model.num_attention_heads"].comment == ""
 
 
 @pytest.mark.parametrize("argument", ["--help", "-h", "help", "config=list"])

@@ -1,5 +1,6 @@
 """Settings that are lists: the sources of a mixture, in a file and on the command line."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,10 +15,8 @@ from configs import (
     read_config,
     to_yaml,
 )
-from configs.keys import KEYS, Key
-from configs.lists import parse_setting
-from configs.values import Written
-from configs.yaml_file import compose_text
+from configs.fields import KEYS, Field, fields_of
+from configs.values import argument_node, convert
 
 MIXTURE = "data.sources=[{source: text, path: a.txt, weight: 3}, {}]"
 
@@ -60,23 +59,29 @@ def test_the_single_keys_are_a_mixture_of_one() -> None:
 @pytest.mark.parametrize(
     ("sources", "message"),
     [
-        ("[{wieght: 2}]", "data.sources[0] has no key wieght; did you mean weight?"),
-        ("[{}, {a: 2}]", "data.sources[1] has no key a; there are source, path, text_field"),
+        ("[{wieght: 2}]", "there is no key data.sources[0].wieght; did you mean weight?"),
+        (
+            "[{}, {a: 2}]",
+            "there is no key data.sources[1].a; its keys are source, path",
+        ),
         ("[{source: txt}]", "data.sources[0].source=txt is not one of python_stdlib, text"),
         ("[{source: text}]", "data.sources[0].path=null, but data.sources[0].source=text needs"),
         ("[{source: text, path: b}]", "data.sources[0].path=b does not exist; give an existing"),
         ("[{path: a.txt}]", "data.sources[0].path=a.txt has no meaning for data.sources[0].source"),
         ("[{weight: 0}]", "data.sources[0].weight=0.0 is out of range; it must be more than 0"),
-        ("[{weight: 1e999}]", "data.sources[0].weight=1e999 is too large"),
-        ("[{weight: [1]}]", "data.sources[0].weight=[...] is not a number"),
-        ("[{weight: !!python/name:os.system 1}]", "data.sources[0].weight=1 is not a number"),
+        ("[{weight: 1e999}]", "data.sources[0].weight=1e999 is not a finite number"),
+        ("[{weight: [1]}]", "data.sources[0].weight=[...] is not a finite number"),
+        (
+            "[{weight: !!python/name:os.system 1}]",
+            "data.sources[0].weight has the YAML tag",
+        ),
         ("[{text_field: ' '}]", "data.sources[0].text_field is empty; give it, or leave it out"),
-        ("[{weight: 1, weight: 2}]", "data.sources[0].weight is already set in line 1"),
+        ("[{weight: 1, weight: 2}]", "data.sources[0].weight is already set; remove one"),
         ("[a.txt]", "data.sources[0]=a.txt is not a mapping {source, path"),
-        ("a.txt", "data.sources=a.txt is no list; write a list [a mapping {source, path"),
-        ("[{", "data.sources=[{ is no list; write a list [a mapping {source, path"),
-        ("null", "data.sources=null is no list; write a list"),
-        ("{source: text}", "data.sources={...} is no list; write a list"),
+        ("a.txt", "data.sources=a.txt is not a list [a mapping {source, path"),
+        ("[{", "data.sources=[{ is not valid YAML"),
+        ("null", "data.sources is null; it must be a list"),
+        ("{source: text}", "data.sources={...} is not a list"),
     ],
 )
 def test_a_wrong_list_is_refused(sources: str, message: str) -> None:
@@ -92,7 +97,7 @@ def test_a_wrong_item_in_a_file_is_found_by_its_line() -> None:
     with pytest.raises(ConfigError, match=r"mine.yaml:3: data.sources\[0\].path=b does not exist"):
         parse_config(["config=mine"])
     Path("mine.yaml").write_text("data:\n  sources:\n    - {}\n    - weight: x\n")
-    with pytest.raises(ConfigError, match=r"mine.yaml:4: data.sources\[1\].weight=x is not a num"):
+    with pytest.raises(ConfigError, match=r"mine.yaml:4: data.sources\[1\].weight=x is not a fin"):
         parse_config(["config=mine"])
 
 
@@ -108,37 +113,29 @@ def test_sources_and_the_single_keys_exclude_each_other() -> None:
         ("[1, 2]", (1, 2)),
         ("[1e1, 1_0]", (10, 10)),
         ("null", None),
-        ("[1]", "pair has 1 items; write a list [a whole number, a whole number] or null"),
-        ("[1, x]", "pair[1]=x is not a whole number; write for example 100"),
-        ("[1, null]", "pair[1] has no value; it needs a whole number"),
-        ("12", "pair=12 is no list; write a list [a whole number, a whole number] or null"),
+        ("[1]", "pair has 1 item; it must be a list [an integer, an integer] or null"),
+        ("[1, x]", "pair[1]=x is not an integer; write for example 100"),
+        ("[1, null]", "pair[1] is null; it must be an integer"),
+        ("12", "pair=12 is not a list [an integer, an integer] or null"),
     ],
 )
 def test_a_list_of_numbers(text: str, expected: object) -> None:
     """Of a given length, each read as a number alone would be."""
-    key = Key("pair", int, (), nullable=True, default=None, count=2)
-    written = Written("pair", text, quoted=False, place="", node=compose_text(text))
+    field = Field("pair", tuple[int, int], default=None, nullable=True)
     if not isinstance(expected, str):
-        assert parse_setting(key, written) == expected
+        assert convert(field, argument_node(field, text)) == expected
         return
     with pytest.raises(ConfigError) as caught:
-        parse_setting(key, written)
+        convert(field, argument_node(field, text))
     assert str(caught.value).startswith(expected)
 
 
 def test_the_fields_of_a_source_are_keys() -> None:
     """With the types and defaults that the single keys have."""
-    fields = KEYS["data.sources"].item(0).fields
-    assert fields["weight"].default == 1.0
-    for leaf, key in fields.items():
-        if leaf != "weight":
-            single = KEYS[f"data.{leaf}"]
-            assert (key.type, key.choices, key.nullable, key.default) == (
-                single.type,
-                single.choices,
-                single.nullable,
-                single.default,
-            )
+    fields = fields_of(WeightedSource)
+    assert fields.pop("weight").default == 1.0
+    for leaf, field in fields.items():
+        assert dataclasses.replace(field, name=f"data.{leaf}") == KEYS[f"data.{leaf}"]
 
 
 @pytest.mark.parametrize(
@@ -150,8 +147,8 @@ def test_the_fields_of_a_source_are_keys() -> None:
         ("[0, 2]", "logging.profile_steps=[0, 2] is no range of steps; write the first and the"),
         ("[5, 4]", "logging.profile_steps=[5, 4] is no range of steps"),
         ("[1, 100000000]", "logging.profile_steps=[1, 100000000] is no range of steps"),
-        ("[5]", "logging.profile_steps has 1 items; write a list [a whole number, a whole number]"),
-        ("5", "logging.profile_steps=5 is no list; write a list [a whole number, a whole number]"),
+        ("[5]", "logging.profile_steps has 1 item; it must be a list [an integer, an integer]"),
+        ("5", "logging.profile_steps=5 is not a list [an integer, an integer]"),
     ],
 )
 def test_the_steps_to_profile(steps: str, expected: object) -> None:

@@ -44,9 +44,9 @@ KEYS = (
     "precision, tensor_model_parallel_size (python test_configs_program.py --help)"
 )
 ERRORS = [
-    ("top_k=abc", "top_k=abc is not a whole number or null; write for example 100"),
+    ("top_k=abc", "top_k=abc is not an integer or null; write for example 100"),
     ("top_k=0", "top_k=0 is out of range; it must be at least 1"),
-    ("temperature=hot", "temperature=hot is not a number; write for example 1.0"),
+    ("temperature=hot", "temperature=hot is not a finite number; write for example 1.0"),
     ("temperature=-1", "temperature=-1.0 is out of range; it must be at least 0"),
     ("precision=fp16", "precision=fp16 is not one of fp32, bf16 or null"),
     ("max_tokens=5", "max_tokens=5: there is no key max_tokens; did you mean max_new_tokens?"),
@@ -56,17 +56,19 @@ ERRORS = [
     ("xyz=5", f"xyz=5: there is no key xyz; {KEYS}"),
     (
         "model.num_layers=5",
-        "model.num_layers=5: settings of the run are those of its config.yaml and stay; " + KEYS,
+        "model.num_layers=5: settings of the run come from its config.yaml; " + KEYS,
     ),
     ("--top_k=5", "--top_k=5 has dashes; write top_k=5"),
-    ("prompt", "prompt has no '='; write prompt=VALUE, without spaces or dashes"),
+    (
+        "prompt",
+        "prompt has no '='; write prompt=value, without spaces or dashes (all keys: --help)",
+    ),
     (
         "hello",
-        "hello has no '='; write key=value, without spaces or dashes (all keys: python "
-        "test_configs_program.py --help)",
+        "hello has no '='; write key=value, without spaces or dashes (all keys: --help)",
     ),
     ("run=", "run is empty; give it a value, or leave it out"),
-    ("prompt=\udcff", "prompt is not valid UTF-8; write it in UTF-8"),
+    ("prompt=\udcff", "prompt='\\udcff' is not valid UTF-8; write it in UTF-8"),
 ]
 
 
@@ -106,10 +108,10 @@ def test_help_comes_from_the_class(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert text.startswith(
         "Usage: python test_configs_program.py key=value ...\n\nSay something about a run.\n\n"
-        "  run  (a text; required)\n      the folder of a run\n"
+        "  run  (a string; required)\n      the folder of a run\n"
     )
-    assert "  max_new_tokens  (a whole number; default 100)\n      Tokens of a line, at" in text
-    assert "  precision  (fp32, bf16 or null; default null)\n      null: the run's\n" in text
+    assert "  max_new_tokens  (an integer; default 100)\n      Tokens of a line, at" in text
+    assert "  precision  (one of fp32, bf16 or null; default null)\n      null: the run's\n" in text
 
 
 def test_an_error_ends_the_process(capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,13 +125,13 @@ def test_an_error_ends_the_process(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_configuration_of_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Laid out for the ranks there are; a folder that is no run, and a layout it cannot have."""
+    """Laid out for the ranks there are; a folder that is not a run, and a layout it cannot have."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/mine").mkdir(parents=True)
     config = parse_config(["config=gpt_debug", "train.global_batch_size=12"])
     (tmp_path / "runs/mine/config.yaml").write_text(to_yaml(config))
     assert run_config("runs/mine").parallel.tensor_model_parallel_size == 1
-    with pytest.raises(ConfigError, match=r"run=mine is no run.*did you mean run=runs/mine\?"):
+    with pytest.raises(ConfigError, match=r"run=mine is not a run.*did you mean run=runs/mine\?"):
         run_config("mine")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.keys import KEYS
+from configs.fields import KEYS
 from tests.lines import PACKAGES, ROOT, budgets, imported_names, source_files
 
 # What each package may import of ours; programs and modules beside them may import everything.
