@@ -12,8 +12,23 @@ import torch
 
 from parallel import Mesh, operand_dtype
 
-# Dense matrix products per second, in operations, from the makers' data sheets (bf16, no sparsity).
-_DATA_SHEET_BF16 = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12}
+# Dense bf16 matmul rates in FLOP/s, from the data sheets: half of those with sparsity. By the full
+# name in torch.cuda.get_device_name, because boards of one chip differ in clocks and power.
+_DATA_SHEET_BF16 = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA H20": 148e12,
+    "NVIDIA H100 80GB HBM3": 989.5e12,
+    "NVIDIA H100 PCIe": 756.5e12,
+    "NVIDIA H100 NVL": 835.5e12,
+    "NVIDIA GH200 480GB": 989.5e12,
+    "NVIDIA H200": 989.5e12,
+    "NVIDIA H200 NVL": 835.5e12,
+    "NVIDIA B200": 2250e12,
+}
 _REPEATS = 5
 # Float32 weights, gradients and two moments.
 _STATE_BYTES_PER_PARAMETER = 16
@@ -23,17 +38,17 @@ _LARGE_BYTES, _NEVER_BYTES, _OLD_LIMIT_BYTES = 1 << 20, 1 << 30, 32 << 20
 
 
 def peak_flops_per_second(device: torch.device, precision: str) -> float:
-    """The rate that MFU is a fraction of.
+    """This rank's share of the rate that MFU is a fraction of.
 
-    In bf16 on a known GPU the data sheet's. Elsewhere, on a processor too, the best measured rate
-    of a product of two square matrices, by this rank with its threads, while its peers do the
-    same: in bfloat16 at the precision in which this processor multiplies it.
+    The data sheet's in bf16 on a known GPU. On other devices, the best measured rate of a product
+    of two square matrices, by this rank with its threads, while its peers do the same: in bfloat16
+    at the precision in which this processor multiplies it. Whatever else runs at that time lowers
+    it, so a measured rate is a lower bound.
     """
     if device.type == "cuda" and precision == "bf16":
-        name = torch.cuda.get_device_name(device)
-        for part, rate in _DATA_SHEET_BF16.items():
-            if part in name:
-                return rate
+        rate = _DATA_SHEET_BF16.get(torch.cuda.get_device_name(device))
+        if rate is not None:
+            return rate
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     size = 1024 if device.type == "cpu" else 8192  # a GPU would time its launch
     a = torch.ones(size, size, dtype=dtype, device=device)

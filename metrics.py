@@ -12,11 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
+import torch
+
 from configs import Config
 from console import Line, duration, printable
 from evaluation import Evaluation
 from hardware import peak_flops_per_second, peak_memory_gib
 from model import flops_per_token
+from parallel import sum_over
 from run_state import Run, RunState, StepResult, lineage
 from wandb_run import Launch, about
 from wandb_view import WandbView
@@ -33,10 +36,9 @@ class RunLog:
     def __init__(self, run: Run, state: RunState) -> None:
         self.config, self.mesh = run.config, run.mesh
         self.is_writer = run.mesh.world.rank == 0
-        self.flops_per_token = flops_per_token(run.config.model, run.config.data.vocab_size)
-        self.peak_flops = run.mesh.world.size * peak_flops_per_second(
-            run.mesh.device, run.config.train.precision
-        )
+        peak = peak_flops_per_second(run.mesh.device, run.config.train.precision)
+        of_rank = torch.tensor(peak, dtype=torch.float64, device=run.mesh.device)
+        self.peak_flops = sum_over(run.mesh.world, of_rank).item()
         self.seconds_per_step: float | None = None
         self.file: IO[str] | None = None
         self.samples = run.folder.samples
@@ -65,6 +67,9 @@ class RunLog:
     def step(self, state: RunState, result: StepResult) -> None:
         """One finished update."""
         tokens_per_second = result.num_targets / result.elapsed_s
+        model, vocab_size = self.config.model, self.config.data.vocab_size
+        flops = tokens_per_second * flops_per_token(model, vocab_size, result.mean_row_length)
+        self.peak_flops = max(self.peak_flops, flops)  # it may have been measured on a busy machine
         row = {
             "step": state.step,
             "tokens": state.tokens,
@@ -74,7 +79,7 @@ class RunLog:
             "train/learning_rate": result.learning_rate,
             **({"train/skipped_steps": state.skipped_steps} if state.skipped_steps else {}),
             "speed/tokens_per_second": tokens_per_second,
-            "speed/mfu": self.flops_per_token * tokens_per_second / self.peak_flops,
+            "speed/mfu": flops / self.peak_flops,
             "memory/peak_gib": peak_memory_gib(self.mesh.device),
         }
         self._write(row)

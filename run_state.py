@@ -79,6 +79,7 @@ class StepResult:
     grad_norm: float  # before clipping
     learning_rate: float
     num_targets: int  # target tokens of the whole global batch
+    mean_row_length: float  # over targets, of their row, or document if those are kept apart
     elapsed_s: float
     why_skipped: str | None  # why its update was left out; None if it was not
 

@@ -145,7 +145,7 @@ def train_step(run: Run, state: RunState, batches: BatchLoader) -> StepResult:
     config, mesh, model = run.config, run.mesh, run.model
     batch = next(batches)
     num_targets = sum_over(mesh.dp, torch.tensor(batch.num_targets, device=mesh.device))
-    sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=mesh.device)
     for number, micro_batch in enumerate(batch.micro_batches, start=1):
         is_last = number == len(batch.micro_batches)
         set_gradient_sync(model, is_last or config.parallel.gradient_sync == "micro_batch")
@@ -158,10 +158,12 @@ def train_step(run: Run, state: RunState, batches: BatchLoader) -> StepResult:
             z_loss_coeff=config.train.z_loss_coeff,
         )
         (losses.objective / num_targets).backward()
-        sums += torch.stack([losses.cross_entropy, losses.log_z_squared]).detach()
+        sums[:2] += torch.stack([losses.cross_entropy, losses.log_z_squared]).detach()
+        sums[2] += micro_batch.sum_of_lengths
     sum_partial_gradients(model, mesh)
     grad_norm = clip_gradients(model, config.optimizer.clip_grad, mesh).item()
-    mean_loss, mean_log_z_squared = (sum_over(mesh.dp, sums) / num_targets).tolist()
+    means = (sum_over(mesh.dp, sums) / num_targets).tolist()
+    mean_loss, mean_log_z_squared, mean_row_length = means
     rate = learning_rate(state.step, config)
     why_skipped = why_to_skip(mean_loss, grad_norm, state, config.train, mesh)
     if why_skipped is None:
@@ -174,6 +176,7 @@ def train_step(run: Run, state: RunState, batches: BatchLoader) -> StepResult:
         grad_norm=grad_norm,
         learning_rate=rate,
         num_targets=int(num_targets),
+        mean_row_length=mean_row_length,
         elapsed_s=time.perf_counter() - started_at,
         why_skipped=why_skipped,
     )

@@ -26,7 +26,7 @@ from run_folder import RunFolder
 from run_state import Run, RunState, StepResult, training_batches
 
 _STEPS = 50
-_RESULT = StepResult(9.7, 0.0, 1.0, 3e-4, 4096, 1.0, None)  # of any step
+_RESULT = StepResult(9.7, 0.0, 1.0, 3e-4, 4096, 512, 1.0, None)  # of any step
 
 
 def measure(config: Config, mesh: Mesh) -> dict[str, float]:

@@ -39,6 +39,14 @@ class MicroBatch:
     # [b, s] int64, the column at which the slot's document begins, -1 in padding; None: all one
     documents: Tensor | None = None
 
+    @property
+    def sum_of_lengths(self) -> int:
+        """Over targets, of the length of their row, or of their document if those are kept apart.
+
+        A row of n targets adds n^2, which is the sum of 2 p + 1 over its positions p.
+        """
+        return int(((2 * self.positions + 1) * (self.targets != IGNORED_TARGET)).sum())
+
     def inputs(self, device: torch.device) -> dict[str, Tensor | None]:
         """What the model is given, by its names, on its device."""
         return {

@@ -17,17 +17,18 @@ def num_parameters(config: ModelConfig, vocab_size: int) -> int:
     return vocab_size * h + positions + config.num_layers * layer + per_norm * h + head
 
 
-def flops_per_token(config: ModelConfig, vocab_size: int) -> int:
-    """Floating-point operations of forward and backward for one position of a full row.
+def flops_per_token(config: ModelConfig, vocab_size: int, row_length: float | None = None) -> float:
+    """Floating-point operations of forward and backward for one position of a row.
 
     6 per matrix weight (2 in forward, 4 in backward; Kaplan et al. 2020, section 2.1), the head
     included and the embedding, a lookup, not; and 12 L h s for the two products of attention
     (Chowdhery et al. 2022, appendix B), not halved for the causal mask. Recomputation is not
-    counted: it is no progress.
+    counted: it is no progress. s is `row_length`, or that of a full row.
     """
     h = config.hidden_size
     matrix_weights = config.num_layers * _layer_matrices(config) + vocab_size * h
-    return 6 * matrix_weights + 12 * config.num_layers * h * config.seq_length
+    length = config.seq_length if row_length is None else row_length
+    return 6 * matrix_weights + 12 * config.num_layers * h * length
 
 
 def _layer_matrices(config: ModelConfig) -> int:

@@ -69,6 +69,7 @@ def test_rows_equal_the_literal_ones(mode: str, seq_length: int, multiple_of: in
         assert batch.positions[number].tolist() == [*range(len(inputs)), *[0] * padding]
     assert batch.num_targets == sum(len(targets) for _, targets in literal)
     assert batch.num_targets == int((batch.targets != IGNORED_TARGET).sum())
+    assert batch.sum_of_lengths == sum(len(targets) ** 2 for _, targets in literal)
     assert {t.dtype for t in (batch.tokens, batch.targets, batch.positions)} == {torch.int64}
 
 
@@ -101,7 +102,11 @@ def test_documents_of_a_packed_row_are_kept_apart(seq_length: int, multiple_of: 
             expected = IGNORED_TARGET if is_last else file.tokens[place + 1]
             assert batch.targets[row, column] == expected
             place += 1
-    assert batch.num_targets == int((batch.targets != IGNORED_TARGET).sum())
+    is_target = batch.targets != IGNORED_TARGET
+    assert batch.num_targets == int(is_target.sum())
+    parts = batch.documents + batch.tokens.shape[1] * torch.arange(len(rows))[:, None]
+    counts = parts[is_target].unique(return_counts=True)[1]
+    assert batch.sum_of_lengths == int(counts.square().sum())
 
 
 def test_padding_follows_the_longest_row_of_the_micro_batch() -> None:

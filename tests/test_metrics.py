@@ -1,9 +1,21 @@
-"""metrics.jsonl after a resume."""
+"""metrics.jsonl after a resume, and MFU."""
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
-from metrics import cut_rows
+import pytest
+import torch
+
+from configs import Config, parse_config
+from hardware import peak_flops_per_second
+from metrics import RunLog, cut_rows
+from model import flops_per_token, num_parameters
+from parallel import Mesh
+from run_state import RunState, StepResult
+from tests.distributed import Layout, distributed
 
 
 def test_a_resume_cuts_the_file_at_its_step(tmp_path: Path) -> None:
@@ -16,3 +28,80 @@ def test_a_resume_cuts_the_file_at_its_step(tmp_path: Path) -> None:
     assert path.read_text() == "".join(lines[:3])
     cut_rows(path, 0)
     assert path.read_text() == ""
+
+
+def config_of_run(*overrides: str) -> Config:
+    return parse_config(["config=gpt_debug.yaml", "logging.wandb=disabled", *overrides])
+
+
+def mfus_of(config: Config, mesh: Mesh, path: Path, *results: StepResult) -> list[float]:
+    """What a run's log says of steps; each rank can do 1e9 FLOP/s more than the one before."""
+    folder = SimpleNamespace(metrics=path / "metrics.jsonl", samples=path / "samples", path=path)
+    corpus = SimpleNamespace(identity="")
+    run: Any = SimpleNamespace(config=config, mesh=mesh, folder=folder, corpus=corpus)
+    peak = 1e9 * (1 + mesh.world.rank)
+    with (
+        mock.patch("metrics.peak_flops_per_second", return_value=peak),
+        RunLog(run, RunState(wandb_id="")) as log,
+    ):
+        for step, result in enumerate(results, start=1):
+            log.step(RunState(wandb_id="", step=step), result)
+    if mesh.world.rank:
+        return []
+    rows = map(json.loads, folder.metrics.read_text().splitlines())
+    return [row["speed/mfu"] for row in rows]
+
+
+def step_of(num_targets: int, mean_row_length: float, elapsed_s: float) -> StepResult:
+    return StepResult(1.0, 0.0, 1.0, 1e-3, num_targets, mean_row_length, elapsed_s, None)
+
+
+@distributed(Layout(dp=2), Layout(tp=2, dp=2))
+def test_mfu_is_a_fraction_of_what_all_ranks_can_do(mesh: Mesh, tmp_path: Path) -> None:
+    """Of ranks that differ, the sum; it is raised by what is reached, so that none is above 1."""
+    config = config_of_run()
+    model, vocab_size = config.model, config.data.vocab_size
+    size = mesh.world.size
+    peak = 1e9 * size * (size + 1) / 2
+    flops = 1000 * flops_per_token(model, vocab_size, 17)
+    steps = [step_of(1000, 17, flops / peak / mfu) for mfu in (0.25, 1.24, 0.62)]
+    mfus = mfus_of(config, mesh, tmp_path, *steps)
+    if mesh.world.rank == 0:
+        assert mfus == pytest.approx([0.25, 1.0, 0.5])
+
+
+def test_attention_is_counted_as_far_as_rows_reach() -> None:
+    """Documents of 17 tokens at s = 2048, h = 64, of which a full row has 5.2 times the work."""
+    config = config_of_run(
+        "model.hidden_size=64", "model.seq_length=2048", "model.num_layers=2", "data.vocab_size=331"
+    )
+    model, vocab_size = config.model, config.data.vocab_size
+    positions = 2048 * 64
+    weights = num_parameters(model, vocab_size) - positions
+    vectors = 2 * (4 + 5 + 4) * 64 + 2 * 64  # biases of attention and mlp, and norms
+    expected = 6 * (weights - vectors) + 12 * 2 * 64 * 17
+    assert flops_per_token(model, vocab_size, 17) == expected
+    assert flops_per_token(model, vocab_size) / expected == pytest.approx(5.2, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.5e12),
+        ("NVIDIA H100 PCIe", 756.5e12),
+        ("NVIDIA H100 NVL", 835.5e12),
+        ("NVIDIA H200", 989.5e12),
+        ("NVIDIA H200 NVL", 835.5e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA RTX A1000", 2 * 8192**3 / 0.25),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 2 * 8192**3 / 0.25),
+    ],
+)
+def test_boards_are_known_by_their_full_name(name: str, rate: float) -> None:
+    """Others, and parts of a board, are measured."""
+    with (
+        mock.patch("torch.cuda.get_device_name", return_value=name),
+        mock.patch("torch.ones", return_value=torch.zeros(1, dtype=torch.bfloat16)),
+        mock.patch("hardware._seconds_of_product", side_effect=[9.0, 0.5, 0.25, 0.3, 0.4]),
+    ):
+        assert peak_flops_per_second(torch.device("cuda"), "bf16") == rate

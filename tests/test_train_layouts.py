@@ -76,6 +76,8 @@ def test_a_step_equals_the_reference(mesh: Mesh, config: Config) -> None:
     of_pairs = (whole.targets >= 0).view(4, -1).sum(1)
     assert len(of_pairs.unique()) > 1, "a mean of means would be right"
     assert result.num_targets == whole.num_targets
+    of_rows = (whole.targets >= 0).sum(1)
+    assert result.mean_row_length == of_rows.square().sum().item() / whole.num_targets
     assert result.loss == pytest.approx(loss.item(), rel=1e-6)
     assert result.grad_norm == pytest.approx(norm, rel=2e-5)
     assert norm > config.optimizer.clip_grad
