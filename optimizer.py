@@ -96,9 +96,34 @@ def learning_rate(step: int, config: Config) -> float:
             progress = _progress(step, optimizer.lr_warmup_steps, last)
             remaining = 0.5 * (1.0 + math.cos(math.pi * progress))
         case "WSD":  # warm-up, stable, decay (Hu et al. 2024, section 4)
-            length = optimizer.lr_wsd_decay_steps or max(1, config.train.train_steps // 10)
-            remaining = 1.0 - _progress(step, last - length, last)
+            remaining = 1.0 - _progress(step, last - _wsd_decay_steps(config), last)
     return optimizer.min_lr + remaining * (optimizer.lr - optimizer.min_lr)
+
+
+def schedule_problem(config: Config) -> str | None:
+    """Why the learning rate does not follow the schedule that its settings describe, if so."""
+    optimizer, steps = config.optimizer, config.train.train_steps
+    warmup, decay = optimizer.lr_warmup_steps, 0
+    settings = [f"optimizer.lr_warmup_steps={warmup}"]
+    if optimizer.lr_decay_style == "WSD":
+        decay = _wsd_decay_steps(config)
+        null = " (null: a tenth of the run)" if optimizer.lr_wsd_decay_steps is None else ""
+        settings.append(f"optimizer.lr_wsd_decay_steps={decay}{null}")
+    if not steps or warmup + decay <= steps:
+        return None
+    # The rate only rises in the warm-up, and only falls after it.
+    peak = learning_rate(max(0, min(warmup, steps) - 1), config)
+    problem = (
+        f"{' and '.join(settings)} {'exceed' if decay else 'exceeds'} train.train_steps={steps}: "
+        f"the learning rate reaches {peak:.2e} of optimizer.lr={optimizer.lr:.2e}"
+    )
+    if decay and 0 < warmup < steps:
+        problem += f" and falls to {learning_rate(warmup, config):.2e} in the step after that"
+    return f"{problem}; use a shorter {'warm-up or decay' if decay else 'warm-up'}, or more steps"
+
+
+def _wsd_decay_steps(config: Config) -> int:
+    return config.optimizer.lr_wsd_decay_steps or max(1, config.train.train_steps // 10)
 
 
 def _progress(step: int, start: int, end: int) -> float:

@@ -16,10 +16,10 @@ import torch
 from torch.optim import AdamW
 
 from checkpoints import Checkpoint, CheckpointError, find_checkpoint, load_tensors
-from configs import Config, flatten
+from configs import Config, OptimizerConfig, flatten
 from data import BatchLoader, Corpus, load_tokenizer
 from model import GPT
-from optimizer import set_num_updates, training_tensors
+from optimizer import learning_rate, set_num_updates, training_tensors
 from parallel import Mesh, gather_json, init_mesh
 from run_folder import RunFolder
 from wandb_run import begun_id
@@ -274,13 +274,27 @@ def _require_same_settings(checkpoint: Checkpoint, config: Config) -> None:
     for key in changed:
         if key.startswith(("optimizer.", "train.precision")):
             logger.warning("%s=%s differs from the checkpoint's %s", key, now[key], stored[key])
-        elif key == "train.train_steps" and config.optimizer.lr_decay_style != "constant":
-            logger.warning(
-                "%s=%s, was %s: the learning rate goes on along the new schedule",
-                key,
-                now[key],
-                stored[key],
-            )
+    _report_learning_rate(checkpoint.state["progress"]["step"], config, stored)
+
+
+def _report_learning_rate(step: int, config: Config, stored: dict[str, Any]) -> None:
+    """Say from where to where a new schedule takes the learning rate."""
+    fields = asdict(config.optimizer)
+    optimizer = OptimizerConfig(**{name: stored[f"optimizer.{name}"] for name in fields})
+    old_steps = stored["train.train_steps"]
+    train = replace(config.train, train_steps=old_steps)
+    old = replace(config, optimizer=optimizer, train=train)
+    if step and learning_rate(step, config) != learning_rate(step, old):
+        logger.warning(
+            "the schedule has changed (train.train_steps=%d, was %d): the learning rate goes from "
+            "%.2e in step %d to %.2e in step %d",
+            config.train.train_steps,
+            old_steps,
+            learning_rate(step - 1, old),
+            step,
+            learning_rate(step, config),
+            step + 1,
+        )
 
 
 def _weights(sources: list[dict[str, Any]]) -> list[float]:

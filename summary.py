@@ -19,7 +19,7 @@ from console import Line, duration, say_facts, size
 from data import SampleOrder, rows_of_corpus
 from metrics import last_step
 from model import num_parameters
-from optimizer import training_tensors
+from optimizer import schedule_problem, training_tensors
 from run_state import Run, RunState
 
 logger = logging.getLogger("microtron")
@@ -48,6 +48,8 @@ def report_start(run: Run, state: RunState) -> None:
             **_places(run, state),
         }
     )
+    if problem := schedule_problem(run.config):
+        logger.warning(problem)
 
 
 def report_end(run: Run, began: RunState, state: RunState, stop: signal.Signals | None) -> int:

@@ -9,7 +9,13 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from configs import Config, OptimizerConfig, TrainConfig
-from optimizer import apply_update, build_optimizer, learning_rate, training_tensors
+from optimizer import (
+    apply_update,
+    build_optimizer,
+    learning_rate,
+    schedule_problem,
+    training_tensors,
+)
 from parallel import Mesh, Normal, declare_parameter, initialise_parameters, local_slices
 from parallel import tp_shard_dim as cut_dim
 from tests.distributed import EVERY_LAYOUT, distributed
@@ -46,6 +52,53 @@ def test_decays_in_between() -> None:
 def test_warm_up_may_be_longer_than_the_run() -> None:
     """A short try of a long configuration never leaves the warm-up."""
     assert rates("cosine", steps=2, lr_warmup_steps=10) == pytest.approx([0.1, 0.2])
+
+
+def problem(style: str, steps: int, **changes: object) -> str:
+    optimizer = dataclasses.replace(BASE, lr_decay_style=style, **changes)  # type: ignore[arg-type]
+    config = Config(optimizer=optimizer, train=TrainConfig(train_steps=steps))
+    return schedule_problem(config) or ""
+
+
+@pytest.mark.parametrize("style", ["constant", "linear", "cosine", "WSD"])
+def test_a_schedule_that_fits_is_no_problem(style: str) -> None:
+    assert problem(style, 100, lr_warmup_steps=90) == ""
+    assert problem(style, 0, lr_warmup_steps=90) == ""
+
+
+@pytest.mark.parametrize("style", ["constant", "linear", "cosine"])
+def test_a_warm_up_that_is_too_long(style: str) -> None:
+    """Both keys, and the largest rate that there is."""
+    found = problem(style, 10, lr_warmup_steps=100)
+    assert "optimizer.lr_warmup_steps=100 exceeds train.train_steps=10" in found
+    assert "reaches 1.00e-01 of optimizer.lr=1.00e+00;" in found
+    assert max(rates(style, steps=10, lr_warmup_steps=100)) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "decay", "peak", "after"),
+    [
+        (20, 8, 13, "1.00e+00", "8.62e-01"),  # two of thirteen steps into the decay
+        (20, 15, None, "", ""),
+        (20, 19, None, "1.00e+00", "1.00e-01"),
+        (20, 0, 40, "5.27e-01", ""),  # begins in the middle of the decay
+        (20, 30, 10, "6.67e-01", ""),
+    ],
+)
+def test_a_warm_up_and_a_decay_that_are_too_long(
+    steps: int, warmup: int, decay: int | None, peak: str, after: str
+) -> None:
+    """WSD's decay ends with the run, whatever the warm-up has reached."""
+    changes = {"lr_warmup_steps": warmup, "lr_wsd_decay_steps": decay}
+    found = problem("WSD", steps, **changes)
+    assert bool(found) == bool(peak)
+    if found:
+        expected = rates("WSD", steps, **changes)
+        assert f"reaches {peak} of" in found
+        assert float(peak) == pytest.approx(max(expected), rel=2e-3)
+        assert "optimizer.lr_wsd_decay_steps=" in found
+        assert (f"falls to {after} in the step after" in found) == bool(after)
+        assert not after or float(after) == pytest.approx(expected[warmup], rel=2e-3)
 
 
 @distributed(*EVERY_LAYOUT)

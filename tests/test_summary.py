@@ -99,6 +99,17 @@ def test_the_beginning(told: Told) -> None:
     assert float(found[1]) == pytest.approx(6 * 8 / int(found[2]), abs=0.005)
 
 
+def test_training_on_says_where_the_learning_rate_goes(told: Told) -> None:
+    """From the end of the cosine to where twice as many steps have it."""
+    rates = {row["step"]: row["train/learning_rate"] for row in told.rows if "train/loss" in row}
+    assert rates[7] > 2 * rates[6]
+    assert (
+        "the schedule has changed (train.train_steps=12, was 6): the learning rate goes from "
+        f"{rates[6]:.2e} in step 6 to {rates[7]:.2e} in step 7\n"
+    ) in told.trained_on
+    assert "the schedule has changed" not in told.finished
+
+
 def test_where_everything_goes(told: Told) -> None:
     """Paths that are there at the end, and the command that shows them."""
     folder = told.folder
