@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from configs.errors import UserError
+from data.hub import requests_to_hub
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHOWN = 3  # names in an error
@@ -80,17 +82,9 @@ def open_source(folder: Path) -> Source:
 
 def download(name: str, revision: str | None) -> Path:
     """The folder of a model of the hub, in its cache; raises UserError if it cannot be had."""
-    # Here: a folder needs no network.
-    from huggingface_hub import errors, snapshot_download  # noqa: PLC0415
-
     patterns = [_SINGLE, _INDEX, "model-*.safetensors", "config.json", "tokenizer.model"]
-    try:
+    with requests_to_hub(f"source={name} is no folder here, and"):
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (errors.HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"source={name} is no folder here, and the hub does not give it: {reason}"
-        ) from error
 
 
 def _tensor_files(folder: Path) -> Iterator[tuple[str, Path]]:

@@ -27,6 +27,7 @@ from configs.errors import UserError
 from configs.schema import SourceConfig
 from data import json_files
 from data.compressed import open_bytes
+from data.hub import requests_to_hub
 from data.records import Place, Record
 
 # Bytes of a text file, characters elsewhere. A longer text becomes several documents, each far
@@ -72,8 +73,7 @@ def commit_of(source: SourceConfig, key: str) -> str:
     """Returns the commit that a hub dataset's revision stands for; empty for a local folder."""
     if source.path is None or Path(source.path).is_dir():
         return ""
-    # As all that the network has to do with: its errors are of many kinds.
-    with _errors_named(f"{key}.path={source.path!r} was not found on the hub", Exception):
+    with requests_to_hub(f"{key}.path={source.path!r} cannot be read:"):
         information = huggingface_hub.HfApi().dataset_info(
             source.path, revision=source.hub_revision
         )

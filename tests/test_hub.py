@@ -1,0 +1,110 @@
+"""A hub that is down, silent or refuses: one line says which, and nothing waits forever."""
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from configs import UserError
+from configs.schema import SourceConfig
+from data.sources import commit_of
+from huggingface_source import download
+
+ASKS: dict[str, tuple[Callable[[], object], str]] = {
+    "model": (lambda: download("somebody/it", "v1"), "source=somebody/it is no folder here, and "),
+    "dataset": (
+        lambda: commit_of(SourceConfig(source="hub", path="somebody/it"), "data.sources[1]"),
+        r"data\.sources\[1\]\.path='somebody/it' cannot be read: ",
+    ),
+}
+ask = pytest.mark.parametrize("asked", ASKS)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("data.hub._TIMEOUT_S", 0.3)
+
+
+@contextmanager
+def hub(status: int, error_code: str) -> Iterator[str]:
+    """One that answers everything so."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:  # the library's name
+            self.send_response(status)
+            self.send_header("X-Error-Code", error_code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def refused(asked: str, endpoint: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask, and be told in one line."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+    call, beginning = ASKS[asked]
+    with pytest.raises(UserError, match=beginning + message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+@ask
+@pytest.mark.timeout(60)
+def test_a_hub_that_never_answers(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It accepts connections: the system does so for a socket that listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        refused(
+            asked, endpoint, rf"the hub at {endpoint} cannot be reached \(.*imeout", monkeypatch
+        )
+
+
+@ask
+def test_a_network_that_is_down(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+    message = rf"the hub at {endpoint} cannot be reached \(.*refused\); check the network"
+    refused(asked, endpoint, message, monkeypatch)
+
+
+@ask
+def test_a_network_that_is_switched_off(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    refused(asked, "http://127.0.0.1:1", "the cache does not have it, and HF_HUB_OFF", monkeypatch)
+
+
+@ask
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (404, "RepoNotFound", "the hub has no such repository, or keeps it private"),
+        (404, "RevisionNotFound", "the hub has it, but not in this revision"),
+        (403, "GatedRepo", "the hub gives it only to accounts with access"),
+        (500, "", r"the hub at \S+ answers with an error \(HTTPStatusError: .*500"),
+    ],
+)
+def test_a_hub_that_refuses(
+    asked: str, status: int, code: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with hub(status, code) as endpoint:
+        refused(asked, endpoint, message, monkeypatch)
+
+
+def test_a_name_that_the_hub_cannot_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"no folder here, and it is not a name that the hub could"):
+        download("no folder, no name", None)
