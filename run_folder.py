@@ -5,34 +5,50 @@
         .lock            held for life by rank 0; names its host and process
         previous_1/ ...  what was there before run.resume=never
 
-All ranks must see the same file system. Nothing inside holds an absolute path, so it can be moved.
+All ranks must see the same folder, which is proven when it is opened. Nothing inside holds an
+absolute path, so it can be moved. A launch that is refused before its first step changes nothing.
+
+[Note: exit.json]
+Rank 0 writes how the launch ended, before it waits for anything else, and while the last save runs,
+that it has not ended yet. Any rank that crashes writes it too, as rank 0 may be blocked in a
+collective; errors that follow from the first one do not replace it.
 """
 
+import contextlib
 import fcntl
 import json
+import logging
 import os
 import shlex
+import shutil
 import socket
 import sys
 import time
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from checkpoints import sweep_leftovers
+from checkpoints import checkpoint_directories, sweep_leftovers
 from configs import (
     EXIT_BEFORE_TRAINING,
     Config,
     UserError,
     is_restart,
     launch_id,
+    machine_errors_as_user_errors,
     os_error_text,
     to_yaml,
 )
 from parallel import Mesh, gather_json
 from stopping import FatalError
 
-_PREVIOUS = "previous_"
+logger = logging.getLogger("microtron")
+
+_PREVIOUS, _HANDSHAKE = "previous_", ".handshake-"
 _WAIT_FOR_RUNNING_S, _WAIT_FOR_ENDING_S = 5.0, 30.0
+_WAIT_FOR_FILES_S = 10.0  # for a network file system to show on one host what another has made
+_SAVING = "has not ended yet: saving step "
 
 
 def require_same_on_all_ranks(mesh: Mesh, value: str, what: str) -> None:
@@ -63,48 +79,96 @@ class RunFolder:
         self._since = time.strftime("%Y-%m-%d %H:%M:%S")
         self._is_writer = mesh.world.rank == 0
         self._lock: IO[str] | None = None
+        self._exit = self.path / "exit.json"
+        self._exit_before: object = None  # which file it was when this launch began
+        self._has_begun = False
+        self.starts_over = False  # whether what is there is not to be resumed
 
     def __enter__(self) -> "RunFolder":
-        failure = None
+        failure, nonce = None, uuid.uuid4().hex
         if self._is_writer:
             try:
-                self._open()
+                self._open(nonce)
             except OSError as error:
                 failure = f"cannot write in run folder {self.path}: {os_error_text(error)}"
             except UserError as error:
                 failure = str(error)
         # Rank 0 alone knows; all raise, or its peers would wait for it in a collective.
-        failure = gather_json(self._mesh, failure)[0]
+        facts = (failure, nonce, self.starts_over)
+        failure, nonce, self.starts_over = gather_json(self._mesh, facts)[0]
+        failure = failure or self._why_not_shared(self.path / f"{_HANDSHAKE}{nonce}")
         if failure is not None:
+            self._unlock()
             raise UserError(failure)
+        self._exit_before = self._exit_file()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, UserError):
-            self.write_exit(EXIT_BEFORE_TRAINING, str(error))
-        elif isinstance(error, FatalError):
-            self.write_exit(error.exit_code, str(error))
-        elif isinstance(error, SystemExit):
-            self.write_exit(int(error.code or 0), "stopped before the first step")
-        elif error is not None and not (self.path / "exit.json").exists():
-            # If it exists, the other ranks have given this one up, and said why.
-            self.write_exit(1, f"{type(error).__name__}: {error}")
-        if self._lock is not None:
-            self._lock.close()
+        self._record(error)
+        self._unlock()
 
-    def _open(self) -> None:
-        """Lock the folder, clear what a killed run left, set aside what `never` must not resume."""
+    def _open(self, nonce: str) -> None:
+        """Lock the folder, clear what a killed run left, and make what all ranks must see."""
         self._refuse_links()
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._lock = self._acquire()
         # Read before it is ours: an attempt that torchrun has started again goes on with what the
         # attempts before it have done, whatever the first one was told.
-        goes_on = is_restart() and self._holder().get("launch") == launch_id()
+        holder = self._holder()
+        goes_on = is_restart() and holder.get("launch") == launch_id() and holder.get("has_begun")
+        self.starts_over = self._config.run.resume == "never" and not goes_on
         self.announce(ending=False)
-        if self._config.run.resume == "never" and not goes_on:
-            self._set_aside()
-        (self.path / "exit.json").unlink(missing_ok=True)
         sweep_leftovers(self.checkpoints)
+        for leftover in self.path.glob(f"{_HANDSHAKE}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        (self.path / f"{_HANDSHAKE}{nonce}").mkdir()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _why_not_shared(self, handshake: Path) -> str | None:
+        """Have every rank write where rank 0 reads: None if that works, on every rank the same.
+
+        `handshake` is a new folder that rank 0 has made.
+        """
+        rank, host = self._mesh.world.rank, socket.gethostname()
+        refusal = None
+        try:
+            if rank > 0 and self._comes_to_light(handshake.is_dir):
+                (handshake / f"rank_{rank:05d}").touch()
+        except OSError as error:
+            refusal = f"rank {rank} on host {host} cannot write in {self.path}: "
+            refusal += os_error_text(error)
+        reports = gather_json(self._mesh, [host, refusal])
+        if rank > 0:
+            verdict: str | None = gather_json(self._mesh, None)[0]
+            return verdict
+        files = {other: handshake / f"rank_{other:05d}" for other in range(1, len(reports))}
+        self._comes_to_light(lambda: all(path.exists() for path in files.values()))
+        unseen = [other for other, path in files.items() if not path.exists()]
+        verdict = next((text for _, text in reports if text is not None), None)
+        if unseen and verdict is None:
+            hosts = ", ".join(sorted({reports[other][0] for other in unseen}))
+            verdict = (
+                f"run.directory={self._config.run.directory} is not shared by all ranks: ranks "
+                f"{unseen} on {hosts} do not see the folder {self.path.absolute()} that rank 0 has "
+                f"made on {host}; set run.directory to a folder that all hosts share"
+            )
+        shutil.rmtree(handshake, ignore_errors=True)
+        gather_json(self._mesh, verdict)
+        return verdict
+
+    def _comes_to_light(self, is_there: Callable[[], bool]) -> bool:
+        """Wait a while for something that another rank has made; returns whether it is there."""
+        deadline = time.monotonic() + _WAIT_FOR_FILES_S
+        while not (found := is_there()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+            for folder in (self.path.parent, self.path):
+                with contextlib.suppress(OSError):
+                    os.listdir(folder)  # has NFS look again, where it remembers that nothing is
+        return found
 
     def _refuse_links(self) -> None:
         """What a run writes and deletes lies in its folder, not where somebody's link leads."""
@@ -155,6 +219,7 @@ class RunFolder:
             "pid": os.getpid(),
             "since": self._since,
             "launch": launch_id(),
+            "has_begun": self._has_begun,
             "ending": ending,
         }
         self._lock.seek(0)
@@ -180,23 +245,88 @@ class RunFolder:
             path.rename(previous / path.name)
         self.checkpoints.mkdir()
 
-    def describe(self, tokenizer: Path) -> None:
-        """Leave the configuration and the tokenizer of the run that now begins or goes on."""
+    def begin(self, tokenizer: Path) -> None:
+        """Nothing refuses this launch any more: from here on the folder is that of its run.
+
+        Sets aside what `never` must not resume, leaves the configuration and the tokenizer, and
+        removes the exit.json of the launch before.
+        """
+        self._has_begun = True
         if self._is_writer:
-            _write(self.path / "config.yaml", to_yaml(self._config).encode())
-            _write(self.tokenizer, tokenizer.read_bytes())
+            with machine_errors_as_user_errors(f"write in run folder {self.path}"):
+                if self.starts_over:
+                    self._set_aside()
+                self.announce(ending=False)
+                self._write("config.yaml", to_yaml(self._config).encode())
+                self._write("tokenizer.model", tokenizer.read_bytes())
+            if not self._is_reported():
+                self._exit.unlink(missing_ok=True)
+        self.starts_over = False  # a rollback comes here again
+
+    @contextlib.contextmanager
+    def recording_failure(self) -> Iterator[None]:
+        """Write exit.json for an error as it passes, before what it passes next takes its time."""
+        try:
+            yield
+        except BaseException as error:
+            self._record(error)
+            raise
+
+    def _record(self, error: BaseException | None) -> None:
+        if isinstance(error, FatalError):
+            self.write_exit(error.exit_code, str(error))
+        elif isinstance(error, UserError) and not self._has_begun:
+            pass  # refused
+        elif error is not None and not self._is_reported():
+            if isinstance(error, SystemExit):
+                self.write_exit(int(error.code or 0), "stopped before the first step")
+            else:
+                code = EXIT_BEFORE_TRAINING if isinstance(error, UserError) else 1
+                rank = f"rank {self._mesh.world.rank}: " if self._mesh.world.size > 1 else ""
+                self._write_report(code, f"{rank}{type(error).__name__}: {error}")
+
+    def announce_last_save(self) -> None:
+        """Say that the run is about to end, but has not."""
+        with self._reporting():
+            self.announce(ending=True)
+        self.write_exit(1, f"{_SAVING}{self.step}")
 
     def write_exit(self, code: int, reason: str) -> None:
-        """Leave exit.json: torchrun turns every code but 0 into 1, this file keeps it."""
+        """Leave exit.json, on rank 0; torchrun turns every code but 0 into 1, this keeps it."""
         if self._is_writer:
-            finished = self.step is not None and self.step >= self._config.train.train_steps
-            report = {
-                "code": code,
-                "reason": reason,
-                "step": self.step,
-                "resume": None if code == 0 and finished else self.resume_command(),
-            }
-            _write(self.path / "exit.json", (json.dumps(report, indent=1) + "\n").encode())
+            self._write_report(code, reason)
+
+    def _write_report(self, code: int, reason: str) -> None:
+        step = self.step
+        if step is None:
+            saved = checkpoint_directories(self.checkpoints)
+            step = int(saved[-1].name.removeprefix("step_")) if saved else 0
+        finished = code == 0 and step >= self._config.train.train_steps
+        resume = None if finished else self.resume_command()
+        report = {"code": code, "reason": reason, "step": step, "resume": resume}
+        with self._reporting():
+            self._write("exit.json", (json.dumps(report, indent=1) + "\n").encode())
+
+    @contextlib.contextmanager
+    def _reporting(self) -> Iterator[None]:
+        """On a full disk the launch must end as reported, not by failing to report."""
+        try:
+            yield
+        except OSError as error:
+            logger.warning("cannot write in %s: %s", self.path, os_error_text(error))
+
+    def _is_reported(self) -> bool:
+        """Whether some rank has said how this launch ends."""
+        is_new = self._exit_file() not in (None, self._exit_before)
+        return is_new and not json.loads(self._exit.read_bytes())["reason"].startswith(_SAVING)
+
+    def _exit_file(self) -> object:
+        """Which file exit.json is: every report is a new one."""
+        try:
+            status = self._exit.stat()
+        except FileNotFoundError:
+            return None
+        return status.st_ino, status.st_mtime_ns
 
     def write_hang(self, code: int, reason: str, *, speaks: bool) -> None:
         """As `write_exit`, by whichever rank can still speak; what comes after changes nothing."""
@@ -214,6 +344,12 @@ class RunFolder:
             arguments.append("run.resume=auto")
         return f"{_launcher()} {shlex.join([*arguments, *settings])}"
 
+    def _write(self, name: str, content: bytes) -> None:
+        """Replace a file at once; several ranks may do that at the same time."""
+        temporary = self.path / f".{name}.tmp{self._mesh.world.rank}"
+        temporary.write_bytes(content)
+        temporary.rename(self.path / name)
+
 
 def _launcher() -> str:
     ranks_here = os.environ.get("LOCAL_WORLD_SIZE")
@@ -222,9 +358,3 @@ def _launcher() -> str:
     nodes = int(os.environ["WORLD_SIZE"]) // int(ranks_here)
     several = f"--nnodes {nodes} " if nodes > 1 else ""
     return f"torchrun {several}--nproc-per-node {ranks_here}"
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    temporary.rename(path)

@@ -161,7 +161,7 @@ def find_own_checkpoint(
     Raises CheckpointError if there is none and `run.resume=must`, or if it is of another run: with
     other settings, text or tokenizer, as far as can be known before the text is tokenized.
     """
-    checkpoint = find_checkpoint(folder.checkpoints, mesh)
+    checkpoint = None if folder.starts_over else find_checkpoint(folder.checkpoints, mesh)
     if checkpoint is not None:
         _require_same_settings(checkpoint, config)
         found = {"text_fingerprint": text_fingerprint}
@@ -183,7 +183,9 @@ def resume(run: Run, checkpoint: Checkpoint | None) -> RunState:
     Raises CheckpointError if its tokens or its tokenizer are not the run's.
     """
     if checkpoint is None:
-        known = begun_id(run.folder.path, lineage(run.config, text=run.corpus.identity))
+        known = None
+        if not run.folder.starts_over:
+            known = begun_id(run.folder.path, lineage(run.config, text=run.corpus.identity))
         return RunState(wandb_id=gather_json(run.mesh, known or uuid.uuid4().hex[:12])[0])
     corpus = run.corpus
     found = {

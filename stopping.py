@@ -1,8 +1,9 @@
 """How a run ends before its last step: signals, a launcher that dies, and the exit codes.
 
-A handler only sets a flag. All ranks agree on it at a step boundary, so that they save the same
-step and leave together. A second signal, a second after the first or later, ends the process at
-once (torchrun may deliver one Ctrl-C twice, but not that far apart).
+A handler only sets a flag: it may interrupt any line, also one that writes a file. All ranks agree
+on the flag at a step boundary, so that they save the same step and leave together. A second signal,
+a second after the first or later, ends the process at once (torchrun may deliver one Ctrl-C twice,
+but not that far apart).
 """
 
 import ctypes
@@ -10,7 +11,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from types import FrameType
 
 import torch
@@ -78,7 +78,6 @@ class StopSignals:
         self.received: signal.Signals | None = None
         self._received_at = 0.0
         self._training = False
-        self._on_stop: Callable[[], None] = lambda: None
         for number in _SIGNALS:
             # nohup has a run ignore SIGHUP, and means it.
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
@@ -86,9 +85,9 @@ class StopSignals:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             _ask_for_a_signal_when_the_launcher_dies()
 
-    def training(self, on_stop: Callable[[], None]) -> None:
-        """From here on, a signal asks for a save at the next step boundary, and calls `on_stop`."""
-        self._training, self._on_stop = True, on_stop
+    def training(self) -> None:
+        """From here on, a signal asks for a save at the next step boundary."""
+        self._training = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self._training:
@@ -96,7 +95,6 @@ class StopSignals:
         now = time.monotonic()
         if self.received is None:
             self.received, self._received_at = signal.Signals(number), now
-            self._on_stop()
         elif now - self._received_at >= _SECOND_SIGNAL_AFTER_S:
             os._exit(128 + number)
 

@@ -52,16 +52,19 @@ def report_start(run: Run, state: RunState) -> None:
         logger.warning(problem)
 
 
-def report_end(run: Run, began: RunState, state: RunState, stop: signal.Signals | None) -> int:
-    """Say how the launch ended, on the console and in exit.json; returns the exit code."""
-    folder, num_steps = run.folder, run.config.train.train_steps
+def outcome(config: Config, state: RunState, stop: signal.Signals | None) -> tuple[int, str]:
+    """The exit code of a launch that has ended in this state, and the reason for it."""
     if stop is not None:
-        reason, code = f"stopped by {stop.name}", 128 + stop
-    elif state.step >= num_steps:
-        reason, code = "finished", 0
-    else:
-        reason, code = f"reached run.stop_at_step={run.config.run.stop_at_step}", 0
-    folder.write_exit(code, reason)
+        return 128 + stop, f"stopped by {stop.name}"
+    if state.step >= config.train.train_steps:
+        return 0, "finished"
+    return 0, f"reached run.stop_at_step={config.run.stop_at_step}"
+
+
+def report_end(run: Run, began: RunState, state: RunState, stop: signal.Signals | None) -> int:
+    """Say on the console how the launch ended; returns the exit code."""
+    folder, num_steps = run.folder, run.config.train.train_steps
+    code, reason = outcome(run.config, state, stop)
     if run.mesh.world.rank != 0:
         return code
     logger.info(

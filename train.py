@@ -54,7 +54,7 @@ from run_state import (
 )
 from saving import Saving
 from stopping import FatalError, StopSignals
-from summary import report_end, report_start
+from summary import outcome, report_end, report_start
 from watchdog import Watchdog
 
 logger = logging.getLogger("microtron")
@@ -67,33 +67,34 @@ def train(config: Config, mesh: Mesh, folder: RunFolder, signals: StopSignals) -
     folder.step = state.step
     audit(run, state)
     if state.step >= last:
+        folder.write_exit(*outcome(config, state, stop=None))
         return report_end(run, began, state, stop=None)
 
-    folder.describe(run.corpus.tokenizer_path)
     report_start(run, state)
-    signals.training(on_stop=lambda: folder.announce(ending=True))
+    signals.training()
     stop: signal.Signals | None = None
     while state.step < last and stop is None:
         state, stop = train_from(run, state, signals)
-        if too_many_skipped(state, config.train):
-            state = roll_back(run, state)
     return report_end(run, began, state, stop)
 
 
 def train_from(
     run: Run, state: RunState, signals: StopSignals
 ) -> tuple[RunState, signal.Signals | None]:
-    """Train to the last step, to a signal, or until leaving out bad updates does not help."""
+    """Train to the last step, to a signal, or to a rollback, from whose state to train on."""
     config, folder, last = run.config, run.folder, last_step(run.config)
     documents = held_out(run)
     evaluation_interval = config.evaluate.interval if documents.num_targets else 0
+    batches = training_batches(run, state)
+    folder.begin(run.corpus.tokenizer_path)
     stop: signal.Signals | None = None
     with (
+        batches,
         RunLog(run, state) as log,
-        training_batches(run, state) as batches,
         Saving(run, state) as saving,
         Profiler(config.logging.profile_steps, folder.profile, run.mesh) as profiler,
         Watchdog(run),
+        folder.recording_failure(),
     ):
         while state.step < last and not (stop := signals.agreed(run.mesh)):
             with profiler.step(state.step + 1):
@@ -110,9 +111,10 @@ def train_from(
                 saving.begin(state, background=config.checkpoint.async_save)
             if too_many_skipped(state, config.train):
                 saving.settle(wait=True)
-                return state, None
-        folder.announce(ending=True)
+                return roll_back(run, state), None
+        folder.announce_last_save()
         saving.end(state)
+        folder.write_exit(*outcome(config, state, stop))
         saving.prune()
     return state, stop
 

@@ -6,7 +6,7 @@ ranks the last alone, finds NaN in a gradient.
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def steps_saved(checkpoints: Path) -> list[int]:
 
 
 @contextmanager
-def poisoned(mesh: Mesh, samples: range) -> Iterator[list[tuple[int, list[int]]]]:
+def poisoned(mesh: Mesh, samples: Container[int]) -> Iterator[list[tuple[int, list[int]]]]:
     """Within it gradients of these samples are NaN; yields each step and this rank's samples."""
     seen: list[tuple[int, list[int]]] = []
     sum_gradients = train_module.sum_partial_gradients
@@ -80,7 +80,7 @@ def poisoned(mesh: Mesh, samples: range) -> Iterator[list[tuple[int, list[int]]]
 
     def poison(model: Any, mesh: Mesh) -> None:
         await_gradients(model)
-        if mesh.tp.rank == mesh.tp.size - 1 and set(seen[-1][1]) & set(samples):
+        if mesh.tp.rank == mesh.tp.size - 1 and any(n in samples for n in seen[-1][1]):
             next(model.parameters()).grad.to_local().view(-1)[:1] = float("nan")
         sum_gradients(model, mesh)
 

@@ -1,15 +1,23 @@
 """What a run survives again and again; short here, at length as `make drills` (mark `drill`)."""
 
+import json
+import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.distributed import ONE_RANK, Layout
+from configs import parse_config
+from parallel import Mesh
+from tests.distributed import ONE_RANK, Layout, distributed
 from tests.lines import ROOT
-from tests.runs import rows, settings, train_on
+from tests.runs import LONG, finish, rows, settings, start, steps_done, train_on, wait_for
+from tests.test_bad_numbers import poisoned, run, steps_saved
+from tests.test_checkpoints import plant_foreign_entries
+from tests.test_signals import is_in, slow_down
 
 # Every TP x DP out of {1, 2, 4} on four ranks at most.
 GRIDS = [Layout(tp=tp, dp=dp) for tp in (1, 2, 4) for dp in (1, 2, 4) if tp * dp <= 4]
@@ -58,3 +66,84 @@ def test_a_run_goes_from_layout_to_layout(corpus: Path, tmp_path: Path, num_chan
     assert [row["step"] for row in moved] == list(range(1, last + 1))
     for row, expected in zip(moved, whole, strict=True):
         assert row["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-5), row["step"]
+
+
+@pytest.mark.drill
+@distributed(ONE_RANK, Layout(tp=2))
+def test_stopped_anywhere_near_bad_steps(mesh: Mesh, corpus: Path, tmp_path: Path) -> None:
+    """Steps 3, 4 and 5 are bad, then 8: each stop saves its step, and the curve is the unbroken's.
+
+    With one bad step allowed in a row, checkpoint.keep=1, and a rollback on the way.
+    """
+    last = 10
+    overrides = ("evaluate.interval=0", "train.max_skipped_in_a_row=1", "checkpoint.keep=1")
+    overrides += ("checkpoint.save_interval=2", f"train.train_steps={last}")
+    config = parse_config(settings(corpus, tmp_path, *overrides))
+    samples = {*range(16, 40), *range(64, 72)}
+    with poisoned(mesh, samples):
+        whole = run(mesh, config, name="whole")
+        for stop in range(1, last):
+            name = f"stopped_{stop}"
+            run(mesh, config, name=name, stop_at_step=stop)
+            assert steps_saved(tmp_path / name / "checkpoints")[-1] == stop
+            assert run(mesh, config, name=name) == whole, stop
+        for step in range(1, last + 1):  # and at every step of one run
+            assert run(mesh, config, name="often", stop_at_step=step)[-1]["step"] == step
+    assert rows(tmp_path, "often") == whole
+
+
+@pytest.mark.drill
+def test_a_folder_that_ranks_do_not_share_is_refused(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative run.directory, and rank 1 in another working directory, as on another host."""
+    (tmp_path / "inject").mkdir()
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+    program = f"import os; 'RANK' in os.environ and os.chdir('{tmp_path}/' + os.environ['RANK'])"
+    (tmp_path / "inject" / "sitecustomize.py").write_text(program)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "inject"))
+    output = finish(start(2, settings(corpus, Path("runs"))), expected=1)
+    assert "run.directory=runs is not shared by all ranks: ranks [1] on " in output
+    assert "exitcode  : 2" in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "1" / "runs").exists()
+    assert not (tmp_path / "0" / "runs" / "test" / "exit.json").exists()
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_among_foreign_entries(corpus: Path, tmp_path: Path, ranks: int) -> None:
+    """It trains, prunes and resumes, and they are there afterwards."""
+    checkpoints = tmp_path / "test" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    planted = plant_foreign_entries(checkpoints)
+    common = ("checkpoint.save_interval=6", "checkpoint.keep=1", "train.train_steps=13")
+    finish(start(ranks, settings(corpus, tmp_path, *common, "run.stop_at_step=7")))
+    assert "step_00000007" in finish(start(ranks, settings(corpus, tmp_path, *common)))
+    assert all(os.path.lexists(path) for path in planted)
+    own = {path for path in checkpoints.iterdir() if path not in planted}
+    assert own == {checkpoints / "step_00000013"}
+    assert [row["step"] for row in rows(tmp_path) if "train/loss" in row] == list(range(1, 14))
+
+
+@pytest.mark.drill
+def test_killed_in_its_last_save_it_has_not_ended(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """exit.json says so, with code 1 and how to resume; a resume loses the unsaved steps alone."""
+    with monkeypatch.context() as patch:
+        slow_down(patch, tmp_path / "slow", save_s=20.0)
+        process = start(1, settings(corpus, tmp_path, *LONG))
+        wait_for(lambda: steps_done(tmp_path) >= 2, process)
+        process.send_signal(signal.SIGTERM)
+        wait_for(lambda: is_in("saving", tmp_path), process)
+        process.kill()
+        process.communicate()
+    report = json.loads((tmp_path / "test" / "exit.json").read_text())
+    assert report["code"] == 1
+    assert report["reason"] == f"has not ended yet: saving step {report['step']}"
+    assert "train.py" in report["resume"]
+    finish(start(1, settings(corpus, tmp_path, *LONG)))
+    report = json.loads((tmp_path / "test" / "exit.json").read_text())
+    assert report == {"code": 0, "reason": "finished", "step": 40, "resume": None}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.runs import LONG, finish, rows, settings, start, steps_done, wait_for, workers_of
+from tests.test_watchdog import inject
 from tests.wandb_server import logs, records
 
 SECRETS = ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "SOME_PASSWORD")
@@ -102,16 +103,20 @@ def test_the_run_folder_holds_what_it_should(
 def test_what_may_not_change_is_refused(corpus: Path, tmp_path: Path) -> None:
     """A resume with another model, seed or global batch names the keys and changes nothing."""
     finish(start(1, settings(corpus, tmp_path)))
-    files = [
-        tmp_path / "test" / name for name in ("metrics.jsonl", "config.yaml", "tokenizer.model")
-    ]
+    files = sorted(path for path in (tmp_path / "test").rglob("*") if path.is_file())
+    assert tmp_path / "test" / "exit.json" in files
+    files.remove(tmp_path / "test" / ".lock")
     before = [path.read_bytes() for path in files]
     changes = ("model.num_layers=3", "train.global_batch_size=4", "run.seed=5")
     output = finish(start(1, settings(corpus, tmp_path, *changes)), expected=2)
     assert "Traceback" not in output
     for change in changes:
         assert f"{change} (was " in output
+    too_long = settings(corpus, tmp_path, "run.resume=never", "model.seq_length=100000")
+    output = finish(start(1, too_long), expected=2)
+    assert "Traceback" not in output
     assert [path.read_bytes() for path in files] == before
+    assert not list((tmp_path / "test").glob("previous_*"))
 
 
 def test_another_text_is_refused_before_it_is_tokenized(corpus: Path, tmp_path: Path) -> None:
@@ -132,6 +137,19 @@ def test_another_text_is_refused_before_it_is_tokenized(corpus: Path, tmp_path: 
     assert "cannot resume" in output
     assert "model.num_layers=3 (was 2)" in output
     assert sorted(path.name for path in cache.iterdir()) == before
+
+
+def test_a_rank_that_crashes_alone_says_why(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 waits for it in a collective; exit.json has the cause and not what followed."""
+    inject(monkeypatch, tmp_path / "inject", 1, "raise KeyError('the cause')")
+    output = finish(start(2, settings(corpus, tmp_path, *LONG)), expected=1)
+    assert "KeyError: 'the cause'" in output
+    report = json.loads((tmp_path / "test" / "exit.json").read_text())
+    assert report["reason"] == "rank 1: KeyError: 'the cause'"
+    assert (report["code"], report["step"]) == (1, 6)
+    assert "train.py" in report["resume"]
 
 
 def test_must_never_and_in_use(corpus: Path, tmp_path: Path) -> None:

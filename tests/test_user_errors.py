@@ -21,7 +21,7 @@ MESH: Any = SimpleNamespace(local_rank=0)
 
 
 def _raise(error: Exception) -> Callable[..., None]:
-    def raises(*_: object) -> None:
+    def raises(*_: object, **__: object) -> None:
         raise error
 
     return raises
