@@ -187,8 +187,9 @@ def encoded(
         # A model file may give ids that its own piece count does not cover. A token file whose
         # checksum is right has been through here, so its ids need not be looked at again.
         if ids.size and int(ids.max()) >= tokenizer.vocab_size:
-            raise ValueError(
-                f"the tokenizer gives id {ids.max()}, but has {tokenizer.vocab_size} pieces"
+            raise UserError(
+                f"the tokenizer gives id {ids.max()}, but has {tokenizer.vocab_size} pieces; use "
+                "another data.tokenizer"
             )
         document = np.empty(len(ids) + 2, dtype)
         document[0], document[1:-1], document[-1] = tokenizer.bos_id, ids, tokenizer.eos_id
