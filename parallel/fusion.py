@@ -10,7 +10,9 @@ import functools
 import importlib.util
 import os
 import shutil
+import subprocess
 import sysconfig
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +22,7 @@ Function = Callable[..., torch.Tensor]
 
 # Of a function in a process. A run needs a few, for precisions and with and without gradients.
 _MOST_KERNELS = 64
+_ROOM_MIB = 256  # torch 2.13 writes a precompiled header of 147 MiB, and small files
 
 
 def fused(function: Function, compiles: bool) -> Function:
@@ -42,7 +45,11 @@ def _compiled(function: Function) -> Function:
 
 
 def why_not_compile(device: torch.device) -> str | None:
-    """What is missing on this machine for kernels to be compiled; None: nothing."""
+    """Why kernels cannot be compiled on this machine; None if they can.
+
+    A compiler that works and a cache that can be written to are tried out: the first kernels are
+    needed only after the corpus has been prepared.
+    """
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "there is no triton package"
     # Triton compiles what launches its kernels.
@@ -53,4 +60,32 @@ def why_not_compile(device: torch.device) -> str | None:
             f"there is no compiler ({compiler}; the environment variable {variable} names another)"
         )
     header = Path(sysconfig.get_path("include"), "Python.h")
-    return None if header.exists() else f"there is no {header} (package python3-dev)"
+    if not header.exists():
+        return f"there is no {header} (package python3-dev)"
+    try:
+        return _try_compiler([compiler, "-shared", "-fPIC", f"-I{header.parent}"])
+    except OSError as error:
+        return (
+            f"{error} ({variable} names another compiler, TORCHINDUCTOR_CACHE_DIR another folder)"
+        )
+
+
+def _try_compiler(command: list[str]) -> str | None:
+    """Compile a trivial library in the folder of kernels; raises OSError if that is impossible."""
+    # Here: it takes seconds to import.
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # noqa: PLC0415
+
+    cache = cache_dir()
+    with tempfile.TemporaryDirectory(prefix="try_", dir=cache) as folder:
+        source, library = Path(folder, "try.c"), Path(folder, "try.so")
+        source.write_text("#include <Python.h>\n")
+        ended = subprocess.run(
+            [*command, source, "-o", library], capture_output=True, text=True, check=False
+        )
+        if ended.returncode or not library.exists():
+            said = (ended.stderr.strip().splitlines() or ["no message"])[-1]
+            raise OSError(
+                f"{command[0]} has failed in {cache}, exit code {ended.returncode}: {said}"
+            )
+        free_mib = shutil.disk_usage(folder).free >> 20
+    return None if free_mib >= _ROOM_MIB else f"{cache} has only {free_mib} of {_ROOM_MIB} MiB free"

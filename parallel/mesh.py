@@ -100,13 +100,20 @@ def init_mesh(
     else:
         alone = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=alone, rank=0, world_size=1)
-    if compiles and (missing := why_not_compile(device)):
-        compiles = False
-        if int(os.environ.get("RANK", "0")) == 0:
-            logger.warning("train.compile has no effect here: %s", missing)
+    compiles = compiles and _all_can_compile(device)
     return lay_mesh(
         tensor_model_parallel_size, sequence_parallel, device, local_rank, overlap, compiles
     )
+
+
+def _all_can_compile(device: torch.device) -> bool:
+    """Whether every rank can: kernels round otherwise than torch, and copies must stay equal."""
+    problem, rank = why_not_compile(device), dist.get_rank()
+    first = torch.tensor([dist.get_world_size() if problem is None else rank], device=device)
+    dist.all_reduce(first, dist.ReduceOp.MIN)
+    if rank == first.item():
+        logger.warning("train.compile has no effect, on any rank: rank %d: %s", rank, problem)
+    return first.item() == dist.get_world_size()
 
 
 def _queue_in_order() -> None:

@@ -1,10 +1,14 @@
 """What torch.compile makes of functions of single elements: the same as torch does step by step."""
 
 import dataclasses
+import re
 import shutil
 import threading
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -17,8 +21,10 @@ from model.norm import rms_norm
 from model.rotary import rotate
 from parallel import DropoutStream, Mesh, dropout_add, fused
 from parallel.fusion import why_not_compile
+from parallel.mesh import _all_can_compile
 from parallel.randomness import keep_mask
 from tests.distributed import ONE_RANK, Layout, distributed
+from tests.runs import finish, rows, settings, start
 from tests.test_model_gpt import OPTIONS, STREAM, TINY, batch, tiny_model
 from tests.test_parallel_mappings import seeded
 
@@ -168,6 +174,64 @@ def test_a_compiled_model_has_the_same_gradients(mesh: Mesh, recompute: str) -> 
     for mine, reference in zip(compiled, plain, strict=True):
         scale = reference.abs().max().item()
         assert_close(mine, reference, rtol=1e-5, atol=1e-6 * scale)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize(
+    ("compiler", "message"),
+    [
+        ("/bin/false", r"/bin/false has failed in \S+, exit code 1: no message \(CXX names"),
+        ("/bin/true", r"/bin/true has failed in \S+, exit code 0"),  # it makes nothing
+    ],
+)
+def test_a_compiler_that_does_not_work(
+    compiler: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried, whatever kernels there are in the cache."""
+    assert why_not_compile(CPU) is None
+    monkeypatch.setenv("CXX", compiler)
+    assert re.match(message, why_not_compile(CPU) or "")
+
+
+@needs_a_compiler
+def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No folder, a device without room, and one with too little."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file/cache"))
+    assert re.search(r"Not a directory.*TORCHINDUCTOR_CACHE_DIR", why_not_compile(CPU) or "")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/proc")  # root, too, can write nothing there
+    assert re.search(r"/proc/try_.*TORCHINDUCTOR_CACHE_DIR", why_not_compile(CPU) or "")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    with mock.patch("shutil.disk_usage", return_value=SimpleNamespace(free=255 << 20)):
+        assert why_not_compile(CPU) == f"{tmp_path} has only 255 of 256 MiB free"
+    assert why_not_compile(CPU) is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+@distributed(Layout(dp=2))
+@pytest.mark.parametrize("broken", [None, 0, 1])
+def test_ranks_compile_together_or_not_at_all(mesh: Mesh, broken: int | None) -> None:
+    """The first that cannot says so, once."""
+    rank = mesh.world.rank
+    problem = "broken" if rank == broken else None
+    with (
+        mock.patch("parallel.mesh.why_not_compile", return_value=problem),
+        mock.patch("parallel.mesh.logger.warning") as warning,
+    ):
+        assert _all_can_compile(CPU) == (broken is None)
+    assert warning.call_count == (rank == broken)
+
+
+def test_a_run_without_a_working_compiler(corpus: Path, tmp_path: Path) -> None:
+    """It trains as it would without train.compile."""
+    arguments = settings(
+        corpus, tmp_path, "train.train_steps=2", "train.compile=true", "evaluate.interval=0"
+    )
+    with mock.patch.dict("os.environ", {"CXX": "/bin/false"}):
+        output = finish(start(2, arguments))
+    (warning,) = re.findall("train.compile has no effect.*", output)
+    assert "rank 0: /bin/false has failed" in warning
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2]
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
