@@ -9,7 +9,7 @@ import torch
 from configs import Config
 from data import Corpus, EvaluationSet, evaluation_batches
 from model import GPT, Sampling, generate
-from parallel import Mesh, fold_seed, free_gathered_weights, own_scratch, sum_over
+from parallel import Mesh, fold_seed, free_gathered_weights, move_to, own_scratch, sum_over
 from run_state import Run, RunState
 
 
@@ -80,7 +80,7 @@ def score(model: GPT, documents: EvaluationSet) -> Score:
     nats = torch.zeros((), dtype=torch.float64, device=mesh.device)
     for batch in documents.batches:
         nats += model(**batch.inputs(mesh.device)).cross_entropy
-    total = sum_over(mesh.dp, nats).item()
+    total = move_to(sum_over(mesh.dp, nats), "cpu").item()
     return Score(
         total,
         documents.num_targets,

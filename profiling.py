@@ -18,7 +18,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch._C._autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -26,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from configs import os_error_text
 from console import say_facts
 from data import WAITING_FOR_DATA
-from parallel import WAITING_FOR_RANKS, Mesh
+from parallel import WAITING_FOR_RANKS, Mesh, synchronize
 
 logger = logging.getLogger("microtron")
 
@@ -98,8 +97,7 @@ class Profiler:
         if self._profile is None:
             return
         recorded, self._profile = self._profile, None
-        if self._mesh.device.type == "cuda":
-            torch.cuda.synchronize(self._mesh.device)
+        synchronize(self._mesh.device)
         recorded.stop()
         steps = f"steps_{self._begun[0]}_to_{self._begun[-1]}"
         path = self._folder / f"{steps}.rank_{self._mesh.world.rank}.json.gz"

@@ -13,9 +13,7 @@ import sys
 import time
 from types import FrameType
 
-import torch
-
-from parallel import Mesh, sum_over
+from parallel import Mesh, sum_flags
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _SECOND_SIGNAL_AFTER_S = 1.0
@@ -100,12 +98,7 @@ class StopSignals:
 
     def agreed(self, mesh: Mesh) -> signal.Signals | None:
         """The signal for which all ranks stop now, or None; every rank calls this at each step."""
-        flags = torch.tensor(
-            [int(self.received == number) for number in _SIGNALS],
-            dtype=torch.int32,
-            device=mesh.device,
-        )
-        counts = sum_over(mesh.world, flags).tolist()
+        counts = sum_flags(mesh, [self.received == number for number in _SIGNALS])
         return next((number for number, n in zip(_SIGNALS, counts, strict=True) if n), None)
 
 

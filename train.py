@@ -11,6 +11,7 @@ import time
 from configs import (
     Config,
     UserError,
+    exit_alone,
     exit_with_error,
     load_config,
     machine_errors_as_user_errors,
@@ -37,6 +38,8 @@ from parallel import (
     Mesh,
     clip_gradients,
     close_mesh,
+    lost_connection,
+    move_to,
     set_gradient_sync,
     sum_over,
     sum_partial_gradients,
@@ -146,7 +149,7 @@ def train_step(run: Run, state: RunState, batches: BatchLoader) -> StepResult:
     started_at = time.perf_counter()
     config, mesh, model = run.config, run.mesh, run.model
     batch = next(batches)
-    num_targets = sum_over(mesh.dp, torch.tensor(batch.num_targets, device=mesh.device))
+    num_targets = sum_over(mesh.dp, move_to(torch.tensor(batch.num_targets), mesh.device))
     sums = torch.zeros(3, dtype=torch.float64, device=mesh.device)
     for number, micro_batch in enumerate(batch.micro_batches, start=1):
         is_last = number == len(batch.micro_batches)
@@ -163,8 +166,8 @@ def train_step(run: Run, state: RunState, batches: BatchLoader) -> StepResult:
         sums[:2] += torch.stack([losses.cross_entropy, losses.log_z_squared]).detach()
         sums[2] += micro_batch.sum_of_lengths
     sum_partial_gradients(model, mesh)
-    grad_norm = clip_gradients(model, config.optimizer.clip_grad, mesh).item()
-    means = (sum_over(mesh.dp, sums) / num_targets).tolist()
+    grad_norm = move_to(clip_gradients(model, config.optimizer.clip_grad, mesh), "cpu").item()
+    means = move_to(sum_over(mesh.dp, sums) / num_targets, "cpu").tolist()
     mean_loss, mean_log_z_squared, mean_row_length = means
     rate = learning_rate(state.step, config)
     why_skipped = why_to_skip(mean_loss, grad_norm, state, config.train, mesh)
@@ -177,7 +180,7 @@ def train_step(run: Run, state: RunState, batches: BatchLoader) -> StepResult:
         z_loss=config.train.z_loss_coeff * mean_log_z_squared,
         grad_norm=grad_norm,
         learning_rate=rate,
-        num_targets=int(num_targets),
+        num_targets=int(move_to(num_targets, "cpu")),
         mean_row_length=mean_row_length,
         elapsed_s=time.perf_counter() - started_at,
         why_skipped=why_skipped,
@@ -204,6 +207,10 @@ def main(config: Config) -> int:
         exit_with_error(str(error))
     except FatalError as error:
         exit_with_error(str(error), error.exit_code)
+    except RuntimeError as error:
+        if (loss := lost_connection(error)) is None:
+            raise
+        exit_alone(loss)
     # Only here: with an error under way, a peer may be in a collective, and leaving waits for it.
     close_mesh()
     return code

@@ -4,8 +4,9 @@ Nothing is asked of the main thread. A thread looks, a few times in each limit, 
 main thread is; what is at the same line of the same calls as before, in the same step, has not
 moved. It tells the other ranks through `parallel.Heartbeats`, and reads theirs. When no rank that
 still answers has moved for `run.hang_timeout_s`, the run hangs: a rank that works while others wait
-for it does not count as hanging. All ranks come to that by themselves, print their stacks, and end
-within two looks of each other; the lowest that still answers writes exit.json.
+for it does not count as hanging. All ranks come to that by themselves, print one line each, and end
+within two looks of each other; the lowest that still answers writes exit.json. Its stacks and those
+of the ranks to blame are in `stacks/` of the run folder.
 
 A thread cannot look while C code holds the interpreter's lock. faulthandler's timer, put off at
 each look, then prints the stacks and ends the process.
@@ -17,9 +18,9 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ EXIT_HANG = 75
 _LOOKS_IN_LIMIT, _LONGEST_BETWEEN_LOOKS_S = 20, 5.0
 _LOOKS_BEFORE_LEAVING = 2  # for the others to see the same
 _SILENT_AFTER = 0.5  # of the limit
+_RANKS_IN_DETAIL = 8  # at most so many are named in the report, and leave their stacks
 _BACKSTOP_AFTER = 1.5  # of the limit
 _ROOT = Path(__file__).parent
 
@@ -46,8 +48,8 @@ class Beat:
     looks: int = 0  # so far: a beat that does not change is of a process that does not run
     step: int = 0  # finished updates
     phase: str = ""  # the function of the story that it is in
-    line: str = ""  # the innermost of our own
-    is_waiting: bool = False  # for other ranks
+    line: str = ""  # the innermost of our own, outside the functions that wait
+    is_waiting: bool = False  # for other ranks, or a device that may wait for them
     still_s: float = 0.0  # since it has moved
     has_ended: bool = False
 
@@ -113,6 +115,7 @@ class Watchdog:
         still_s = self._beat.still_s + seen_s if position == self._position else 0.0
         self._position = position
         own = next((number for number, frame in enumerate(frames) if _is_ours(frame)), 0)
+        waits = is_wait(frames[own].f_code)
         calls = [frame.f_code for frame in frames]
         story = calls.index(self._story) if self._story in calls else 0
         self._beat = Beat(
@@ -121,8 +124,8 @@ class Watchdog:
             self._beat.looks + 1,
             step,
             phase=calls[max(story - 1, 0)].co_name,
-            line=_line(frames[own]),
-            is_waiting=is_wait(calls[own])
+            line=_line(frames[own + waits]),
+            is_waiting=waits
             or any("torch/distributed" in code.co_filename for code in calls[:own]),
             still_s=still_s,
         )
@@ -145,19 +148,28 @@ class Watchdog:
     def _end(self, beats: Mapping[int, Beat]) -> None:
         """Say who is to blame and leave; what has stopped for good is killed, if it is ours."""
         try:
-            answering = self._answering(beats)
-            _print_stacks(self._mesh.world.rank)
+            answering, me = self._answering(beats), self._mesh.world.rank
             blamed = blame(beats, answering)
+            named = blamed[:_RANKS_IN_DETAIL]
             reason = f"no rank has moved for {self._limit_s:g} s (run.hang_timeout_s): " + (
-                "; ".join(_describe(rank, beats[rank], rank in answering) for rank in blamed)
+                "; ".join(_describe(rank, beats[rank], rank in answering) for rank in named)
+                + (f"; and {len(blamed) - len(named)} more ranks" if blamed != named else "")
             )
-            message = f"hang: {reason}\nresume with\n  {self._folder.resume_command()}"
-            speaks = min(answering) == self._mesh.world.rank
-            self._folder.write_hang(EXIT_HANG, reason, speaks=speaks)
+            stacks = self._folder.path / "stacks"
+            message = (
+                f"hang: {reason}\nstacks are in {stacks}\n"
+                f"resume with\n  {self._folder.resume_command()}"
+            )
+            speaks = min(answering) == me
+            # Before anything is written to files, which may be what hangs.
+            sys.stderr.write(f"[rank {me}] {_describe(me, self._beat, answers=True)}\n")
             if speaks:
                 sys.stderr.write(f"{message}\n")
-                sys.stderr.flush()
+            sys.stderr.flush()
             leave_error(message)
+            self._folder.write_hang(EXIT_HANG, reason, speaks=speaks)
+            if speaks or me in named:
+                _write_stacks(stacks / f"step_{self._beat.step}.rank_{me}.txt")
             for rank in blamed:
                 if rank not in answering:
                     _kill_if_stopped(beats[rank])
@@ -170,9 +182,12 @@ def blame(beats: Mapping[int, Beat], answering: Mapping[int, Beat]) -> list[int]
     """The ranks that the others wait for, or all of them if none stands out."""
     silent = [rank for rank in beats if rank not in answering]
     working = [rank for rank, beat in answering.items() if not beat.is_waiting]
+    # A GPU can make the host wait at any line. One at which most ranks stand is such a line.
+    line, count = Counter(beat.line for beat in beats.values()).most_common(1)[0]
+    apart = [rank for rank in working if 2 * count > len(beats) and beats[rank].line != line]
     first_step = min(beat.step for beat in beats.values())
     behind = [rank for rank, beat in beats.items() if beat.step == first_step]
-    return silent or working or behind
+    return silent or apart or working or behind
 
 
 def _describe(rank: int, beat: Beat, answers: bool) -> str:
@@ -195,12 +210,10 @@ def _line(frame: FrameType) -> str:
     return f"{name}:{frame.f_lineno}"
 
 
-def _print_stacks(rank: int) -> None:
-    with tempfile.TemporaryFile("w+") as file:
+def _write_stacks(path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w") as file:
         faulthandler.dump_traceback(file)
-        file.seek(0)
-        sys.stderr.write("".join(f"[rank {rank}] {line}" for line in file))
-        sys.stderr.flush()
 
 
 def _kill_if_stopped(beat: Beat) -> None:

@@ -42,7 +42,7 @@ from checkpoints.manifest import (
     write_manifest,
 )
 from configs import os_error_text
-from parallel import Mesh, any_rank, gather_json, local_slices, tp_shard_dim
+from parallel import Mesh, any_rank, gather_json, local_slices, move_to, tp_shard_dim
 
 logger = logging.getLogger("microtron")
 
@@ -210,7 +210,9 @@ def _local_shards(
         if (tp_dim is None and mesh.tp.rank > 0) or local.numel() == 0:
             continue  # another tp rank has the same and writes it
         slices = local_slices(tensor.shape, tp_dim, mesh.tp, mesh.dp)
-        mine[name] = local.to("cpu", copy=copy).contiguous()
+        on_host = move_to(local, "cpu").contiguous()
+        # A copy of a GPU's tensor is one already.
+        mine[name] = on_host.clone() if copy and on_host.data_ptr() == local.data_ptr() else on_host
         shards[name] = {
             "global_shape": list(tensor.shape),
             "dtype": str(tensor.dtype).removeprefix("torch."),

@@ -59,6 +59,14 @@ def exit_with_error(message: str, code: int = EXIT_BEFORE_TRAINING) -> NoReturn:
     raise SystemExit(code)
 
 
+def exit_alone(message: str, code: int = 1) -> NoReturn:
+    """Prints what this rank has found while its peers may find something else, and ends it."""
+    sys.stderr.write(f"[rank {os.environ.get('RANK', '0')}] {message}\n")
+    sys.stderr.flush()
+    leave_error(message)
+    raise SystemExit(code)
+
+
 def leave_error(message: str) -> None:
     """Leaves the message where torchrun takes its "Root Cause" from, which is else a traceback."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")

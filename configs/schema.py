@@ -22,8 +22,8 @@ class RunConfig:
     seed: int = 1234  # decides initial weights, dropout masks and the order of samples
     resume: Literal["auto", "never", "must"] = "auto"
     stop_at_step: int | None = None  # save and end this launch there; null: at train.train_steps
-    # Seconds, after the start, in which no rank goes on to another line of code: then the rank that
-    # is to blame is named, all print their stacks, and the run ends with exit code 75; 0: no watch.
+    # Seconds during training in which no rank makes progress: then the stuck rank is named, its
+    # stack traces are written to the run folder, and the run ends with exit code 75; 0: no watch.
     hang_timeout_s: float = 480.0
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from model.cache import KeyValueCache
 from model.gpt import GPT
 from model.sampling import Sampling, choose, draw
-from parallel import sum_over
+from parallel import move_to, sum_over
 
 
 @torch.no_grad()
@@ -36,14 +36,14 @@ def continuations(
     texts = [list(prompt) for _ in range(num_samples)]
     unread = [list(prompt)[-longest:]]  # a single row while all samples have the same
     for number in range(num_tokens):
-        logits = _read(model, unread, cache)[:, :num_ids].cpu().expand(num_samples, -1)
-        chosen = torch.zeros(num_samples, dtype=torch.int64, device=mesh.device)
+        logits = move_to(_read(model, unread, cache)[:, :num_ids], "cpu").expand(num_samples, -1)
+        chosen = torch.zeros(num_samples, dtype=torch.int64)
         # Rank 0 decides for all: dp groups compute apart, and a last bit that differed would have
         # them part ways here.
         if mesh.world.rank == 0:
             draws = [draw(sampling, sample, number) for sample in range(num_samples)]
             chosen.copy_(choose(logits, sampling, draws))
-        tokens = sum_over(mesh.world, chosen).tolist()
+        tokens = move_to(sum_over(mesh.world, move_to(chosen, mesh.device)), "cpu").tolist()
         for text, token in zip(texts, tokens, strict=True):
             text.append(token)
         yield tokens
@@ -79,9 +79,9 @@ def _read(model: GPT, rows: list[list[int]], cache: KeyValueCache) -> Tensor:
     # At the end, where causal attention cannot see it; the next tokens are written over it.
     padding = [0] * (-n % t)
     device = model.mesh.device
-    tokens = torch.tensor([row + padding for row in rows], device=device)
+    tokens = move_to(torch.tensor([row + padding for row in rows]), device)
     places = [*range(cache.length, cache.length + n), *padding]
-    positions = torch.tensor(places, device=device).expand(len(rows), -1)
+    positions = move_to(torch.tensor(places), device).expand(len(rows), -1)
     logits = model(tokens, positions, cache=cache, wanted=slice(n - 1, n))
     cache.length += n
     return logits[:, 0]

@@ -3,9 +3,9 @@
 This package is the only one that crosses the wire. It takes plain ints and bools and knows no GPT.
 """
 
-from parallel.agreement import any_rank, gather_json, sum_over
-from parallel.backend import is_transport
-from parallel.collectives import WAITING_FOR_RANKS, is_wait
+from parallel.agreement import any_rank, gather_json, sum_flags, sum_over
+from parallel.backend import is_transport, lost_connection
+from parallel.collectives import WAITING_FOR_RANKS, is_wait, move_to, synchronize
 from parallel.data_parallel import (
     free_gathered_weights,
     set_gradient_sync,
@@ -83,7 +83,9 @@ __all__ = [
     "local_part",
     "local_slices",
     "lookup",
+    "lost_connection",
     "made_again",
+    "move_to",
     "operand_dtype",
     "own_scratch",
     "parameter_facts",
@@ -95,8 +97,10 @@ __all__ = [
     "shard_over_data_parallel",
     "shard_range",
     "split_sequence",
+    "sum_flags",
     "sum_over",
     "sum_partial_gradients",
+    "synchronize",
     "tp_shard_dim",
     "vocab_parallel_logits",
     "vocab_parallel_loss",

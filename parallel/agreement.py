@@ -5,13 +5,14 @@ known to one rank only (a signal, a full disk) passes through here first.
 """
 
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch.profiler import record_function
 
-from parallel.collectives import WAITING_FOR_RANKS
+from parallel.collectives import WAITING_FOR_RANKS, move_to
 from parallel.mesh import Axis, Mesh
 
 
@@ -25,9 +26,13 @@ def sum_over(axis: Axis, values: torch.Tensor) -> torch.Tensor:
 
 def any_rank(mesh: Mesh, flag: bool) -> bool:
     """Whether any rank says yes."""
-    # An integer flag: on gloo a maximum of floats silently drops NaN.
-    count = torch.tensor([int(flag)], dtype=torch.int32, device=mesh.device)
-    return bool(sum_over(mesh.world, count).item())
+    return sum_flags(mesh, [flag]) != [0]
+
+
+def sum_flags(mesh: Mesh, flags: Sequence[bool]) -> list[int]:
+    """How many ranks raise each flag; one all-reduce."""
+    counts = move_to(torch.tensor(flags, dtype=torch.int32), mesh.device)
+    return cast(list[int], move_to(sum_over(mesh.world, counts), "cpu").tolist())
 
 
 def gather_json(mesh: Mesh, report: Any) -> list[Any]:
@@ -38,16 +43,17 @@ def gather_json(mesh: Mesh, report: Any) -> list[Any]:
     if mesh.world.size == 1:
         return [json.loads(json.dumps(report))]
     encoded = torch.frombuffer(bytearray(json.dumps(report).encode()), dtype=torch.uint8)
-    encoded = encoded.to(mesh.device)
-    length = torch.tensor([len(encoded)], device=mesh.device)
+    encoded = move_to(encoded, mesh.device)
+    length = move_to(torch.tensor([len(encoded)]), mesh.device)
     lengths = [torch.empty_like(length) for _ in range(mesh.world.size)]
     dist.all_gather(lengths, length, group=mesh.world.group)
-    longest = max(int(length) for length in lengths)
+    sizes = move_to(torch.cat(lengths), "cpu").tolist()
+    longest = max(sizes)
     padded = torch.zeros(longest, dtype=torch.uint8, device=mesh.device)
     padded[: len(encoded)] = encoded
     reports = [torch.empty_like(padded) for _ in range(mesh.world.size)]
     dist.all_gather(reports, padded, group=mesh.world.group)
     return [
-        json.loads(bytes(report[: int(length)].cpu().numpy()))
-        for report, length in zip(reports, lengths, strict=True)
+        json.loads(bytes(move_to(report, "cpu")[:size].numpy()))
+        for report, size in zip(reports, sizes, strict=True)
     ]

@@ -14,7 +14,7 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from types import CodeType
 from typing import Any
@@ -30,7 +30,7 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import GroupName
 
 from parallel import shared_memory
-from parallel.shared_memory import SLOT_BYTES, SharedMemory
+from parallel.shared_memory import SLOT_BYTES, PeerLostError, SharedMemory
 
 logger = logging.getLogger("microtron")
 
@@ -60,13 +60,26 @@ def is_transport(code: CodeType) -> bool:
     return code.co_filename in (__file__, shared_memory.__file__)
 
 
+def lost_connection(error: RuntimeError) -> str | None:
+    """One line about a peer that has ended or cannot be reached; None if the error is another."""
+    if isinstance(error, PeerLostError):
+        return str(error)
+    # torch has no type for it: RuntimeError "[.../gloo/transport/tcp/pair.cc:553] Connection ...".
+    place, _, problem = str(error).partition("] ")
+    if "gloo/transport" not in place:
+        return None
+    return f"connection to another rank lost: {problem.partition('. ')[0]}"
+
+
 def _make_backend(options: Any, _: object) -> dist.ProcessGroup | ProcessGroupGloo:
     """What torch calls for each group, on all its ranks."""
     store, rank, size = options.store, options.group_rank, options.group_size
     gloo = ProcessGroupGloo(store, rank, size, options.timeout)
     if size == 1:
         return gloo
-    memory, problem = _share_memory(PrefixStore(_NAME, store), rank, size, options.timeout)
+    global_ranks = options.global_ranks_in_group or list(range(size))  # none: all of them
+    store_here = PrefixStore(_NAME, store)
+    memory, problem = _share_memory(store_here, rank, global_ranks, options.timeout)
     if memory is None:
         if rank == 0:
             logger.info("a group of %d ranks uses gloo, not shared memory: %s", size, problem)
@@ -80,16 +93,17 @@ def _make_backend(options: Any, _: object) -> dist.ProcessGroup | ProcessGroupGl
 
 
 def _share_memory(
-    store: Store, rank: int, size: int, timeout: timedelta
+    store: Store, rank: int, global_ranks: Sequence[int], timeout: timedelta
 ) -> tuple[SharedMemory | None, str]:
     """The group's memory; or none, on all ranks, and why one of them cannot have it."""
+    size = len(global_ranks)
     store.set(f"process_{rank}", str(os.getpid()))
     pids = [int(store.get(f"process_{peer}")) for peer in range(size)]
     memory, problem = None, ""
     try:
-        memory = SharedMemory(store, rank, pids, timeout)
+        memory = SharedMemory(store, rank, pids, timeout, global_ranks)
     except OSError as error:
-        problem = f"rank {rank}: {error}"
+        problem = f"rank {global_ranks[rank]}: {error}"
     store.set(f"problem_{rank}", problem)
     problems = [store.get(f"problem_{peer}").decode() for peer in range(size)]
     problem = next(filter(None, problems), "")

@@ -37,9 +37,25 @@ def await_work(work: dist.Work) -> None:
         work.wait()
 
 
+def move_to(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Copy between host and device memory; returns the tensor itself if it is there already.
+
+    A copy waits for all work queued on the device, including collectives: on a GPU those return at
+    once, and the host waits for the other ranks here. So training makes every such copy through
+    this function, for the watchdog to tell waiting from standing still.
+    """
+    return tensor.to(device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for all work queued on a device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def is_wait(code: CodeType) -> bool:
-    """Whether a function does nothing but wait for others."""
-    return code is await_work.__code__
+    """Whether a function only waits: for other ranks, or for a device that may wait for them."""
+    return code in {function.__code__ for function in (await_work, move_to, synchronize)}
 
 
 def start_all_gather(x: Tensor, axis: Axis) -> Pending:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.agreement import sum_over
+from parallel.collectives import move_to
 from parallel.data_parallel import await_gradients
 from parallel.mesh import Mesh
 from parallel.parameters import parameter_facts
@@ -58,7 +59,7 @@ def clip_gradients(model: nn.Module, largest_norm: float, mesh: Mesh) -> Tensor:
 
 def are_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether all elements of float32 tensors are finite numbers."""
-    return bool(_norms(tensors).isfinite().all())
+    return bool(move_to(_norms(tensors), "cpu").isfinite().all())
 
 
 def _norms(tensors: Sequence[Tensor]) -> Tensor:

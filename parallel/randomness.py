@@ -16,6 +16,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from parallel.collectives import move_to
 from parallel.fusion import fused
 from parallel.mesh import Mesh
 
@@ -46,7 +47,7 @@ class DropoutStream:
             for sample in self.sample_indices
         )
         words = [struct.unpack("<2i", digest) for digest in digests]
-        return torch.tensor(words, dtype=torch.int32, device=device).t()
+        return move_to(torch.tensor(words, dtype=torch.int32), device).t()
 
     def attention_seed(self, layer: int, tp_rank: int) -> int:
         """Seed of the attention dropout of one layer, the one that depends on the layout."""

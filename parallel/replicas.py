@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from parallel.agreement import gather_json
+from parallel.collectives import move_to
 from parallel.mesh import Axis, Mesh
 from parallel.sharding import tp_shard_dim
 
@@ -81,12 +82,12 @@ def _compare(tensors: Mapping[str, Tensor], name_of_axis: str, axis: Axis) -> li
     if axis.size == 1 or not tensors:
         return []
     device = next(iter(tensors.values())).device
-    hashes = torch.tensor([_hash(tensor) for tensor in tensors.values()], device=device)
+    hashes = move_to(torch.tensor([_hash(tensor) for tensor in tensors.values()]), device)
     of_ranks = hashes.new_empty((axis.size, len(hashes)))
     dist.all_gather_single(of_ranks.view(-1), hashes, group=axis.group)
     ranks = tuple(dist.get_process_group_ranks(axis.group))
     found = []
-    for name, column in zip(tensors, of_ranks.t().tolist(), strict=True):
+    for name, column in zip(tensors, move_to(of_ranks, "cpu").t().tolist(), strict=True):
         if len(set(column)) > 1:
             found.append(Drift(name, name_of_axis, ranks, _odd_ones(column, ranks)))
     return found
@@ -102,6 +103,6 @@ def _odd_ones(hashes: list[int], ranks: tuple[int, ...]) -> tuple[int, ...]:
 def _hash(tensor: Tensor) -> int:
     """63 bits of xxh3 of a tensor's bytes."""
     # A copy, because memory that numpy has seen cannot be freed by FSDP2 afterwards.
-    copy = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    copy = move_to(tensor.detach(), "cpu").clone(memory_format=torch.contiguous_format)
     data = copy.view(-1).view(torch.uint8).numpy()
     return xxhash.xxh3_64_intdigest(data.data) >> 1

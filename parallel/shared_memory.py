@@ -24,6 +24,9 @@ through rank 0's /proc entry, and it ends with the last process that maps it, ho
 that a lack of memory is an error at the start and not a fault later. A process that waits looks
 every few milliseconds whether a peer has ended: its pidfd says so from the moment of death, reaped
 or not. A peer that is only stopped is waited for, up to the timeout.
+
+A rank that finds a peer ended writes that peer's number into its own line of all its groups before
+it ends too. Ranks that share no group with the first one read it there, and name it.
 """
 
 import mmap
@@ -34,7 +37,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -52,15 +55,33 @@ _LOOK_AT_PEERS_EVERY_S = 5e-3
 CALLS = ("all_gather", "reduce_scatter", "all_reduce sum", "all_reduce max")
 
 
+_COUNTER, _SAYS, _LOST = 0, 1, 3  # words of a rank's line; the second is two words
+
+
+class PeerLostError(dist.DistBackendError):
+    """The process of another rank has ended in the middle of the run."""
+
+
 class SharedMemory:
     """The memory of a group, as its rank number `rank` sees it; `pids` are the ranks' processes.
 
-    Every rank of the group makes one at the same time. Raises OSError where it cannot be had; then
-    it is of no use to the others either.
+    `global_ranks` are their numbers in the whole run, for messages. Every rank of the group makes
+    one at the same time. Raises OSError where it cannot be had; then it is of no use to the others
+    either.
     """
 
-    def __init__(self, store: Store, rank: int, pids: Sequence[int], timeout: timedelta) -> None:
+    _all: ClassVar["weakref.WeakSet[SharedMemory]"] = weakref.WeakSet()  # of this process
+
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        pids: Sequence[int],
+        timeout: timedelta,
+        global_ranks: Sequence[int],
+    ) -> None:
         self.rank, self.ranks = rank, len(pids)
+        self._global_ranks = global_ranks
         self._pids, self._timeout_s = pids, timeout.total_seconds()
         self._step, self._failure = 0, ""
         self._descriptors: list[int] = []
@@ -82,6 +103,7 @@ class SharedMemory:
             self._descriptors.append(pidfd)
             self._peer_of[pidfd] = peer
             self._ends.register(pidfd, select.POLLIN)
+        self._all.add(self)
 
     def _make(self, store: Store) -> int:
         offer = ""
@@ -134,7 +156,7 @@ class SharedMemory:
         """
         words, step, line = self._words, self._step, self.rank * _LINE_WORDS
         says = num_bytes * len(CALLS) + CALLS.index(call)
-        said_at = 1 + step % 2  # a peer may be one step ahead, and says what it calls there
+        said_at = _SAYS + step % 2  # a peer may be one step ahead, and says what it calls there
         words[line + said_at] = says
         words[line] = step
         self._wait()
@@ -142,8 +164,9 @@ class SharedMemory:
             if (theirs := words[peer * _LINE_WORDS + said_at]) != says:
                 their_bytes, their_call = divmod(theirs, len(CALLS))
                 self._fail(
-                    f"rank {self.rank} calls {call} of {num_bytes} bytes, and rank {peer} calls "
-                    f"{CALLS[their_call]} of {their_bytes} bytes"
+                    f"rank {self._global_ranks[self.rank]} calls {call} of {num_bytes} bytes, and "
+                    f"rank {self._global_ranks[peer]} calls {CALLS[their_call]} of {their_bytes} "
+                    "bytes"
                 )
 
     def _wait(self) -> None:
@@ -168,10 +191,26 @@ class SharedMemory:
             peer = self._peer_of[pidfd]
             # Read after its end: it may have done its part before.
             if self._words[peer * _LINE_WORDS] < self._step:
-                self._fail(f"connection lost: rank {peer} (process {self._pids[peer]}) has ended")
+                self._lose(peer)
         if waited_s > self._timeout_s:
-            late = [p for p in self._peers if self._words[p * _LINE_WORDS] < self._step]
-            self._fail(f"no answer from ranks {late} of the group in {self._timeout_s:g} s")
+            late = [
+                self._global_ranks[peer]
+                for peer in self._peers
+                if self._words[peer * _LINE_WORDS] < self._step
+            ]
+            self._fail(f"no answer from ranks {late} in {self._timeout_s:g} s")
+
+    def _lose(self, peer: int) -> NoReturn:
+        ended = self._global_ranks[peer]
+        first = self._words[peer * _LINE_WORDS + _LOST] - 1  # which that peer has lost, if any
+        lost = first if first >= 0 else ended
+        for memory in list(self._all):
+            memory._words[memory.rank * _LINE_WORDS + _LOST] = lost + 1
+        self._failure = (
+            f"connection lost: rank {ended} (process {self._pids[peer]}) has ended"
+            f"{f', after rank {lost} had' if lost != ended else ''}"
+        )
+        raise PeerLostError(self._failure)
 
     def _fail(self, failure: str) -> NoReturn:
         self._failure = failure

@@ -83,11 +83,13 @@ def train_on(layout: Layout, arguments: list[str]) -> None:
 
 
 def command(ranks: int, arguments: list[str], flags: Sequence[str] = ()) -> list[str]:
-    """The command that a person would type, by itself of tensor-parallel ranks.
+    """The command that a person would type, of tensor-parallel ranks unless the arguments differ.
 
     `flags` are torchrun's.
     """
-    program = [str(ROOT / "train.py"), f"parallel.tensor_model_parallel_size={ranks}", *arguments]
+    tp = "parallel.tensor_model_parallel_size"
+    layout = [] if any(argument.startswith(tp) for argument in arguments) else [f"{tp}={ranks}"]
+    program = [str(ROOT / "train.py"), *layout, *arguments]
     if ranks == 1:
         return [sys.executable, *program]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]

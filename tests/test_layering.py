@@ -24,6 +24,17 @@ COMMUNICATING_METHODS = {"full_tensor", "redistribute"}
 PICKLING_MODULES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 PICKLING_CALLS = {"torch.load", "torch.save"}
 MAX_KEYS = 110
+# What a step, an evaluation or a save of a run calls, beside `parallel` and `model`.
+TRAINING = (
+    "train",
+    "evaluation",
+    "saving",
+    "optimizer",
+    "stopping",
+    "bad_numbers",
+    "audit",
+    "save",
+)
 
 sources = pytest.mark.parametrize("file", source_files(), ids=str)
 
@@ -82,6 +93,21 @@ def test_nothing_is_pickled(file: Path) -> None:
         if isinstance(node, ast.Call):
             assert _dotted(node.func) not in PICKLING_CALLS
         assert not (isinstance(node, ast.keyword) and node.arg == "allow_pickle")
+
+
+@sources
+def test_training_waits_for_the_device_in_one_place(file: Path) -> None:
+    """The watchdog takes `move_to` for a wait; it cannot see one in `x.item()` or `x.cpu()`."""
+    if file.parts[0] not in ("parallel", "model") and file.stem not in TRAINING:
+        return
+    for node in _nodes(file):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        if node.func.attr in ("item", "cpu"):
+            tensor = node.func.value
+            is_moved = isinstance(tensor, ast.Call) and _dotted(tensor.func) == "move_to"
+            assert is_moved, f"{file}:{node.lineno}"
+        assert node.func.attr != "synchronize" or file.name == "collectives.py"
 
 
 def test_budgets_of_lines_hold() -> None:

@@ -165,9 +165,19 @@ def test_who_does_not_come_is_waited_for_so_long(mesh: Mesh) -> None:
     group = dist.new_group(backend=cpu_backend(True), timeout=timedelta(seconds=0.5))
     dist.barrier(group=mesh.world.group)
     if mesh.world.rank == 0:
-        with pytest.raises(RuntimeError, match=r"no answer from ranks \[1\] of the group in 0.5 s"):
+        with pytest.raises(RuntimeError, match=r"no answer from ranks \[1\] in 0.5 s"):
             dist.all_reduce(torch.ones(1), group=group)
     dist.barrier(group=mesh.world.group)
+
+
+@distributed(Layout(tp=2, dp=2, shared_memory=True))
+def test_messages_have_ranks_of_the_whole_run(mesh: Mesh) -> None:
+    """Of the group of ranks 2 and 3, not 0 and 1."""
+    pairs = [dist.new_group([first, first + 1], backend=cpu_backend(True)) for first in (0, 2)]
+    me = mesh.world.rank
+    other = me + 1 if me % 2 == 0 else me - 1
+    with pytest.raises(RuntimeError, match=f"rank {me} calls .*, and rank {other} calls"):
+        dist.all_reduce(torch.ones(4 + me), group=pairs[me // 2])
 
 
 @distributed(TWO)

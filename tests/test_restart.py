@@ -1,11 +1,23 @@
 """torchrun --max-restarts: a job that has lost a process comes back without a person."""
 
+import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
 
-from tests.runs import LONG, finish, rows, settings, start, steps_done, wait_for, workers_of
+from tests.runs import (
+    LONG,
+    finish,
+    ranks_of,
+    rows,
+    settings,
+    start,
+    steps_done,
+    wait_for,
+    workers_of,
+)
 
 
 def test_killed_ranks_come_back(
@@ -32,6 +44,24 @@ def test_killed_ranks_come_back(
     assert "run test is finished: step 40 of 40 (20 in this launch)" in output
     assert rows(tmp_path) == unbroken
     assert not list((tmp_path / "test").glob("previous_*"))
+
+
+def test_a_killed_rank_is_named_by_all(corpus: Path, tmp_path: Path) -> None:
+    """By its number in the run, also by a rank that shares no group with it; one line each."""
+    arguments = settings(corpus, tmp_path, *LONG, "parallel.tensor_model_parallel_size=2")
+    process = start(4, arguments)
+    wait_for(lambda: steps_done(tmp_path) >= 2, process)
+    killed = ranks_of(tmp_path)[2]
+    os.kill(killed, signal.SIGKILL)
+    output = finish(process, expected=1)
+    reported = re.findall(r"^\[rank (\d)\] (connection lost: .*)$", output, re.MULTILINE)
+    assert sorted(rank for rank, _ in reported) == ["0", "1", "3"]
+    for _, message in reported:
+        assert f"rank 2 (process {killed}) has ended" in message or "after rank 2 had" in message
+    reason = json.loads((tmp_path / "test" / "exit.json").read_text())["reason"]
+    assert "rank 2" in reason
+    # torch begins each line of a traceback so.
+    assert not re.findall(r"^\[rank\d\]:", output, re.MULTILINE)
 
 
 def _is_new(attempts: list[set[int]], directory: Path) -> bool:
