@@ -40,7 +40,7 @@ from configs import (
     os_error_text,
     to_yaml,
 )
-from parallel import Mesh, gather_json
+from parallel import Mesh, gather_json, wait_for_all_ranks
 from stopping import FatalError
 
 logger = logging.getLogger("microtron")
@@ -53,6 +53,8 @@ _SAVING = "has not ended yet: saving step "
 
 def require_same_on_all_ranks(mesh: Mesh, value: str, what: str) -> None:
     """Raise UserError on every rank if ranks differ: hosts may have other files or Pythons."""
+    # Preparing the text may take hours on one host and nothing on another that has it already.
+    wait_for_all_ranks(mesh, what)
     values = gather_json(mesh, value)
     if len(set(values)) > 1:
         others = [rank for rank, other in enumerate(values) if other != values[0]]

@@ -150,6 +150,8 @@ def join_mesh(config: Config, *, decoding: bool = False) -> Mesh:
         "none" if decoding else parallel.tp_comm_overlap,
         config.train.compile and config.model.has_chains and not decoding,
         parallel.shared_memory,
+        # While one rank waits for a file, the others wait for it. The watchdog's limit comes first.
+        timeout_s=1.25 * config.run.file_timeout_s,
     )
 
 

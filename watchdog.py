@@ -8,12 +8,17 @@ for it does not count as hanging. All ranks come to that by themselves, print on
 within two looks of each other; the lowest that still answers writes exit.json. Its stacks and those
 of the ranks to blame are in `stacks/` of the run folder.
 
+Waiting for the files of checkpoints, to write, flush or delete them, may take ten times the limit
+(`RunConfig.file_timeout_s`), with a warning per limit: a slow file system is no hang. But one that
+never answers ends the run too.
+
 A thread cannot look while C code holds the interpreter's lock. faulthandler's timer, put off at
 each look, then prints the stacks and ends the process.
 """
 
 import contextlib
 import faulthandler
+import logging
 import os
 import signal
 import socket
@@ -22,13 +27,16 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import CodeType, FrameType
 
+from checkpoints import is_file_access
 from configs import leave_error
 from parallel import Heartbeats, is_transport, is_wait
 from run_state import Run
+
+logger = logging.getLogger("microtron")
 
 EXIT_HANG = 75
 _LOOKS_IN_LIMIT, _LONGEST_BETWEEN_LOOKS_S = 20, 5.0
@@ -50,7 +58,8 @@ class Beat:
     phase: str = ""  # the function of the story that it is in
     line: str = ""  # the innermost of our own, outside the functions that wait
     is_waiting: bool = False  # for other ranks, or a device that may wait for them
-    still_s: float = 0.0  # since it has moved
+    is_in_file: bool = False  # waiting for a file of a checkpoint
+    still_s: float = 0.0  # since it has moved; in a file, a tenth of that
     has_ended: bool = False
 
 
@@ -60,6 +69,7 @@ class Watchdog:
     def __init__(self, run: Run) -> None:
         self._folder, self._mesh = run.folder, run.mesh
         self._limit_s = run.config.run.hang_timeout_s  # 0: no watch
+        self._file_limit_s = run.config.run.file_timeout_s
         self._interval_s = min(self._limit_s / _LOOKS_IN_LIMIT, _LONGEST_BETWEEN_LOOKS_S)
         self._beat = Beat(socket.gethostname(), os.getpid())
         self._position: object = None
@@ -110,10 +120,8 @@ class Watchdog:
         # A backend in Python waits on several lines: to be inside it is to stand still.
         inside = [number for number, frame in enumerate(frames) if is_transport(frame.f_code)]
         del frames[: max(inside, default=-1) + 1]
-        step = self._folder.step or 0
+        before_s, step = self._beat.still_s, self._folder.step or 0
         position = (step, [(frame.f_code, frame.f_lineno) for frame in frames])
-        still_s = self._beat.still_s + seen_s if position == self._position else 0.0
-        self._position = position
         own = next((number for number, frame in enumerate(frames) if _is_ours(frame)), 0)
         waits = is_wait(frames[own].f_code)
         calls = [frame.f_code for frame in frames]
@@ -127,8 +135,28 @@ class Watchdog:
             line=_line(frames[own + waits]),
             is_waiting=waits
             or any("torch/distributed" in code.co_filename for code in calls[:own]),
-            still_s=still_s,
+            is_in_file=any(is_file_access(code) for code in calls),
         )
+        if position == self._position:
+            self._stand_still(before_s, seen_s)
+        self._position = position
+
+    def _stand_still(self, before_s: float, seen_s: float) -> None:
+        """Count the time since the last look, and report each limit that passes in a file."""
+        beat = self._beat
+        in_file = beat.is_in_file and not beat.is_waiting
+        patience = self._file_limit_s / self._limit_s if in_file else 1.0
+        still_s = before_s + seen_s / patience
+        self._beat = replace(beat, still_s=still_s)
+        limits, limits_before = (patience * s // self._limit_s for s in (still_s, before_s))
+        if in_file and limits > limits_before:
+            logger.warning(
+                "step %d: waiting for a file for %.0f s, at %s; the run ends after %.0f s",
+                beat.step,
+                patience * still_s,
+                beat.line,
+                self._file_limit_s,
+            )
 
     def _read_board(self, seen_s: float) -> dict[int, Beat]:
         """All known beats; counts for how long each rank has been silent."""
@@ -191,7 +219,9 @@ def blame(beats: Mapping[int, Beat], answering: Mapping[int, Beat]) -> list[int]
 
 
 def _describe(rank: int, beat: Beat, answers: bool) -> str:
-    what = "waits for other ranks" if beat.is_waiting else "stands still"
+    what = "waits for a file" if beat.is_in_file else "stands still"
+    if beat.is_waiting:
+        what = "waits for other ranks"
     return (
         f"rank {rank} (host {beat.host}, process {beat.pid}) "
         f"{what if answers else 'has stopped answering, and was last seen'} in {beat.phase}, after "

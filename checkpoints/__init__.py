@@ -1,5 +1,8 @@
 """Sharded tensors to files and back, on any layout, surviving a kill at any moment."""
 
+from pathlib import Path
+from types import CodeType
+
 from checkpoints.load import find_checkpoint, load_tensors
 from checkpoints.manifest import Checkpoint, CheckpointError, checkpoint_directories
 from checkpoints.save import (
@@ -12,6 +15,12 @@ from checkpoints.save import (
 )
 from checkpoints.whole import TensorInfo, read_whole, write_tensors, write_whole_checkpoint
 
+
+def is_file_access(code: CodeType) -> bool:
+    """Whether a function is of this package, where a wait is one for the file system."""
+    return Path(code.co_filename).parent == Path(__file__).parent
+
+
 __all__ = [
     "Checkpoint",
     "CheckpointError",
@@ -22,6 +31,7 @@ __all__ = [
     "commit_save",
     "delete_checkpoints",
     "find_checkpoint",
+    "is_file_access",
     "load_tensors",
     "prune_checkpoints",
     "read_whole",

@@ -24,7 +24,16 @@ class RunConfig:
     stop_at_step: int | None = None  # save and end this launch there; null: at train.train_steps
     # Seconds during training in which no rank makes progress: then the stuck rank is named, its
     # stack traces are written to the run folder, and the run ends with exit code 75; 0: no watch.
+    # Reading and writing checkpoints may take ten times as long.
     hang_timeout_s: float = 480.0
+
+    @property
+    def file_timeout_s(self) -> float:
+        """How long a single wait for a file of a checkpoint may take until the run counts as hung.
+
+        A slow file system is no hang: flushing a large file takes much longer than a step.
+        """
+        return 10 * self.hang_timeout_s
 
 
 @dataclass(frozen=True)

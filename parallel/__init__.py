@@ -30,7 +30,7 @@ from parallel.mappings import (
     sequence_shard,
     split_sequence,
 )
-from parallel.mesh import Axis, Mesh, close_mesh, init_mesh
+from parallel.mesh import Axis, Mesh, close_mesh, init_mesh, wait_for_all_ranks
 from parallel.parameters import (
     Constant,
     Normal,
@@ -104,4 +104,5 @@ __all__ = [
     "tp_shard_dim",
     "vocab_parallel_logits",
     "vocab_parallel_loss",
+    "wait_for_all_ranks",
 ]

@@ -7,6 +7,7 @@ case. The environment of the launcher is read in this file and nowhere else in t
 
 import logging
 import os
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -24,7 +25,8 @@ from parallel.products import use_full_precision
 logger = logging.getLogger("microtron")
 
 # Of the group of all ranks: time for a slow one to load. The axes have the backend's default.
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+_COLLECTIVE_TIMEOUT_S = 1800.0
+_POLL_INTERVAL_S = 0.5
 
 
 # Under which products of a parallel linear layer it sends: [Note: what hides under what].
@@ -62,6 +64,7 @@ def init_mesh(
     overlap: Overlap = "none",
     compiles: bool = False,
     share_memory: bool = False,
+    timeout_s: float = 0.0,
 ) -> Mesh:
     """Join the process group that torchrun describes (or a group of one) and lay the grid over it.
 
@@ -94,7 +97,7 @@ def init_mesh(
             store=store,
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
-            timeout=COLLECTIVE_TIMEOUT,
+            timeout=timedelta(seconds=max(timeout_s, _COLLECTIVE_TIMEOUT_S)),
             device_id=device if use_cuda else None,
         )
     else:
@@ -140,11 +143,22 @@ def connect_store(purpose: str) -> Store | None:
     """
     if not _under_torchrun():
         return None
-    store, _, _ = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+    store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=_COLLECTIVE_TIMEOUT_S)))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = PrefixStore(f"attempt_{attempt}", store)
     return PrefixStore(purpose, store)
+
+
+def wait_for_all_ranks(mesh: Mesh, where: str) -> None:
+    """Return when all ranks have called this, however long one takes, unlike a collective.
+
+    If a rank fails, torchrun ends the others. `where` is a name of its own for each call.
+    """
+    if store := connect_store(f"meeting {where}"):
+        store.add("arrived", 1)
+        while store.add("arrived", 0) < mesh.world.size:
+            time.sleep(_POLL_INTERVAL_S)
 
 
 def lay_mesh(

@@ -187,6 +187,67 @@ def test_every_way_to_hang_is_blamed_on_the_right_rank(
     assert "sitecustomize.py" in (stacks(tmp_path, rank) if action == STUCK else output)
 
 
+# A file system that takes its time to make a file of a checkpoint durable.
+_SLOW_FILES = """
+import os, time
+_fsync = os.fsync
+
+def fsync(descriptor):
+    _fsync(descriptor)
+    if "rank_0000{rank}." in os.readlink(f"/proc/self/fd/{{descriptor}}"):
+        time.sleep({seconds})
+
+os.fsync = fsync
+"""
+
+
+def slow_down_files(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, rank: int, seconds: float
+) -> None:
+    """Have every save of the runs started from now on take so long on one rank."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(_SLOW_FILES.format(rank=rank, seconds=seconds))
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
+def test_a_last_save_longer_than_the_limit_is_waited_for(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its end is reported once per limit; the run ends well, and the checkpoint is there."""
+    slow_down_files(monkeypatch, tmp_path / "slow", rank=0, seconds=2.5 * LIMIT_S)
+    output = finish(start(1, settings(corpus, tmp_path, f"run.hang_timeout_s={LIMIT_S}")))
+    assert json.loads((tmp_path / "test" / "exit.json").read_text())["code"] == 0
+    assert (tmp_path / "test" / "checkpoints" / "step_00000006").is_dir()
+    assert len(re.findall(r"waiting for a file for \d+ s, at checkpoints/save.py", output)) == 2
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_slow_save_is_waited_for(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    """The previous save, begun in the background, and the last one, on either rank."""
+    slow_down_files(monkeypatch, tmp_path / "slow", rank, seconds=2 * LIMIT_S)
+    often = ("checkpoint.save_interval=2", "checkpoint.keep=1")
+    output = finish(start(2, settings(corpus, tmp_path, f"run.hang_timeout_s={LIMIT_S}", *often)))
+    assert "run test is finished" in output
+    assert "waiting for a file" in output
+    saved = [path.name for path in (tmp_path / "test" / "checkpoints").iterdir()]
+    assert saved == ["step_00000006"]
+
+
+@pytest.mark.drill
+def test_a_file_system_that_hangs_ends_the_run(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After ten times the limit, and the rank is named."""
+    slow_down_files(monkeypatch, tmp_path / "slow", rank=1, seconds=1000)
+    output = finish(start(2, settings(corpus, tmp_path, "run.hang_timeout_s=2")), expected=1)
+    reason = hang_report(tmp_path)
+    assert re.search(r"rank 1 \(host \S+, process \d+\) waits for a file in end, after", reason)
+    assert output.count("waiting for a file") >= 8
+
+
 def test_who_is_blamed() -> None:
     """First who says nothing, then who does not wait, then who is behind; else everybody."""
     waiting = Beat("host", 1, step=5, is_waiting=True)
