@@ -98,7 +98,8 @@ def test_nothing_is_pickled(file: Path) -> None:
 @sources
 def test_training_waits_for_the_device_in_one_place(file: Path) -> None:
     """The watchdog takes `move_to` for a wait; it cannot see one in `x.item()` or `x.cpu()`."""
-    if file.parts[0] not in ("parallel", "model") and file.stem not in TRAINING:
+    in_training = file.parts[0] in ("parallel", "model") or file.stem in TRAINING
+    if not in_training or file.name == "mesh.py":  # done before training
         return
     for node in _nodes(file):
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
