@@ -26,6 +26,15 @@ from wandb_run import begun_id
 
 logger = logging.getLogger("microtron")
 
+# Versions of the functions that define a run, whose values tests/test_golden.py pins. Raise one if
+# its function changes, not only its rounding: its older checkpoints are then refused.
+RECIPE_VERSIONS = {
+    "initial_weights": 1,
+    "dropout_masks": 1,
+    "sample_order": 1,  # rows and packing included
+    "sampled_tokens": 1,
+}
+_DECIDE_THE_NEXT_STEP = ("dropout_masks", "sample_order")
 # Where text comes from. Fingerprints tell whether it is the same text.
 _PLACES_OF_TEXT = (
     "data.source",
@@ -166,6 +175,7 @@ def find_own_checkpoint(
     checkpoint = None if folder.starts_over else find_checkpoint(folder.checkpoints, mesh)
     if checkpoint is not None:
         _require_same_settings(checkpoint, config)
+        _require_same_recipes(checkpoint)
         found = {"text_fingerprint": text_fingerprint}
         if config.data.tokenizer is not None:
             tokenizer = load_tokenizer(Path(config.data.tokenizer).expanduser())
@@ -303,6 +313,21 @@ def _report_learning_rate(step: int, config: Config, stored: dict[str, Any]) -> 
 
 def _weights(sources: list[dict[str, Any]]) -> list[float]:
     return [source["weight"] for source in sources] if len(sources) > 1 else []
+
+
+def _require_same_recipes(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint whose run would go on with other samples or masks."""
+    if checkpoint.state["data_fingerprint"] is None:  # of an imported model, which has begun none
+        return
+    stored = checkpoint.state.get("recipe_versions", {})
+    for name in _DECIDE_THE_NEXT_STEP:
+        theirs, ours = stored.get(name, 1), RECIPE_VERSIONS[name]
+        if theirs != ours:
+            raise CheckpointError(
+                f"cannot resume {checkpoint.directory}: its recipe_version of {name} is {theirs}, "
+                f"this Microtron has {ours}; resume with the Microtron that wrote it, or choose "
+                "another run.name"
+            )
 
 
 _CONTENTS = {

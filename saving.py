@@ -26,7 +26,7 @@ from configs import flatten
 from hardware import copies_fit
 from optimizer import training_tensors
 from parallel import any_rank, are_finite
-from run_state import Run, RunState
+from run_state import RECIPE_VERSIONS, Run, RunState
 from stopping import NonFiniteError, SaveError
 
 logger = logging.getLogger("microtron")
@@ -77,6 +77,7 @@ class Saving:
         contents: dict[str, Any] = {
             "progress": asdict(state),
             "config": flatten(run.config),
+            "recipe_versions": RECIPE_VERSIONS,
             "text_fingerprint": run.corpus.text_fingerprint,
             "data_fingerprint": run.corpus.fingerprint,
             "tokenizer_fingerprint": run.corpus.tokenizer.fingerprint,

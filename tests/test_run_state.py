@@ -8,7 +8,7 @@ import pytest
 import run_state
 from checkpoints import Checkpoint, CheckpointError
 from configs import Config, DataConfig, WeightedSource, flatten
-from run_state import find_own_checkpoint
+from run_state import RECIPE_VERSIONS, find_own_checkpoint
 from tests.data_corpora import small_tokenizer
 
 TEXT = "the fingerprint of the text"
@@ -22,10 +22,12 @@ def mixture(*places: str, weights: tuple[float, ...] = (3.0, 1.0)) -> Config:
     return Config(data=DataConfig(sources=tuple(sources)))
 
 
-def resume(monkeypatch: pytest.MonkeyPatch, before: Config, now: Config, text: str = TEXT) -> None:
+def resume(
+    monkeypatch: pytest.MonkeyPatch, before: Config, now: Config, text: str = TEXT, **more: Any
+) -> None:
     """Look for the checkpoint of a run, with other settings and other text."""
     fingerprints = {"text_fingerprint": TEXT, "data_fingerprint": "x", "tokenizer_fingerprint": "y"}
-    state = {"config": flatten(before), **fingerprints}
+    state = {"config": flatten(before), **fingerprints, **more}
     checkpoint = Checkpoint(Path("step_00000005"), 5, state, {}, {})
     monkeypatch.setattr(run_state, "find_checkpoint", lambda *_: checkpoint)
     mesh: Any = None
@@ -59,3 +61,23 @@ def test_another_tokenizer_is_refused_before_the_text_is_tokenized(
     given = DataConfig("text", "a", tokenizer=str(path))
     with pytest.raises(CheckpointError, match="the tokenizer has changed since"):
         resume(monkeypatch, Config(data=DataConfig("text", "a")), Config(data=given))
+
+
+@pytest.mark.parametrize("name", RECIPE_VERSIONS)
+def test_a_run_goes_on_by_the_recipe_that_it_began_with(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A checkpoint without versions is of version 1. Samples and masks decide the next step."""
+    config = Config(data=DataConfig("text", "a"))
+    resume(monkeypatch, config, config)
+    monkeypatch.setitem(RECIPE_VERSIONS, name, 2)
+    resume(monkeypatch, config, config, recipe_versions={name: 2})
+    imported = {"data_fingerprint": None}
+    resume(monkeypatch, config, config, **imported)
+    for stored in ({}, {name: 1}, {name: 3}):
+        if name in ("dropout_masks", "sample_order"):
+            message = rf"recipe_version of {name} is {stored.get(name, 1)}, this Microtron has 2;"
+            with pytest.raises(CheckpointError, match=message):
+                resume(monkeypatch, config, config, recipe_versions=stored)
+        else:
+            resume(monkeypatch, config, config, recipe_versions=stored)
