@@ -273,15 +273,15 @@ MISTAKES = (
     Mistake(
         "targets are counted on this data-parallel rank alone",
         "train.py",
-        "sum_over(mesh.dp, torch.tensor(batch.num_targets, device=mesh.device))",
-        "torch.tensor(batch.num_targets, device=mesh.device)",
+        "sum_over(mesh.dp, move_to(torch.tensor(batch.num_targets), mesh.device))",
+        "move_to(torch.tensor(batch.num_targets), mesh.device)",
         (_STEP + "[tp1-dp2]",),
     ),
     Mistake(
         "targets are counted once for each tensor-parallel rank",
         "train.py",
-        "sum_over(mesh.dp, torch.tensor(",
-        "sum_over(mesh.world, torch.tensor(",
+        "sum_over(mesh.dp, move_to(torch.tensor(",
+        "sum_over(mesh.world, move_to(torch.tensor(",
         (_STEP + "[tp2-dp1]",),
     ),
     Mistake(
@@ -306,8 +306,8 @@ MISTAKES = (
     Mistake(
         "tensor-parallel ranks read different batches, as if data-parallel",
         "run_state.py",
-        "            dp_rank=mesh.dp.rank,\n            dp_size=mesh.dp.size,\n",
-        "            dp_rank=mesh.world.rank,\n            dp_size=mesh.world.size,\n",
+        "        dp_rank=mesh.dp.rank,\n        dp_size=mesh.dp.size,\n",
+        "        dp_rank=mesh.world.rank,\n        dp_size=mesh.world.size,\n",
         (_STEP + "[tp2-dp1]",),
     ),
     # The gradient norm.
@@ -330,10 +330,10 @@ MISTAKES = (
         "train.py",
         """\
     sum_partial_gradients(model, mesh)
-    grad_norm = clip_gradients(model, config.optimizer.clip_grad, mesh).item()
+    grad_norm = move_to(clip_gradients(model, config.optimizer.clip_grad, mesh), "cpu").item()
 """,
         """\
-    grad_norm = clip_gradients(model, config.optimizer.clip_grad, mesh).item()
+    grad_norm = move_to(clip_gradients(model, config.optimizer.clip_grad, mesh), "cpu").item()
     sum_partial_gradients(model, mesh)
 """,
         (_STEP + "[tp2+sp-dp1]",),

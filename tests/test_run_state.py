@@ -31,7 +31,7 @@ def resume(
     checkpoint = Checkpoint(Path("step_00000005"), 5, state, {}, {})
     monkeypatch.setattr(run_state, "find_checkpoint", lambda *_: checkpoint)
     mesh: Any = None
-    folder: Any = type("Folder", (), {"checkpoints": Path("unused")})
+    folder: Any = type("Folder", (), {"checkpoints": Path("unused"), "starts_over": False})
     assert find_own_checkpoint(now, text, mesh, folder) is checkpoint
 
 
