@@ -27,7 +27,7 @@ def resume(
 ) -> None:
     """Look for the checkpoint of a run, with other settings and other text."""
     fingerprints = {"text_fingerprint": TEXT, "data_fingerprint": "x", "tokenizer_fingerprint": "y"}
-    state = {"config": flatten(before), **fingerprints, **more}
+    state = {"config": flatten(before), "progress": {"step": 5}, **fingerprints, **more}
     checkpoint = Checkpoint(Path("step_00000005"), 5, state, {}, {})
     monkeypatch.setattr(run_state, "find_checkpoint", lambda *_: checkpoint)
     mesh: Any = None
