@@ -58,11 +58,9 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from checkpoints import (
     Checkpoint,
     CheckpointError,
-    TensorInfo,
-    find_checkpoint,
-    read_whole,
-    write_tensors,
+    held_checkpoint,
 )
+from checkpoints.whole import TensorInfo, read_whole, write_tensors
 from console import set_up_logging
 from data import Tokenizer, load_tokenizer
 from data.tokenizer_json import tokenizer_config, tokenizer_json
@@ -79,12 +77,20 @@ _ROUNDING = 1e-4
 
 
 def export(settings: Settings, config: Config, mesh: Mesh) -> Comparison | None:
-    """Find the checkpoint, write the folder and compare; every rank calls this, rank 0 writes."""
+    """Find the checkpoint and export it; every rank calls this."""
     run = Path(settings.run).expanduser()
     family_of(config.model)
-    checkpoint = find_checkpoint(run / "checkpoints", mesh, settings.step)
-    if checkpoint is None:
-        raise CheckpointError(f"run={settings.run} has no checkpoint yet")
+    with held_checkpoint(run / "checkpoints", mesh, settings.step, prefix=WEIGHTS) as checkpoint:
+        if checkpoint is None:
+            raise CheckpointError(f"run={settings.run} has no checkpoint yet")
+        return export_checkpoint(checkpoint, settings, config, mesh)
+
+
+def export_checkpoint(
+    checkpoint: Checkpoint, settings: Settings, config: Config, mesh: Mesh
+) -> Comparison | None:
+    """Write the folder and compare; every rank calls this, rank 0 writes."""
+    run = Path(settings.run).expanduser()
     tokenizer = load_tokenizer(run / "tokenizer.model", "the run's tokenizer.model")
     require_fingerprint(checkpoint, "tokenizer", tokenizer.fingerprint)
     files = small_files(settings, config, checkpoint, tokenizer)

@@ -59,7 +59,7 @@ import torch
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from checkpoints import TensorInfo, write_whole_checkpoint
+from checkpoints.whole import TensorInfo, write_whole_checkpoint
 from console import set_up_logging
 from data import Tokenizer, load_tokenizer
 from huggingface_source import Source, download, open_source

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoints import Checkpoint, find_checkpoint, load_tensors
+from checkpoints import Checkpoint, held_checkpoint, load_tensors
 from configs import Config, UserError
 from data import Tokenizer, load_tokenizer
 from model import GPT, build_bare_model
@@ -27,16 +27,16 @@ def load_trained(config: Config, folder: Path, mesh: Mesh, step: int | None) -> 
 
     Every rank calls this. Raises UserError if there is no whole checkpoint or another tokenizer.
     """
-    checkpoint = find_checkpoint(folder / "checkpoints", mesh, step)
-    if checkpoint is None:
-        raise UserError(
-            f"run={folder} has no checkpoint yet: there is none in {folder / 'checkpoints'}; "
-            "train.py saves every checkpoint.save_interval steps and at the end"
-        )
-    tokenizer = load_tokenizer(folder / "tokenizer.model", "the tokenizer of the run")
-    require_fingerprint(checkpoint, "tokenizer", tokenizer.fingerprint)
-    model = build_bare_model(config, mesh)
-    load_tensors(checkpoint, weight_tensors(model), mesh, prefix=WEIGHTS, converts=True)
+    with held_checkpoint(folder / "checkpoints", mesh, step, prefix=WEIGHTS) as checkpoint:
+        if checkpoint is None:
+            raise UserError(
+                f"run={folder} has no checkpoint yet: there is none in {folder / 'checkpoints'}; "
+                "train.py saves every checkpoint.save_interval steps and at the end"
+            )
+        tokenizer = load_tokenizer(folder / "tokenizer.model", "the tokenizer of the run")
+        require_fingerprint(checkpoint, "tokenizer", tokenizer.fingerprint)
+        model = build_bare_model(config, mesh)
+        load_tensors(checkpoint, weight_tensors(model), mesh, prefix=WEIGHTS, converts=True)
     return Trained(config, mesh, checkpoint, tokenizer, model)
 
 

@@ -1,9 +1,12 @@
-"""Sharded tensors to files and back, on any layout, surviving a kill at any moment."""
+"""Sharded tensors to files and back, on any layout, surviving a kill at any moment.
+
+Programs that handle whole tensors and no model import `checkpoints.whole`.
+"""
 
 from pathlib import Path
 from types import CodeType
 
-from checkpoints.load import find_checkpoint, load_tensors
+from checkpoints.load import find_checkpoint, held_checkpoint, load_tensors
 from checkpoints.manifest import Checkpoint, CheckpointError, checkpoint_directories
 from checkpoints.save import (
     Save,
@@ -13,7 +16,6 @@ from checkpoints.save import (
     prune_checkpoints,
     sweep_leftovers,
 )
-from checkpoints.whole import TensorInfo, read_whole, write_tensors, write_whole_checkpoint
 
 
 def is_file_access(code: CodeType) -> bool:
@@ -25,17 +27,14 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Save",
-    "TensorInfo",
     "begin_save",
     "checkpoint_directories",
     "commit_save",
     "delete_checkpoints",
     "find_checkpoint",
+    "held_checkpoint",
     "is_file_access",
     "load_tensors",
     "prune_checkpoints",
-    "read_whole",
     "sweep_leftovers",
-    "write_tensors",
-    "write_whole_checkpoint",
 ]

@@ -39,19 +39,35 @@ def main(arguments: list[str]) -> int:
     except UsageError as error:
         sys.stderr.write(f"{error}\n{_USAGE}\n")
         return _EXIT_NOTHING
-    is_damaged = False
-    for directory in directories:
-        checkpoint, problems = examine(directory, verify)
-        if not directory.exists():
-            # The run goes on and keeps its newest ones only.
-            sys.stdout.write(f"{directory.name}  deleted meanwhile\n")
-            continue
-        is_damaged |= bool(problems)
-        lines = [summary(directory, checkpoint, problems, verify)]
-        if step is not None and checkpoint is not None:
-            lines += describe(checkpoint)
-        sys.stdout.write("\n".join(lines) + "\n")
-    return _EXIT_DAMAGED if is_damaged else 0
+    seen: set[str] = set()
+    damages: list[bool] = []
+    while directories:
+        for directory in directories:
+            seen.add(directory.name)
+            try:
+                text, is_damaged = look(directory, verify, describe_it=step is not None)
+            except FileNotFoundError:  # the run goes on and keeps its newest ones only
+                text = f"{directory.name}  deleted meanwhile"
+            else:
+                damages.append(is_damaged)
+            sys.stdout.write(f"{text}\n")
+        if damages or step is not None:
+            break
+        directories = [path for path in checkpoint_directories(folder) if path.name not in seen]
+    if not damages:
+        return _EXIT_NOTHING
+    return _EXIT_DAMAGED if any(damages) else 0
+
+
+def look(directory: Path, verify: bool, *, describe_it: bool) -> tuple[str, bool]:
+    """What to print of a checkpoint, and whether it is damaged; FileNotFoundError if it is gone."""
+    saved_at = directory.stat().st_mtime
+    checkpoint, problems = examine(directory, verify)
+    directory.stat()
+    lines = [summary(directory, checkpoint, problems, verify, saved_at)]
+    if describe_it and checkpoint is not None:
+        lines += describe(checkpoint)
+    return "\n".join(lines), bool(problems)
 
 
 def parse(arguments: list[str]) -> tuple[Path, bool, int | None]:
@@ -103,18 +119,22 @@ def examine(directory: Path, verify: bool) -> tuple[Checkpoint | None, list[str]
 
 
 def summary(
-    directory: Path, checkpoint: Checkpoint | None, problems: list[str], verify: bool
+    directory: Path,
+    checkpoint: Checkpoint | None,
+    problems: list[str],
+    verify: bool,
+    saved_at: float,
 ) -> str:
     """One line: name, when, how large, how far, and whether it is whole."""
     state = "DAMAGED: " + "; ".join(problems) if problems else "verified" if verify else "not read"
     if checkpoint is None:
         return f"{directory.name}  {state}"
-    saved_at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(directory.stat().st_mtime))
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(saved_at))
     size = sum(file["size"] for file in checkpoint.files.values())
     tokens = checkpoint.state.get("progress", {}).get("tokens", 0)
     files = len(checkpoint.files)
     return (
-        f"{directory.name}  {saved_at}  {size / 2**20:,.1f} MiB in {files} file"
+        f"{directory.name}  {when}  {size / 2**20:,.1f} MiB in {files} file"
         f"{'s' if files > 1 else ''}  {tokens:,} tokens  {state}"
     )
 

@@ -1,12 +1,19 @@
 """Finding the newest whole checkpoint, and reading it into today's layout.
 
+[Note: beside a run]
+A run deletes its old checkpoints. Programs that read them meanwhile hold the one they have found:
+its files are opened at once, and stay readable until they are closed. One that vanishes before that
+is not damaged, and the newest of those that are there now is taken.
+
 For each local shard that today's layout wants, the overlapping pieces of the stored shards are
 read, so resuming on another number of ranks is no special case. No rank reads more than it keeps.
 """
 
 import logging
-from collections.abc import Mapping
-from contextlib import ExitStack
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +33,8 @@ from checkpoints.manifest import (
 from parallel import Mesh, gather_json, local_part
 
 _MAPPED_BYTES = 256 << 20  # read of mapped files until they are closed
+# A network file system may list for a while what another host has deleted.
+_LOOKS_AT_VANISHED, _LOOK_EVERY_S = 300, 0.1
 
 logger = logging.getLogger("microtron")
 
@@ -40,23 +49,91 @@ def find_checkpoint(
     starting from scratch is for a person to decide. With a `step` that one is meant, and it is an
     error if it is damaged or not there. Later ones than `up_to` are as if not there.
     """
-    names = _listed(folder, mesh, up_to)
-    if step is not None:
-        names = [_of_step(step, folder, names)]
-    for name in names:
-        problems = [found for found in gather_json(mesh, _problem(folder / name, mesh)) if found]
-        if not problems:
-            return read_manifest(folder / name)
+    return _find(folder, mesh, step, up_to, prefix="", stack=None)
+
+
+@contextmanager
+def held_checkpoint(
+    folder: Path, mesh: Mesh, step: int | None = None, *, prefix: str = ""
+) -> Iterator[Checkpoint | None]:
+    """As `find_checkpoint`, readable until the end of the block whatever a run deletes meanwhile.
+
+    Of its tensors only those are verified whose names begin with `prefix`.
+    """
+    with ExitStack() as stack:
+        yield _find(folder, mesh, step, None, prefix=prefix, stack=stack)
+
+
+def _find(
+    folder: Path,
+    mesh: Mesh,
+    step: int | None,
+    up_to: int | None,
+    *,
+    prefix: str,
+    stack: ExitStack | None,
+) -> Checkpoint | None:
+    damaged: set[str] = set()
+    vanished: Counter[str] = Counter()
+    while (name := _candidate(folder, mesh, step, up_to, damaged)) is not None:
+        checkpoint, problem = _examine(folder / name, mesh, prefix, stack)
+        if checkpoint is not None:
+            return checkpoint
+        if problem is None and vanished[name] < _LOOKS_AT_VANISHED:
+            vanished[name] += 1
+            time.sleep(_LOOK_EVERY_S)
+            continue
+        problem = problem or "some ranks do not see it"
         if step is not None:
-            raise CheckpointError(f"checkpoint {folder / name} is damaged: {problems[0]}")
+            raise CheckpointError(f"checkpoint {folder / name} is damaged: {problem}")
         if mesh.world.rank == 0:
-            logger.warning("checkpoint %s is damaged, passed over: %s", folder / name, problems[0])
-    if names:
+            logger.warning("checkpoint %s is damaged, passed over: %s", folder / name, problem)
+        damaged.add(name)
+    if damaged:
         raise CheckpointError(
-            f"all {len(names)} checkpoints in {folder} are damaged; "
+            f"all {len(damaged)} checkpoints in {folder} are damaged; "
             "move them away to start from scratch"
         )
     return None
+
+
+def _candidate(
+    folder: Path, mesh: Mesh, step: int | None, up_to: int | None, damaged: set[str]
+) -> str | None:
+    """The name of the next checkpoint to examine, of those that are there now."""
+    names = _listed(folder, mesh, up_to)
+    if step is not None:
+        names = [_of_step(step, folder, names)]
+    return next((name for name in names if name not in damaged), None)
+
+
+def _examine(
+    directory: Path, mesh: Mesh, prefix: str, stack: ExitStack | None
+) -> tuple[Checkpoint | None, str | None]:
+    """The checkpoint if it is whole, else what is wrong with it; neither if it has vanished.
+
+    All ranks come to the same result, each of a share of the files.
+    """
+    with ExitStack() as opened:
+        checkpoint, problem = None, None
+        try:
+            checkpoint = read_manifest(directory)
+            if stack is not None:
+                checkpoint = checkpoint.hold(opened)
+            mine = sorted(checkpoint.files)[mesh.world.rank :: mesh.world.size]
+            found = (verify_file(checkpoint, name, prefix) for name in mine)
+            problem = next((text for text in found if text), None)
+        except CheckpointError as error:
+            problem = str(error)
+        is_gone = problem is not None and not directory.exists()
+        reports = gather_json(mesh, [problem, is_gone])
+        if any(is_gone for _, is_gone in reports):
+            return None, None
+        if problem := next((text for text, _ in reports if text is not None), None):
+            return None, problem
+        if stack is not None:
+            stack.push(opened.pop_all())
+    return checkpoint, None
 
 
 def _listed(folder: Path, mesh: Mesh, up_to: int | None) -> list[str]:
@@ -82,16 +159,6 @@ def _of_step(step: int, folder: Path, names: list[str]) -> str:
     return name
 
 
-def _problem(directory: Path, mesh: Mesh) -> str | None:
-    """What this rank's share of verifying finds wrong."""
-    try:
-        checkpoint = read_manifest(directory)
-    except CheckpointError as error:
-        return str(error)
-    mine = sorted(checkpoint.files)[mesh.world.rank :: mesh.world.size]
-    return next((found for name in mine if (found := verify_file(checkpoint, name))), None)
-
-
 @torch.no_grad()
 def load_tensors(
     checkpoint: Checkpoint,
@@ -107,7 +174,7 @@ def load_tensors(
     if names, shapes or (unless it `converts`) dtypes differ from theirs, or a part is missing.
     """
     _require_same_names(checkpoint, tensors, prefix)
-    with _MappedFiles(checkpoint.directory) as files:
+    with _MappedFiles(checkpoint) as files:
         for name, tensor in tensors.items():
             stored = checkpoint.tensors[name]
             dtype = stored["dtype"] if converts else str(tensor.dtype).removeprefix("torch.")
@@ -147,8 +214,8 @@ class _MappedFiles:
     file counts as memory until it is closed, so after much reading all are.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
         self._stack = ExitStack()
         self._files: dict[str, Any] = {}
         self._read_bytes = 0
@@ -166,7 +233,7 @@ class _MappedFiles:
             self._stack.close()
             self._read_bytes = 0
         if name not in self._files:
-            file = safe_open(self._directory / name, "pt")
+            file = safe_open(self._checkpoint.path(name), "pt")
             self._files[name] = self._stack.enter_context(file)
         return self._files[name]
 

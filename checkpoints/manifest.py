@@ -2,28 +2,37 @@
 
     step_00001000/
         rank_00000.safetensors ...   each rank's shards, a tensor's replicas once
-        manifest.json                for every tensor its global shape, dtype and where each
-                                     shard lies; for every file its size and hash; the state of
-                                     the run; the manifest's own checksum
+        manifest.json                for every tensor its global shape, dtype, and of each shard the
+                                     place and the checksum; for every file its size and the
+                                     checksum of its header; the state of the run; the manifest's
+                                     own checksum
 
 The manifest is written last and the directory is renamed into place after it, so a directory of
 that name without a right manifest is damaged. Nothing in it depends on the layout that wrote it,
-beyond where the cuts are. Nothing is pickled. The hash finds damage; it is no defence against an
-attacker.
+beyond where the cuts are. Nothing is pickled. Checksums (xxh3_128) find damage; they are no defence
+against an attacker.
+
+Version 1 had one checksum for each file instead, so that reading the weights alone meant reading
+the moments too.
 """
 
-import hashlib
+import errno
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import xxhash
 
 from configs import UserError, os_error_text
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READABLE_VERSIONS = (1, FORMAT_VERSION)
+_CHUNK_BYTES = 1 << 20
 MANIFEST = "manifest.json"
 
 
@@ -38,8 +47,44 @@ class Checkpoint:
     directory: Path
     step: int
     state: dict[str, Any]  # what decides the next step, as the run gave it
-    tensors: dict[str, dict[str, Any]]  # name -> shape, dtype, shards: file, offsets, shape
-    files: dict[str, dict[str, Any]]  # name -> size in bytes, xxh3_128
+    # name -> shape, dtype, shards: file, offsets, shape, checksum
+    tensors: dict[str, dict[str, Any]]
+    files: dict[str, dict[str, Any]]  # name -> size in bytes, checksum of the header
+    # Of a checkpoint that is held: its files, open, so that they can be read when it is deleted.
+    descriptors: dict[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def checksums(self) -> dict[str, dict[str, str]]:
+        """Those of each file: of its tensors by their names, and of its header by ""."""
+        found = {name: {"": file["header"]} for name, file in self.files.items()}
+        for name, entry in self.tensors.items():
+            for shard in entry["shards"]:
+                found[shard["file"]][name] = shard["checksum"]
+        return found
+
+    def path(self, name: str) -> str:
+        """Where to open one of its files."""
+        held = self.descriptors.get(name)
+        return str(self.directory / name) if held is None else f"/dev/fd/{held}"
+
+    def open(self, name: str) -> IO[bytes]:
+        """Open one of its files at its beginning; OSError with ELOOP if it is a link."""
+        held = self.descriptors.get(name)
+        if held is None:
+            return os.fdopen(_open_file(self.directory / name), "rb")
+        os.lseek(held, 0, os.SEEK_SET)
+        return os.fdopen(held, "rb", closefd=False)
+
+    def hold(self, stack: ExitStack) -> "Checkpoint":
+        """The same with all files open for as long as `stack`; CheckpointError if one cannot be."""
+        descriptors: dict[str, int] = {}
+        for name in self.files:
+            try:
+                descriptors[name] = _open_file(self.directory / name)
+            except OSError as error:
+                raise CheckpointError(_cannot_read(name, error)) from None
+            stack.callback(os.close, descriptors[name])
+        return replace(self, descriptors=descriptors)
 
 
 def step_directory(folder: Path, step: int) -> Path:
@@ -64,10 +109,45 @@ def _named_as_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"step_{'[0-9]' * 8}"))
 
 
-def hash_file(path: Path) -> str:
-    """xxh3_128 of a file's bytes, in hexadecimal."""
+def file_checksums(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """What the manifest says of a safetensors file, and the checksum of each tensor in it."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+        size = os.fstat(file.fileno()).st_size
+        checksums = dict(_checksums(file, size))
+    return {"size": size, "header": checksums.pop("")}, checksums
+
+
+def _checksums(file: IO[bytes], size: int, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The checksum of the header, by the name "", and of each tensor whose name has the prefix."""
+    length = file.read(8)
+    header = file.read(min(int.from_bytes(length, "little"), size))
+    yield "", xxhash.xxh3_128_hexdigest(length + header)
+    start, entries = file.tell(), json.loads(header)
+    for name, entry in entries.items():
+        if name.startswith(prefix) and name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            file.seek(start + begin)
+            yield name, _digest(file, end - begin)
+
+
+def _digest(file: IO[bytes], num_bytes: int) -> str:
+    hasher, buffer = xxhash.xxh3_128(), memoryview(bytearray(min(_CHUNK_BYTES, num_bytes)))
+    while num_bytes and (count := file.readinto(buffer[:num_bytes])):  # type: ignore[attr-defined]
+        hasher.update(buffer[:count])
+        num_bytes -= count
+    return hasher.hexdigest()
+
+
+def _open_file(path: Path) -> int:
+    return os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+
+
+def _cannot_read(name: str, error: OSError) -> str:
+    if error.errno == errno.ELOOP:
+        return f"{name} is not a plain file of the checkpoint"
+    if isinstance(error, FileNotFoundError):
+        return f"{name} is missing"
+    return f"{name} cannot be read: {os_error_text(error)}"
 
 
 def fsync(path: Path) -> None:
@@ -116,17 +196,15 @@ def read_manifest(directory: Path) -> Checkpoint:
         checksum = content.pop("checksum")
         if checksum != _checksum(content):
             raise CheckpointError(f"{MANIFEST} does not match its own checksum")
-        if content["version"] != FORMAT_VERSION:
+        if content["version"] not in _READABLE_VERSIONS:
             raise CheckpointError(
                 f"{MANIFEST} has format version {content['version']}, this program reads "
-                f"{FORMAT_VERSION}"
+                f"{' and '.join(map(str, _READABLE_VERSIONS))}"
             )
         if directory.name != step_directory(directory, content["step"]).name:
             raise CheckpointError(f"{MANIFEST} is that of step {content['step']}")
-    except FileNotFoundError:
-        raise CheckpointError(f"{MANIFEST} is missing") from None
     except OSError as error:
-        raise CheckpointError(f"{MANIFEST} cannot be read: {os_error_text(error)}") from None
+        raise CheckpointError(_cannot_read(MANIFEST, error)) from None
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{MANIFEST} is not a manifest: {error!r}") from None
     return Checkpoint(
@@ -134,17 +212,26 @@ def read_manifest(directory: Path) -> Checkpoint:
     )
 
 
-def verify_file(checkpoint: Checkpoint, name: str) -> str | None:
-    """What is wrong with one file of a checkpoint; None if it is as it was written."""
-    path, expected = checkpoint.directory / name, checkpoint.files[name]
+def verify_file(checkpoint: Checkpoint, name: str, prefix: str = "") -> str | None:
+    """What is wrong with one file of a checkpoint; None if it is as it was written.
+
+    Of its tensors only those whose names begin with `prefix` are read.
+    """
+    if Path(name).name != name:
+        return f"{name} is not a plain file of the checkpoint"
+    expected = checkpoint.files[name]
     try:
-        size = path.lstat().st_size
-        if path.is_symlink() or Path(name).name != name:
-            return f"{name} is not a plain file of the checkpoint"
-        if size != expected["size"]:
-            return f"{name} has {size} bytes, not {expected['size']}"
-        if hash_file(path) != expected["xxh3_128"]:
-            return f"{name} does not match its hash"
+        with checkpoint.open(name) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != expected["size"]:
+                return f"{name} has {size} bytes, not {expected['size']}"
+            if "xxh3_128" in expected:  # version 1
+                is_whole = _digest(file, size) == expected["xxh3_128"]
+                return None if is_whole else f"{name} does not match its checksum"
+            stored = checkpoint.checksums[name]
+            for part, checksum in _checksums(file, size, prefix):
+                if checksum != stored.get(part):
+                    return f"{name} does not match its checksum in {part or 'the header'}"
     except OSError as error:
-        return f"{name} cannot be read: {os_error_text(error)}"
+        return _cannot_read(name, error)
     return None

@@ -36,8 +36,8 @@ from checkpoints.manifest import (
     MANIFEST,
     CheckpointError,
     checkpoint_directories,
+    file_checksums,
     fsync,
-    hash_file,
     step_directory,
     write_manifest,
 )
@@ -225,15 +225,11 @@ def _local_shards(
 def _write_file(path: Path, mine: dict[str, Tensor], shards: dict[str, Any]) -> dict[str, Any]:
     """Write this rank's file; returns what the manifest says about it, or the failure."""
     try:
-        # The file is hashed as it lies on the disk: hashing the bytes first would hold them twice.
         save_file(mine, path)
         fsync(path)
-        return {
-            "file": path.name,
-            "size": path.stat().st_size,
-            "xxh3_128": hash_file(path),
-            "shards": shards,
-        }
+        file, checksums = file_checksums(path)
+        shards = {name: {**shard, "checksum": checksums[name]} for name, shard in shards.items()}
+        return {"name": path.name, "file": file, "shards": shards}
     except (OSError, SafetensorError) as error:
         return {"failure": f"cannot write {path}: {error}"}
 
@@ -246,18 +242,15 @@ def _commit(
     reports: list[dict[str, Any]],
 ) -> None:
     """Write the manifest from all ranks' reports and rename the directory into place."""
-    files = {
-        report["file"]: {"size": report["size"], "xxh3_128": report["xxh3_128"]}
-        for report in reports
-    }
+    files = {report["name"]: report["file"] for report in reports}
     tensors: dict[str, Any] = {}
     for report in reports:
         for name, shard in report["shards"].items():
             entry = tensors.setdefault(
                 name, {"shape": shard["global_shape"], "dtype": shard["dtype"], "shards": []}
             )
-            where = {key: shard[key] for key in ("offsets", "shape")}
-            entry["shards"].append({"file": report["file"], **where})
+            piece = {key: shard[key] for key in ("offsets", "shape", "checksum")}
+            entry["shards"].append({"file": report["name"], **piece})
     write_manifest(temporary, step, state, tensors, files)
     if os.path.lexists(directory):
         # Only a damaged one is ever saved again, or the name is taken by something else. It is

@@ -17,8 +17,8 @@ from torch import Tensor
 from checkpoints.manifest import (
     Checkpoint,
     CheckpointError,
+    file_checksums,
     fsync,
-    hash_file,
     step_directory,
     write_manifest,
 )
@@ -54,7 +54,7 @@ def read_whole(checkpoint: Checkpoint, name: str) -> Tensor:
         sides = zip(shard["offsets"], shard["shape"], strict=True)
         target = tuple(slice(offset, offset + size) for offset, size in sides)
         # Opened for each tensor: what has been read of a mapped file is memory until it is closed.
-        with safe_open(checkpoint.directory / shard["file"], "pt") as file:
+        with safe_open(checkpoint.path(shard["file"]), "pt") as file:
             piece = file.get_tensor(name)
             whole[target].copy_(piece)
             filled += piece.numel()
@@ -112,15 +112,20 @@ def write_whole_checkpoint(
     directory.mkdir(parents=True)
     path = directory / "rank_00000.safetensors"
     write_tensors(path, infos, make)
+    file, checksums = file_checksums(path)
     tensors = {
         name: {
             "shape": list(info.shape),
             "dtype": str(info.dtype).removeprefix("torch."),
             "shards": [
-                {"file": path.name, "offsets": [0] * len(info.shape), "shape": list(info.shape)}
+                {
+                    "file": path.name,
+                    "offsets": [0] * len(info.shape),
+                    "shape": list(info.shape),
+                    "checksum": checksums[name],
+                }
             ],
         }
         for name, info in infos.items()
     }
-    files = {path.name: {"size": path.stat().st_size, "xxh3_128": hash_file(path)}}
-    write_manifest(directory, step, state, tensors, files)
+    write_manifest(directory, step, state, tensors, {path.name: file})

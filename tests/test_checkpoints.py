@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -20,10 +21,12 @@ from checkpoints import (
     begin_save,
     commit_save,
     find_checkpoint,
+    held_checkpoint,
     load_tensors,
     prune_checkpoints,
     sweep_leftovers,
 )
+from checkpoints.whole import read_whole
 from parallel import Mesh, Normal, any_rank, declare_parameter, initialise_parameters
 from tests.distributed import EVERY_LAYOUT, ONE_RANK, Layout, distributed, run_on
 
@@ -420,6 +423,162 @@ def test_a_step_that_is_asked_for_is_that_one(mesh: Mesh, tmp_path: Path) -> Non
         find_checkpoint(tmp_path, mesh, step=1)
     with pytest.raises(CheckpointError, match=r"no checkpoint of step 3 .* those of steps 1, 2"):
         find_checkpoint(tmp_path, mesh, step=3)
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+def test_a_held_checkpoint_is_readable_after_it_is_deleted(mesh: Mesh, tmp_path: Path) -> None:
+    """On every rank, tensors in pieces and in full."""
+    save(mesh, tmp_path, 1)
+    with held_checkpoint(tmp_path, mesh) as checkpoint:
+        assert checkpoint is not None
+        save(mesh, tmp_path, 2, keep=1)
+        assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
+        tensors, expected = make_tensors(mesh, 999), make_tensors(mesh, 1)
+        load_tensors(checkpoint, tensors, mesh)
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor.to_local(), expected[name].to_local()), name
+            assert torch.equal(read_whole(checkpoint, name), expected[name].full_tensor()), name
+        barrier(mesh)
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+@pytest.mark.parametrize("moment", ["read_manifest", "verify_file"])
+def test_one_that_vanishes_is_not_damaged(mesh: Mesh, tmp_path: Path, moment: str) -> None:
+    """A run saves and prunes while this looks: the newest one that is still there is taken."""
+    folder, stock = tmp_path / "checkpoints", tmp_path / "stock"
+    save(mesh, folder, 1)
+    for step in (2, 3, 4):
+        save(mesh, stock, step)
+    said: list[str] = []
+    original = getattr(load_module, moment)
+
+    def overtaken(directory: Any, *arguments: Any) -> Any:
+        barrier(mesh)
+        if mesh.world.rank == 0 and (new := sorted(stock.iterdir())):
+            (old,) = folder.iterdir()
+            new[0].rename(folder / new[0].name)
+            shutil.rmtree(old)
+        barrier(mesh)
+        return original(directory, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load_module, moment, overtaken)
+        patch.setattr(load_module.logger, "warning", lambda *message: said.append(str(message)))
+        checkpoint = find_checkpoint(folder, mesh)
+    assert checkpoint is not None
+    assert (checkpoint.step, said) == (4, [])
+
+
+@distributed(ONE_RANK)
+def test_a_step_that_vanishes_is_said_to_be_gone(mesh: Mesh, tmp_path: Path) -> None:
+    """Another step would be another model."""
+    for step in (1, 2):
+        save(mesh, tmp_path, step)
+
+    def overtaken(directory: Path) -> None:
+        shutil.rmtree(directory)
+        raise CheckpointError("manifest.json is missing")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load_module, "read_manifest", overtaken)
+        with pytest.raises(CheckpointError, match=r"no checkpoint of step 1 .* of steps 2"):
+            find_checkpoint(tmp_path, mesh, step=1)
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+def test_one_that_a_host_never_shows_is_passed_over(mesh: Mesh, tmp_path: Path) -> None:
+    """Waiting for it has an end."""
+    for step in (1, 2):
+        save(mesh, tmp_path, step)
+    exists, last = Path.exists, mesh.world.size - 1
+
+    def hidden(path: Path) -> bool:
+        return exists(path) and path.name != "step_00000002"
+
+    original = load_module.read_manifest
+
+    def read(directory: Path) -> Any:
+        if mesh.world.rank == last and directory.name == "step_00000002":
+            raise CheckpointError("manifest.json is missing")
+        return original(directory)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load_module, "_LOOK_EVERY_S", 0.001)
+        if mesh.world.rank == last:
+            patch.setattr(Path, "exists", hidden)
+        patch.setattr(load_module, "read_manifest", read)
+        checkpoint = find_checkpoint(tmp_path, mesh)
+    assert checkpoint is not None
+    assert checkpoint.step == 1
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+def test_only_what_is_needed_is_verified(mesh: Mesh, tmp_path: Path) -> None:
+    """Damage in a moment is none for a program that reads weights, and is one for training."""
+    tensors = make_tensors(mesh, 1)
+    weights = {f"parameters.{name}": tensor for name, tensor in tensors.items()}
+    moments = {f"exp_avg.{name}": tensor for name, tensor in make_tensors(mesh, 2).items()}
+    directory = save_checkpoint(tmp_path, 1, weights | moments, STATE, mesh, keep=0)
+    path = directory / "rank_00000.safetensors"
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    entries = json.loads(whole[8:header])
+    places = {
+        "the header": [0, 20, header - 1],
+        **{
+            name: [header + entry["data_offsets"][0], header + entry["data_offsets"][1] - 1]
+            for name, entry in entries.items()
+            if name != "__metadata__"
+        },
+    }
+    for part, bytes_of_it in places.items():
+        for place in bytes_of_it:
+            barrier(mesh)
+            if mesh.world.rank == 0:
+                damaged = bytearray(whole)
+                damaged[place] ^= 1
+                path.write_bytes(damaged)
+            barrier(mesh)
+            with pytest.raises(CheckpointError, match="all 1 checkpoints"):
+                find_checkpoint(tmp_path, mesh)
+            if part.startswith("exp_avg."):
+                with held_checkpoint(tmp_path, mesh, prefix="parameters.") as checkpoint:
+                    assert checkpoint is not None
+            else:
+                with (
+                    pytest.raises(CheckpointError, match=f"checksum in {part}"),
+                    held_checkpoint(tmp_path, mesh, 1, prefix="parameters."),
+                ):
+                    pass
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+def test_version_1_is_read(mesh: Mesh, tmp_path: Path) -> None:
+    """Its files have one checksum each and its shards none."""
+    directory = save(mesh, tmp_path, 1)
+    path = directory / "manifest.json"
+    if mesh.world.rank == 0:
+        content = json.loads(path.read_bytes())
+        for name, file in content["files"].items():
+            del file["header"]
+            file["xxh3_128"] = xxhash.xxh3_128_hexdigest((directory / name).read_bytes())
+        for entry in content["tensors"].values():
+            for shard in entry["shards"]:
+                del shard["checksum"]
+        content["version"] = 1
+        del content["checksum"]
+        content["checksum"] = manifest_module._checksum(content)
+        path.write_text(json.dumps(content))
+    barrier(mesh)
+    assert_loads(mesh, tmp_path, 1)
+    barrier(mesh)
+    if mesh.world.rank == 0:
+        flip(directory / "rank_00000.safetensors")
+    barrier(mesh)
+    with pytest.raises(
+        CheckpointError, match=r"rank_00000.safetensors does not match its checksum"
+    ):
+        find_checkpoint(tmp_path, mesh, step=1)
 
 
 @distributed(ONE_RANK, Layout(tp=2))

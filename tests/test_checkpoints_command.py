@@ -59,7 +59,9 @@ def test_damage_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, lines, _ = answer(capsys, f"run={run}", "verify=true")
     assert code == 1
     assert lines[0].endswith("verified")
-    assert lines[1].endswith("DAMAGED: rank_00001.safetensors does not match its hash")
+    assert lines[1].endswith(
+        "DAMAGED: rank_00001.safetensors does not match its checksum in parameters.bias"
+    )
     (newest / "rank_00001.safetensors").unlink()
     code, lines, _ = answer(capsys, f"run={run}")
     assert (code, lines[1].endswith("DAMAGED: rank_00001.safetensors is missing")) == (1, True)
@@ -120,6 +122,27 @@ def test_one_that_is_deleted_meanwhile_is_no_damage(
     code, lines, _ = answer(capsys, f"run={run}", "verify=true")
     assert code == 0
     assert lines[0] == "step_00000003  deleted meanwhile"
+    assert lines[1].endswith("verified")
+
+
+def test_when_all_are_deleted_meanwhile_the_newer_one_is_read(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """checkpoint.keep=1 leaves one only, and soon another one."""
+    verify, checkpoints = command.verify_file, run / "checkpoints"
+    (checkpoints / "step_00000004").rename(run / "step_00000004")
+
+    def overtake(checkpoint: Checkpoint, name: str) -> str | None:
+        if checkpoint.step == 3 and (run / "step_00000004").exists():
+            (run / "step_00000004").rename(checkpoints / "step_00000004")
+            shutil.rmtree(checkpoint.directory)
+        return verify(checkpoint, name)
+
+    monkeypatch.setattr(command, "verify_file", overtake)
+    code, lines, _ = answer(capsys, f"run={run}", "verify=true")
+    assert code == 0
+    assert lines[0] == "step_00000003  deleted meanwhile"
+    assert lines[1].startswith("step_00000004")
     assert lines[1].endswith("verified")
 
 

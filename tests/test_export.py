@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from checkpoints import TensorInfo
 from checkpoints.manifest import read_manifest
+from checkpoints.whole import TensorInfo
 from configs import Config, ConfigError, ModelConfig
 from export import Settings, export, require_same, split, write_weights
 from huggingface_check import compare, odd_texts, some_tokens

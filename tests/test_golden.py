@@ -5,7 +5,8 @@ No value here may follow the code. If one is to change, raise its version in
 CHANGELOG.md, and only then write the new value.
 
 golden/version_1 is the third step of the run below, written on 2026-11-29 by one rank, before
-manifests had recipe versions; golden/tokenizer.model is that run's tokenizer.
+manifests had recipe versions; golden/version_2 is the same step, to the bit, in the next format;
+golden/tokenizer.model is that run's tokenizer.
 Its text is that of the fixture `corpus`.
 """
 
