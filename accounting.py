@@ -13,7 +13,7 @@ import torch
 
 from configs import Config
 from memory_log import Piece
-from parallel import Collective
+from parallel.traffic import Collective
 from rehearsal import AFTER, BACKWARD, BEFORE, FORWARD, Rehearsal, Sent, rehearse
 
 # All micro-batches of a step but the last are alike, so two of them say what any number does.

@@ -69,7 +69,7 @@ from model.huggingface import to_huggingface
 from model.huggingface_config import family_of, to_huggingface_config
 from model_card import model_card
 from optimizer import WEIGHTS
-from parallel import Mesh, close_mesh, init_mesh
+from parallel import DeviceError, Mesh, close_mesh, init_mesh
 from trained import require_fingerprint
 
 # What float32 sums of another order may differ by, as a fraction of the largest logit.
@@ -194,7 +194,11 @@ def require_same(comparison: Comparison, dtype: str) -> None:
 @record
 def main(settings: Settings, config: Config) -> int:
     """Join the other ranks and export."""
-    mesh = init_mesh(config.parallel.tensor_model_parallel_size, config.parallel.sequence_parallel)
+    parallel = config.parallel
+    try:
+        mesh = init_mesh(parallel.tensor_model_parallel_size, parallel.sequence_parallel)
+    except DeviceError as error:
+        exit_with_error(str(error))
     set_up_logging(mesh.world.rank)
     try:
         with machine_errors_as_user_errors(f"write output={settings.output}"):

@@ -9,7 +9,7 @@ from accounting import Account, Kept, Traffic, paper_formula
 from configs import Config
 from console import size
 from model import flops_per_token, num_parameters
-from parallel import Collective
+from parallel.traffic import Collective
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _NAME, _CELL = 55, 14  # widths

@@ -23,7 +23,9 @@ from data import BatchLoader, MicroBatch, StepBatch
 from memory_log import MemoryLog, Piece
 from model import GPT, describe_model
 from optimizer import build_optimizer, training_tensors
-from parallel import Collective, Mesh, pretend_mesh, record_traffic
+from parallel import Mesh
+from parallel.pretend import pretend_mesh
+from parallel.traffic import Collective, record_traffic
 from run_state import Run, RunState
 from train import train_step
 

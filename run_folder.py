@@ -34,7 +34,6 @@ from configs import (
     EXIT_BEFORE_TRAINING,
     Config,
     UserError,
-    is_restart,
     launch_id,
     machine_errors_as_user_errors,
     os_error_text,
@@ -117,7 +116,8 @@ class RunFolder:
         # Read before it is ours: an attempt that torchrun has started again goes on with what the
         # attempts before it have done, whatever the first one was told.
         holder = self._holder()
-        goes_on = is_restart() and holder.get("launch") == launch_id() and holder.get("has_begun")
+        is_ours = holder.get("launch") == launch_id() and holder.get("has_begun")
+        goes_on = self._mesh.is_restart and is_ours
         self.starts_over = self._config.run.resume == "never" and not goes_on
         self.announce(ending=False)
         sweep_leftovers(self.checkpoints)
@@ -192,7 +192,7 @@ class RunFolder:
                 holder = self._holder()
                 # One that is ending (its launcher was killed, it is saving) is worth waiting for,
                 # and so is the rank 0 of the attempt before this one.
-                is_ending = holder.get("ending") or is_restart()
+                is_ending = holder.get("ending") or self._mesh.is_restart
                 patience = _WAIT_FOR_ENDING_S if is_ending else _WAIT_FOR_RUNNING_S
                 if time.monotonic() - started_at > patience:
                     raise UserError(

@@ -16,11 +16,11 @@ import torch
 from torch.optim import AdamW
 
 from checkpoints import Checkpoint, CheckpointError, find_checkpoint, load_tensors
-from configs import Config, OptimizerConfig, flatten
+from configs import Config, OptimizerConfig, exit_with_error, flatten
 from data import BatchLoader, Corpus, load_tokenizer
 from model import GPT
 from optimizer import learning_rate, set_num_updates, training_tensors
-from parallel import Mesh, gather_json, init_mesh
+from parallel import DeviceError, Mesh, gather_json, init_mesh
 from run_folder import RunFolder
 from wandb_run import begun_id
 
@@ -51,6 +51,7 @@ _MAY_CHANGE = ("parallel.", "run.", "logging.", "evaluate.", "checkpoint.", "opt
 _MAY_CHANGE_KEYS = (
     "train.micro_batch_size",
     "train.compile",
+    "train.device",
     "train.train_steps",
     "train.precision",
     "train.max_skipped_in_a_row",
@@ -74,6 +75,7 @@ _CHANGE_NO_STEP = (
     "debug.",
     "train.micro_batch_size",
     "train.compile",
+    "train.device",
     "data.cache_directory",
     *_PLACES_OF_TEXT,
 )
@@ -153,15 +155,19 @@ def join_mesh(config: Config, *, decoding: bool = False) -> Mesh:
     chains of operations are not worth a kernel.
     """
     parallel = config.parallel
-    return init_mesh(
-        parallel.tensor_model_parallel_size,
-        parallel.sequence_parallel and not decoding,
-        "none" if decoding else parallel.tp_comm_overlap,
-        config.train.compile and config.model.has_chains and not decoding,
-        parallel.shared_memory,
-        # While one rank waits for a file, the others wait for it. The watchdog's limit comes first.
-        timeout_s=1.25 * config.run.file_timeout_s,
-    )
+    try:
+        return init_mesh(
+            parallel.tensor_model_parallel_size,
+            parallel.sequence_parallel and not decoding,
+            "none" if decoding else parallel.tp_comm_overlap,
+            config.train.compile and config.model.has_chains and not decoding,
+            parallel.shared_memory,
+            # While one rank waits for a file, the others wait for it. The watchdog comes first.
+            timeout_s=1.25 * config.run.file_timeout_s,
+            device=config.train.device,
+        )
+    except DeviceError as error:
+        exit_with_error(str(error))
 
 
 def find_own_checkpoint(

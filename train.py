@@ -11,7 +11,6 @@ import time
 from configs import (
     Config,
     UserError,
-    exit_alone,
     exit_with_error,
     load_config,
     machine_errors_as_user_errors,
@@ -210,7 +209,7 @@ def main(config: Config) -> int:
     except RuntimeError as error:
         if (loss := lost_connection(error)) is None:
             raise
-        exit_alone(loss)
+        exit_with_error(loss, 1, only_here=True)
     # Only here: with an error under way, a peer may be in a collective, and leaving waits for it.
     close_mesh()
     return code

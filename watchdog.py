@@ -8,9 +8,7 @@ for it does not count as hanging. All ranks come to that by themselves, print on
 within two looks of each other; the lowest that still answers writes exit.json. Its stacks and those
 of the ranks to blame are in `stacks/` of the run folder.
 
-Waiting for the files of checkpoints, to write, flush or delete them, may take ten times the limit
-(`RunConfig.file_timeout_s`), with a warning per limit: a slow file system is no hang. But one that
-never answers ends the run too.
+Waiting for the files of checkpoints may take `RunConfig.file_timeout_s`, with a warning per limit.
 
 A thread cannot look while C code holds the interpreter's lock. faulthandler's timer, put off at
 each look, then prints the stacks and ends the process.
@@ -33,7 +31,7 @@ from types import CodeType, FrameType
 
 from checkpoints import is_file_access
 from configs import leave_error
-from parallel import Heartbeats, is_transport, is_wait
+from parallel import Heartbeats, is_transport, is_wait, machine_id
 from run_state import Run
 
 logger = logging.getLogger("microtron")
@@ -52,6 +50,7 @@ class Beat:
     """What a rank says of itself."""
 
     host: str
+    machine: str
     pid: int
     looks: int = 0  # so far: a beat that does not change is of a process that does not run
     step: int = 0  # finished updates
@@ -71,7 +70,7 @@ class Watchdog:
         self._limit_s = run.config.run.hang_timeout_s  # 0: no watch
         self._file_limit_s = run.config.run.file_timeout_s
         self._interval_s = min(self._limit_s / _LOOKS_IN_LIMIT, _LONGEST_BETWEEN_LOOKS_S)
-        self._beat = Beat(socket.gethostname(), os.getpid())
+        self._beat = Beat(socket.gethostname(), machine_id(), os.getpid())
         self._position: object = None
         self._silent_s: dict[int, float] = {}
         self._seen: dict[int, Beat] = {}
@@ -126,37 +125,31 @@ class Watchdog:
         waits = is_wait(frames[own].f_code)
         calls = [frame.f_code for frame in frames]
         story = calls.index(self._story) if self._story in calls else 0
-        self._beat = Beat(
-            self._beat.host,
-            self._beat.pid,
-            self._beat.looks + 1,
-            step,
+        stood = position == self._position
+        self._position = position
+        self._beat = replace(
+            self._beat,
+            looks=self._beat.looks + 1,
+            step=step,
             phase=calls[max(story - 1, 0)].co_name,
             line=_line(frames[own + waits]),
             is_waiting=waits
             or any("torch/distributed" in code.co_filename for code in calls[:own]),
             is_in_file=any(is_file_access(code) for code in calls),
+            still_s=0.0,
         )
-        if position == self._position:
+        if stood:
             self._stand_still(before_s, seen_s)
-        self._position = position
 
     def _stand_still(self, before_s: float, seen_s: float) -> None:
         """Count the time since the last look, and report each limit that passes in a file."""
-        beat = self._beat
-        in_file = beat.is_in_file and not beat.is_waiting
+        in_file = self._beat.is_in_file and not self._beat.is_waiting
         patience = self._file_limit_s / self._limit_s if in_file else 1.0
-        still_s = before_s + seen_s / patience
-        self._beat = replace(beat, still_s=still_s)
-        limits, limits_before = (patience * s // self._limit_s for s in (still_s, before_s))
-        if in_file and limits > limits_before:
-            logger.warning(
-                "step %d: waiting for a file for %.0f s, at %s; the run ends after %.0f s",
-                beat.step,
-                patience * still_s,
-                beat.line,
-                self._file_limit_s,
-            )
+        self._beat = beat = replace(self._beat, still_s=before_s + seen_s / patience)
+        waited_s = patience * beat.still_s
+        if in_file and waited_s // self._limit_s > patience * before_s // self._limit_s:
+            message = "step %d: waiting for a file for %.0f s, at %s; the run ends after %.0f s"
+            logger.warning(message, beat.step, waited_s, beat.line, self._file_limit_s)
 
     def _read_board(self, seen_s: float) -> dict[int, Beat]:
         """All known beats; counts for how long each rank has been silent."""
@@ -248,7 +241,7 @@ def _write_stacks(path: Path) -> None:
 
 def _kill_if_stopped(beat: Beat) -> None:
     """Kill a stopped process of our own launcher: it cannot end, and torchrun would wait 30 s."""
-    if beat.host != socket.gethostname():
+    if beat.machine != machine_id():
         return
     with contextlib.suppress(OSError):  # it has ended
         # proc(5): "pid (name) state parent ..."; the name may hold anything.

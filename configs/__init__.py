@@ -4,9 +4,7 @@ from configs.errors import ConfigError, UserError, machine_errors_as_user_errors
 from configs.fields import Text, flatten
 from configs.launch import (
     EXIT_BEFORE_TRAINING,
-    exit_alone,
     exit_with_error,
-    is_restart,
     launch_id,
     leave_error,
 )
@@ -53,11 +51,9 @@ __all__ = [
     "TrainConfig",
     "UserError",
     "WeightedSource",
-    "exit_alone",
     "exit_on_config_error",
     "exit_with_error",
     "flatten",
-    "is_restart",
     "launch_id",
     "leave_error",
     "load_config",

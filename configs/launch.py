@@ -37,32 +37,23 @@ def world_size_from_environment() -> int:
     return int(text)
 
 
-def is_restart() -> bool:
-    """True if torchrun has started these processes again by itself, after others failed."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-
-
 def launch_id() -> str:
     """What the attempts of one launch have in common, and other launches have not."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return f"{socket.gethostname()}:{os.getppid()}" if run_id == "none" else run_id
 
 
-def exit_with_error(message: str, code: int = EXIT_BEFORE_TRAINING) -> NoReturn:
-    """Prints a message once for all ranks, and ends this process."""
-    if not is_rank_zero():
+def exit_with_error(
+    message: str, code: int = EXIT_BEFORE_TRAINING, *, only_here: bool = False
+) -> NoReturn:
+    """Prints a message once for all ranks, or what `only_here` was found, and ends this process."""
+    if only_here:
+        message = f"[rank {os.environ.get('RANK', '0')}] {message}"
+    elif not is_rank_zero():
         time.sleep(_WAIT_FOR_RANK_ZERO_S)
-    if is_rank_zero() or os.environ.get("LOCAL_RANK") == "0":
+    if only_here or is_rank_zero() or os.environ.get("LOCAL_RANK") == "0":
         sys.stderr.write(f"{message}\n")
         sys.stderr.flush()
-    leave_error(message)
-    raise SystemExit(code)
-
-
-def exit_alone(message: str, code: int = 1) -> NoReturn:
-    """Prints what this rank has found while its peers may find something else, and ends it."""
-    sys.stderr.write(f"[rank {os.environ.get('RANK', '0')}] {message}\n")
-    sys.stderr.flush()
     leave_error(message)
     raise SystemExit(code)
 

@@ -123,7 +123,7 @@ def run_config(run: str, tensor_model_parallel_size: int | None = None, **train:
     config, num_ranks = read_config(path), world_size_from_environment()
     t = tensor_model_parallel_size or num_ranks
     parallel = dataclasses.replace(config.parallel, tensor_model_parallel_size=t)
-    settings = dataclasses.replace(config.train, **train)
+    settings = dataclasses.replace(config.train, device="auto", **train)
     batch = settings.micro_batch_size * max(1, num_ranks // t)
     settings = dataclasses.replace(settings, global_batch_size=batch)
     config = dataclasses.replace(config, parallel=parallel, train=settings)

@@ -29,10 +29,7 @@ class RunConfig:
 
     @property
     def file_timeout_s(self) -> float:
-        """How long a single wait for a file of a checkpoint may take until the run counts as hung.
-
-        A slow file system is no hang: flushing a large file takes much longer than a step.
-        """
+        """The limit of one wait for a file of a checkpoint: flushing a large one is no hang."""
         return 10 * self.hang_timeout_s
 
 
@@ -185,6 +182,8 @@ class TrainConfig:
     loss_spike_nats: float | None = None
     precision: Literal["bf16", "fp32"] = "bf16"  # bf16: bfloat16 compute, float32 master weights
     # Make one kernel each of dropout with its residual, RMSNorm, rotary positions and SwiGLU, with
+    # auto: GPUs if there are any, and then each rank needs one of its own.
+    device: Literal["auto", "cuda", "cpu"] = "auto"
     # torch.compile: up to a minute at the first start on a machine, seconds later on.
     compile: bool = True
 

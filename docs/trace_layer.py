@@ -27,7 +27,6 @@ from configs.schema import ModelConfig
 from model.context import make_context
 from model.gpt import Block
 from parallel import (
-    Collective,
     DropoutStream,
     Mesh,
     close_mesh,
@@ -35,10 +34,10 @@ from parallel import (
     init_mesh,
     initialise_parameters,
     parameter_facts,
-    record_traffic,
     sequence_shard,
     sum_partial_gradients,
 )
+from parallel.traffic import Collective, record_traffic
 
 # No two of s, b, h, f and their quotients by 2 or 4 are equal, but 2h/t = h where t is 2.
 S, B = 8, 3

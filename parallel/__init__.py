@@ -38,20 +38,19 @@ from parallel.parameters import (
     initialise_parameters,
     parameter_facts,
 )
-from parallel.pretend import pretend_mesh
 from parallel.products import as_operand, operand_dtype, own_scratch
 from parallel.randomness import DropoutStream, dropout_add, fold_seed
 from parallel.recompute import is_same_memory, made_again
+from parallel.rendezvous import DeviceError, machine_id
 from parallel.replicas import Drift, find_drift
 from parallel.sharding import local_part, local_slices, shard_range, tp_shard_dim
-from parallel.traffic import Collective, record_traffic
 
 __all__ = [
     "WAITING_FOR_RANKS",
     "Axis",
-    "Collective",
     "ColumnParallelLinear",
     "Constant",
+    "DeviceError",
     "Drift",
     "DropoutStream",
     "Heartbeats",
@@ -84,13 +83,12 @@ __all__ = [
     "local_slices",
     "lookup",
     "lost_connection",
+    "machine_id",
     "made_again",
     "move_to",
     "operand_dtype",
     "own_scratch",
     "parameter_facts",
-    "pretend_mesh",
-    "record_traffic",
     "replicate_sequence",
     "sequence_shard",
     "set_gradient_sync",

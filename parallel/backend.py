@@ -10,6 +10,7 @@ Sums are taken in the order of ranks, of bfloat16 and float16 in float32 with on
 end, so they depend on nothing but the inputs, and all ranks see the same ones.
 """
 
+import json
 import logging
 import os
 import platform
@@ -30,6 +31,7 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import GroupName
 
 from parallel import shared_memory
+from parallel.rendezvous import machine_id
 from parallel.shared_memory import SLOT_BYTES, PeerLostError, SharedMemory
 
 logger = logging.getLogger("microtron")
@@ -97,8 +99,12 @@ def _share_memory(
 ) -> tuple[SharedMemory | None, str]:
     """The group's memory; or none, on all ranks, and why one of them cannot have it."""
     size = len(global_ranks)
-    store.set(f"process_{rank}", str(os.getpid()))
-    pids = [int(store.get(f"process_{peer}")) for peer in range(size)]
+    store.set(f"process_{rank}", json.dumps([machine_id(), os.getpid()]))
+    places = [json.loads(store.get(f"process_{peer}")) for peer in range(size)]
+    # On another host or in another container, a process of that number is another one.
+    if any(machine != places[0][0] for machine, _ in places):
+        return None, "not all ranks are on one host and in one container"
+    pids = [pid for _, pid in places]
     memory, problem = None, ""
     try:
         memory = SharedMemory(store, rank, pids, timeout, global_ranks)

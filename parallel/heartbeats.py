@@ -12,7 +12,8 @@ from typing import Any
 
 from torch.distributed import DistError, Store  # type: ignore[attr-defined]
 
-from parallel.mesh import Mesh, connect_store
+from parallel.mesh import Mesh
+from parallel.rendezvous import connect_store
 
 logger = logging.getLogger("microtron")
 
@@ -30,7 +31,7 @@ class Heartbeats:
         self._beat: Any = None
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
-        store = connect_store("heartbeats") if mesh.world.size > 1 else None
+        store = connect_store(mesh.attempt, "heartbeats") if mesh.world.size > 1 else None
         if store is not None:
             self._thread = threading.Thread(
                 target=self._exchange, args=(store,), name="heartbeats", daemon=True

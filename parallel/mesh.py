@@ -2,30 +2,27 @@
 
 An axis is one direction of the grid. tp is the fastest one, so that the ranks that talk most are
 neighbours on one node: rank = dp.rank * tp.size + tp.rank. One rank is a grid of one, not a special
-case. The environment of the launcher is read in this file and nowhere else in the package.
+case.
 """
 
 import logging
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.rendezvous import rendezvous
 
 from parallel.backend import cpu_backend
 from parallel.fusion import why_not_compile
 from parallel.products import use_full_precision
+from parallel.rendezvous import TIMEOUT_S, connect_store, join_attempt
 
 logger = logging.getLogger("microtron")
 
-# Of the group of all ranks: time for a slow one to load. The axes have the backend's default.
-_COLLECTIVE_TIMEOUT_S = 1800.0
 _POLL_INTERVAL_S = 0.5
 
 
@@ -56,6 +53,8 @@ class Mesh:
     sequence_parallel: bool
     overlap: Overlap = "none"
     compiles: bool = False  # functions of single elements become one kernel each, see fusion.py
+    attempt: str = ""  # the name that the ranks have agreed on, see rendezvous.py
+    is_restart: bool = False  # whether the launcher has started these ranks after others failed
 
 
 def init_mesh(
@@ -65,48 +64,49 @@ def init_mesh(
     compiles: bool = False,
     share_memory: bool = False,
     timeout_s: float = 0.0,
+    device: str = "auto",
 ) -> Mesh:
-    """Join the process group that torchrun describes (or a group of one) and lay the grid over it.
+    """Join the process group that the launcher describes (or a group of one) and lay the grid.
 
-    NCCL and a GPU for each rank of the host if it has as many, else its processors, and between
-    them gloo, or shared memory where that is asked for. Each rank gets an equal share of those for
-    its threads.
+    `device` is auto, cuda or cpu, and the ranks agree on the type. On GPUs they use NCCL, on CPUs
+    gloo or, if enabled, shared memory between ranks of a host, and each rank gets an equal share of
+    its host's CPUs for its threads. Raises DeviceError on all ranks if they cannot agree.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    under_torchrun = _under_torchrun()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     # torchrun sets 1 where nobody has chosen, which would leave most of a machine idle.
-    nobodys_choice = "1" if under_torchrun else None
+    nobodys_choice = "1" if "RANK" in os.environ else None
     if os.environ.get("OMP_NUM_THREADS") in (None, nobodys_choice):
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     use_full_precision()
     num_gpus = torch.cuda.device_count()
-    use_cuda = num_gpus >= ranks_here
-    if 0 < num_gpus < ranks_here:
-        logger.warning("%d ranks on this host, %d GPUs: using processors", ranks_here, num_gpus)
-    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
-    if use_cuda:
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    gpu = local_rank % max(1, num_gpus)
+    attempt, device_type, is_restart = join_attempt(device, num_gpus, gpu)
+    torch_device = torch.device(device_type)
+    if use_cuda := device_type == "cuda":
+        torch_device = torch.device("cuda", gpu)
         if overlap != "none" and 1 < tensor_model_parallel_size == world_size:
             _queue_in_order()
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(torch_device)
     backend = "nccl" if use_cuda else cpu_backend(share_memory)
-    if store := connect_store("collectives"):
+    if store := connect_store(attempt, "collectives"):
         dist.init_process_group(
             backend,
             store=store,
             rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
-            timeout=timedelta(seconds=max(timeout_s, _COLLECTIVE_TIMEOUT_S)),
-            device_id=device if use_cuda else None,
+            world_size=world_size,
+            timeout=timedelta(seconds=max(timeout_s, TIMEOUT_S)),
+            device_id=torch_device if use_cuda else None,
         )
     else:
         alone = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=alone, rank=0, world_size=1)
-    compiles = compiles and _all_can_compile(device)
-    return lay_mesh(
-        tensor_model_parallel_size, sequence_parallel, device, local_rank, overlap, compiles
+    compiles = compiles and _all_can_compile(torch_device)
+    mesh = lay_mesh(
+        tensor_model_parallel_size, sequence_parallel, torch_device, local_rank, overlap, compiles
     )
+    return replace(mesh, attempt=attempt, is_restart=is_restart)
 
 
 def _all_can_compile(device: torch.device) -> bool:
@@ -129,33 +129,9 @@ def _queue_in_order() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
-def _under_torchrun() -> bool:
-    return "RANK" in os.environ
-
-
-def connect_store(purpose: str) -> Store | None:
-    """A connection of its own to the store that torchrun's ranks share; None without torchrun.
-
-    torchrun keeps one store for all attempts of --max-restarts, and torch 2.13 no longer tells them
-    apart: an attempt would read the addresses of the one before, whose processes are dead. With
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 rank 0 makes a store for each attempt. The attempt's number
-    is then left out, because nodes may count differently.
-    """
-    if not _under_torchrun():
-        return None
-    store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=_COLLECTIVE_TIMEOUT_S)))
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = PrefixStore(f"attempt_{attempt}", store)
-    return PrefixStore(purpose, store)
-
-
 def wait_for_all_ranks(mesh: Mesh, where: str) -> None:
-    """Return when all ranks have called this, however long one takes, unlike a collective.
-
-    If a rank fails, torchrun ends the others. `where` is a name of its own for each call.
-    """
-    if store := connect_store(f"meeting {where}"):
+    """Return when all ranks have called this, however long one takes. `where` names the call."""
+    if store := connect_store(mesh.attempt, f"meeting {where}"):
         store.add("arrived", 1)
         while store.add("arrived", 0) < mesh.world.size:
             time.sleep(_POLL_INTERVAL_S)

@@ -10,7 +10,8 @@ import torch
 
 from configs.schema import Config, DataConfig, TrainConfig
 from model import GPT, build_model
-from parallel import Mesh, init_mesh, record_traffic, sum_partial_gradients
+from parallel import Mesh, init_mesh, sum_partial_gradients
+from parallel.traffic import record_traffic
 from tests.distributed import Layout, distributed
 from tests.test_model_gpt import STREAM, TINY, VOCAB, batch
 

@@ -18,15 +18,14 @@ from configs.schema import ModelConfig, Recompute
 from model.context import make_context
 from model.gpt import Block
 from parallel import (
-    Collective,
     Mesh,
     any_rank,
     clip_gradients,
     gather_json,
     initialise_parameters,
-    record_traffic,
     sum_partial_gradients,
 )
+from parallel.traffic import Collective, record_traffic
 from tests.distributed import ONE_RANK, OVERLAPPED, TENSOR_PARALLEL, Layout, distributed
 from tests.test_model_gpt import OPTIONS, STREAM, TINY, VOCAB, batch, tiny_model
 from tests.test_parallel_mappings import seeded

@@ -21,7 +21,13 @@ from model.build import COMPUTE_DTYPE
 from model.context import make_context
 from model.gpt import Block
 from optimizer import build_optimizer, training_tensors
-from parallel import DropoutStream, Mesh, initialise_parameters, own_scratch, record_traffic
+from parallel import (
+    DropoutStream,
+    Mesh,
+    initialise_parameters,
+    own_scratch,
+)
+from parallel.traffic import record_traffic
 from plan import num_ranks, parse
 from plan_page import page
 from rehearsal import rehearse

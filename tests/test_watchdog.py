@@ -250,14 +250,20 @@ def test_a_file_system_that_hangs_ends_the_run(
 
 def test_who_is_blamed() -> None:
     """First who says nothing, then who does not wait, then who is behind; else everybody."""
-    waiting = Beat("host", 1, step=5, is_waiting=True)
-    behind, working = Beat("host", 1, step=4, is_waiting=True), Beat("host", 1, step=5)
+    waiting = Beat("host", "m", 1, step=5, is_waiting=True)
+    behind, working = (
+        Beat("host", "m", 1, step=4, is_waiting=True),
+        Beat("host", "m", 1, step=5),
+    )
     assert blame({0: waiting, 1: working}, {0: waiting}) == [1]
     assert blame({0: waiting, 1: working, 2: waiting}, {0: waiting, 1: working, 2: waiting}) == [1]
     assert blame({0: waiting, 1: behind}, {0: waiting, 1: behind}) == [1]
     assert blame({0: waiting, 1: waiting}, {0: waiting, 1: waiting}) == [0, 1]
     # Launching a kernel waits where the queue is full, which most ranks then do at one line.
-    reading, launching = Beat("host", 1, step=5, line="a:1"), Beat("host", 1, step=5, line="b:2")
+    reading, launching = (
+        Beat("host", "m", 1, step=5, line="a:1"),
+        Beat("host", "m", 1, step=5, line="b:2"),
+    )
     three = {0: launching, 1: reading, 2: launching}
     assert blame(three, three) == [1]
     assert blame({0: reading, 1: launching}, {0: reading, 1: launching}) == [0, 1]

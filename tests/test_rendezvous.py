@@ -1,0 +1,128 @@
+"""Ranks that meet over a store that earlier attempts have used, and agree on their device."""
+
+import multiprocessing
+import os
+import re
+import signal
+import time
+from multiprocessing.queues import Queue
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.distributed import TCPStore
+
+from parallel.rendezvous import _decide, join_attempt
+from tests.runs import finish, settings, start
+
+
+def _join(rank: int, world_size: int, port: int, answers: Any) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        # The agent of rank 0 has been replaced, and counts from 0.
+        "TORCHELASTIC_RESTART_COUNT": str(rank),
+    }
+    joined = join_attempt("auto", 0, 0)
+    if answers is not None:
+        answers.put((rank, *joined))
+        answers.close()
+        answers.join_thread()
+
+
+def test_every_attempt_has_a_name_of_its_own() -> None:
+    """Whatever the agents count, and whatever attempts that were killed have left in the store."""
+    context, world_size = multiprocessing.get_context("fork"), 3
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    answers: Queue[tuple[int, str, str, bool]] = context.Queue()
+    names = set()
+
+    def begin(rank: int, to: Any) -> Any:
+        process = context.Process(target=_join, args=(rank, world_size, store.port, to))
+        process.start()
+        return process
+
+    # An attempt in which rank 2 never comes, and the others are killed while they meet.
+    broken_off = [begin(rank, None) for rank in (0, 1)]
+    deadline = time.monotonic() + 60
+    while not store.check(["hello_1"]):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.5)
+    for process in broken_off:
+        assert process.exitcode is None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    for _ in range(2):
+        processes = [begin(rank, answers) for rank in range(world_size)]
+        joined = sorted(answers.get(timeout=60) for _ in processes)
+        for process in processes:
+            process.join()
+        name = joined[0][1]
+        assert joined == [(rank, name, "cpu", True) for rank in range(world_size)]
+        names.add(name)
+    assert len(names) == 2
+
+
+def _rank(
+    num_gpus: int, gpu: int = 0, host: str = "a", choice: str = "auto", visible: str = ""
+) -> dict[str, Any]:
+    identity = [host, visible, gpu]
+    return {
+        "choice": choice,
+        "host": host,
+        "num_gpus": num_gpus,
+        "gpu": identity,
+        "restarts": 0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("ranks", "device"),
+    [
+        ([_rank(0), _rank(0)], "cpu"),
+        ([_rank(2), _rank(2, 1)], "cuda"),
+        ([_rank(2, choice="cpu"), _rank(0, choice="cpu")], "cpu"),
+        ([_rank(1), _rank(1, host="b")], "cuda"),
+        # Slurm may show each rank one GPU of its own.
+        ([_rank(1, visible="0"), _rank(1, visible="1")], "cuda"),
+    ],
+)
+def test_devices_that_ranks_can_have(ranks: list[dict[str, Any]], device: str) -> None:
+    """A GPU for each, or the CPU if none has any or the CPU is asked for."""
+    assert _decide(ranks) == {"device": device, "problem": None, "restarts": 0}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "setting", "lacking"),
+    [
+        ([_rank(2), _rank(2, 1), _rank(2, 0)], "auto", "ranks [2] (host a)"),
+        ([_rank(1), _rank(0, host="b")], "auto", "ranks [1] (host b)"),
+        ([_rank(0, choice="cuda")], "cuda", "ranks [0] (host a)"),
+        ([_rank(1), _rank(1, host="b", choice="cpu")], "auto", "ranks [1] (host b)"),
+        ([_rank(0, choice="cpu"), _rank(0, host="b")], "cpu", "ranks [0, 1] (host a, b)"),
+    ],
+)
+def test_devices_that_ranks_cannot_have(
+    ranks: list[dict[str, Any]], setting: str, lacking: str
+) -> None:
+    """One line that names the setting, the ranks and their hosts."""
+    assert _decide(ranks)["problem"] == (
+        f"train.device={setting} on rank 0, but {lacking} have no GPU of their own, or another "
+        "train.device; start one rank for each GPU, or set train.device=cpu for all"
+    )
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_gpu_that_is_not_there_is_one_line(corpus: Path, tmp_path: Path, ranks: int) -> None:
+    """Before the process group is formed, with the exit code of errors before training."""
+    process = start(ranks, settings(corpus, tmp_path, "train.device=cuda"))
+    output = finish(process, expected=2 if ranks == 1 else 1)
+    assert f"train.device=cuda on rank 0, but ranks {[*range(ranks)]} (host " in output
+    assert not re.findall(r"^\[rank\d\]:", output, re.MULTILINE)
+    if ranks == 1:
+        assert len(output.splitlines()) == 1
+    assert not (tmp_path / "test").exists()
