@@ -16,7 +16,18 @@ from typing import NoReturn
 from configs.errors import ConfigError, shown
 
 EXIT_BEFORE_TRAINING = 2  # the exit code of everything that is found before training
+_SPINS = "3000"  # before a waiting thread sleeps; libgomp's default is 300,000
 _WAIT_FOR_RANK_ZERO_S = 5.0  # torchrun looks at its processes ten times a second
+
+
+def limit_thread_spinning() -> None:
+    """Let waiting OpenMP threads sleep after a short spin; libgomp reads this when it is loaded.
+
+    By default they spin for milliseconds at each barrier. Where something else runs on the machine,
+    that keeps the thread they wait for from its core. Users who set a policy keep it.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
 
 
 def is_rank_zero() -> bool:

@@ -15,7 +15,12 @@ from omegaconf import OmegaConf
 from configs.errors import ConfigError, os_error_text, shown
 from configs.fields import KEYS, SECTIONS
 from configs.inputs import check_inputs
-from configs.launch import exit_with_error, is_rank_zero, world_size_from_environment
+from configs.launch import (
+    exit_with_error,
+    is_rank_zero,
+    limit_thread_spinning,
+    world_size_from_environment,
+)
 from configs.schema import Config
 from configs.suggest import suggest
 from configs.usage import SHIPPED, config_list, usage
@@ -33,6 +38,7 @@ def load_config(arguments: list[str], num_ranks: Callable[[Config], int] | None 
     `--help` and `config=list` print and exit with 0; an error prints one line and exits with 2.
     `num_ranks`: see parse_config.
     """
+    limit_thread_spinning()
     text = usage() if HELP & set(arguments) else None
     if text or "config=list" in arguments:
         if is_rank_zero():

@@ -24,7 +24,12 @@ from typing import Any, TypeVar
 
 from configs.errors import ConfigError, shown
 from configs.fields import KEYS, Field, fields_of
-from configs.launch import exit_with_error, is_rank_zero, world_size_from_environment
+from configs.launch import (
+    exit_with_error,
+    is_rank_zero,
+    limit_thread_spinning,
+    world_size_from_environment,
+)
 from configs.load import HELP, read_config, split_argument
 from configs.schema import Config
 from configs.suggest import suggest
@@ -40,6 +45,7 @@ def load_settings(settings_class: type[_Settings], arguments: list[str]) -> _Set
 
     `--help` prints and exits with 0; an error prints one line and exits with 2.
     """
+    limit_thread_spinning()
     if HELP & set(arguments):
         if is_rank_zero():
             sys.stdout.write(_usage(settings_class))

@@ -30,8 +30,8 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
 
 
-def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def _python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
     return subprocess.run(
         [sys.executable, *arguments],
         env=environment,
@@ -261,3 +261,11 @@ def test_two_configs_are_refused() -> None:
 def test_the_last_of_two_settings_counts() -> None:
     """A script can add to a command line without knowing what is in it."""
     assert parse_config(["config=gpt_debug", "run.seed=5", "run.seed=6"]).run.seed == 6
+
+
+def test_waiting_threads_sleep_soon_unless_the_user_has_a_policy() -> None:
+    """libgomp reads the environment when torch is imported, after the settings are loaded."""
+    program = f"{PROGRAM}; import os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    variables = {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "5"}, {}
+    printed = [_python("-c", program, "config=gpt_debug", **given).stdout for given in variables]
+    assert printed == ["started\nNone\n", "started\n5\n", "started\n3000\n"]
