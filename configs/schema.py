@@ -181,9 +181,9 @@ class TrainConfig:
     # A loss so many nats above the median of the last 32 counts as not finite; null: none does.
     loss_spike_nats: float | None = None
     precision: Literal["bf16", "fp32"] = "bf16"  # bf16: bfloat16 compute, float32 master weights
-    # Make one kernel each of dropout with its residual, RMSNorm, rotary positions and SwiGLU, with
     # auto: GPUs if there are any, and then each rank needs one of its own.
     device: Literal["auto", "cuda", "cpu"] = "auto"
+    # Make one kernel each of dropout with its residual, RMSNorm, rotary positions and SwiGLU, with
     # torch.compile: up to a minute at the first start on a machine, seconds later on.
     compile: bool = True
 

@@ -237,7 +237,7 @@ def test_weights_that_are_no_numbers_are_never_saved(mesh: Mesh, config: Config)
     config = changed(
         config,
         checkpoint={"save_interval": 1},
-        optimizer={"lr": 1e30, "clip_grad": 0.0, "lr_warmup_steps": 0},
+        optimizer={"lr": 1e39, "clip_grad": 0.0, "lr_warmup_steps": 0},
         train={"train_steps": 2},
     )
     with pytest.raises(NonFiniteError, match="step 2: its weights or moments are not finite"):

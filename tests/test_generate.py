@@ -86,7 +86,7 @@ def test_lines_of_stdin_are_prompts_on_two_ranks(runs: dict[str, Path]) -> None:
         ("max_tokens=3", "there is no key max_tokens; did you mean max_new_tokens?"),
         ("top_p=1.5", "top_p=1.5 is out of range; it must be more than 0 and at most 1"),
         ("stop=", "stop is empty; leave it out to stop at no text"),
-        ("run=/nowhere", "run=/nowhere is no run: there is no /nowhere/config.yaml"),
+        ("run=/nowhere", "run=/nowhere is not a run: there is no /nowhere/config.yaml"),
         ("tensor_model_parallel_size=2", "parallel.tensor_model_parallel_size=2 needs 2 ranks"),
     ],
 )

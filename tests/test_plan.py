@@ -308,7 +308,7 @@ def test_gpt_7b_on_a_laptop() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["config=gpt_7"], "config error: config=gpt_7 is no file here or in configs/; did you"),
+        (["config=gpt_7"], "config error: config=gpt_7 is not a file here or in configs/; did you"),
         (["config=gpt_7b", "nproc=x"], "config error: nproc=x is no number of ranks; choose"),
         (
             ["config=gpt_7b", "parallel.tensor_model_parallel_size=8", "nproc=12"],
