@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from parallel.backend import cpu_backend
@@ -82,7 +83,7 @@ def init_mesh(
     use_full_precision()
     num_gpus = torch.cuda.device_count()
     gpu = local_rank % max(1, num_gpus)
-    attempt, device_type, is_restart = join_attempt(device, num_gpus, gpu)
+    attempt, store, device_type, is_restart = join_attempt(device, num_gpus, gpu)
     torch_device = torch.device(device_type)
     if use_cuda := device_type == "cuda":
         torch_device = torch.device("cuda", gpu)
@@ -90,10 +91,10 @@ def init_mesh(
             _queue_in_order()
         torch.cuda.set_device(torch_device)
     backend = "nccl" if use_cuda else cpu_backend(share_memory)
-    if store := connect_store(attempt, "collectives"):
+    if store is not None:
         dist.init_process_group(
             backend,
-            store=store,
+            store=PrefixStore(f"{attempt}/collectives", store),
             rank=int(os.environ["RANK"]),
             world_size=world_size,
             timeout=timedelta(seconds=max(timeout_s, TIMEOUT_S)),

@@ -47,9 +47,10 @@ def connect_store(attempt: str, purpose: str) -> Store | None:
     return PrefixStore(f"{attempt}/{purpose}", _connect()) if "RANK" in os.environ else None
 
 
-def join_attempt(device: str, num_gpus: int, gpu: int) -> tuple[str, str, bool]:
-    """Meet all ranks of this attempt; returns its name, the type of device, and if it is a restart.
+def join_attempt(device: str, num_gpus: int, gpu: int) -> tuple[str, Store | None, str, bool]:
+    """Meet all ranks; returns the attempt's name, its store, the type of device, if it restarts.
 
+    The store must be kept: in a launcher without one rank 0 serves it, as long as it is kept there.
     `device` is train.device, and `gpu` is of the `num_gpus` that this rank sees. Raises DeviceError
     on all ranks if they cannot have the same type, DistError if a rank does not arrive in time.
     """
@@ -61,12 +62,13 @@ def join_attempt(device: str, num_gpus: int, gpu: int) -> tuple[str, str, bool]:
         "gpu": [machine_id(), os.environ.get("CUDA_VISIBLE_DEVICES"), gpu],
         "restarts": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
     }
-    name, decision = "", _decide([facts])
+    name, store, decision = "", None, _decide([facts])
     if "RANK" in os.environ:
-        name, decision = _agree(_connect(), int(os.environ["RANK"]), facts)
+        store = _connect()
+        name, decision = _agree(store, int(os.environ["RANK"]), facts)
     if decision["problem"]:
         raise DeviceError(decision["problem"])
-    return name, decision["device"], decision["restarts"] > 0
+    return name, store, decision["device"], decision["restarts"] > 0
 
 
 def _agree(store: Store, rank: int, facts: dict[str, Any]) -> tuple[str, dict[str, Any]]:

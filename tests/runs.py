@@ -85,12 +85,12 @@ def train_on(layout: Layout, arguments: list[str]) -> None:
 def command(ranks: int, arguments: list[str], flags: Sequence[str] = ()) -> list[str]:
     """The command that a person would type, of tensor-parallel ranks unless the arguments differ.
 
-    `flags` are torchrun's.
+    `flags` are torchrun's; one rank is started by torchrun only with them.
     """
     tp = "parallel.tensor_model_parallel_size"
     layout = [] if any(argument.startswith(tp) for argument in arguments) else [f"{tp}={ranks}"]
     program = [str(ROOT / "train.py"), *layout, *arguments]
-    if ranks == 1:
+    if ranks == 1 and not flags:
         return [sys.executable, *program]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     return [*launcher, *flags, *program]

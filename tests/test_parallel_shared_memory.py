@@ -210,6 +210,23 @@ def test_without_memory_it_is_gloo(mesh: Mesh, rank: int) -> None:
     dist.destroy_process_group(group)
 
 
+@distributed(TWO)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_of_two_containers_use_gloo(mesh: Mesh, rank: int) -> None:
+    """There the same process number is another process; nothing of it is opened."""
+    with pytest.MonkeyPatch.context() as patch:
+        if mesh.world.rank == rank:
+            patch.setattr("parallel.backend.machine_id", lambda: "another")
+        patch.setattr("parallel.backend.SharedMemory", None)
+        group = dist.new_group(backend=cpu_backend(True))
+    assert group is not None
+    assert not is_shared(group)
+    x = torch.ones(3)
+    dist.all_reduce(x, group=group)
+    assert x.tolist() == [2, 2, 2]
+    dist.destroy_process_group(group)
+
+
 def held() -> tuple[int, int]:
     """Descriptors of memory and of processes, and mappings."""
     links = [

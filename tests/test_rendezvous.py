@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
 import time
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -16,19 +17,23 @@ from parallel.rendezvous import _decide, join_attempt
 from tests.runs import finish, settings, start
 
 
-def _join(rank: int, world_size: int, port: int, answers: Any) -> None:
+def _join(rank: int, world_size: int, port: int, has_agent_store: bool, answers: Any) -> None:
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_USE_AGENT_STORE": str(has_agent_store),
         # The agent of rank 0 has been replaced, and counts from 0.
         "TORCHELASTIC_RESTART_COUNT": str(rank),
     }
-    joined = join_attempt("auto", 0, 0)
+    name, store, device, is_restart = join_attempt("auto", 0, 0)
+    assert store is not None
     if answers is not None:
-        answers.put((rank, *joined))
+        if rank == 1:
+            store.set("late", "")
+        store.wait(["late"])  # whoever serves the store still does
+        answers.put((rank, name, device, is_restart))
         answers.close()
         answers.join_thread()
 
@@ -41,7 +46,7 @@ def test_every_attempt_has_a_name_of_its_own() -> None:
     names = set()
 
     def begin(rank: int, to: Any) -> Any:
-        process = context.Process(target=_join, args=(rank, world_size, store.port, to))
+        process = context.Process(target=_join, args=(rank, world_size, store.port, True, to))
         process.start()
         return process
 
@@ -65,6 +70,22 @@ def test_every_attempt_has_a_name_of_its_own() -> None:
         assert joined == [(rank, name, "cpu", True) for rank in range(world_size)]
         names.add(name)
     assert len(names) == 2
+
+
+def test_ranks_meet_without_a_store_of_the_launcher() -> None:
+    """Rank 0 serves the store then, and goes on doing so when it has met the others."""
+    context = multiprocessing.get_context("fork")
+    answers: Queue[tuple[int, str, str, bool]] = context.Queue()
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = [context.Process(target=_join, args=(r, 2, port, False, answers)) for r in (0, 1)]
+    for process in processes:
+        process.start()
+    joined = sorted(answers.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join()
+    assert joined == [(rank, joined[0][1], "cpu", True) for rank in (0, 1)]
 
 
 def _rank(

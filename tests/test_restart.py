@@ -4,8 +4,12 @@ import json
 import os
 import re
 import signal
+import socket
+import time
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.runs import (
     LONG,
@@ -62,6 +66,50 @@ def test_a_killed_rank_is_named_by_all(corpus: Path, tmp_path: Path) -> None:
     assert "rank 2" in reason
     # torch begins each line of a traceback so.
     assert not re.findall(r"^\[rank\d\]:", output, re.MULTILINE)
+
+
+@pytest.mark.drill
+@pytest.mark.timeout(600)
+def test_a_node_that_is_replaced_joins_the_others(
+    corpus: Path,
+    tmp_path: Path,
+    unbroken: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two agents of one rank each; the new one counts attempts from 0, the other one from 1."""
+    # Without it no agent of torch 2.13 tells a new one where the store is.
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    arguments = settings(corpus, tmp_path, *LONG, "parallel.tensor_model_parallel_size=2")
+    flags = (
+        "--nnodes=2",
+        "--max-restarts=3",
+        "--rdzv-backend=c10d",
+        "--rdzv-id=drill",
+        f"--rdzv-endpoint=localhost:{port}",
+        "--local-addr=localhost",
+    )
+    first = start(1, arguments, flags)
+    time.sleep(5)  # it must be the one that has the store
+    lost = start(1, arguments, flags)
+    while steps_done(tmp_path) < 12:
+        assert first.poll() is None, first.communicate()[0]
+        time.sleep(0.1)
+    for pid in (lost.pid, *_children(lost.pid)):
+        os.kill(pid, signal.SIGKILL)
+    lost.communicate()
+    replacement = start(1, arguments, flags)
+    output = "".join(process.communicate(timeout=400)[0] for process in (first, replacement))
+    assert (first.returncode, replacement.returncode) == (0, 0), output
+    assert "resuming from" in output
+    assert rows(tmp_path) == unbroken
+
+
+def _children(pid: int) -> list[int]:
+    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in listed.split()]
 
 
 def _is_new(attempts: list[set[int]], directory: Path) -> bool:
