@@ -222,13 +222,18 @@ def _describe(rank: int, beat: Beat, answers: bool) -> str:
     )
 
 
+def _path(frame: FrameType) -> Path:
+    # Python keeps ".." in the name of a program that was started by such a path.
+    return Path(os.path.normpath(frame.f_code.co_filename))
+
+
 def _is_ours(frame: FrameType) -> bool:
-    path = Path(frame.f_code.co_filename)
+    path = _path(frame)
     return path.is_relative_to(_ROOT) and "site-packages" not in path.parts
 
 
 def _line(frame: FrameType) -> str:
-    path = Path(frame.f_code.co_filename)
+    path = _path(frame)
     name = path.relative_to(_ROOT) if path.is_relative_to(_ROOT) else path
     return f"{name}:{frame.f_lineno}"
 
