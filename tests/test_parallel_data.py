@@ -118,6 +118,7 @@ def test_a_gpu_queues_in_order_for_tensor_parallelism_alone(
     monkeypatch.setenv("OMP_NUM_THREADS", "2")  # somebody's choice, left alone
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", start)
+    monkeypatch.setattr("parallel.mesh.join_attempt", lambda *_: ("", None, "cuda", False))
     with pytest.raises(CudaStarts):
         init_mesh(tp, True, overlap)
     assert os.environ.get(variable) == expected
