@@ -2,7 +2,7 @@
 
     runs/<run.name>/
         config.yaml  tokenizer.model  metrics.jsonl  samples.jsonl  checkpoints/  wandb/  exit.json
-        .lock            held for life by rank 0; names its host and process
+        .lock            held for life by rank 0; names its host and process [Note: lock]
         previous_1/ ...  what was there before run.resume=never
 
 All ranks must see the same folder, which is proven when it is opened. Nothing inside holds an
@@ -12,6 +12,11 @@ absolute path, so it can be moved. A launch that is refused before its first ste
 Rank 0 writes how the launch ended, before it waits for anything else, and while the last save runs,
 that it has not ended yet. Any rank that crashes writes it too, as rank 0 may be blocked in a
 collective; errors that follow from the first one do not replace it.
+
+[Note: lock]
+The kernel releases an flock when its holder dies, but some file systems (Lustre with localflock)
+keep it on one host. So the holder also touches the file every few seconds and writes in it when it
+lets go; who gets the lock of a holder on another host that has not let go watches the file first.
 """
 
 import contextlib
@@ -23,6 +28,7 @@ import shlex
 import shutil
 import socket
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -47,6 +53,7 @@ logger = logging.getLogger("microtron")
 _PREVIOUS, _HANDSHAKE = "previous_", ".handshake-"
 _WAIT_FOR_RUNNING_S, _WAIT_FOR_ENDING_S = 5.0, 30.0
 _WAIT_FOR_FILES_S = 10.0  # for a network file system to show on one host what another has made
+_HEARTBEAT_S, _WATCH_S = 3.0, 12.0  # how often a lock is touched, how long one is watched
 _SAVING = "has not ended yet: saving step "
 
 
@@ -61,6 +68,12 @@ def require_same_on_all_ranks(mesh: Mesh, value: str, what: str) -> None:
             f"{what} of ranks {others} differs from that of rank 0; give all hosts the same "
             "files, and for data.source=python_stdlib the same Python"
         )
+
+
+def _fresh_mtime(path: Path) -> int:
+    """When a file was touched, in ns; opening it has NFS ask the server."""
+    with path.open() as file:
+        return os.fstat(file.fileno()).st_mtime_ns
 
 
 class RunFolder:
@@ -80,6 +93,7 @@ class RunFolder:
         self._since = time.strftime("%Y-%m-%d %H:%M:%S")
         self._is_writer = mesh.world.rank == 0
         self._lock: IO[str] | None = None
+        self._lets_go = threading.Event()
         self._exit = self.path / "exit.json"
         self._exit_before: object = None  # which file it was when this launch began
         self._has_begun = False
@@ -120,15 +134,29 @@ class RunFolder:
         goes_on = self._mesh.is_restart and is_ours
         self.starts_over = self._config.run.resume == "never" and not goes_on
         self.announce(ending=False)
+        threading.Thread(target=self._touch_lock, args=(self._lock,), daemon=True).start()
         sweep_leftovers(self.checkpoints)
         for leftover in self.path.glob(f"{_HANDSHAKE}*"):
             shutil.rmtree(leftover, ignore_errors=True)
         (self.path / f"{_HANDSHAKE}{nonce}").mkdir()
 
     def _unlock(self) -> None:
+        self._lets_go.set()
         if self._lock is not None:
-            self._lock.close()
+            # On a full disk: the kernel lets go all the same, and the next holder watches first.
+            with contextlib.suppress(OSError):
+                self.announce(ending=True, released=True)
+            with contextlib.suppress(OSError):
+                self._lock.close()
             self._lock = None
+
+    def _touch_lock(self, lock: IO[str]) -> None:
+        """The heartbeat of the holder, in a thread of its own."""
+        while not self._lets_go.wait(_HEARTBEAT_S):
+            # An error here is the file system's, which fails the next save with a clear message;
+            # ValueError: the file has just been closed.
+            with contextlib.suppress(OSError, ValueError):
+                os.utime(lock.fileno())
 
     def _why_not_shared(self, handshake: Path) -> str | None:
         """Have every rank write where rank 0 reads: None if that works, on every rank the same.
@@ -183,7 +211,8 @@ class RunFolder:
                 )
 
     def _acquire(self) -> IO[str]:
-        lock = (self.path / ".lock").open("a+")
+        path = self.path / ".lock"
+        lock = path.open("a+")
         started_at = time.monotonic()
         while True:
             try:
@@ -195,14 +224,28 @@ class RunFolder:
                 is_ending = holder.get("ending") or self._mesh.is_restart
                 patience = _WAIT_FOR_ENDING_S if is_ending else _WAIT_FOR_RUNNING_S
                 if time.monotonic() - started_at > patience:
-                    raise UserError(
-                        f"run folder {self.path} is in use by process {holder.get('pid')} "
-                        f"on {holder.get('host')} since {holder.get('since')}; wait for it, stop "
-                        "it, or choose another run.name"
-                    ) from None
+                    raise self._in_use(holder) from None
                 time.sleep(0.1)
             else:
-                return lock
+                break
+        holder = self._holder()
+        if not holder.get("released") and holder.get("host") not in (None, socket.gethostname()):
+            logger.info("looking for %.0f s whether %s still runs", _WATCH_S, holder["host"])
+            touched_at = _fresh_mtime(path)
+            deadline = time.monotonic() + _WATCH_S
+            while time.monotonic() < deadline:
+                time.sleep(0.1)
+                if _fresh_mtime(path) != touched_at:
+                    lock.close()
+                    raise self._in_use(self._holder())
+        return lock
+
+    def _in_use(self, holder: dict[str, Any]) -> UserError:
+        return UserError(
+            f"run folder {self.path} is in use by process {holder.get('pid')} on "
+            f"{holder.get('host')} since {holder.get('since')}; wait for it, stop it, or choose "
+            "another run.name"
+        )
 
     def _holder(self) -> dict[str, Any]:
         """Who holds the lock, or held it last; empty while that is being written."""
@@ -212,8 +255,8 @@ class RunFolder:
             return {}
         return holder
 
-    def announce(self, *, ending: bool) -> None:
-        """Say in the lock file who holds it, and whether it is about to let go."""
+    def announce(self, *, ending: bool, released: bool = False) -> None:
+        """Say in the lock file who holds it, and whether it is about to let go or has done so."""
         if self._lock is None:
             return
         holder = {
@@ -223,6 +266,7 @@ class RunFolder:
             "launch": launch_id(),
             "has_begun": self._has_begun,
             "ending": ending,
+            "released": released,
         }
         self._lock.seek(0)
         self._lock.truncate()

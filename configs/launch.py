@@ -24,7 +24,8 @@ def limit_thread_spinning() -> None:
     """Let waiting OpenMP threads sleep after a short spin; libgomp reads this when it is loaded.
 
     By default they spin for milliseconds at each barrier. Where something else runs on the machine,
-    that keeps the thread they wait for from its core. Users who set a policy keep it.
+    that keeps the thread they wait for from its core (measured in docs/performance.md). Users who
+    set a policy keep it.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)

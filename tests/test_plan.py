@@ -300,7 +300,7 @@ def test_gpt_7b_on_a_laptop() -> None:
         process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0
     assert used.ru_maxrss < 1.5e6  # KiB
-    assert used.ru_utime + used.ru_stime < 90  # twice what it took on a busy one
+    assert used.ru_utime + used.ru_stime < 90  # on a Zen 3 36 s alone, 43 s beside other tests
     assert "6,729,375,744 parameters on 8 ranks: tensor parallel 8" in text
     assert re.search(r"needs 13\.\d GiB .* does not fit in 12 GiB", text.splitlines()[-1])
 
