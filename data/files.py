@@ -14,7 +14,7 @@ import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -31,28 +31,39 @@ _SAVE_INTERVAL_S = 30.0
 _NOT_STDLIB = {"site-packages", "dist-packages", "lib-dynload", "__pycache__"}
 
 
-def source_files(config: SourceConfig, key: str = "data") -> list[Path]:
-    """Returns the source's files sorted by relative path; none for `hub`.
+class SourceKeys(NamedTuple):
+    """What errors call a source: what its keys begin with, and the key of its path."""
 
-    `key` is what the source's keys begin with, for errors.
+    section: str
+    path: str
+
+
+DATA_KEYS = SourceKeys("data", "data.path")  # of the only source, if there is one
+
+
+def source_files(config: SourceConfig, keys: SourceKeys = DATA_KEYS) -> list[Path]:
+    """Returns the source's files sorted by relative path; none for `hub`.
 
     The order is the order of the documents, so it must not depend on the file system.
     """
     if config.source == "hub":
         if config.path is None:
-            raise UserError(f"{key}.path is null; {key}.source=hub needs the name of a dataset")
+            raise UserError(
+                f"{keys.path} is null; {keys.section}.source=hub needs the name of a dataset"
+            )
         return []
     if config.source == "python_stdlib":
         return _stdlib_files()
     if config.path is None:
         raise UserError(
-            f"{key}.path is null; {key}.source={config.source} needs a file, a folder or a glob"
+            f"{keys.path} is null; {keys.section}.source={config.source} needs a file, a folder or "
+            "a glob"
         )
     files = _matching_files(config.path, SOURCE_EXTENSIONS[config.source])
     if not files:
         raise UserError(
-            f"{key}.path={config.path!r} matches no files for {key}.source={config.source}; give a "
-            f"file, a glob, or a folder with {extensions_in_words(config.source)} files"
+            f"{keys.path}={config.path!r} matches no files for {keys.section}.source="
+            f"{config.source}; give a file, a glob, or a folder with {extensions_in_words(config.source)} files"
         )
     return files
 

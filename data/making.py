@@ -21,7 +21,7 @@ from configs.errors import UserError
 from configs.schema import DataConfig, WeightedSource
 from data.cache import build_entry, read_header, write_header
 from data.durable import write_durably
-from data.files import file_digest
+from data.files import SourceKeys, file_digest
 from data.progress import Progress
 from data.records import Place
 from data.report import describe_counts, read_summary, require_all_accounted_for, split_summary
@@ -51,7 +51,7 @@ logger = logging.getLogger("microtron")
 class Source:
     """A source of the configuration, and the folders of its text and of what its documents are."""
 
-    key: str  # what its keys begin with: data, or data.sources[1]
+    keys: SourceKeys
     config: WeightedSource
     files: list[Path]
     fingerprint: str
@@ -64,26 +64,26 @@ def fill_text(source: Source, work: Path) -> None:
     # Here, not at the top: importing `datasets` takes a second, and most starts need no reading.
     from data.sources import commit_of, read_records  # noqa: PLC0415
 
-    logger.info("preparing %s.source=%s: reading documents", source.key, source.config.source)
     config = source.config
+    logger.info("preparing %s.source=%s: reading documents", source.keys.section, config.source)
     if config.source == "hub":
         # What was read and what is read later must be of one state of the dataset.
         commit = work / _COMMIT
         if not commit.exists():
             known = read_header(source.documents)["commit"] if source.documents.exists() else ""
-            write_durably(commit, (known or commit_of(config, source.key)).encode())
+            write_durably(commit, (known or commit_of(config, source.keys)).encode())
         config = replace(config, hub_revision=commit.read_text() or None)
     scratch = work / "datasets"
-    read = partial(read_records, config, source.key, source.files, scratch)
+    read = partial(read_records, config, source.keys, source.files, scratch)
     total_bytes = sum(file.stat().st_size for file in source.files) if source.files else None
     with Progress("reading", total_bytes) as progress:
         done = write_spool(work, read, _reading(source.files, progress))
     shutil.rmtree(scratch, ignore_errors=True)
     if not done.num_documents:
         raise UserError(
-            f"{source.key}.source={config.source} with {source.key}.path={config.path!r} yields "
-            f"no documents; skipped: {describe_counts(done.skipped) or 'nothing'}; give non-empty "
-            "UTF-8 text"
+            f"{source.keys.section}.source={config.source} with {source.keys.path}={config.path!r} "
+            f"yields no documents; skipped: {describe_counts(done.skipped) or 'nothing'}; give "
+            "non-empty UTF-8 text"
         )
     write_header(work, list(SPOOL_FILES), {"read": vars(done)})
 
@@ -156,7 +156,7 @@ def _spooled(source: Source) -> tuple[Spool, SpoolProgress]:
     if not np.array_equal(spool.hashes, read_documents(source.documents).hashes):
         shutil.rmtree(source.documents)
         raise UserError(
-            f"{source.key}.path={source.config.path!r} has other documents than when it was first "
+            f"{source.keys.path}={source.config.path!r} has other documents than when it was first "
             "read; start again, and what it has now is used"
         )
     return spool, SpoolProgress.stored(read_header(source.text)["read"])
@@ -188,4 +188,4 @@ def fill_tokens(
     write_header(work, names, {**facts, "vocab_size": tokenizer.vocab_size, "summary": summary})
     for name in SPLITS:
         (work / f"{name}.{PROGRESS}").unlink()
-    logger.info("tokenized %s in %.1f s", source.key, time.perf_counter() - started_at)
+    logger.info("tokenized %s in %.1f s", source.keys.section, time.perf_counter() - started_at)

@@ -35,7 +35,7 @@ from data.cache import (
     remove_abandoned,
     wait_for_entry,
 )
-from data.files import source_files, source_fingerprint
+from data.files import SourceKeys, source_files, source_fingerprint
 from data.locks import locked
 from data.making import (
     FORMAT_VERSION,
@@ -141,20 +141,21 @@ def _find_sources(config: DataConfig) -> tuple[list[Source], list[Source]]:
     """The sources to train on, and those that are given to be held out."""
     sources, held_out = [], []
     for key, source in config.mixture.items():
-        sources.append(_find(key, source, config.cache_directory))
+        sources.append(_find(SourceKeys(key, f"{key}.path"), source, config.cache_directory))
         if source.validation_path is not None:
             given = replace(source, path=source.validation_path, hub_revision=None)
-            held_out.append(_find(f"{key}.validation", given, config.cache_directory))
+            keys = SourceKeys(key, f"{key}.validation_path")
+            held_out.append(_find(keys, given, config.cache_directory))
     return sources, held_out
 
 
-def _find(key: str, config: WeightedSource, cache_directory: str) -> Source:
+def _find(keys: SourceKeys, config: WeightedSource, cache_directory: str) -> Source:
     cache = Path(cache_directory).expanduser()
-    files = source_files(config, key)
+    files = source_files(config, keys)
     fingerprint = source_fingerprint(config, files, cache)
     name = _key(fingerprint)
     return Source(
-        key, config, files, fingerprint, cache / f"{TEXT}{name}", cache / f"documents-{name}"
+        keys, config, files, fingerprint, cache / f"{TEXT}{name}", cache / f"documents-{name}"
     )
 
 
@@ -168,7 +169,7 @@ def _splits(config: DataConfig, sources: list[Source], held_out: list[Source]) -
     for source, split in zip(sources, splits, strict=True):
         if (split == HELD_OUT).all():
             raise UserError(
-                f"every document of {source.key}.path={source.config.path!r} is held out by "
+                f"every document of {source.keys.path}={source.config.path!r} is held out by "
                 "validation_path, so there is nothing to train on; give other text in one of them"
             )
     return [*splits, *split_by_given(given, given)]
@@ -193,8 +194,8 @@ def _require_rows(
     source = sources[num_tokens.index(fewest)]
     if fewest <= seq_length:
         raise UserError(
-            f"the {fewest} training tokens of {source.key}.source={source.config.source} do "
-            f"not fill a row of model.seq_length={seq_length}; use more text, model.seq_length="
+            f"the {fewest} training tokens of {source.keys.section}.source={source.config.source} "
+            f"do not fill a row of model.seq_length={seq_length}; use more text, model.seq_length="
             f"{fewest - 1} or less, or data.sequence_mode=pad"
         )
 
@@ -249,13 +250,14 @@ def _open(sources: list[Source], held_out: list[Source], entries: list[Path]) ->
     train = train[: len(sources)]
     fingerprints = [header["fingerprint"] for header in headers]
     summaries = {
-        source.key: header["summary"]
+        source.keys: header["summary"]
         for source, header in zip([*sources, *held_out], headers, strict=True)
     }
-    given = {source.key: summaries.pop(source.key) for source in held_out}
-    summary, validation_weights = joined_summary(summaries), None
+    summary = joined_summary({source.keys.section: summaries[source.keys] for source in sources})
+    validation_weights = None
     if held_out:
         validation = validation[len(sources) :]
+        given = {source.keys.section: summaries[source.keys] for source in held_out}
         validation_weights = tuple(source.config.weight for source in held_out)
         # Documents of the sources that are held out are among those given.
         summary = {

@@ -27,6 +27,7 @@ from configs.errors import UserError
 from configs.schema import SourceConfig
 from data import json_files
 from data.compressed import open_bytes
+from data.files import SourceKeys
 from data.hub import requests_to_hub
 from data.records import Place, Record
 
@@ -45,21 +46,20 @@ logger = logging.getLogger("microtron")
 
 def read_records(
     source: SourceConfig,
-    key: str,
+    keys: SourceKeys,
     files: list[Path],
     scratch: Path,
     start: Place,
 ) -> Iterator[Record]:
     """Yields the records of a source in order, from a place on.
 
-    `key` is what the source's keys begin with; `scratch` is a folder for the lock files that
-    `datasets` makes. Raises UserError where the source cannot be read, naming the file, or lacks
-    the column `text_field`.
+    `scratch` is a folder for the lock files that `datasets` makes. Raises UserError where the
+    source cannot be read, naming the file, or lacks the column `text_field`.
     """
     datasets.disable_progress_bars()
     # Its own error lines would repeat, with less context, what is raised here.
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    reader = _Reader(source, key, scratch)
+    reader = _Reader(source, keys, scratch)
     places: list[Path | None] = [*files] if source.source != "hub" else [None]
     for number in range(start.file, len(places)):
         skip = start.record if number == start.file else 0
@@ -69,11 +69,11 @@ def read_records(
     reader.report()
 
 
-def commit_of(source: SourceConfig, key: str) -> str:
+def commit_of(source: SourceConfig, keys: SourceKeys) -> str:
     """Returns the commit that a hub dataset's revision stands for; empty for a local folder."""
     if source.path is None or Path(source.path).is_dir():
         return ""
-    with requests_to_hub(f"{key}.path={source.path!r} cannot be read:"):
+    with requests_to_hub(f"{keys.path}={source.path!r} cannot be read:"):
         information = huggingface_hub.HfApi().dataset_info(
             source.path, revision=source.hub_revision
         )
@@ -108,8 +108,8 @@ def cut_text(text: str, longest: int = LONGEST_DOCUMENT) -> list[str]:
 class _Reader:
     """Reads the files of one source."""
 
-    def __init__(self, source: SourceConfig, key: str, scratch: Path) -> None:
-        self._source, self._key, self._scratch = source, key, scratch
+    def __init__(self, source: SourceConfig, keys: SourceKeys, scratch: Path) -> None:
+        self._source, self._keys, self._scratch = source, keys, scratch
         self._undecodable: dict[str, None] = {}  # the first of these files, each once
 
     def values(self, file: Path | None, skip: int) -> Iterator[Any]:
@@ -127,7 +127,7 @@ class _Reader:
             logger.info("skipped what is not UTF-8 in files: %s%s", ", ".join(names), more)
 
     def _texts(self, file: Path, skip: int) -> Iterator[Any]:
-        what = f"{self._key}.path: {file} cannot be read"
+        what = f"{self._keys.path}: {file} cannot be read"
         for content in itertools.islice(
             _errors_name(what, _stretches(file), _FILE_ERRORS), skip, None
         ):
@@ -149,8 +149,9 @@ class _Reader:
             # mistake.
             if is_first and name not in row:
                 raise UserError(
-                    f"{self._key}.text_field={name!r} is not a column of {self._key}.path="
-                    f"{self._source.path!r}; the columns there are: {', '.join(row)}"
+                    f"{self._keys.section}.text_field={name!r} is not a column of "
+                    f"{self._keys.path}={self._source.path!r}; "
+                    f"the columns there are: {', '.join(row)}"
                 )
             is_first = False
             yield row.get(name)
@@ -162,7 +163,7 @@ class _Reader:
             return self._columnar_rows(self._source.source, file, skip)
         if file.stat().st_size == 0:
             return iter(())
-        with _errors_named(f"{self._key}.path: {file} cannot be read"):
+        with _errors_named(f"{self._keys.path}: {file} cannot be read"):
             is_array = json_files.is_array(file)
         rows = self._json_array(file) if is_array else self._json_lines(file)
         return itertools.islice(rows, skip, None)
@@ -180,10 +181,10 @@ class _Reader:
             )
             yield from self._one_column(dataset, skip)
 
-        return _errors_name(f"{self._key}.path: {file} cannot be read as {builder}", rows())
+        return _errors_name(f"{self._keys.path}: {file} cannot be read as {builder}", rows())
 
     def _hub_rows(self, skip: int) -> Iterator[Any]:
-        source, key = self._source, self._key
+        source, keys = self._source, self._keys
 
         def rows() -> Iterator[Any]:
             dataset = datasets.load_dataset(
@@ -197,9 +198,10 @@ class _Reader:
             yield from self._one_column(dataset, skip)
 
         where = (
-            f"{key}.path={source.path!r} ({key}.hub_config={source.hub_config}, {key}.hub_split="
-            f"{source.hub_split}, {key}.hub_revision={source.hub_revision}) cannot be read; "
-            f"check these keys and the network, or use a local {key}.source"
+            f"{keys.path}={source.path!r} ({keys.section}.hub_config={source.hub_config}, "
+            f"{keys.section}.hub_split={source.hub_split}, {keys.section}.hub_revision="
+            f"{source.hub_revision}) cannot be read; check these keys and the network, or use a "
+            f"local {keys.section}.source"
         )
         return _errors_name(where, rows(), Exception)  # its network layers have errors of their own
 
@@ -212,7 +214,7 @@ class _Reader:
 
     def _json_lines(self, file: Path) -> Iterator[Any]:
         numbered = json_files.lines(file)
-        for number, line in _errors_name(f"{self._key}.path: {file} cannot be read", numbered):
+        for number, line in _errors_name(f"{self._keys.path}: {file} cannot be read", numbered):
             if line is None:
                 yield [], f"longer than {json_files.LONGEST_VALUE >> 20} MiB"
             elif line.strip():
@@ -225,15 +227,15 @@ class _Reader:
             return [], _NOT_UTF8
         except (json.JSONDecodeError, RecursionError) as error:
             raise UserError(
-                f"{self._key}.path: {where} is not JSON ({error}); {self._key}.source=jsonl needs "
-                "one object a line, or a file that is one array of objects"
+                f"{self._keys.path}: {where} is not JSON ({error}); {self._keys.section}.source="
+                "jsonl needs one object a line, or a file that is one array of objects"
             ) from error
         return self._object(where, row)
 
     def _object(self, where: str, row: object) -> dict[str, Any]:
         if not isinstance(row, dict):
             raise UserError(
-                f"{self._key}.path: {where} is not a JSON object; write each document as "
+                f"{self._keys.path}: {where} is not a JSON object; write each document as "
                 '{"text": "..."}'
             )
         return row
@@ -241,7 +243,7 @@ class _Reader:
     def _json_array(self, file: Path) -> Iterator[dict[str, Any]]:
         """The items of a file that is one array, one by one."""
         where, items = (
-            f"{self._key}.path: {file} cannot be read as json",
+            f"{self._keys.path}: {file} cannot be read as json",
             json_files.array_items(file),
         )
         for number, item in enumerate(_errors_name(where, items), start=1):

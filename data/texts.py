@@ -12,7 +12,7 @@ import xxhash
 
 from configs.errors import UserError
 from configs.schema import SourceConfig
-from data.files import source_files
+from data.files import DATA_KEYS, source_files
 from data.prepare import Corpus
 from data.records import Place
 from data.report import describe_counts
@@ -39,7 +39,7 @@ def corpus_to_score(source: SourceConfig, tokenizer: Tokenizer, tokenizer_path: 
     lossy = 0
     dtype = token_dtype(tokenizer.vocab_size)
     with tempfile.TemporaryDirectory() as scratch:
-        records = read_records(source, "data", source_files(source), Path(scratch), Place())
+        records = read_records(source, DATA_KEYS, source_files(source), Path(scratch), Place())
         while batch := list(itertools.islice(records, _RECORDS_AT_ONCE)):
             skipped.update(record.reason for record in batch if record.reason is not None)
             texts = [text for record in batch for text in record.texts]

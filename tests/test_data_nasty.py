@@ -16,6 +16,7 @@ import pytest
 from configs.schema import DataConfig, WeightedSource
 from data import json_files, prepare_corpus
 from data import sources as sources_module
+from data.files import DATA_KEYS
 from data.records import Place
 from data.sources import cut_text, read_records
 from tests.data_corpora import random_text
@@ -132,12 +133,12 @@ def test_compressed_files_are_read_and_cut_off_ones_are_named(tmp_path: Path, en
     (tmp_path / f"a.txt{ending}").write_bytes(packed + packed)
     config = DataConfig(source="text", path=str(tmp_path))
     files = [tmp_path / f"a.txt{ending}"]
-    (record,) = read_records(config, "data", files, tmp_path / "s", Place())
+    (record,) = read_records(config, DATA_KEYS, files, tmp_path / "s", Place())
     assert record.texts == [text + text]
     for content in (packed[: len(packed) // 2], packed[:-1], b"junk" * 9):
         files[0].write_bytes(content)
         with pytest.raises(ValueError, match=rf"^data\.path: .*a\.txt{ending} cannot be read: "):
-            list(read_records(config, "data", files, tmp_path / "s", Place()))
+            list(read_records(config, DATA_KEYS, files, tmp_path / "s", Place()))
 
 
 def test_a_truncated_table_is_named(tmp_path: Path) -> None:
@@ -147,7 +148,7 @@ def test_a_truncated_table_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
     config = DataConfig(source="parquet", path=str(path))
     with pytest.raises(ValueError, match=r"a\.parquet cannot be read as parquet"):
-        list(read_records(config, "data", [path], tmp_path / "s", Place()))
+        list(read_records(config, DATA_KEYS, [path], tmp_path / "s", Place()))
 
 
 @pytest.mark.parametrize("text", ["ab\ncd\n" * 7, "é" * 40, "a" * 30 + "\n" + "b" * 3, ""])
@@ -161,7 +162,7 @@ def test_a_gigantic_text_becomes_several_documents(
     (tmp_path / "a.txt").write_text(text)
     monkeypatch.setattr(sources_module._stretches, "__defaults__", (9,))
     config = DataConfig(source="text", path=str(tmp_path))
-    records = list(read_records(config, "data", [tmp_path / "a.txt"], tmp_path / "s", Place()))
+    records = list(read_records(config, DATA_KEYS, [tmp_path / "a.txt"], tmp_path / "s", Place()))
     assert "".join(piece for record in records for piece in record.texts) == text
     assert all(len(piece.encode()) <= 9 for record in records for piece in record.texts)
     if text.count("\n") > 1:
@@ -177,7 +178,7 @@ def test_a_gigantic_line_is_passed_over(tmp_path: Path, monkeypatch: pytest.Monk
     for size in (longest - 1, longest, longest + 1, 3 * longest):  # without the end of the line
         text = "x" * (size - frame)
         path.write_text(f'{{"text": "{text}"}}\n{{"text": "after"}}\n')
-        records = list(read_records(config, "data", [path], tmp_path / "s", Place()))
+        records = list(read_records(config, DATA_KEYS, [path], tmp_path / "s", Place()))
         first = ([text], None) if size < longest else ([], "longer than 1 MiB")
         assert [(record.texts, record.reason) for record in records] == [first, (["after"], None)]
 
@@ -195,7 +196,7 @@ def test_an_array_of_objects_is_read_like_lines(
     by_line.write_bytes(b"\n".join(lines))
 
     def read(file: Path) -> list[Any]:
-        records = read_records(config, "data", [file], tmp_path / "s", Place())
+        records = read_records(config, DATA_KEYS, [file], tmp_path / "s", Place())
         return [(record.texts, record.reason) for record in records]
 
     assert read(path) == read(by_line)
@@ -218,7 +219,7 @@ def test_a_number_of_any_length_beside_a_text_does_not_matter(tmp_path: Path) ->
     """Python has a limit, which is not ours."""
     (tmp_path / "a.jsonl").write_text('{"text": "a", "n": ' + "1" * 5000 + "}\n")
     config = DataConfig(source="jsonl", path=str(tmp_path))
-    (record,) = read_records(config, "data", [tmp_path / "a.jsonl"], tmp_path / "s", Place())
+    (record,) = read_records(config, DATA_KEYS, [tmp_path / "a.jsonl"], tmp_path / "s", Place())
     assert record.texts == ["a"]
 
 
@@ -246,7 +247,7 @@ def test_reading_goes_on_after_any_record(tmp_path: Path, source: Any) -> None:
     config = DataConfig(source=source, path=str(tmp_path / "in"))
 
     def read(start: Place) -> list[Any]:
-        return list(read_records(config, "data", files, tmp_path / "s", start))
+        return list(read_records(config, DATA_KEYS, files, tmp_path / "s", start))
 
     records = read(Place())
     assert len(records) == (6 if source == "text" else 8)

@@ -11,7 +11,7 @@ import pytest
 
 from configs import UserError
 from configs.schema import DataConfig
-from data.files import source_files, source_fingerprint
+from data.files import DATA_KEYS, source_files, source_fingerprint
 from data.records import Place
 from data.sources import read_records
 
@@ -19,7 +19,7 @@ from data.sources import read_records
 def read(config: DataConfig, scratch: Path) -> tuple[list[str], dict[str, int]]:
     """Returns the documents of a source, and what was skipped by reason."""
     files = source_files(config)
-    records = list(read_records(config, "data", files, scratch / "scratch", Place()))
+    records = list(read_records(config, DATA_KEYS, files, scratch / "scratch", Place()))
     skipped = Counter(record.reason for record in records if record.reason is not None)
     return [text for record in records for text in record.texts], dict(skipped)
 

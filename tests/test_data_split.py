@@ -193,6 +193,21 @@ def test_nothing_but_given_text_is_an_error(tmp_path: Path) -> None:
         prepare_corpus(config, 16, 0)
 
 
+def test_an_unreadable_validation_path_is_named_by_its_own_key(tmp_path: Path) -> None:
+    for name in ("train", "held_out"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "some text"}\n')
+    (tmp_path / "held_out.jsonl").write_text("no JSON\n")
+    config = DataConfig(
+        source="jsonl",
+        path=str(tmp_path / "train.jsonl"),
+        validation_path=str(tmp_path / "held_out.jsonl"),
+        cache_directory=str(tmp_path / "cache"),
+    )
+    says = r"^data\.validation_path: line 1 .* data\.source=jsonl needs"
+    with pytest.raises(UserError, match=says):
+        prepare_corpus(config, 16, 0)
+
+
 def test_a_wrong_validation_path_is_named(tmp_path: Path) -> None:
     """Before anything is started, by its own key."""
     (tmp_path / "x.txt").write_text("x")
