@@ -63,7 +63,8 @@ def source_files(config: SourceConfig, keys: SourceKeys = DATA_KEYS) -> list[Pat
     if not files:
         raise UserError(
             f"{keys.path}={config.path!r} matches no files for {keys.section}.source="
-            f"{config.source}; give a file, a glob, or a folder with {extensions_in_words(config.source)} files"
+            f"{config.source}; give a file, a glob, or a folder with "
+            f"{extensions_in_words(config.source)} files"
         )
     return files
 
