@@ -2,7 +2,7 @@
 
 BIN := .venv/bin
 STAMP := .venv/.installed
-PACKAGES := configs parallel model data checkpoints
+PACKAGES := configs ops parallel data model checkpoints training tracking interop planning
 PROGRAMS := $(wildcard *.py)
 ARGS :=
 
@@ -38,7 +38,7 @@ train: setup  ## train a small GPT on two tensor-parallel ranks, about five minu
 	  parallel.tensor_model_parallel_size=2 $(ARGS)
 
 dashboard: setup  ## watch runs in a browser, live; ARGS="runs=DIR port=N"
-	@$(BIN)/python dashboard.py $(ARGS)
+	@$(BIN)/python -m tracking.dashboard $(ARGS)
 
 trace: setup  ## follow one block over two ranks: what each holds, what is sent; docs/sequence-parallelism.md
 	@OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m docs.trace_layer

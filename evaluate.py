@@ -114,14 +114,14 @@ if __name__ == "__main__":
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from console import set_up_logging
 from data import Corpus, corpus_to_score, prepare_corpus
-from evaluation import Score, documents_of, score
 from parallel import close_mesh
-from run_folder import require_same_on_all_ranks
-from run_state import join_mesh
-from stopping import StopSignals
-from trained import Trained, load_trained, require_fingerprint
+from tracking.console import set_up_logging
+from training.evaluation import Score, documents_of, score
+from training.inference import Trained, load_trained, require_fingerprint
+from training.run_folder import require_same_on_all_ranks
+from training.state import join_mesh
+from training.stopping import StopSignals
 
 logger = logging.getLogger("microtron")
 

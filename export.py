@@ -22,7 +22,7 @@ from configs import (
     machine_errors_as_user_errors,
     run_config,
 )
-from new_folder import new_folder, require_new
+from interop.new_folder import new_folder, require_new
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,16 @@ from checkpoints import (
     held_checkpoint,
 )
 from checkpoints.whole import TensorInfo, read_whole, write_tensors
-from console import set_up_logging
 from data import Tokenizer, load_tokenizer
-from data.tokenizer_json import tokenizer_config, tokenizer_json
-from huggingface_check import Comparison, compare, our_logits, some_tokens
-from model.huggingface import to_huggingface
-from model.huggingface_config import family_of, to_huggingface_config
-from model_card import model_card
-from optimizer import WEIGHTS
+from interop.check import Comparison, compare, our_logits, some_tokens
+from interop.huggingface import to_huggingface
+from interop.huggingface_config import family_of, to_huggingface_config
+from interop.model_card import model_card
+from interop.tokenizer_json import tokenizer_config, tokenizer_json
 from parallel import DeviceError, Mesh, close_mesh, init_mesh
-from trained import require_fingerprint
+from tracking.console import set_up_logging
+from training.inference import require_fingerprint
+from training.optimizer import WEIGHTS
 
 # What float32 sums of another order may differ by, as a fraction of the largest logit.
 _ROUNDING = 1e-4

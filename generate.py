@@ -88,13 +88,13 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from configs import exit_with_error
-from console import printable, set_up_logging
-from continuation import Continuation
 from model import Sampling, continuations
+from model.generation.continuation import Continuation
 from parallel import Mesh, close_mesh, gather_json
-from run_state import join_mesh
-from stopping import StopSignals
-from trained import Trained, load_trained
+from tracking.console import printable, set_up_logging
+from training.inference import Trained, load_trained
+from training.state import join_mesh
+from training.stopping import StopSignals
 
 logger = logging.getLogger("microtron")
 

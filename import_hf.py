@@ -30,7 +30,7 @@ from configs import (
     read_config,
     to_yaml,
 )
-from new_folder import new_folder, require_new
+from interop.new_folder import new_folder, require_new
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,15 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from checkpoints.whole import TensorInfo, write_whole_checkpoint
-from console import set_up_logging
 from data import Tokenizer, load_tokenizer
-from huggingface_source import Source, download, open_source
+from interop.huggingface import Family, from_huggingface, to_huggingface
+from interop.huggingface_config import ARCHITECTURES, from_huggingface_config, unknown_options
+from interop.source import Source, download, open_source
 from model import GPT
-from model.huggingface import Family, from_huggingface, to_huggingface
-from model.huggingface_config import ARCHITECTURES, from_huggingface_config, unknown_options
-from optimizer import MOMENTS, WEIGHTS
 from parallel import Mesh, close_mesh, init_mesh
-from run_state import RunState
+from tracking.console import set_up_logging
+from training.optimizer import MOMENTS, WEIGHTS
+from training.state import RunState
 
 logger = logging.getLogger("microtron")
 

@@ -75,8 +75,8 @@ if __name__ == "__main__":
     # Before torch is imported, which takes seconds, so that a mistyped key is answered at once.
     CONFIG, NUM_RANKS, MEMORY_GIB = parse(sys.argv[1:])
 
-from accounting import account
-from plan_page import page
+from planning.accounting import account
+from planning.page import page
 
 
 def main(config: Config, num_ranks: int, memory_gib: float) -> int:

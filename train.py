@@ -1,12 +1,11 @@
 """Train a GPT: `torchrun train.py config=NAME.yaml section.key=value ...`.
 
-The story of a run. What a step does is in `train_step`; where the ranks talk is in `parallel/`.
+The story of a run. What a step does is in `training/step.py`; all communication in `parallel/`.
 """
 
 import logging
 import signal
 import sys
-import time
 
 from configs import (
     Config,
@@ -20,44 +19,37 @@ if __name__ == "__main__":
     # Before torch is imported, which takes seconds, so that a mistyped key is answered at once.
     CONFIG = load_config(sys.argv[1:])
 
-import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from audit import audit
-from bad_numbers import roll_back, too_many_skipped, why_to_skip
-from console import set_up_logging
-from data import BatchLoader, prepare_corpus, text_fingerprint
-from evaluation import evaluate, held_out
-from hardware import set_up_allocator, use_deterministic_kernels
-from metrics import RunLog, last_step
+from data import prepare_corpus, text_fingerprint
 from model import build_model, num_parameters
-from optimizer import apply_update, build_optimizer, learning_rate, leave_out_update
 from parallel import (
-    DropoutStream,
     Mesh,
-    clip_gradients,
     close_mesh,
     lost_connection,
-    move_to,
-    set_gradient_sync,
-    sum_over,
-    sum_partial_gradients,
 )
-from profiling import Profiler
-from run_folder import RunFolder, require_same_on_all_ranks
-from run_state import (
+from tracking.console import set_up_logging
+from tracking.metrics import RunLog, last_step
+from tracking.profiling import Profiler
+from tracking.summary import outcome, report_end, report_start
+from training.divergence import roll_back, too_many_skipped
+from training.evaluation import evaluate, held_out
+from training.hardware import set_up_allocator, use_deterministic_kernels
+from training.optimizer import build_optimizer
+from training.replica_check import audit
+from training.run_folder import RunFolder, require_same_on_all_ranks
+from training.saving import Saving
+from training.state import (
     Run,
     RunState,
-    StepResult,
     find_own_checkpoint,
     join_mesh,
     resume,
     training_batches,
 )
-from saving import Saving
-from stopping import FatalError, StopSignals
-from summary import outcome, report_end, report_start
-from watchdog import Watchdog
+from training.step import train_step
+from training.stopping import FatalError, StopSignals
+from training.watchdog import Watchdog
 
 logger = logging.getLogger("microtron")
 
@@ -136,54 +128,6 @@ def start(config: Config, mesh: Mesh, folder: RunFolder) -> tuple[Run, RunState]
     optimizer = build_optimizer(model, config.optimizer)
     run = Run(config, mesh, folder, corpus, model, optimizer)
     return run, resume(run, checkpoint)
-
-
-def train_step(run: Run, state: RunState, batches: BatchLoader) -> StepResult:
-    """One update of the weights from the next global batch.
-
-    The loss of a step is the sum over its target tokens divided by their number, over all
-    micro-batches and dp ranks: the number is known before the first backward, so every gradient is
-    a plain sum.
-    """
-    started_at = time.perf_counter()
-    config, mesh, model = run.config, run.mesh, run.model
-    batch = next(batches)
-    num_targets = sum_over(mesh.dp, move_to(torch.tensor(batch.num_targets), mesh.device))
-    sums = torch.zeros(3, dtype=torch.float64, device=mesh.device)
-    for number, micro_batch in enumerate(batch.micro_batches, start=1):
-        is_last = number == len(batch.micro_batches)
-        set_gradient_sync(model, is_last or config.parallel.gradient_sync == "micro_batch")
-        masks = DropoutStream(
-            config.run.seed, state.step, tuple(micro_batch.sample_indices.tolist())
-        )
-        losses = model(
-            **micro_batch.inputs(mesh.device),
-            stream=masks,
-            z_loss_coeff=config.train.z_loss_coeff,
-        )
-        (losses.objective / num_targets).backward()
-        sums[:2] += torch.stack([losses.cross_entropy, losses.log_z_squared]).detach()
-        sums[2] += micro_batch.sum_of_lengths
-    sum_partial_gradients(model, mesh)
-    grad_norm = move_to(clip_gradients(model, config.optimizer.clip_grad, mesh), "cpu").item()
-    means = move_to(sum_over(mesh.dp, sums) / num_targets, "cpu").tolist()
-    mean_loss, mean_log_z_squared, mean_row_length = means
-    rate = learning_rate(state.step, config)
-    why_skipped = why_to_skip(mean_loss, grad_norm, state, config.train, mesh)
-    if why_skipped is None:
-        apply_update(run.optimizer, rate)
-    else:
-        leave_out_update(run.optimizer)
-    return StepResult(
-        loss=mean_loss,
-        z_loss=config.train.z_loss_coeff * mean_log_z_squared,
-        grad_norm=grad_norm,
-        learning_rate=rate,
-        num_targets=int(move_to(num_targets, "cpu")),
-        mean_row_length=mean_row_length,
-        elapsed_s=time.perf_counter() - started_at,
-        why_skipped=why_skipped,
-    )
 
 
 def due(step: int, interval: int, at_end: int | None = None) -> bool:

@@ -23,8 +23,8 @@ import transformers
 from configs import Config, Range, exit_on_config_error, load_settings, run_config
 from model import Sampling, continuations
 from parallel import close_mesh
-from run_state import join_mesh
-from trained import load_trained
+from training.inference import load_trained
+from training.state import join_mesh
 
 
 @dataclass(frozen=True)

@@ -34,13 +34,13 @@ from bench.workload import (
 from configs import Config, parse_config
 from data import BatchLoader, Corpus, TokenFile, Tokenizer
 from data.tokenizer import train_tokenizer
-from hardware import set_up_allocator
 from model import build_model, flops_per_token, num_parameters
-from optimizer import build_optimizer
 from parallel import DropoutStream, Mesh, close_mesh
-from run_folder import RunFolder
-from run_state import Run, RunState, join_mesh, training_batches
-from train import train_step
+from training.hardware import set_up_allocator
+from training.optimizer import build_optimizer
+from training.run_folder import RunFolder
+from training.state import Run, RunState, join_mesh, training_batches
+from training.step import train_step
 
 _CONFIG = Path(__file__).with_name("bench_gpt.yaml")
 _ROWS = 64  # of random tokens; an epoch more or less is all one

@@ -17,13 +17,13 @@ from bench.ours import random_corpus, settings
 from bench.timing import report
 from bench.workload import parse
 from configs import Config, parse_config
-from console import set_up_logging
-from metrics import RunLog
 from model import GPT
-from optimizer import build_optimizer
 from parallel import Mesh, close_mesh, init_mesh
-from run_folder import RunFolder
-from run_state import Run, RunState, StepResult, training_batches
+from tracking.console import set_up_logging
+from tracking.metrics import RunLog
+from training.optimizer import build_optimizer
+from training.run_folder import RunFolder
+from training.state import Run, RunState, StepResult, training_batches
 
 _STEPS = 50
 _RESULT = StepResult(9.7, 0.0, 1.0, 3e-4, 4096, 512, 1.0, None)  # of any step

@@ -3,10 +3,10 @@
 The package knows no process groups: a rank is an int. What programs need is named here.
 """
 
+from data.corpus.prepare import Corpus, prepare_corpus, text_fingerprint
 from data.evaluation import EvaluationSet, evaluation_batches
 from data.loader import WAITING_FOR_DATA, BatchLoader, StepBatch, rows_of_corpus
 from data.mixture import SampleOrder
-from data.prepare import Corpus, prepare_corpus, text_fingerprint
 from data.rows import IGNORED_TARGET, MicroBatch
 from data.texts import corpus_to_score
 from data.token_file import TokenFile

@@ -20,9 +20,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.corpus.prepare import Corpus
+from data.corpus.report import lossy_warning, unknown_warning
 from data.packing import Int64Array
-from data.prepare import Corpus
-from data.report import lossy_warning, unknown_warning
 from data.rows import IGNORED_TARGET, MicroBatch, Spans, make_micro_batch
 from data.token_file import Tokens
 

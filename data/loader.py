@@ -16,9 +16,9 @@ from torch.profiler import record_function
 
 from configs.errors import UserError
 from configs.schema import Config
+from data.corpus.prepare import Corpus
 from data.mixture import JoinedRows, SampleOrder
 from data.packing import Deal, deal_by_length, deal_in_order, padding_share
-from data.prepare import Corpus
 from data.rows import MicroBatch, Rows, make_micro_batch, training_rows
 
 WAITING_FOR_DATA = "waiting for data"  # in a trace of torch.profiler

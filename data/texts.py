@@ -12,10 +12,10 @@ import xxhash
 
 from configs.errors import UserError
 from configs.schema import SourceConfig
-from data.files import DATA_KEYS, source_files
-from data.prepare import Corpus
-from data.records import Place
-from data.report import describe_counts
+from data.corpus.files import DATA_KEYS, source_files
+from data.corpus.prepare import Corpus
+from data.corpus.report import describe_counts
+from data.corpus.spool import Place
 from data.token_file import TokenFile, encoded, token_dtype
 from data.tokenizer import Tokenizer
 
@@ -31,7 +31,7 @@ def corpus_to_score(source: SourceConfig, tokenizer: Tokenizer, tokenizer_path: 
     FileNotFoundError where the source cannot be read or has none.
     """
     # Here, not at the top: importing `datasets` takes a second, and training needs no reading.
-    from data.sources import read_records  # noqa: PLC0415
+    from data.corpus.sources import read_records  # noqa: PLC0415
 
     documents: list[npt.NDArray[np.unsignedinteger]] = []
     document_bytes: list[int] = []

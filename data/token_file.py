@@ -21,9 +21,9 @@ import numpy.typing as npt
 import xxhash
 
 from configs.errors import UserError
-from data.durable import open_at, replace_durably, sync_files, write_durably
-from data.progress import Progress
-from data.spool import Spool
+from data.corpus.durable import open_at, replace_durably, sync_files, write_durably
+from data.corpus.progress import Progress
+from data.corpus.spool import Spool
 from data.tokenizer import Tokenizer
 
 _BATCH_BYTES = 4 << 20  # text encoded at once: enough for every core, little enough for memory

@@ -4,19 +4,23 @@ import torch
 from torch import Tensor, nn
 
 from configs.schema import ModelConfig, Recompute
-from model.attend import attend
 from model.context import Context
 from model.initialisation import matrix_init, residual_init
 from model.norm import make_head_norm
 from model.rotary import rotate
+from ops.compile import (
+    fused,
+)
+from ops.recompute import (
+    is_same_memory,
+    made_again,
+)
+from ops.sdpa import attend
 from parallel import (
     ColumnParallelLinear,
     DropoutStream,
     Mesh,
     RowParallelLinear,
-    fused,
-    is_same_memory,
-    made_again,
 )
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import ModelConfig
-from model.cache import KeyValueCache
+from model.generation.cache import KeyValueCache
 from model.rotary import Rotation, rotation_of
 from parallel import DropoutStream
 

@@ -15,11 +15,14 @@ from torch.utils.checkpoint import checkpoint
 
 from configs.schema import ModelConfig, Recompute
 from model.attention import SelfAttention
-from model.cache import KeyValueCache
 from model.context import Context, make_context
+from model.generation.cache import KeyValueCache
 from model.initialisation import matrix_init
 from model.mlp import MLP
 from model.norm import make_norm
+from ops.recompute import (
+    made_again,
+)
 from parallel import (
     DropoutStream,
     Losses,
@@ -29,7 +32,6 @@ from parallel import (
     dropout_add,
     gather_vocabulary,
     lookup,
-    made_again,
     sequence_shard,
     vocab_parallel_logits,
     vocab_parallel_loss,

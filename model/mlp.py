@@ -7,7 +7,9 @@ from torch.nn import functional as F
 
 from configs.schema import ModelConfig, Recompute
 from model.initialisation import matrix_init, residual_init
-from parallel import ColumnParallelLinear, Mesh, RowParallelLinear, fused, made_again
+from ops.compile import fused
+from ops.recompute import made_again
+from parallel import ColumnParallelLinear, Mesh, RowParallelLinear
 
 
 def gelu(x: Tensor) -> Tensor:

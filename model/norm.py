@@ -5,7 +5,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from configs.schema import ModelConfig
-from parallel import Constant, Mesh, declare_parameter, fused
+from ops.compile import fused
+from parallel import Constant, Mesh, declare_parameter
 
 
 class LayerNorm(nn.Module):

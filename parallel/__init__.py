@@ -3,15 +3,21 @@
 This package is the only one that crosses the wire. It takes plain ints and bools and knows no GPT.
 """
 
-from parallel.agreement import any_rank, gather_json, sum_flags, sum_over
-from parallel.backend import is_transport, lost_connection
-from parallel.collectives import WAITING_FOR_RANKS, is_wait, move_to, synchronize
+from parallel.collectives import (
+    WAITING_FOR_RANKS,
+    any_rank,
+    gather_json,
+    is_wait,
+    move_to,
+    sum_flags,
+    sum_over,
+    synchronize,
+)
 from parallel.data_parallel import (
     free_gathered_weights,
     set_gradient_sync,
     shard_over_data_parallel,
 )
-from parallel.fusion import fused
 from parallel.gradients import are_finite, clip_gradients, sum_partial_gradients
 from parallel.heartbeats import Heartbeats
 from parallel.layers import (
@@ -38,12 +44,11 @@ from parallel.parameters import (
     initialise_parameters,
     parameter_facts,
 )
-from parallel.products import as_operand, operand_dtype, own_scratch
 from parallel.randomness import DropoutStream, dropout_add, fold_seed
-from parallel.recompute import is_same_memory, made_again
-from parallel.rendezvous import DeviceError, machine_id
 from parallel.replicas import Drift, find_drift
 from parallel.sharding import local_part, local_slices, shard_range, tp_shard_dim
+from parallel.transport.backend import is_transport, lost_connection
+from parallel.transport.rendezvous import DeviceError, machine_id
 
 __all__ = [
     "WAITING_FOR_RANKS",
@@ -61,7 +66,6 @@ __all__ = [
     "VocabParallelEmbedding",
     "any_rank",
     "are_finite",
-    "as_operand",
     "clip_gradients",
     "close_mesh",
     "declare_parameter",
@@ -71,12 +75,10 @@ __all__ = [
     "find_drift",
     "fold_seed",
     "free_gathered_weights",
-    "fused",
     "gather_json",
     "gather_vocabulary",
     "init_mesh",
     "initialise_parameters",
-    "is_same_memory",
     "is_transport",
     "is_wait",
     "local_part",
@@ -84,10 +86,7 @@ __all__ = [
     "lookup",
     "lost_connection",
     "machine_id",
-    "made_again",
     "move_to",
-    "operand_dtype",
-    "own_scratch",
     "parameter_facts",
     "replicate_sequence",
     "sequence_shard",

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from parallel.agreement import sum_over
-from parallel.collectives import move_to
+from parallel.collectives import move_to, sum_over
 from parallel.data_parallel import await_gradients
 from parallel.mesh import Mesh
 from parallel.parameters import parameter_facts

@@ -13,7 +13,7 @@ from typing import Any
 from torch.distributed import DistError, Store  # type: ignore[attr-defined]
 
 from parallel.mesh import Mesh
-from parallel.rendezvous import connect_store
+from parallel.transport.rendezvous import connect_store
 
 logger = logging.getLogger("microtron")
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from ops.matmul import linear, linear_in_float32
 from parallel.mappings import enter_tensor_parallel_region, exit_tensor_parallel_region
 from parallel.mesh import Mesh
 from parallel.overlap import WeightAndBias, column_parallel_linear, row_parallel_linear
 from parallel.parameters import Constant, Normal, declare_parameter
-from parallel.products import linear, linear_in_float32
 from parallel.sharding import shard_range
 
 

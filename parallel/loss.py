@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ops.matmul import add_product_, as_operand, exact_operand, product_in_float32
 from parallel.collectives import all_gather, start_sum_over_tp
 from parallel.mesh import Axis, Mesh
-from parallel.products import add_product_, as_operand, exact_operand, product_in_float32
 from parallel.sharding import shard_range
 
 # Logits at a time: as many as a processor's caches hold, or as keep a GPU busy.

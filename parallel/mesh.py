@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from parallel.backend import cpu_backend
-from parallel.fusion import why_not_compile
-from parallel.products import use_full_precision
-from parallel.rendezvous import TIMEOUT_S, connect_store, join_attempt
+from ops.compile import why_not_compile
+from ops.matmul import use_full_precision
+from parallel.transport.backend import cpu_backend
+from parallel.transport.rendezvous import TIMEOUT_S, connect_store, join_attempt
 
 logger = logging.getLogger("microtron")
 

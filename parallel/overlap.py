@@ -30,6 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ops.matmul import multiply
+from ops.recompute import keep_now
 from parallel.collectives import (
     Pending,
     all_gather,
@@ -38,8 +40,6 @@ from parallel.collectives import (
     start_sum_over_tp,
 )
 from parallel.mesh import Mesh
-from parallel.products import multiply
-from parallel.recompute import keep_now
 
 # Pieces that a shard is cut into where both directions overlap.
 _NUM_PIECES = 4

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from parallel.agreement import gather_json
-from parallel.collectives import move_to
+from parallel.collectives import gather_json, move_to
 from parallel.mesh import Axis, Mesh
 from parallel.sharding import tp_shard_dim
 

@@ -12,6 +12,11 @@ on to its neighbour. An all-reduce is the one after the other (Thakur et al. 200
     all-reduce                    2 (t - 1) / t M
 
 What a backend does may differ; this is the measure by which layouts are compared.
+
+[Note: pretended ranks]
+`pretend_mesh` is a mesh of which only this process exists. torch's "fake" backend returns at once
+and leaves what was to be received as it was. Nothing computed on it means anything; shapes, bytes
+and the order of collectives do.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +29,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import GroupName
 from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore  # importing it makes the backend
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ops.matmul import own_scratch
+from parallel.mesh import Mesh, Overlap, close_mesh, lay_mesh
 
 # The same three collectives have several names: of calls on one tensor, on lists of tensors, and
 # of DTensor's own (namespace _c10d_functional). Names of torch 2.13.
@@ -134,3 +143,26 @@ def _tensors(argument: Any) -> Iterator[Tensor]:
     else:
         for part in argument:
             yield from _tensors(part)
+
+
+@contextmanager
+def pretend_mesh(
+    num_ranks: int,
+    tensor_model_parallel_size: int,
+    sequence_parallel: bool,
+    overlap: Overlap = "none",
+) -> Iterator[Mesh]:
+    """The mesh of rank 0 of `num_ranks`, on processors, with nobody to talk to.
+
+    Raises RuntimeError if this process has joined a group already.
+    """
+    if dist.is_initialized():
+        raise RuntimeError("a process that has joined a group of ranks cannot pretend another one")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
+    try:
+        with own_scratch():  # tensors without contents must not stay behind in it
+            yield lay_mesh(
+                tensor_model_parallel_size, sequence_parallel, torch.device("cpu"), 0, overlap
+            )
+    finally:
+        close_mesh()

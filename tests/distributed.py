@@ -29,8 +29,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel.backend import cpu_backend
 from parallel.mesh import Mesh, Overlap, lay_mesh
+from parallel.transport.backend import cpu_backend
 
 TIME_LIMIT_S = 60.0
 # Safe in any process. mutations.py, whose process has done nothing but imports, sets "fork".

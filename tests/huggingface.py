@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from configs import Config, DataConfig, ModelConfig, TrainConfig
+from interop.huggingface import Family, from_huggingface
 from model import GPT, build_model
-from model.huggingface import Family, from_huggingface
 from parallel import Mesh, local_slices, sum_partial_gradients, tp_shard_dim
 from tests.distributed import ONE_RANK, TENSOR_PARALLEL, Layout
 

@@ -31,13 +31,13 @@ import torch
 import torch.distributed as dist
 
 from configs import Config, parse_config
-from parallel.backend import cpu_backend
 from parallel.mesh import lay_mesh
-from run_folder import RunFolder
-from stopping import StopSignals
+from parallel.transport.backend import cpu_backend
 from tests.conftest import write_corpus
 from tests.runs import rows, settings
 from train import train
+from training.run_folder import RunFolder
+from training.stopping import StopSignals
 
 RANKS = 2
 _KILLS_OF_A_RUN = 8

@@ -209,7 +209,7 @@ MISTAKES = (
     ),
     Mistake(
         "padding to a multiple of t counts as read, and later tokens see it",
-        "model/decoding.py",
+        "model/generation/decoding.py",
         "cache.length += n\n",
         "cache.length += n + len(padding)\n",
         (_DECODING + "[gpt2-tp2+sp-dp1]",),
@@ -305,7 +305,7 @@ MISTAKES = (
     ),
     Mistake(
         "tensor-parallel ranks read different batches, as if data-parallel",
-        "run_state.py",
+        "training/state.py",
         "        dp_rank=mesh.dp.rank,\n        dp_size=mesh.dp.size,\n",
         "        dp_rank=mesh.world.rank,\n        dp_size=mesh.world.size,\n",
         (_STEP + "[tp2-dp1]",),
@@ -390,7 +390,7 @@ MISTAKES = (
     ),
     Mistake(
         "a sum over ranks in bf16 is rounded after each of them",
-        "parallel/backend.py",
+        "parallel/transport/backend.py",
         "total = terms[0].float()",
         "total = terms[0].clone()",
         (

@@ -10,10 +10,10 @@ from torch import Tensor
 from checkpoints import begin_save, commit_save
 from configs import Config, DataConfig, ModelConfig, RunConfig, TrainConfig, flatten, to_yaml
 from model import build_model
-from optimizer import build_optimizer, training_tensors
 from parallel import Mesh, local_slices, tp_shard_dim
 from tests.data_corpora import small_tokenizer
 from tests.distributed import Layout, run_on
+from training.optimizer import build_optimizer, training_tensors
 
 VOCAB = 603  # of which the tokenizer has 320; no multiple of anything
 STEP, TOKENS = 7, 12_345

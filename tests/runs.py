@@ -12,11 +12,11 @@ from typing import Any
 
 from configs import Config, parse_config
 from parallel import Mesh
-from run_folder import RunFolder
-from stopping import StopSignals
 from tests.distributed import Layout, run_on
 from tests.lines import ROOT
 from train import train
+from training.run_folder import RunFolder
+from training.stopping import StopSignals
 
 # Forty steps on two ranks: long enough to be met in the middle.
 LONG = ("train.train_steps=40", "checkpoint.save_interval=5", "evaluate.interval=0")

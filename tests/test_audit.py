@@ -7,17 +7,17 @@ import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from audit import audit
 from configs import Config, OptimizerConfig, parse_config
 from model import GPT
-from optimizer import apply_update, build_optimizer, training_tensors
 from parallel import Mesh, clip_gradients, find_drift, sum_partial_gradients
-from run_folder import RunFolder
-from stopping import DriftError
 from tests.distributed import EVERY_LAYOUT, Layout, distributed
 from tests.runs import settings
 from tests.test_model_gpt import OPTIONS, STREAM, TINY, batch, tiny_model
 from train import start
+from training.optimizer import apply_update, build_optimizer, training_tensors
+from training.replica_check import audit
+from training.run_folder import RunFolder
+from training.stopping import DriftError
 
 TP = (Layout(tp=2), Layout(tp=4), Layout(tp=2, sp=False), Layout(tp=2, dp=2))
 

@@ -14,17 +14,17 @@ from typing import Any
 import pytest
 import torch
 
-import train as train_module
 from configs import Config, parse_config
 from data import MicroBatch
 from parallel import DropoutStream, Mesh
 from parallel.data_parallel import await_gradients
-from run_folder import RunFolder
-from run_state import RunState
-from stopping import NonFiniteError, StopSignals
 from tests.distributed import ONE_RANK, Layout, distributed
 from tests.runs import rows, settings
 from train import train
+from training import step as step_module
+from training.run_folder import RunFolder
+from training.state import RunState
+from training.stopping import NonFiniteError, StopSignals
 
 LAYOUTS = (ONE_RANK, Layout(tp=2), Layout(dp=2), Layout(tp=2, dp=2))
 BATCH = 8  # samples of a step
@@ -70,7 +70,7 @@ def steps_saved(checkpoints: Path) -> list[int]:
 def poisoned(mesh: Mesh, samples: Container[int]) -> Iterator[list[tuple[int, list[int]]]]:
     """Within it gradients of these samples are NaN; yields each step and this rank's samples."""
     seen: list[tuple[int, list[int]]] = []
-    sum_gradients = train_module.sum_partial_gradients
+    sum_gradients = step_module.sum_partial_gradients
 
     def name_masks(seed: int, step: int, of_micro_batch: tuple[int, ...]) -> DropoutStream:
         if not seen or seen[-1][0] != step or of_micro_batch[0] != seen[-1][1][-1] + 1:
@@ -85,21 +85,21 @@ def poisoned(mesh: Mesh, samples: Container[int]) -> Iterator[list[tuple[int, li
         sum_gradients(model, mesh)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "DropoutStream", name_masks)
-        patch.setattr(train_module, "sum_partial_gradients", poison)
+        patch.setattr(step_module, "DropoutStream", name_masks)
+        patch.setattr(step_module, "sum_partial_gradients", poison)
         yield seen
 
 
 @contextmanager
 def told_to_skip(step: int) -> Iterator[None]:
     """Within it the update of this step is left out, though its numbers are good."""
-    judge = train_module.why_to_skip
+    judge = step_module.why_to_skip
 
     def told(loss: float, norm: float, state: RunState, *others: Any) -> str | None:
         return "told" if state.step + 1 == step else judge(loss, norm, state, *others)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "why_to_skip", told)
+        patch.setattr(step_module, "why_to_skip", told)
         yield
 
 

@@ -20,12 +20,12 @@ from bench.run import PAGE, make_visit
 from bench.sides import OURS, PLAIN, SIDES, Side, Visit, all_visits, scaling_visits
 from bench.workload import Workload, parse
 from configs import Config, parse_config
+from interop.huggingface import from_huggingface
 from model import num_parameters
-from model.huggingface import from_huggingface
 from parallel import Mesh, local_slices, tp_shard_dim
-from run_folder import RunFolder
-from run_state import Run, RunState, training_batches
 from tests.distributed import ONE_RANK, Layout, distributed
+from training.run_folder import RunFolder
+from training.state import Run, RunState, training_batches
 
 TINY = Workload(
     precision="fp32",

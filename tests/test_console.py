@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from console import Line, duration, printable, say_facts, set_up_logging, size
+from tracking.console import Line, duration, printable, say_facts, set_up_logging, size
 
 LINE = Line(("step 1/9", "plain"), (" | ", "dim"), ("loss 2.5000", "bold"))
 PLAIN = "step 1/9 | loss 2.5000\n  model  2 layers\n  step   9 tokens\na warning\nan error\n"

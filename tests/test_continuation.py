@@ -2,8 +2,8 @@
 
 import pytest
 
-from continuation import Continuation
 from data import Tokenizer
+from model.generation.continuation import Continuation
 from tests.data_corpora import small_tokenizer
 from tests.test_data_tokenizer import ALPHABET, train_any
 

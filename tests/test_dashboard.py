@@ -16,11 +16,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs import ConfigError
-from dashboard import Dashboard, parse
-from live_rows import JsonLines
-from metrics import cut_rows
 from tests.browser import CHROMIUM, browse
 from tests.lines import ROOT
+from tracking.dashboard import Dashboard, parse
+from tracking.live_rows import JsonLines
+from tracking.metrics import cut_rows
 
 PATIENCE_S = 60
 
@@ -127,7 +127,7 @@ def port() -> int:
 
 
 def start(runs: Path, port: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "dashboard.py", f"runs={runs}", f"port={port}"]
+    command = [sys.executable, "-m", "tracking.dashboard", f"runs={runs}", f"port={port}"]
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

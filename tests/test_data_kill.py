@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from data import prepare_corpus
-from data import spool as spool_module
 from data import token_file as token_module
-from data.durable import replace_durably
-from data.files import source_fingerprint
+from data.corpus import spool as spool_module
+from data.corpus.durable import replace_durably
+from data.corpus.files import source_fingerprint
 from tests.data_corpora import random_text, text_config, write_texts
 
 PREPARE = """

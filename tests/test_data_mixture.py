@@ -9,8 +9,8 @@ import pytest
 
 from configs import Config, DataConfig, ModelConfig, TrainConfig, WeightedSource
 from data import IGNORED_TARGET, BatchLoader, Corpus, prepare_corpus
+from data.corpus.making import sample_shares
 from data.loader import rows_of_corpus
-from data.making import sample_shares
 from data.mixture import JoinedRows, JoinedTokens, SampleOrder, make_schedule
 from data.rows import PaddedRows
 from tests.data_corpora import random_text, small_tokenizer, token_file

@@ -14,11 +14,12 @@ import pyarrow.parquet
 import pytest
 
 from configs.schema import DataConfig, WeightedSource
-from data import json_files, prepare_corpus
-from data import sources as sources_module
-from data.files import DATA_KEYS
-from data.records import Place
-from data.sources import cut_text, read_records
+from data import prepare_corpus
+from data.corpus import json_files
+from data.corpus import sources as sources_module
+from data.corpus.files import DATA_KEYS
+from data.corpus.sources import cut_text, read_records
+from data.corpus.spool import Place
 from tests.data_corpora import random_text
 
 # What a text file holds, and the reason to skip it (none: it is a document).

@@ -20,11 +20,10 @@ import pytest
 from configs import UserError
 from configs.schema import DataConfig
 from data import Corpus, prepare_corpus
-from data.files import file_digest
-from data.making import SPLITS
-from data.records import Place, Record
+from data.corpus.files import file_digest
+from data.corpus.making import SPLITS
+from data.corpus.spool import Place, Record, open_spool, sample_sentences, write_spool
 from data.rows import training_rows
-from data.spool import open_spool, sample_sentences, write_spool
 from data.token_file import PARTS, TokenFile, Tokens, encoded, open_token_file
 from tests.data_corpora import random_text, small_tokenizer, text_config, write_texts
 

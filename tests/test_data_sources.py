@@ -11,9 +11,9 @@ import pytest
 
 from configs import UserError
 from configs.schema import DataConfig
-from data.files import DATA_KEYS, source_files, source_fingerprint
-from data.records import Place
-from data.sources import read_records
+from data.corpus.files import DATA_KEYS, source_files, source_fingerprint
+from data.corpus.sources import read_records
+from data.corpus.spool import Place
 
 
 def read(config: DataConfig, scratch: Path) -> tuple[list[str], dict[str, int]]:

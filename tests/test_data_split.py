@@ -10,9 +10,8 @@ import pytest
 from configs import ConfigError, UserError, WeightedSource, parse_config
 from configs.schema import DataConfig
 from data import Corpus, evaluation_batches, prepare_corpus, text_fingerprint
-from data.records import Place, Record
-from data.split import END_HELD_OUT, HELD_OUT, TRAINED_ON, Documents, divide, split_by_hash
-from data.spool import Spool, open_spool, write_spool
+from data.corpus.split import END_HELD_OUT, HELD_OUT, TRAINED_ON, Documents, divide, split_by_hash
+from data.corpus.spool import Place, Record, Spool, open_spool, write_spool
 from tests.data_corpora import random_text, small_tokenizer
 from tests.test_data_prepare import documents
 

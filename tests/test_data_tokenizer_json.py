@@ -9,8 +9,8 @@ import tokenizers
 
 from data import Tokenizer
 from data.tokenizer import train_tokenizer
-from data.tokenizer_json import tokenizer_json
-from huggingface_check import odd_texts
+from interop.check import odd_texts
+from interop.tokenizer_json import tokenizer_json
 from tests.data_corpora import small_tokenizer
 from tests.test_data_tokenizer import ODD_TEXTS, random_strings, train_any
 

@@ -8,14 +8,14 @@ import pytest
 
 from configs import run_config
 from evaluate import Settings, parse, text_to_score
-from evaluation import documents_of, score
 from parallel import Mesh
 from tests.data_corpora import lossy_model, random_text
 from tests.distributed import ONE_RANK, Layout, distributed
 from tests.runs import finish, rows, settings, start
 from tests.test_evaluation import reference_score
 from tests.trained_runs import FAMILIES, Dense, start_program
-from trained import load_trained
+from training.evaluation import documents_of, score
+from training.inference import load_trained
 
 # The second one is there twice, and counts twice.
 TEXTS = ["while True:\n    é = '漢'\n" * 9, "def f", "def f"]

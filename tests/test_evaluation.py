@@ -10,12 +10,12 @@ from torch.nn import functional as F
 
 from configs import Config, parse_config
 from data.token_file import Tokens
-from evaluation import evaluate, held_out, write_sample
 from parallel import Mesh
-from run_folder import RunFolder
 from tests.distributed import ONE_RANK, Layout, distributed
 from tests.reference import reference_logits
 from train import start
+from training.evaluation import evaluate, held_out, write_sample
+from training.run_folder import RunFolder
 
 TEXTS = [f"for i in range({n}):\n    print('é', i * {n})\n" * (1 + n % 5) for n in range(40)]
 

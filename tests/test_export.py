@@ -14,10 +14,10 @@ from checkpoints.manifest import read_manifest
 from checkpoints.whole import TensorInfo
 from configs import Config, ConfigError, ModelConfig
 from export import Settings, export, require_same, split, write_weights
-from huggingface_check import compare, odd_texts, some_tokens
+from interop.check import compare, odd_texts, some_tokens
+from interop.huggingface_config import family_of
+from interop.new_folder import new_folder
 from model import Sampling, generate
-from model.huggingface_config import family_of
-from new_folder import new_folder
 from parallel import Mesh
 from tests.data_corpora import small_tokenizer
 from tests.distributed import ONE_RANK, Layout, run_on
@@ -25,7 +25,7 @@ from tests.memory import forget_peak_memory, peak_memory
 from tests.random_runs import GPT2, LLAMA, STEP, VOCAB, weight, write_run
 from tests.reference import reference_logits
 from tests.test_data_tokenizer import ODD_TEXTS, random_strings
-from trained import load_trained
+from training.inference import load_trained
 
 CASES = {
     "llama": LLAMA,

@@ -19,10 +19,10 @@ from configs import ModelConfig
 from model.mlp import swiglu
 from model.norm import rms_norm
 from model.rotary import rotate
-from parallel import DropoutStream, Mesh, dropout_add, fused
-from parallel.fusion import why_not_compile
+from ops.compile import fused, why_not_compile
+from ops.dropout import keep_mask
+from parallel import DropoutStream, Mesh, dropout_add
 from parallel.mesh import _all_can_compile
-from parallel.randomness import keep_mask
 from tests.distributed import ONE_RANK, Layout, distributed
 from tests.runs import finish, rows, settings, start
 from tests.test_model_gpt import OPTIONS, STREAM, TINY, batch, tiny_model

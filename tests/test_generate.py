@@ -11,7 +11,7 @@ from parallel import Mesh, local_part
 from tests.data_corpora import small_tokenizer
 from tests.distributed import EVERY_LAYOUT, ONE_RANK, distributed
 from tests.trained_runs import FAMILIES, Dense, start_program
-from trained import load_trained
+from training.inference import load_trained
 
 
 @distributed(*EVERY_LAYOUT)

@@ -21,13 +21,13 @@ from checkpoints.manifest import FORMAT_VERSION, read_manifest
 from data.mixture import SampleOrder
 from data.packing import best_fit
 from data.sampler import sample_rows
-from model.sampling import Sampling, draw
+from model.generation.sampling import Sampling, draw
+from ops.dropout import keep_mask
 from parallel import DropoutStream, Mesh, fold_seed
-from parallel.randomness import keep_mask
-from run_state import RECIPE_VERSIONS
 from tests.distributed import ONE_RANK, Layout, distributed
 from tests.runs import rows, settings, train_on
 from tests.test_model_gpt import tiny_model
+from training.state import RECIPE_VERSIONS
 
 GOLDEN = Path(__file__).parent / "golden"
 CPU = torch.device("cpu")

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ops.dropout import keep_mask
+from ops.matmul import add_product_, product_in_float32
 from parallel import DropoutStream
-from parallel.products import add_product_, product_in_float32
-from parallel.randomness import keep_mask
 from tests.runs import finish, rows, settings, start
 from tests.test_train_layouts import LLAMA
 

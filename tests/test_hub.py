@@ -10,8 +10,8 @@ import pytest
 
 from configs import UserError
 from configs.schema import SourceConfig
-from data.sources import commit_of
-from huggingface_source import download
+from data.corpus.sources import commit_of
+from interop.source import download
 
 ASKS: dict[str, tuple[Callable[[], object], str]] = {
     "model": (lambda: download("somebody/it", "v1"), "source=somebody/it is no folder here, and "),
@@ -26,7 +26,7 @@ ask = pytest.mark.parametrize("asked", ASKS)
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("data.hub._TIMEOUT_S", 0.3)
+    monkeypatch.setattr("data.corpus.hub._TIMEOUT_S", 0.3)
 
 
 @contextmanager

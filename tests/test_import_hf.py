@@ -17,19 +17,19 @@ from checkpoints import begin_save, commit_save, find_checkpoint, load_tensors
 from configs import Config, UserError, parse_config, read_config
 from export import Settings as ExportSettings
 from export import export
-from huggingface_source import download, open_source
 from import_hf import Settings, find_tokenizer, import_model
+from interop.huggingface_config import from_huggingface_config, unknown_options
+from interop.source import download, open_source
 from model import build_model
-from model.huggingface_config import from_huggingface_config, unknown_options
-from optimizer import build_optimizer, training_tensors
 from parallel import Mesh
-from run_folder import RunFolder
-from stopping import StopSignals
 from tests.data_corpora import small_tokenizer
 from tests.distributed import ONE_RANK, Layout, run_on
 from tests.memory import forget_peak_memory, peak_memory
 from tests.runs import rows, train_on
 from train import train
+from training.optimizer import build_optimizer, training_tensors
+from training.run_folder import RunFolder
+from training.stopping import StopSignals
 
 VOCAB = 603  # rows; the tokenizer has 320 pieces, and 603 is no multiple of anything
 _SHAPE = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2}

@@ -4,19 +4,19 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 from configs.fields import KEYS
-from tests.lines import PACKAGES, ROOT, budgets, imported_names, source_files
+from tests.lines import (
+    LEVELS,
+    MAX_MODULES,
+    PACKAGES,
+    PACKED,
+    PROGRAMS,
+    ROOT,
+    budgets,
+    imported_names,
+    source_files,
+)
 
-# What each package may import of ours; programs and modules beside them may import everything.
-ALLOWED = {
-    "configs": set(),
-    "parallel": set(),
-    "data": {"configs"},
-    "model": {"parallel", "configs"},
-    "checkpoints": {"parallel", "configs"},
-}
 # Outside `parallel/`: the types of distributed tensors, and the launcher's error reports.
 NOT_COMMUNICATION = ("torch.distributed.tensor", "torch.distributed.elastic")
 # Methods of distributed tensors that communicate.
@@ -26,17 +26,16 @@ PICKLING_CALLS = {"torch.load", "torch.save"}
 MAX_KEYS = 110
 # What a step, an evaluation or a save of a run calls, beside `parallel` and `model`.
 TRAINING = (
-    "train",
-    "evaluation",
-    "saving",
-    "optimizer",
-    "stopping",
-    "bad_numbers",
-    "audit",
-    "save",
+    "train.py",
+    "checkpoints/save.py",
+    *(
+        f"training/{name}.py"
+        for name in ("step", "evaluation", "saving", "optimizer", "stopping", "divergence")
+    ),
+    "training/replica_check.py",
 )
 
-sources = pytest.mark.parametrize("file", source_files(), ids=str)
+SOURCES = source_files()
 
 
 def _nodes(file: Path) -> Iterator[ast.AST]:
@@ -49,66 +48,78 @@ def _dotted(node: ast.AST) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
-@sources
-def test_packages_import_only_what_is_below_them(file: Path) -> None:
-    """A package imports itself and what the table allows; none imports a program or the tests."""
-    package = file.parts[0] if file.parts[0] in PACKAGES else None  # else a program
-    ours = {name.partition(".")[0] for name in imported_names(file)}
-    assert "tests" not in ours
-    assert "bench" not in ours or file.parts[0] == "bench"
-    if package is not None:
-        programs = {path.stem for path in ROOT.glob("*.py")}
-        ours &= {*PACKAGES, *programs}
-        assert ours <= {package, *ALLOWED[package]}
+def test_packages_import_only_what_is_below_them() -> None:
+    """A package imports itself and the levels below; none imports a program, bench or the tests."""
+    for file in SOURCES:
+        package = file.parts[0]
+        ours = {name.partition(".")[0] for name in imported_names(file)}
+        ours &= {*PACKAGES, *PROGRAMS, "tests", "bench", "docs"}
+        level = next((n for n, names in enumerate(LEVELS) if package in names), None)
+        if level is not None:
+            assert ours <= {package, *(name for below in LEVELS[:level] for name in below)}, file
+        elif package in PACKED:
+            assert "tests" not in ours, file
+        else:  # a program
+            assert ours <= {*PACKAGES}, file
 
 
-@sources
-def test_configs_know_no_torch(file: Path) -> None:
+def test_the_tree_is_that_of_the_design() -> None:
+    """Programs alone at the root, and folders that one can take in at a glance."""
+    assert {file.stem for file in ROOT.glob("*.py")} == set(PROGRAMS)
+    for folder in {file.parent for file in source_files()} - {Path(), *map(Path, PACKED)}:
+        if folder.parts[0] not in PACKED:
+            modules = [file for file in (ROOT / folder).glob("*.py") if file.stem != "__init__"]
+            assert len(modules) <= MAX_MODULES, folder
+
+
+def test_configs_know_no_torch() -> None:
     """A wrong setting is found before torch's two seconds of import."""
-    if file.parts[0] == "configs":
-        assert not [name for name in imported_names(file) if name.partition(".")[0] == "torch"]
+    for file in SOURCES:
+        if file.parts[0] == "configs":
+            assert not [name for name in imported_names(file) if name.partition(".")[0] == "torch"]
 
 
-@sources
-def test_only_parallel_communicates(file: Path) -> None:
+def test_only_parallel_communicates() -> None:
     """What crosses the wire is decided in `parallel/`, and nowhere else; not so other trainers."""
-    if file.parts[0] in ("parallel", "bench"):
-        return
-    for name in imported_names(file):
-        if name.startswith("torch.distributed"):
-            assert name.startswith(NOT_COMMUNICATION), name
-    attributes = [node for node in _nodes(file) if isinstance(node, ast.Attribute)]
-    dotted = [name for name in map(_dotted, attributes) if name.startswith("torch.distributed.")]
-    assert [name for name in dotted if not name.startswith(NOT_COMMUNICATION)] == []
-    assert COMMUNICATING_METHODS.isdisjoint(node.attr for node in attributes)
-
-
-@sources
-def test_nothing_is_pickled(file: Path) -> None:
-    """Reading a file of ours or of a stranger never runs code in it."""
-    modules = {name.partition(".")[0] for name in imported_names(file)}
-    assert modules.isdisjoint(PICKLING_MODULES)
-    assert "torch.distributed.checkpoint" not in ",".join(imported_names(file))
-    for node in _nodes(file):
-        if isinstance(node, ast.Call):
-            assert _dotted(node.func) not in PICKLING_CALLS
-        assert not (isinstance(node, ast.keyword) and node.arg == "allow_pickle")
-
-
-@sources
-def test_training_waits_for_the_device_in_one_place(file: Path) -> None:
-    """The watchdog takes `move_to` for a wait; it cannot see one in `x.item()` or `x.cpu()`."""
-    in_training = file.parts[0] in ("parallel", "model") or file.stem in TRAINING
-    if not in_training or file.name == "mesh.py":  # done before training
-        return
-    for node in _nodes(file):
-        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+    for file in SOURCES:
+        if file.parts[0] in ("parallel", "bench"):
             continue
-        if node.func.attr in ("item", "cpu"):
-            tensor = node.func.value
-            is_moved = isinstance(tensor, ast.Call) and _dotted(tensor.func) == "move_to"
-            assert is_moved, f"{file}:{node.lineno}"
-        assert node.func.attr != "synchronize" or file.name == "collectives.py"
+        for name in imported_names(file):
+            if name.startswith("torch.distributed"):
+                assert name.startswith(NOT_COMMUNICATION), f"{file}: {name}"
+        attributes = [node for node in _nodes(file) if isinstance(node, ast.Attribute)]
+        for name in map(_dotted, attributes):
+            is_communication = name.startswith("torch.distributed.")
+            assert not is_communication or name.startswith(NOT_COMMUNICATION), f"{file}: {name}"
+        assert COMMUNICATING_METHODS.isdisjoint(node.attr for node in attributes)
+
+
+def test_nothing_is_pickled() -> None:
+    """Reading a file of ours or of a stranger never runs code in it."""
+    for file in SOURCES:
+        modules = {name.partition(".")[0] for name in imported_names(file)}
+        assert modules.isdisjoint(PICKLING_MODULES), file
+        assert "torch.distributed.checkpoint" not in ",".join(imported_names(file))
+        for node in _nodes(file):
+            if isinstance(node, ast.Call):
+                assert _dotted(node.func) not in PICKLING_CALLS, file
+            assert not (isinstance(node, ast.keyword) and node.arg == "allow_pickle"), file
+
+
+def test_training_waits_for_the_device_in_one_place() -> None:
+    """The watchdog takes `move_to` for a wait; it cannot see one in `x.item()` or `x.cpu()`."""
+    for file in SOURCES:
+        in_training = file.parts[0] in ("parallel", "model") or str(file) in TRAINING
+        if not in_training or file.name == "mesh.py":  # done before training
+            continue
+        for node in _nodes(file):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            if node.func.attr in ("item", "cpu"):
+                tensor = node.func.value
+                is_moved = isinstance(tensor, ast.Call) and _dotted(tensor.func) == "move_to"
+                assert is_moved, f"{file}:{node.lineno}"
+            assert node.func.attr != "synchronize" or file.name == "collectives.py"
 
 
 def test_budgets_of_lines_hold() -> None:

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from configs import Config, parse_config
-from hardware import peak_flops_per_second
-from metrics import RunLog, cut_rows
 from model import flops_per_token, num_parameters
 from parallel import Mesh
-from run_state import RunState, StepResult
 from tests.distributed import Layout, distributed
+from tracking.metrics import RunLog, cut_rows
+from training.hardware import peak_flops_per_second
+from training.state import RunState, StepResult
 
 
 def test_a_resume_cuts_the_file_at_its_step(tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def mfus_of(config: Config, mesh: Mesh, path: Path, *results: StepResult) -> lis
     run: Any = SimpleNamespace(config=config, mesh=mesh, folder=folder, corpus=corpus)
     peak = 1e9 * (1 + mesh.world.rank)
     with (
-        mock.patch("metrics.peak_flops_per_second", return_value=peak),
+        mock.patch("tracking.metrics.peak_flops_per_second", return_value=peak),
         RunLog(run, RunState(wandb_id="")) as log,
     ):
         for step, result in enumerate(results, start=1):
@@ -102,6 +102,6 @@ def test_boards_are_known_by_their_full_name(name: str, rate: float) -> None:
     with (
         mock.patch("torch.cuda.get_device_name", return_value=name),
         mock.patch("torch.ones", return_value=torch.zeros(1, dtype=torch.bfloat16)),
-        mock.patch("hardware._seconds_of_product", side_effect=[9.0, 0.5, 0.25, 0.3, 0.4]),
+        mock.patch("training.hardware._seconds_of_product", side_effect=[9.0, 0.5, 0.25, 0.3, 0.4]),
     ):
         assert peak_flops_per_second(torch.device("cuda"), "bf16") == rate

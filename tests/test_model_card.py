@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from configs import SourceConfig
-from model_card import _corpus, _evaluation
+from interop.model_card import _corpus, _evaluation
 
 ROW = '{"step": 4, "eval/loss": 2.5, "eval/perplexity": 12.0, "eval/bits_per_byte": 1.25}\n'
 

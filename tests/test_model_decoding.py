@@ -10,8 +10,8 @@ from torch import Tensor
 
 from configs.schema import Config, DataConfig, ModelConfig, TrainConfig
 from model import Sampling, build_bare_model, continuations, generate
-from model.cache import KeyValueCache
-from model.sampling import choose, draw, likelihoods
+from model.generation.cache import KeyValueCache
+from model.generation.sampling import choose, draw, likelihoods
 from parallel import Mesh
 from tests.distributed import ONE_RANK, Layout, distributed
 from tests.reference import reference_logits

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from configs.schema import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from model import GPT, build_model, flops_per_token, num_parameters
+from ops.dropout import keep_mask
 from parallel import (
     DropoutStream,
     Mesh,
@@ -22,7 +23,6 @@ from parallel import (
     sum_partial_gradients,
     tp_shard_dim,
 )
-from parallel.randomness import keep_mask
 from tests.distributed import EVERY_LAYOUT, ONE_RANK, OVERLAPPED, Layout, distributed
 from tests.reference import reference_logits, reference_losses
 from tests.test_parallel_mappings import seeded

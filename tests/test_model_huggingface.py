@@ -15,9 +15,7 @@ from torch import Tensor
 
 from configs import Config, DataConfig, OptimizerConfig, TrainConfig
 from data import MicroBatch, StepBatch
-from optimizer import build_optimizer
 from parallel import Mesh
-from run_state import Run, RunState
 from tests.distributed import ONE_RANK, Layout, distributed
 from tests.huggingface import (
     CASES,
@@ -30,7 +28,9 @@ from tests.huggingface import (
     their_model,
     write_case,
 )
-from train import train_step
+from training.optimizer import build_optimizer
+from training.state import Run, RunState
+from training.step import train_step
 
 
 @pytest.fixture(scope="module")

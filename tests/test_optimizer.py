@@ -9,16 +9,16 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from configs import Config, OptimizerConfig, TrainConfig
-from optimizer import (
+from parallel import Mesh, Normal, declare_parameter, initialise_parameters, local_slices
+from parallel import tp_shard_dim as cut_dim
+from tests.distributed import EVERY_LAYOUT, distributed
+from training.optimizer import (
     apply_update,
     build_optimizer,
     learning_rate,
     schedule_problem,
     training_tensors,
 )
-from parallel import Mesh, Normal, declare_parameter, initialise_parameters, local_slices
-from parallel import tp_shard_dim as cut_dim
-from tests.distributed import EVERY_LAYOUT, distributed
 
 BASE = OptimizerConfig(lr=1.0, min_lr=0.1, lr_warmup_steps=4)
 

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from ops import (
+    matmul as products,
+)
 from parallel import (
     ColumnParallelLinear,
     Mesh,
@@ -24,7 +27,6 @@ from parallel import (
     initialise_parameters,
     lookup,
     parameter_facts,
-    products,
     sequence_shard,
     shard_range,
     sum_over,

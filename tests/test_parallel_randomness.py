@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from ops.dropout import keep_mask
 from parallel import DropoutStream, Mesh, dropout_add, fold_seed, sequence_shard
-from parallel.randomness import keep_mask
 from tests.distributed import ONE_RANK, TENSOR_PARALLEL, distributed
 
 RATE = 0.1

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from parallel import Mesh, gather_json
-from parallel.backend import cpu_backend
-from parallel.shared_memory import SLOT_BYTES
+from parallel.transport.backend import cpu_backend
+from parallel.transport.shared_memory import SLOT_BYTES
 from tests.distributed import Layout, distributed
 
 TWO, THREE, FOUR = (Layout(tp=ranks, shared_memory=True) for ranks in (2, 3, 4))
@@ -216,8 +216,8 @@ def test_ranks_of_two_containers_use_gloo(mesh: Mesh, rank: int) -> None:
     """There the same process number is another process; nothing of it is opened."""
     with pytest.MonkeyPatch.context() as patch:
         if mesh.world.rank == rank:
-            patch.setattr("parallel.backend.machine_id", lambda: "another")
-        patch.setattr("parallel.backend.SharedMemory", None)
+            patch.setattr("parallel.transport.backend.machine_id", lambda: "another")
+        patch.setattr("parallel.transport.backend.SharedMemory", None)
         group = dist.new_group(backend=cpu_backend(True))
     assert group is not None
     assert not is_shared(group)

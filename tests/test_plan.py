@@ -13,28 +13,30 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from accounting import Account, account, paper_formula
 from configs import EXIT_BEFORE_TRAINING, Config, parse_config
 from data import BatchLoader, MicroBatch, StepBatch
 from model import build_model
 from model.build import COMPUTE_DTYPE
 from model.context import make_context
 from model.gpt import Block
-from optimizer import build_optimizer, training_tensors
+from ops.matmul import (
+    own_scratch,
+)
 from parallel import (
     DropoutStream,
     Mesh,
     initialise_parameters,
-    own_scratch,
 )
 from parallel.traffic import record_traffic
 from plan import num_ranks, parse
-from plan_page import page
-from rehearsal import rehearse
-from run_state import Run, RunState
+from planning.accounting import Account, account, paper_formula
+from planning.page import page
+from planning.rehearsal import rehearse
 from tests.distributed import ONE_RANK, Layout, run_on
 from tests.lines import ROOT
-from train import train_step
+from training.optimizer import build_optimizer, training_tensors
+from training.state import Run, RunState
+from training.step import train_step
 
 LAYOUTS = (ONE_RANK, Layout(tp=2), Layout(tp=2, sp=False), Layout(dp=2), Layout(tp=2, dp=2))
 NUM_MICRO_BATCHES = 3

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.attend import attend
-from parallel import products
+from ops import matmul as products
+from ops.sdpa import attend
 
 ROWS, INNER, COLUMNS = 24, 40, 16
 

@@ -16,8 +16,8 @@ from torch.profiler import record_function
 
 from data import WAITING_FOR_DATA
 from parallel import Mesh
-from profiling import REST, Profiler, table, where_time_went
 from tests.distributed import ONE_RANK, distributed
+from tracking.profiling import REST, Profiler, table, where_time_went
 
 
 def trace(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from torch.distributed import TCPStore
 
-from parallel.rendezvous import _decide, join_attempt
+from parallel.transport.rendezvous import _decide, join_attempt
 from tests.runs import finish, settings, start
 
 

@@ -10,17 +10,17 @@ from typing import Any, Literal
 
 import pytest
 
-import metrics as metrics_module
-import run_folder as module
-import saving as saving_module
 from configs import Config, RunConfig, UserError, parse_config
 from parallel import Mesh, any_rank
-from run_folder import RunFolder
-from stopping import NonFiniteError, StopSignals
 from tests.distributed import ONE_RANK, Layout, distributed
 from tests.runs import settings
 from tests.test_bad_numbers import changed, poisoned
+from tracking import metrics as metrics_module
 from train import train
+from training import run_folder as module
+from training import saving as saving_module
+from training.run_folder import RunFolder
+from training.stopping import NonFiniteError, StopSignals
 
 OLD = json.dumps({"code": 0, "reason": "finished", "step": 7, "resume": None})
 

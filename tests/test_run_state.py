@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-import run_state
 from checkpoints import Checkpoint, CheckpointError
 from configs import Config, DataConfig, WeightedSource, flatten
-from run_state import RECIPE_VERSIONS, find_own_checkpoint
 from tests.data_corpora import small_tokenizer
+from training import state as run_state
+from training.state import RECIPE_VERSIONS, find_own_checkpoint
 
 TEXT = "the fingerprint of the text"
 

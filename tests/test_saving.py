@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 
 import checkpoints.save as save_module
-import saving as saving_module
 from checkpoints import find_checkpoint
 from configs import Config, parse_config
 from parallel import Mesh, any_rank
-from run_folder import RunFolder
-from run_state import RunState
-from saving import Saving
-from stopping import SaveError
 from tests.distributed import ONE_RANK, Layout, distributed
 from tests.runs import finish, rows, settings, start
 from train import start as start_run
+from training import saving as saving_module
+from training.run_folder import RunFolder
+from training.saving import Saving
+from training.state import RunState
+from training.stopping import SaveError
 
 
 @pytest.fixture

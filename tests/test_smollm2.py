@@ -18,14 +18,14 @@ from torch import Tensor
 
 from configs import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from data import MicroBatch, StepBatch
+from interop.huggingface import from_huggingface
 from model import GPT, build_model
-from model.huggingface import from_huggingface
-from optimizer import build_optimizer
 from parallel import Mesh, gather_json, local_slices, sum_partial_gradients, tp_shard_dim
-from run_state import Run, RunState
 from tests.distributed import ONE_RANK, Layout, run_on
 from tests.huggingface import load_weights, losses_of
-from train import train_step
+from training.optimizer import build_optimizer
+from training.state import Run, RunState
+from training.step import train_step
 
 pytestmark = [pytest.mark.smollm2, pytest.mark.timeout(600)]
 

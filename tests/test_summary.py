@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from accounting import account
 from configs import parse_config
-from console import size
 from model import num_parameters
-from run_state import RunState
-from summary import Progress, read_progress
+from planning.accounting import account
 from tests.runs import finish, settings, start
+from tracking.console import size
+from tracking.summary import Progress, read_progress
+from training.state import RunState
 
 LAYOUT = "parallel.tensor_model_parallel_size=2"
 

@@ -11,13 +11,14 @@ from torch.testing import assert_close
 from configs import Config, parse_config
 from data import BatchLoader
 from parallel import DropoutStream, Mesh
-from run_folder import RunFolder
-from run_state import training_batches
 from tests.distributed import EVERY_LAYOUT, ONE_RANK, Layout, distributed
 from tests.reference import reference_losses
 from tests.runs import rows, settings, train_on
 from tests.test_model_gpt import dense_weights, dropout_mask
-from train import start, train_step
+from train import start
+from training.run_folder import RunFolder
+from training.state import training_batches
+from training.step import train_step
 
 # With two groups, four ranks share each group's keys and values by twos; rows of several documents.
 LLAMA = (

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-import bad_numbers
 import train
 from checkpoints import CheckpointError
 from configs import Config, TrainConfig, UserError, machine_errors_as_user_errors, parse_config
-from run_state import RunState
-from stopping import NonFiniteError
 from tests.runs import settings
+from training import divergence as bad_numbers
+from training.state import RunState
+from training.stopping import NonFiniteError
 
 MESH: Any = SimpleNamespace(local_rank=0)
 

@@ -13,14 +13,15 @@ import pytest
 import wandb
 from wandb.sdk.lib import wbauth
 
-import wandb_run
 from configs import LoggingConfig, parse_config
-from run_state import lineage
 from tests.distributed import Layout, distributed
 from tests.lines import ROOT
 from tests.wandb_server import KEY, WandbServer, logs, records, serve, sync
-from wandb_run import Launch, about, begun_id
-from wandb_view import WandbView
+from tracking import wandb_run
+from tracking.wandb_run import Launch, about
+from training.state import begun_id
+from tracking.wandb_view import WandbView
+from training.state import lineage
 
 ABOUT = {"optimizer": {"lr": 1e-3}, "layout": {"tp": 2, "dp": 1}, "num_parameters": 1234}
 ID = "abc123"

@@ -21,9 +21,9 @@ import torch.distributed as dist
 
 from configs import parse_config
 from parallel.collectives import Pending, move_to
-from run_state import Run
 from tests.runs import LONG, finish, ranks_of, rows, settings, start, steps_done, wait_for
-from watchdog import EXIT_HANG, Beat, Watchdog, blame
+from training.state import Run
+from training.watchdog import EXIT_HANG, Beat, Watchdog, blame
 
 LIMIT_S = 4.0
 WATCHED = (*LONG, f"run.hang_timeout_s={LIMIT_S}")
@@ -157,7 +157,7 @@ def test_one_process_that_reads_for_ever(
     inject(monkeypatch, tmp_path / "inject", 0, STUCK)
     output = finish(start(1, settings(corpus, tmp_path, *WATCHED)), expected=EXIT_HANG)
     assert f"host {socket.gethostname()}" in hang_report(tmp_path)
-    assert "stands still in train_step, after step 6, at train.py:" in hang_report(tmp_path)
+    assert "stands still in train_step, after step 6, at training/step.py:" in hang_report(tmp_path)
     assert "sitecustomize.py" in stacks(tmp_path, rank=0)
     assert "Thread" not in output
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from configs import Config, read_config
 from data import TokenFile, Tokenizer, load_tokenizer
 from model import Sampling
-from model.sampling import choose, draw
+from model.generation.sampling import choose, draw
 from tests.distributed import Layout
 from tests.lines import ROOT
 from tests.reference import reference_logits

@@ -1,0 +1,1 @@
+"""Hugging Face names, configurations, tokenizers and model cards."""

@@ -1,0 +1,1 @@
+"""Decoding with a cache of keys and values, and sampling."""

@@ -1,0 +1,1 @@
+"""What plan.py knows: one real step on tensors without contents."""

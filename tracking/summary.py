@@ -1,0 +1,268 @@
+"""What a person is told when a launch begins and when it ends, in a few lines each."""
+
+import json
+import logging
+import operator
+import shlex
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoints import checkpoint_directories
+from configs import Config
+from data import SampleOrder, rows_of_corpus
+from model import num_parameters
+from tracking.console import Line, duration, say_facts, size
+from tracking.metrics import last_step
+from training.optimizer import schedule_problem, training_tensors
+from training.state import Run, RunState
+
+logger = logging.getLogger("microtron")
+
+_WANDB = {
+    "auto": "online with a key, else offline",
+    "online": "online",
+    "offline": "offline, `wandb sync` sends it later",
+}
+Row = dict[str, Any]
+
+
+def report_start(run: Run, state: RunState) -> None:
+    """Say what is trained on how much, by whom, and where everything goes."""
+    if run.mesh.world.rank != 0:
+        return
+    begins = f"goes on after step {state.step}" if state.step else "begins"
+    logger.info(Line((f"run {run.config.run.name} {begins}", "bold")))
+    say_facts(
+        {
+            "model": _model(run.config),
+            "ranks": _ranks(run),
+            "memory": _memory(run),
+            "step": _step(run),
+            "plan": _plan(run, state),
+            **_places(run, state),
+        }
+    )
+    if problem := schedule_problem(run.config):
+        logger.warning(problem)
+
+
+def outcome(config: Config, state: RunState, stop: signal.Signals | None) -> tuple[int, str]:
+    """The exit code of a launch that has ended in this state, and the reason for it."""
+    if stop is not None:
+        return 128 + stop, f"stopped by {stop.name}"
+    if state.step >= config.train.train_steps:
+        return 0, "finished"
+    return 0, f"reached run.stop_at_step={config.run.stop_at_step}"
+
+
+def report_end(run: Run, began: RunState, state: RunState, stop: signal.Signals | None) -> int:
+    """Say on the console how the launch ended; returns the exit code."""
+    folder, num_steps = run.folder, run.config.train.train_steps
+    code, reason = outcome(run.config, state, stop)
+    if run.mesh.world.rank != 0:
+        return code
+    logger.info(
+        "run %s %s: step %d of %d (%d in this launch)",
+        run.config.run.name,
+        f"is {reason}" if reason == "finished" else reason,
+        state.step,
+        num_steps,
+        state.step - began.step,
+    )
+    progress = read_progress(folder.metrics, began)
+    saved = checkpoint_directories(folder.checkpoints)
+    say_facts(
+        {
+            **_losses(progress),
+            "this launch": _launch(progress, began, state, time.monotonic() - folder.opened_at),
+            "all launches": f"{state.step:,} steps, {state.tokens:,} tokens" if began.step else "",
+            "skipped": _skipped(state),
+            "checkpoint": str(saved[-1]) if saved else "",
+            "to look at": _dashboard(run.config),
+            "to sample": f"python generate.py run={shlex.quote(str(folder.path))}" if saved else "",
+        }
+    )
+    if reason == "finished":
+        more = folder.resume_command(f"train.train_steps={2 * num_steps or 1}")
+        logger.info("train on with\n  %s", more)
+    else:
+        logger.info("resume with\n  %s", folder.resume_command())
+    return code
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What metrics.jsonl says at the end of a launch."""
+
+    best: Row | None = None  # the evaluation with the fewest bits per byte, of the whole run
+    last: Row | None = None  # the last step
+    in_steps_s: float = 0.0  # of this launch, without what was taken back
+
+
+def read_progress(metrics: Path, began: RunState) -> Progress:
+    """Read the file once, row by row; `began` is the state that the launch began with."""
+    best, last, tokens, in_steps_s = None, None, began.tokens, 0.0
+    for row in _rows(metrics):
+        bits = row.get("eval/bits_per_byte")  # none in the row of a step; null if not finite
+        if bits is not None and (best is None or bits < best["eval/bits_per_byte"]):
+            best = row
+        if "train/loss" in row:
+            last = row
+            if row["step"] > began.step and row["speed/tokens_per_second"]:
+                in_steps_s += (row["tokens"] - tokens) / row["speed/tokens_per_second"]
+                tokens = row["tokens"]
+    return Progress(best, last, in_steps_s)
+
+
+def _rows(metrics: Path) -> Iterator[Row]:
+    """Without a last line that a kill has torn."""
+    if metrics.exists():
+        with metrics.open() as file:
+            yield from (json.loads(line) for line in file if line.endswith("\n"))
+
+
+def _losses(progress: Progress) -> dict[str, str]:
+    best, last = progress.best, progress.last
+    facts = {"best": "", "last loss": ""}
+    if best is not None:
+        bits, loss = best["eval/bits_per_byte"], best["eval/loss"]
+        facts["best"] = f"{bits:.4f} bits per byte, loss {loss:.4f}, at step {best['step']}"
+    if last is not None:
+        loss = last["train/loss"]
+        facts["last loss"] = "not finite" if loss is None else f"{loss:.4f}"
+    return facts
+
+
+def _launch(progress: Progress, began: RunState, state: RunState, elapsed_s: float) -> str:
+    steps, tokens = state.step - began.step, state.tokens - began.tokens
+    if progress.last is None or not progress.in_steps_s:
+        return ""
+    return (
+        f"{steps:,} steps, {tokens:,} tokens in {duration(elapsed_s)}, of which "
+        f"{duration(progress.in_steps_s)} in steps: {tokens / progress.in_steps_s:,.0f} tokens/s; "
+        f"peak {progress.last['memory/peak_gib']:.2f} GiB on rank 0"
+    )
+
+
+def _skipped(state: RunState) -> str:
+    parts = []
+    if state.skipped_steps:
+        parts.append(f"the updates of {state.skipped_steps:,} steps")
+    if state.skipped_windows:
+        samples = sum(end - start for _, start, end in state.skipped_windows)
+        parts.append(f"{samples:,} samples, going back {len(state.skipped_windows)} times")
+    return "; ".join(parts)
+
+
+def _model(config: Config) -> str:
+    model = config.model
+    groups = f" in {model.num_groups} groups" if model.num_query_groups else ""
+    return (
+        f"{num_parameters(model, config.data.vocab_size):,} parameters: {model.num_layers} layers, "
+        f"hidden size {model.hidden_size:,}, {model.num_attention_heads} heads{groups}, "
+        f"vocabulary {config.data.vocab_size:,}"
+    )
+
+
+def _ranks(run: Run) -> str:
+    mesh = run.mesh
+    if mesh.device.type == "cuda":
+        device = torch.cuda.get_device_name(mesh.device)
+    else:
+        threads = torch.get_num_threads()
+        device = f"{threads} thread{'s' * (threads > 1)} of {mesh.device.type}"
+    how = " with sequence parallelism" if mesh.sequence_parallel else ""
+    layout = f"tensor parallel {mesh.tp.size}{how} x data parallel {mesh.dp.size}, each "
+    precision = {"bf16": "bf16 with float32 weights", "fp32": "float32"}
+    return (
+        f"{mesh.world.size}{f': {layout}' if mesh.world.size > 1 else ' on '}{device}; "
+        f"{precision[run.config.train.precision]}"
+    )
+
+
+def _memory(run: Run) -> str:
+    """Exact for what is there already; what comes with the first step is plan.py's to say."""
+    weights = moments = 0
+    for name, tensor in training_tensors(run.model, run.optimizer).items():
+        num_bytes = tensor.to_local().nbytes
+        if name.startswith("parameters."):
+            weights += num_bytes
+        else:
+            moments += num_bytes
+    return (
+        f"a rank has {size(weights)} of weights, {size(moments)} of AdamW's moments, in a step "
+        f"{size(weights)} of gradients; for activations see plan.py"
+    )
+
+
+def _step(run: Run) -> str:
+    train, length = run.config.train, run.config.model.seq_length
+    rows, num_ranks = train.global_batch_size, run.mesh.dp.size
+    at_most = "" if _has_full_rows(run.config) else "at most "
+    number = rows // (train.micro_batch_size * num_ranks)
+    return (
+        f"{rows:,} rows of {at_most}{length:,} = {at_most}{rows * length:,} tokens, "
+        f"{number:,} micro-batch{'es' * (number > 1)} of {train.micro_batch_size} rows a rank"
+    )
+
+
+def _plan(run: Run, state: RunState) -> str:
+    config, corpus, steps = run.config, run.corpus, run.config.train.train_steps
+    rows_of_sources = rows_of_corpus(corpus, config).rows_of_sources
+    num_rows = steps * config.train.global_batch_size
+    epochs = SampleOrder(corpus.weights, rows_of_sources, config.run.seed).epochs(num_rows)
+    if _has_full_rows(config) and not config.data.inter_document_masking:
+        tokens = f"{num_rows * config.model.seq_length:,}"
+    else:  # of each document all tokens but the first are targets
+        targets = [part.num_tokens - part.num_documents for part in corpus.train.parts]
+        tokens = f"about {sum(map(operator.mul, epochs, targets)):,.0f}"
+    told = []
+    for name, number, rows in zip(config.data.mixture, epochs, rows_of_sources, strict=True):
+        of = f"{name}, " if len(epochs) > 1 else ""
+        amount = f"{number:,.1f}" if number >= 1 else f"{number:.2g}"
+        told.append(f"{amount} epochs of {of}{rows:,} rows")
+    first, last = state.step + 1, last_step(config)
+    part = "" if (first, last) == (1, steps) else f"; in this launch steps {first:,} to {last:,}"
+    return f"{steps:,} steps, {tokens} tokens, {'; '.join(told)}{part}"
+
+
+def _has_full_rows(config: Config) -> bool:
+    return config.data.sequence_mode == "pack" and config.data.packing == "stream"
+
+
+def _places(run: Run, state: RunState) -> dict[str, str]:
+    """Where what the run writes goes, and how to look at it."""
+    folder, save, log = run.folder, run.config.checkpoint, run.config.logging
+    when = (
+        f"every {save.save_interval:,} steps and at the end" if save.save_interval else "at the end"
+    )
+    kept = f"the newest {save.keep} are kept" if save.keep else "all are kept"
+    facts = {
+        "folder": f"{folder.path} (metrics.jsonl, samples.jsonl, config.yaml)",
+        "checkpoints": f"{folder.checkpoints}, {when}; {kept}",
+        "wandb": "",
+        "profile": "",
+        "to look at": _dashboard(run.config),
+    }
+    if log.wandb != "disabled":
+        facts["wandb"] = f"project {log.wandb_project}, {_WANDB[log.wandb]}"
+    if log.profile_steps is not None:
+        first, last = log.profile_steps
+        is_here = first <= last_step(run.config) and last > state.step
+        facts["profile"] = f"steps {first:,} to {last:,}" + (
+            f", {folder.profile}" if is_here else ": not in this launch"
+        )
+    return facts
+
+
+def _dashboard(config: Config) -> str:
+    directory = config.run.directory
+    if directory == "runs":
+        return "make dashboard"
+    return f"make dashboard ARGS={shlex.quote(f'runs={directory}')}"

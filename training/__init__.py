@@ -1,0 +1,1 @@
+"""The life of a run: its state, its folder, its steps and how it ends."""

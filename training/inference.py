@@ -1,0 +1,50 @@
+"""The model of a run for programs that use it: weights alone, of any checkpoint on any layout."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpoints import Checkpoint, held_checkpoint, load_tensors
+from configs import Config, UserError
+from data import Tokenizer, load_tokenizer
+from model import GPT, build_bare_model
+from parallel import Mesh
+from training.optimizer import WEIGHTS, weight_tensors
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model that was trained, and what goes with it."""
+
+    config: Config
+    mesh: Mesh
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    model: GPT
+
+
+def load_trained(config: Config, folder: Path, mesh: Mesh, step: int | None) -> Trained:
+    """The model of the newest checkpoint in a run folder, or of a step; memory is the model's.
+
+    Every rank calls this. Raises UserError if there is no whole checkpoint or another tokenizer.
+    """
+    with held_checkpoint(folder / "checkpoints", mesh, step, prefix=WEIGHTS) as checkpoint:
+        if checkpoint is None:
+            raise UserError(
+                f"run={folder} has no checkpoint yet: there is none in {folder / 'checkpoints'}; "
+                "train.py saves every checkpoint.save_interval steps and at the end"
+            )
+        tokenizer = load_tokenizer(folder / "tokenizer.model", "the tokenizer of the run")
+        require_fingerprint(checkpoint, "tokenizer", tokenizer.fingerprint)
+        model = build_bare_model(config, mesh)
+        load_tensors(checkpoint, weight_tensors(model), mesh, prefix=WEIGHTS, converts=True)
+    return Trained(config, mesh, checkpoint, tokenizer, model)
+
+
+def require_fingerprint(checkpoint: Checkpoint, what: str, fingerprint: str) -> None:
+    """Raise UserError if the tokenizer or the data is not that of the checkpoint."""
+    stored = checkpoint.state[f"{what}_fingerprint"]
+    if stored not in (fingerprint, None):  # None: an imported model, whose data nobody knows
+        raise UserError(
+            f"the {what} is not the one that {checkpoint.directory} was trained with (fingerprint "
+            f"{fingerprint}, was {stored}); restore it"
+        )

@@ -1,0 +1,66 @@
+"""One update of the weights: forward, backward, clipping, AdamW."""
+
+import time
+
+import torch
+
+from data import BatchLoader
+from parallel import (
+    DropoutStream,
+    clip_gradients,
+    move_to,
+    set_gradient_sync,
+    sum_over,
+    sum_partial_gradients,
+)
+from training.divergence import why_to_skip
+from training.optimizer import apply_update, learning_rate, leave_out_update
+from training.state import Run, RunState, StepResult
+
+
+def train_step(run: Run, state: RunState, batches: BatchLoader) -> StepResult:
+    """One update of the weights from the next global batch.
+
+    The loss of a step is the sum over its target tokens divided by their number, over all
+    micro-batches and dp ranks: the number is known before the first backward, so every gradient is
+    a plain sum.
+    """
+    started_at = time.perf_counter()
+    config, mesh, model = run.config, run.mesh, run.model
+    batch = next(batches)
+    num_targets = sum_over(mesh.dp, move_to(torch.tensor(batch.num_targets), mesh.device))
+    sums = torch.zeros(3, dtype=torch.float64, device=mesh.device)
+    for number, micro_batch in enumerate(batch.micro_batches, start=1):
+        is_last = number == len(batch.micro_batches)
+        set_gradient_sync(model, is_last or config.parallel.gradient_sync == "micro_batch")
+        masks = DropoutStream(
+            config.run.seed, state.step, tuple(micro_batch.sample_indices.tolist())
+        )
+        losses = model(
+            **micro_batch.inputs(mesh.device),
+            stream=masks,
+            z_loss_coeff=config.train.z_loss_coeff,
+        )
+        (losses.objective / num_targets).backward()
+        sums[:2] += torch.stack([losses.cross_entropy, losses.log_z_squared]).detach()
+        sums[2] += micro_batch.sum_of_lengths
+    sum_partial_gradients(model, mesh)
+    grad_norm = move_to(clip_gradients(model, config.optimizer.clip_grad, mesh), "cpu").item()
+    means = move_to(sum_over(mesh.dp, sums) / num_targets, "cpu").tolist()
+    mean_loss, mean_log_z_squared, mean_row_length = means
+    rate = learning_rate(state.step, config)
+    why_skipped = why_to_skip(mean_loss, grad_norm, state, config.train, mesh)
+    if why_skipped is None:
+        apply_update(run.optimizer, rate)
+    else:
+        leave_out_update(run.optimizer)
+    return StepResult(
+        loss=mean_loss,
+        z_loss=config.train.z_loss_coeff * mean_log_z_squared,
+        grad_norm=grad_norm,
+        learning_rate=rate,
+        num_targets=int(move_to(num_targets, "cpu")),
+        mean_row_length=mean_row_length,
+        elapsed_s=time.perf_counter() - started_at,
+        why_skipped=why_skipped,
+    )
