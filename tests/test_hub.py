@@ -10,13 +10,16 @@ import pytest
 
 from configs import UserError
 from configs.schema import SourceConfig
+from data.corpus.files import SourceKeys
 from data.corpus.sources import commit_of
 from interop.source import download
+
+KEYS = SourceKeys("data.sources[1]", "data.sources[1].path")
 
 ASKS: dict[str, tuple[Callable[[], object], str]] = {
     "model": (lambda: download("somebody/it", "v1"), "source=somebody/it is no folder here, and "),
     "dataset": (
-        lambda: commit_of(SourceConfig(source="hub", path="somebody/it"), "data.sources[1]"),
+        lambda: commit_of(SourceConfig(source="hub", path="somebody/it"), KEYS),
         r"data\.sources\[1\]\.path='somebody/it' cannot be read: ",
     ),
 }

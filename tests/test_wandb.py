@@ -19,9 +19,8 @@ from tests.lines import ROOT
 from tests.wandb_server import KEY, WandbServer, logs, records, serve, sync
 from tracking import wandb_run
 from tracking.wandb_run import Launch, about
-from training.state import begun_id
 from tracking.wandb_view import WandbView
-from training.state import lineage
+from training.state import begun_id, lineage
 
 ABOUT = {"optimizer": {"lr": 1e-3}, "layout": {"tp": 2, "dp": 1}, "num_parameters": 1234}
 ID = "abc123"
