@@ -9,7 +9,6 @@ from configs import Config
 from model import flops_per_token, num_parameters
 from parallel.traffic import Collective
 from planning.accounting import Account, Kept, Traffic, paper_formula
-from tracking.console import size
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _NAME, _CELL = 55, 14  # widths
@@ -198,3 +197,12 @@ def _row(name: str, *cells: str) -> str:
     """A name, and cells in columns to its right."""
     texts: Iterable[str] = (f"{cell:>{_CELL}}" for cell in cells)
     return f"{name:<{_NAME}}{''.join(texts)}".rstrip()
+
+
+def size(num_bytes: float) -> str:
+    """Bytes with a unit, three digits at least."""
+    for unit, scale in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= scale:
+            digits = 2 if num_bytes < 10 * scale else 1
+            return f"{num_bytes / scale:,.{digits}f} {unit}"
+    return f"{num_bytes:.0f} B  "

@@ -12,9 +12,7 @@ import pytest
 
 from configs import parse_config
 from model import num_parameters
-from planning.accounting import account
 from tests.runs import finish, settings, start
-from tracking.console import size
 from tracking.summary import Progress, read_progress
 from training.state import RunState
 
@@ -73,7 +71,7 @@ def fact(output: str, name: str) -> str:
 
 
 def test_the_beginning(told: Told) -> None:
-    """Each figure against its own source: the configuration, the corpus, a rehearsal."""
+    """Each figure against its own source: the configuration, the corpus."""
     config = parse_config([*told.arguments, LAYOUT], lambda _: 2)
     assert "run test begins\n" in told.stopped
     parameters = f"{num_parameters(config.model, 331):,} parameters"
@@ -83,16 +81,9 @@ def test_the_beginning(told: Told) -> None:
         "2: tensor parallel 2 with sequence parallelism x data parallel 1, each 1 thread of cpu; "
         "float32"
     )
-    planned = account(config, 2).rehearsal
-    assert fact(told.stopped, "memory").startswith(
-        f"a rank has {size(planned.weights.of_rank)} of weights, "
-        f"{size(planned.moments.of_rank)} of AdamW's moments, in a step "
-        f"{size(planned.gradients.of_rank)} of gradients"
-    )
-    step = "8 rows of 37 = 296 tokens, 4 micro-batches of 2 rows a rank"
-    assert fact(told.stopped, "step") == step
     found = re.fullmatch(
-        r"6 steps, 1,776 tokens, ([\d.]+) epochs of (\d+) rows; in this launch steps 1 to 3",
+        r"6 steps of 8 rows, 1,776 tokens, ([\d.]+) epochs of (\d+) rows; "
+        r"in this launch steps 1 to 3",
         fact(told.stopped, "plan"),
     )
     assert found is not None
@@ -113,12 +104,8 @@ def test_training_on_says_where_the_learning_rate_goes(told: Told) -> None:
 def test_where_everything_goes(told: Told) -> None:
     """Paths that are there at the end, and the command that shows them."""
     folder = told.folder
-    assert fact(told.stopped, "folder").startswith(f"{folder} (metrics.jsonl, samples.jsonl")
-    when = "every 2 steps and at the end; the newest 2 are kept"
-    assert fact(told.stopped, "checkpoints") == f"{folder}/checkpoints, {when}"
-    assert fact(told.stopped, "profile") == f"steps 2 to 5, {folder}/profile"
-    assert fact(told.trained_on, "profile") == "steps 2 to 5: not in this launch"
-    assert facts(told.stopped, "wandb") == []  # disabled
+    when = "with checkpoints every 2 steps and at the end, of which the newest 2 are kept"
+    assert fact(told.stopped, "folder") == f"{folder}, {when}"
     dashboard = f"make dashboard ARGS=runs={folder.parent}"
     assert facts(told.stopped, "to look at") == [dashboard] * 2
 
@@ -126,20 +113,16 @@ def test_where_everything_goes(told: Told) -> None:
 def test_a_launch_that_stops_says_how_to_go_on(told: Told) -> None:
     """With what it has reached, all of it from metrics.jsonl."""
     assert "run test reached run.stop_at_step=3: step 3 of 6 (3 in this launch)\n" in told.stopped
-    evaluation, last = (
-        next(row for row in told.rows if row["step"] == 3 and key in row)
-        for key in ("eval/loss", "train/loss")
-    )
+    evaluation = next(row for row in told.rows if row["step"] == 3 and "eval/loss" in row)
     bits, loss = evaluation["eval/bits_per_byte"], evaluation["eval/loss"]
     expected = f"{bits:.4f} bits per byte, loss {loss:.4f}, at step 3"
     assert fact(told.stopped, "best") == expected
-    assert fact(told.stopped, "last loss") == f"{last['train/loss']:.4f}"
     assert re.fullmatch(
         r"3 steps, 888 tokens in 0:\d\d, of which 0:\d\d in steps: [\d,]+ tokens/s; "
         r"peak \d\.\d\d GiB on rank 0",
         fact(told.stopped, "this launch"),
     )
-    assert facts(told.stopped, "all launches") == facts(told.stopped, "skipped") == []
+    assert facts(told.stopped, "skipped") == []
     assert fact(told.stopped, "checkpoint") == f"{told.folder}/checkpoints/step_00000003"
 
 
@@ -148,7 +131,6 @@ def test_a_finished_run_says_how_to_train_on(told: Told) -> None:
     assert "run test goes on after step 3\n" in told.finished
     assert fact(told.finished, "plan").endswith("; in this launch steps 4 to 6")
     assert "run test is finished: step 6 of 6 (3 in this launch)\n" in told.finished
-    assert fact(told.finished, "all launches") == "6 steps, 1,776 tokens"
     best = min(
         (row for row in told.rows if "eval/loss" in row and row["step"] <= 6),
         key=lambda row: float(row["eval/bits_per_byte"]),
@@ -187,9 +169,8 @@ def test_every_rank_leaves_a_trace(told: Told) -> None:
         assert {"aten::mm", "aten::_fused_adamw_", "waiting for data"} <= seen
     for launch in set(expected.values()):
         table = launch.partition("profile of steps ")[2].partition("trace is in")[0]
-        shares = dict(re.findall(r"^  (\D+?) +[\d.]+ ms a step +([\d.]+)%", table, re.MULTILINE))
-        assert {"products", "attention", "communication", "optimizer", "rest"} <= set(shares)
-        assert sum(map(float, shares.values())) == pytest.approx(100, abs=0.5)
+        assert "aten::mm" in table
+        assert len(re.findall(r"ms a step +[\d.]+%", table)) == 12
 
 
 def test_progress_of_a_file_that_is_not_as_usual(tmp_path: Path) -> None:

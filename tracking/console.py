@@ -81,15 +81,6 @@ def printable(text: str) -> str:
     return _CONTROLS.sub(lambda match: repr(match[0])[1:-1], text)
 
 
-def size(num_bytes: float) -> str:
-    """Bytes with a unit, three digits at least."""
-    for unit, scale in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if num_bytes >= scale:
-            digits = 2 if num_bytes < 10 * scale else 1
-            return f"{num_bytes / scale:,.{digits}f} {unit}"
-    return f"{num_bytes:.0f} B  "
-
-
 def duration(seconds: float) -> str:
     """Minutes and seconds, and hours if there are any."""
     minutes, seconds = divmod(round(seconds), 60)

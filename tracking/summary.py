@@ -17,18 +17,13 @@ from checkpoints import checkpoint_directories
 from configs import Config
 from data import SampleOrder, rows_of_corpus
 from model import num_parameters
-from tracking.console import Line, duration, say_facts, size
+from tracking.console import Line, duration, say_facts
 from tracking.metrics import last_step
-from training.optimizer import schedule_problem, training_tensors
+from training.optimizer import schedule_problem
 from training.state import Run, RunState
 
 logger = logging.getLogger("microtron")
 
-_WANDB = {
-    "auto": "online with a key, else offline",
-    "online": "online",
-    "offline": "offline, `wandb sync` sends it later",
-}
 Row = dict[str, Any]
 
 
@@ -42,10 +37,9 @@ def report_start(run: Run, state: RunState) -> None:
         {
             "model": _model(run.config),
             "ranks": _ranks(run),
-            "memory": _memory(run),
-            "step": _step(run),
             "plan": _plan(run, state),
-            **_places(run, state),
+            "folder": _folder(run),
+            "to look at": _dashboard(run.config),
         }
     )
     if problem := schedule_problem(run.config):
@@ -79,9 +73,8 @@ def report_end(run: Run, began: RunState, state: RunState, stop: signal.Signals 
     saved = checkpoint_directories(folder.checkpoints)
     say_facts(
         {
-            **_losses(progress),
+            "best": _best(progress),
             "this launch": _launch(progress, began, state, time.monotonic() - folder.opened_at),
-            "all launches": f"{state.step:,} steps, {state.tokens:,} tokens" if began.step else "",
             "skipped": _skipped(state),
             "checkpoint": str(saved[-1]) if saved else "",
             "to look at": _dashboard(run.config),
@@ -127,16 +120,11 @@ def _rows(metrics: Path) -> Iterator[Row]:
             yield from (json.loads(line) for line in file if line.endswith("\n"))
 
 
-def _losses(progress: Progress) -> dict[str, str]:
-    best, last = progress.best, progress.last
-    facts = {"best": "", "last loss": ""}
-    if best is not None:
-        bits, loss = best["eval/bits_per_byte"], best["eval/loss"]
-        facts["best"] = f"{bits:.4f} bits per byte, loss {loss:.4f}, at step {best['step']}"
-    if last is not None:
-        loss = last["train/loss"]
-        facts["last loss"] = "not finite" if loss is None else f"{loss:.4f}"
-    return facts
+def _best(progress: Progress) -> str:
+    if progress.best is None:
+        return ""
+    bits, loss = progress.best["eval/bits_per_byte"], progress.best["eval/loss"]
+    return f"{bits:.4f} bits per byte, loss {loss:.4f}, at step {progress.best['step']}"
 
 
 def _launch(progress: Progress, began: RunState, state: RunState, elapsed_s: float) -> str:
@@ -186,32 +174,6 @@ def _ranks(run: Run) -> str:
     )
 
 
-def _memory(run: Run) -> str:
-    """Exact for what is there already; what comes with the first step is plan.py's to say."""
-    weights = moments = 0
-    for name, tensor in training_tensors(run.model, run.optimizer).items():
-        num_bytes = tensor.to_local().nbytes
-        if name.startswith("parameters."):
-            weights += num_bytes
-        else:
-            moments += num_bytes
-    return (
-        f"a rank has {size(weights)} of weights, {size(moments)} of AdamW's moments, in a step "
-        f"{size(weights)} of gradients; for activations see plan.py"
-    )
-
-
-def _step(run: Run) -> str:
-    train, length = run.config.train, run.config.model.seq_length
-    rows, num_ranks = train.global_batch_size, run.mesh.dp.size
-    at_most = "" if _has_full_rows(run.config) else "at most "
-    number = rows // (train.micro_batch_size * num_ranks)
-    return (
-        f"{rows:,} rows of {at_most}{length:,} = {at_most}{rows * length:,} tokens, "
-        f"{number:,} micro-batch{'es' * (number > 1)} of {train.micro_batch_size} rows a rank"
-    )
-
-
 def _plan(run: Run, state: RunState) -> str:
     config, corpus, steps = run.config, run.corpus, run.config.train.train_steps
     rows_of_sources = rows_of_corpus(corpus, config).rows_of_sources
@@ -229,36 +191,20 @@ def _plan(run: Run, state: RunState) -> str:
         told.append(f"{amount} epochs of {of}{rows:,} rows")
     first, last = state.step + 1, last_step(config)
     part = "" if (first, last) == (1, steps) else f"; in this launch steps {first:,} to {last:,}"
-    return f"{steps:,} steps, {tokens} tokens, {'; '.join(told)}{part}"
+    rows = config.train.global_batch_size
+    return f"{steps:,} steps of {rows:,} rows, {tokens} tokens, {'; '.join(told)}{part}"
 
 
 def _has_full_rows(config: Config) -> bool:
     return config.data.sequence_mode == "pack" and config.data.packing == "stream"
 
 
-def _places(run: Run, state: RunState) -> dict[str, str]:
-    """Where what the run writes goes, and how to look at it."""
-    folder, save, log = run.folder, run.config.checkpoint, run.config.logging
-    when = (
-        f"every {save.save_interval:,} steps and at the end" if save.save_interval else "at the end"
-    )
-    kept = f"the newest {save.keep} are kept" if save.keep else "all are kept"
-    facts = {
-        "folder": f"{folder.path} (metrics.jsonl, samples.jsonl, config.yaml)",
-        "checkpoints": f"{folder.checkpoints}, {when}; {kept}",
-        "wandb": "",
-        "profile": "",
-        "to look at": _dashboard(run.config),
-    }
-    if log.wandb != "disabled":
-        facts["wandb"] = f"project {log.wandb_project}, {_WANDB[log.wandb]}"
-    if log.profile_steps is not None:
-        first, last = log.profile_steps
-        is_here = first <= last_step(run.config) and last > state.step
-        facts["profile"] = f"steps {first:,} to {last:,}" + (
-            f", {folder.profile}" if is_here else ": not in this launch"
-        )
-    return facts
+def _folder(run: Run) -> str:
+    """Where what the run writes goes."""
+    save = run.config.checkpoint
+    when = f"every {save.save_interval:,} steps and " if save.save_interval else ""
+    kept = f", of which the newest {save.keep} are kept" if save.keep else ""
+    return f"{run.folder.path}, with checkpoints {when}at the end{kept}"
 
 
 def _dashboard(config: Config) -> str:
