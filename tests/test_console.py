@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tracking.console import Line, duration, printable, say_facts, set_up_logging, size
+from planning.page import size
+from tracking.console import Line, duration, printable, say_facts, set_up_logging
 
 LINE = Line(("step 1/9", "plain"), (" | ", "dim"), ("loss 2.5000", "bold"))
 PLAIN = "step 1/9 | loss 2.5000\n  model  2 layers\n  step   9 tokens\na warning\nan error\n"
