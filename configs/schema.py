@@ -193,7 +193,7 @@ class OptimizerConfig:
     """AdamW, its schedule and gradient clipping."""
 
     lr: float = 6e-4  # peak learning rate
-    min_lr: float = 6e-5  # learning rate at the end of the decay
+    min_lr: float | None = None  # learning rate at the end of the decay; null: a tenth of lr
     lr_decay_style: Literal["constant", "linear", "cosine", "WSD"] = "cosine"
     lr_warmup_steps: int = 0
     lr_wsd_decay_steps: int | None = None  # of WSD's final decay; null: a tenth of train_steps
@@ -202,6 +202,11 @@ class OptimizerConfig:
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
     clip_grad: float = 1.0  # largest global gradient norm; 0: no clipping
+
+    @property
+    def final_lr(self) -> float:
+        """The learning rate at the end of the decay."""
+        return self.lr / 10 if self.min_lr is None else self.min_lr
 
 
 @dataclass(frozen=True)
@@ -233,7 +238,8 @@ class LoggingConfig:
     # First and last step of which every rank writes a trace of torch.profiler to profile/, and
     # rank 0 says where the time went; null: none.
     profile_steps: tuple[int, int] | None = None
-    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: offline without a key
+    # offline: kept in the run folder; auto: online if there is a key.
+    wandb: Literal["auto", "online", "offline", "disabled"] = "offline"
     wandb_project: str = "microtron"
 
 

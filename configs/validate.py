@@ -218,7 +218,7 @@ def _check_source(prefix: str, source: WeightedSource) -> None:
 
 def _check_schedule(config: Config) -> None:
     optimizer = config.optimizer
-    if optimizer.lr_decay_style != "constant" and optimizer.min_lr > optimizer.lr:
+    if optimizer.lr_decay_style != "constant" and optimizer.final_lr > optimizer.lr:
         raise ConfigError(
             f"optimizer.min_lr={optimizer.min_lr} is above optimizer.lr={optimizer.lr}, but the "
             "learning rate decays from lr to min_lr; choose optimizer.min_lr="

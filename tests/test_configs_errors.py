@@ -65,7 +65,7 @@ ARGUMENTS = [
     ("logging.wandb=off", "logging.wandb=off is not one of auto, online, offline, disabled"),
     (
         "logging.wandb=null",
-        "logging.wandb is null; it must be one of auto, online, offline, disabled (default auto)",
+        "logging.wandb is null; it must be one of auto, online, offline, disabled (default offline)",
     ),
     ("data.path=None", "data.path=None is a string; for no value write null"),
     (

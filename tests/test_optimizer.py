@@ -138,3 +138,11 @@ def test_updates_equal_adamw_on_dense_weights(mesh: Mesh) -> None:
     assert set(training_tensors(module, optimizer)) == {
         f"{kind}.{name}" for kind in ("parameters", "exp_avg", "exp_avg_sq") for name in shapes
     }
+
+
+@pytest.mark.parametrize(("given", "end"), [(None, 0.1), (0.0, 0.0), (0.25, 0.25)])
+def test_the_last_learning_rate_is_a_tenth_unless_given(given: float | None, end: float) -> None:
+    config = Config(
+        train=TrainConfig(train_steps=10), optimizer=OptimizerConfig(lr=1.0, min_lr=given)
+    )
+    assert learning_rate(9, config) == pytest.approx(end)

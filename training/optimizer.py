@@ -97,7 +97,7 @@ def learning_rate(step: int, config: Config) -> float:
             remaining = 0.5 * (1.0 + math.cos(math.pi * progress))
         case "WSD":  # warm-up, stable, decay (Hu et al. 2024, section 4)
             remaining = 1.0 - _progress(step, last - _wsd_decay_steps(config), last)
-    return optimizer.min_lr + remaining * (optimizer.lr - optimizer.min_lr)
+    return optimizer.final_lr + remaining * (optimizer.lr - optimizer.final_lr)
 
 
 def schedule_problem(config: Config) -> str | None:
