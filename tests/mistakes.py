@@ -75,7 +75,7 @@ MISTAKES = (
     ),
     Mistake(
         "the step forgets to sum partial gradients over tp",
-        "train.py",
+        "training/step.py",
         "    sum_partial_gradients(model, mesh)\n",
         "",
         (_STEP + "[tp2+sp-dp1]",),
@@ -265,28 +265,28 @@ MISTAKES = (
     # The mean over the global batch.
     Mistake(
         "mean of means: each micro-batch is divided by its own number of targets",
-        "train.py",
+        "training/step.py",
         "(losses.objective / num_targets).backward()",
         "(losses.objective / micro_batch.num_targets / len(batch.micro_batches)).backward()",
         (_STEP + "[tp1-dp1]",),
     ),
     Mistake(
         "targets are counted on this data-parallel rank alone",
-        "train.py",
+        "training/step.py",
         "sum_over(mesh.dp, move_to(torch.tensor(batch.num_targets), mesh.device))",
         "move_to(torch.tensor(batch.num_targets), mesh.device)",
         (_STEP + "[tp1-dp2]",),
     ),
     Mistake(
         "targets are counted once for each tensor-parallel rank",
-        "train.py",
+        "training/step.py",
         "sum_over(mesh.dp, move_to(torch.tensor(",
         "sum_over(mesh.world, move_to(torch.tensor(",
         (_STEP + "[tp2-dp1]",),
     ),
     Mistake(
         "the loss is summed over tp, where every rank has all of it",
-        "train.py",
+        "training/step.py",
         "sum_over(mesh.dp, sums)",
         "sum_over(mesh.world, sums)",
         (_STEP + "[tp2-dp1]",),
@@ -327,7 +327,7 @@ MISTAKES = (
     ),
     Mistake(
         "the norm is taken before partial gradients are summed",
-        "train.py",
+        "training/step.py",
         """\
     sum_partial_gradients(model, mesh)
     grad_norm = move_to(clip_gradients(model, config.optimizer.clip_grad, mesh), "cpu").item()
@@ -362,7 +362,7 @@ MISTAKES = (
     ),
     Mistake(
         "a mask goes by the place in the micro-batch, not by the global sample",
-        "train.py",
+        "training/step.py",
         "tuple(micro_batch.sample_indices.tolist())",
         "tuple(range(len(micro_batch.sample_indices)))",
         (_STEP + "[tp1-dp1]",),

@@ -21,7 +21,8 @@ from tests.data_corpora import random_text, text_config, write_texts
 PREPARE = """
 import logging, sys
 from configs.schema import DataConfig
-from data import prepare_corpus, spool, token_file
+from data import prepare_corpus, token_file
+from data.corpus import spool
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 spool._DURABLE_BYTES = token_file._DURABLE_BYTES = token_file._BATCH_BYTES = 20_000
 prepare_corpus(DataConfig(source="text", path=sys.argv[1], vocab_size=320, validation_fraction=0.2,
@@ -177,9 +178,9 @@ def test_a_file_is_read_again_only_if_it_has_changed(
         os.utime(file, (long_ago, long_ago))
     first = source_fingerprint(config, files, cache)
     hashed: list[str] = []
-    digest = sys.modules["data.files"].file_digest
+    digest = sys.modules["data.corpus.files"].file_digest
     monkeypatch.setattr(
-        "data.files.file_digest", lambda file: hashed.append(file.name) or digest(file)
+        "data.corpus.files.file_digest", lambda file: hashed.append(file.name) or digest(file)
     )
     assert source_fingerprint(config, files, cache) == first
     assert hashed == [files[0].name]

@@ -314,7 +314,7 @@ def test_an_entry_is_verified_once_until_a_file_of_it_is_new(
     prepare_corpus(text_config(tmp_path), 16, 0)
     hashed: list[str] = []
     monkeypatch.setattr(
-        "data.files.file_digest", lambda file: hashed.append(file.name) or file_digest(file)
+        "data.corpus.files.file_digest", lambda file: hashed.append(file.name) or file_digest(file)
     )
     prepare_corpus(text_config(tmp_path), 16, 0)
     assert hashed == []

@@ -1,7 +1,7 @@
 """Literal values of the functions that define a run, and checkpoints that must go on.
 
 No value here may follow the code. If one is to change, raise its version in
-`run_state.RECIPE_VERSIONS` (of the format: `FORMAT_VERSION`, and keep the older folder), say so in
+`RECIPE_VERSIONS` (of the format: `FORMAT_VERSION`, and keep the older folder), say so in
 CHANGELOG.md, and only then write the new value.
 
 golden/version_1 is the third step of the run below, written on 2026-11-29 by one rank, before
