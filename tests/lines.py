@@ -24,8 +24,8 @@ PACKAGES = tuple(package for level in LEVELS for package in level)
 PROGRAMS = ("train", "generate", "evaluate", "export", "import_hf", "plan")
 MAX_MODULES = 14  # of a folder, `__init__.py` not counted
 PACKED = ("bench", "docs", "tests")  # folders without that limit
-# Before the tree is rebuilt; the budget after that is 8,000.
-CLOSURE_BUDGET = 13_000
+# While the tree is being rebuilt; the budget after that is 8,000.
+CLOSURE_BUDGET = 12_900
 READING_PATH_BUDGET = 3_000
 _READING_PATH = ("train.py", "model/**/*.py", "parallel/mesh.py", "parallel/mappings.py")
 _READING_PATH += ("parallel/layers.py", "parallel/loss.py")
