@@ -169,7 +169,6 @@ def test_every_rank_leaves_a_trace(told: Told) -> None:
         assert {"aten::mm", "aten::_fused_adamw_", "waiting for data"} <= seen
     for launch in set(expected.values()):
         table = launch.partition("profile of steps ")[2].partition("trace is in")[0]
-        assert "aten::mm" in table
         assert len(re.findall(r"ms a step +[\d.]+%", table)) == 12
 
 
