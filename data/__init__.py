@@ -5,7 +5,7 @@ The package knows no process groups: a rank is an int. What programs need is nam
 
 from data.corpus.prepare import Corpus, prepare_corpus, text_fingerprint
 from data.evaluation import EvaluationSet, evaluation_batches
-from data.loader import WAITING_FOR_DATA, BatchLoader, StepBatch, rows_of_corpus
+from data.loader import BatchLoader, StepBatch, rows_of_corpus
 from data.mixture import SampleOrder
 from data.rows import IGNORED_TARGET, MicroBatch
 from data.texts import corpus_to_score
@@ -14,7 +14,6 @@ from data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "IGNORED_TARGET",
-    "WAITING_FOR_DATA",
     "BatchLoader",
     "Corpus",
     "EvaluationSet",

@@ -4,7 +4,6 @@ This package is the only one that crosses the wire. It takes plain ints and bool
 """
 
 from parallel.collectives import (
-    WAITING_FOR_RANKS,
     any_rank,
     gather_json,
     is_wait,
@@ -51,7 +50,6 @@ from parallel.transport.backend import is_transport, lost_connection
 from parallel.transport.rendezvous import DeviceError, machine_id
 
 __all__ = [
-    "WAITING_FOR_RANKS",
     "Axis",
     "ColumnParallelLinear",
     "Constant",

@@ -1,1 +1,1 @@
-"""What plan.py knows: one real step on tensors without contents."""
+"""Support for plan.py: one real step on fake tensors, counted."""

@@ -1,15 +1,16 @@
 """Rules of the whole project: imports, communication, pickle, and the budgets of lines."""
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from configs.fields import KEYS
 from tests.lines import (
+    BESIDE,
     LEVELS,
     MAX_MODULES,
     PACKAGES,
-    PACKED,
     PROGRAMS,
     ROOT,
     budgets,
@@ -57,8 +58,9 @@ def test_packages_import_only_what_is_below_them() -> None:
         level = next((n for n, names in enumerate(LEVELS) if package in names), None)
         if level is not None:
             assert ours <= {package, *(name for below in LEVELS[:level] for name in below)}, file
-        elif package in PACKED:
+        elif package in BESIDE:
             assert "tests" not in ours, file
+            assert "bench" not in ours or package == "bench", file
         else:  # a program
             assert ours <= {*PACKAGES}, file
 
@@ -66,10 +68,9 @@ def test_packages_import_only_what_is_below_them() -> None:
 def test_the_tree_is_that_of_the_design() -> None:
     """Programs alone at the root, and folders that one can take in at a glance."""
     assert {file.stem for file in ROOT.glob("*.py")} == set(PROGRAMS)
-    for folder in {file.parent for file in source_files()} - {Path(), *map(Path, PACKED)}:
-        if folder.parts[0] not in PACKED:
-            modules = [file for file in (ROOT / folder).glob("*.py") if file.stem != "__init__"]
-            assert len(modules) <= MAX_MODULES, folder
+    modules = Counter(file.parent for file in SOURCES if file.stem != "__init__")
+    for folder, number in modules.items():
+        assert number <= MAX_MODULES or folder.parts[0] in BESIDE, folder
 
 
 def test_configs_know_no_torch() -> None:

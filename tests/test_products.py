@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ops import matmul as products
+from ops import matmul
 from ops.sdpa import attend
 
 ROWS, INNER, COLUMNS = 24, 40, 16
@@ -22,7 +22,7 @@ def exact(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
 
 @pytest.fixture(params=[True, False], ids=["units", "no units"])
 def bfloat16_units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_has_bfloat16_units", lambda: request.param)
+    monkeypatch.setattr(matmul, "_has_bfloat16_units", lambda: request.param)
 
 
 @pytest.mark.usefixtures("bfloat16_units")
@@ -35,7 +35,7 @@ def test_linear_is_exact_up_to_one_rounding(dtype: torch.dtype) -> None:
     grad = exact(3, ROWS, COLUMNS, seed=4, dtype=dtype)
     (x @ weight.t() + bias).backward(grad)
     mine = [tensor.detach().to(dtype).requires_grad_() for tensor in (x, weight, bias)]
-    y = products.linear(*mine)
+    y = matmul.linear(*mine)
     y.backward(grad.to(dtype))
 
     # Half a unit in the last place, and what a float32 sum of up to 72 terms is away.

@@ -8,7 +8,7 @@ import pytest
 from checkpoints import Checkpoint, CheckpointError
 from configs import Config, DataConfig, WeightedSource, flatten
 from tests.data_corpora import small_tokenizer
-from training import state as run_state
+from training import state as module
 from training.state import RECIPE_VERSIONS, find_own_checkpoint
 
 TEXT = "the fingerprint of the text"
@@ -29,7 +29,7 @@ def resume(
     fingerprints = {"text_fingerprint": TEXT, "data_fingerprint": "x", "tokenizer_fingerprint": "y"}
     state = {"config": flatten(before), "progress": {"step": 5}, **fingerprints, **more}
     checkpoint = Checkpoint(Path("step_00000005"), 5, state, {}, {})
-    monkeypatch.setattr(run_state, "find_checkpoint", lambda *_: checkpoint)
+    monkeypatch.setattr(module, "find_checkpoint", lambda *_: checkpoint)
     mesh: Any = None
     folder: Any = type("Folder", (), {"checkpoints": Path("unused"), "starts_over": False})
     assert find_own_checkpoint(now, text, mesh, folder) is checkpoint

@@ -106,6 +106,9 @@ def test_where_everything_goes(told: Told) -> None:
     folder = told.folder
     when = "with checkpoints every 2 steps and at the end, of which the newest 2 are kept"
     assert fact(told.stopped, "folder") == f"{folder}, {when}"
+    assert fact(told.stopped, "profile") == f"steps 2 to 5, {folder}/profile"
+    assert fact(told.trained_on, "profile") == "steps 2 to 5: not in this launch"
+    assert facts(told.stopped, "wandb") == []  # disabled
     dashboard = f"make dashboard ARGS=runs={folder.parent}"
     assert facts(told.stopped, "to look at") == [dashboard] * 2
 
@@ -161,15 +164,23 @@ def test_every_rank_leaves_a_trace(told: Told) -> None:
         for rank in (0, 1)
     }
     assert {path.name for path in (told.folder / "profile").iterdir()} == set(expected)
-    for name in expected:
+    seen_by_rank_zero: dict[str, set[str]] = {}
+    for name, launch in expected.items():
         with gzip.open(told.folder / "profile" / name, "rt") as file:
             seen = {str(event.get("name")) for event in json.load(file)["traceEvents"]}
         steps = {f"step {number}" for number in re.findall(r"\d+", name)[:2]}
         assert {name for name in seen if name.startswith("step ")} == steps
         assert {"aten::mm", "aten::_fused_adamw_", "waiting for data"} <= seen
-    for launch in set(expected.values()):
+        if ".rank_0." in name:
+            seen_by_rank_zero[launch] = seen
+    for launch, seen in seen_by_rank_zero.items():
         table = launch.partition("profile of steps ")[2].partition("trace is in")[0]
-        assert len(re.findall(r"ms a step +[\d.]+%", table)) == 12
+        rows = re.findall(r"^ +([\d.]+) ms a step +([\d.]+)%  (.+)$", table, re.MULTILINE)
+        times = [float(milliseconds) for milliseconds, _, _ in rows]
+        assert len(rows) == 12
+        assert {operator for _, _, operator in rows} <= seen
+        assert times == sorted(times, reverse=True)
+        assert 50 < sum(float(share) for _, share, _ in rows) <= 100.5
 
 
 def test_progress_of_a_file_that_is_not_as_usual(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_a_signal_saves_and_the_run_goes_on(
     (saved,) = (tmp_path / "test" / "checkpoints").iterdir()
     assert saved.name == f"step_{report['step']:08d}"
     assert f"\n  checkpoint   {saved}\n" in output
-    assert f"\n  this launch   {report['step']} steps, " in output
+    assert f"\n  this launch  {report['step']} steps, " in output
     assert f"resuming from {saved}" in finish(start(ranks, arguments))
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, 41))
 

@@ -13,7 +13,7 @@ import train
 from checkpoints import CheckpointError
 from configs import Config, TrainConfig, UserError, machine_errors_as_user_errors, parse_config
 from tests.runs import settings
-from training import divergence as bad_numbers
+from training import divergence
 from training.state import RunState
 from training.stopping import NonFiniteError
 
@@ -75,11 +75,11 @@ def test_damaged_checkpoints_end_a_rollback_and_not_a_start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The run has trained: its exit code is that of a loss that is not finite, not 2."""
-    monkeypatch.setattr(bad_numbers, "find_checkpoint", _raise(CheckpointError("all damaged")))
+    monkeypatch.setattr(divergence, "find_checkpoint", _raise(CheckpointError("all damaged")))
     run: Any = SimpleNamespace(
         config=SimpleNamespace(train=TrainConfig()),
         folder=SimpleNamespace(checkpoints=Path("none")),
         mesh=None,
     )
     with pytest.raises(NonFiniteError, match=r"step 9: .* and all damaged"):
-        bad_numbers.roll_back(run, RunState("id", step=9, skipped_in_a_row=4))
+        divergence.roll_back(run, RunState("id", step=9, skipped_in_a_row=4))

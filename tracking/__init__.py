@@ -1,1 +1,1 @@
-"""What is told of a run: metrics, the console, wandb, profiles."""
+"""What a run reports: metrics.jsonl, the console, wandb, profiles."""

@@ -17,12 +17,11 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from configs import os_error_text
 from parallel import Mesh, synchronize
-from tracking.console import say_facts
 
 logger = logging.getLogger("microtron")
 
 _STEP = "step "
-_NAMED, _LONGEST_NAME = 12, 48  # operators on the console, and characters of a name
+_NUM_NAMED = 12  # operators on the console
 
 
 class Profiler:
@@ -86,17 +85,17 @@ class Profiler:
         if self._mesh.world.rank == 0:
             logger.info("%s", f"profile of {steps.replace('_', ' ')}, on rank 0")
             on_gpu = self._mesh.device.type == "cuda"
-            say_facts(table(recorded.key_averages(), len(self._begun), on_gpu=on_gpu))
+            for row in table(recorded.key_averages(), len(self._begun), on_gpu=on_gpu):
+                logger.info("%s", row)
             logger.info("  each rank's trace is in %s, for ui.perfetto.dev", self._folder)
 
 
-def table(averages: Sequence[FunctionEventAvg], num_steps: int, *, on_gpu: bool) -> dict[str, str]:
-    """The operators that take most by themselves: milliseconds a step and share of all."""
+def table(averages: Sequence[FunctionEventAvg], num_steps: int, *, on_gpu: bool) -> list[str]:
+    """The operators that take most by themselves: milliseconds a step, share of all, name."""
     own_us = attrgetter("self_device_time_total" if on_gpu else "self_cpu_time_total")
     total_us = sum(map(own_us, averages)) or 1.0
-    rows = {}
-    for operator in sorted(averages, key=own_us, reverse=True)[:_NAMED]:
-        us = own_us(operator)
-        row = f"{us / num_steps / 1000:9.1f} ms a step {us / total_us:6.1%}"
-        rows[str(operator.key)[:_LONGEST_NAME]] = row
-    return rows
+    return [
+        f"{own_us(operator) / num_steps / 1000:9.1f} ms a step "
+        f"{own_us(operator) / total_us:6.1%}  {operator.key}"
+        for operator in sorted(averages, key=own_us, reverse=True)[:_NUM_NAMED]
+    ]

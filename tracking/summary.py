@@ -24,6 +24,12 @@ from training.state import Run, RunState
 
 logger = logging.getLogger("microtron")
 
+_WANDB = {
+    "auto": "online if there is a key, else offline",
+    "online": "online",
+    "offline": "offline; `wandb sync {}` sends it",
+    "disabled": "",
+}
 Row = dict[str, Any]
 
 
@@ -39,6 +45,8 @@ def report_start(run: Run, state: RunState) -> None:
             "ranks": _ranks(run),
             "plan": _plan(run, state),
             "folder": _folder(run),
+            "wandb": _WANDB[run.config.logging.wandb].format(run.folder.path / "wandb"),
+            "profile": _profile(run, state),
             "to look at": _dashboard(run.config),
         }
     )
@@ -205,6 +213,15 @@ def _folder(run: Run) -> str:
     when = f"every {save.save_interval:,} steps and " if save.save_interval else ""
     kept = f", of which the newest {save.keep} are kept" if save.keep else ""
     return f"{run.folder.path}, with checkpoints {when}at the end{kept}"
+
+
+def _profile(run: Run, state: RunState) -> str:
+    steps = run.config.logging.profile_steps
+    if steps is None:
+        return ""
+    is_here = steps[0] <= last_step(run.config) and steps[1] > state.step
+    where = f", {run.folder.profile}" if is_here else ": not in this launch"
+    return f"steps {steps[0]:,} to {steps[1]:,}{where}"
 
 
 def _dashboard(config: Config) -> str:

@@ -15,8 +15,8 @@ collective; errors that follow from the first one do not replace it.
 
 [Note: lock]
 The kernel releases an flock when its holder dies, but some file systems (Lustre with localflock)
-keep it on one host. So the holder also touches the file every few seconds and writes in it when it
-lets go; who gets the lock of a holder on another host that has not let go watches the file first.
+keep it on one host. So the holder also touches the file every few seconds, and writes in it that it
+lets go. A launch that gets the lock of a holder on another host which never did watches it first.
 """
 
 import contextlib
@@ -230,7 +230,7 @@ class RunFolder:
                 break
         holder = self._holder()
         if not holder.get("released") and holder.get("host") not in (None, socket.gethostname()):
-            logger.info("looking for %.0f s whether %s still runs", _WATCH_S, holder["host"])
+            logger.info("checking for %.0f s whether %s still runs", _WATCH_S, holder["host"])
             touched_at = _fresh_mtime(path)
             deadline = time.monotonic() + _WATCH_S
             while time.monotonic() < deadline:

@@ -1,1 +1,1 @@
-"""From files or a hub to tokens on disk, once for all runs."""
+"""Building a corpus: sources are read, split, tokenized and cached, once for all runs."""

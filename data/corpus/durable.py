@@ -1,7 +1,4 @@
-"""Files whose content is on the disk when a function returns, and not half of it.
-
-File locks here are released by the kernel when their holder dies.
-"""
+"""Durable writes, and file locks, which the kernel releases when their holder dies."""
 
 import contextlib
 import fcntl
@@ -10,6 +7,8 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
+
+logger = logging.getLogger("microtron")
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -51,9 +50,6 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-logger = logging.getLogger("microtron")
 
 
 @contextlib.contextmanager

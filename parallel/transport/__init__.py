@@ -1,1 +1,1 @@
-"""How bytes of ranks on processors meet: the store, and collectives in shared memory."""
+"""Transport between ranks on CPUs: the rendezvous, and a backend with shared memory."""
