@@ -114,25 +114,25 @@ if __name__ == "__main__":
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from data import Corpus, corpus_to_score, prepare_corpus
+from data import Corpus, load_eval_corpus, prepare_corpus
 from parallel import close_mesh
 from tracking.console import set_up_logging
-from training.evaluation import Score, documents_of, score
-from training.inference import Trained, load_trained, require_fingerprint
+from training.evaluation import Score, eval_batches, score
+from training.inference import LoadedModel, load_for_inference, require_fingerprint
 from training.run_folder import require_same_on_all_ranks
-from training.state import join_mesh
+from training.state import mesh_from_config
 from training.stopping import StopSignals
 
 logger = logging.getLogger("microtron")
 
 
-def text_to_score(trained: Trained, settings: Settings) -> tuple[Corpus, int | None]:
+def text_to_score(trained: LoadedModel, settings: Settings) -> tuple[Corpus, int | None]:
     """The documents, as those that a corpus holds out, and how many rows of them at most."""
     config, mesh, tokenizer = trained.config, trained.mesh, trained.tokenizer
     with machine_errors_as_user_errors("read the text"):
         if settings.source != "held_out":
             path = Path(settings.run, "tokenizer.model")
-            corpus = corpus_to_score(config.data, tokenizer, path)
+            corpus = load_eval_corpus(config.data, tokenizer, path)
             require_same_on_all_ranks(mesh, corpus.fingerprint, "the text")
             return corpus, settings.max_sequences
         corpus = prepare_corpus(config.data, config.model.seq_length, mesh.local_rank)
@@ -174,12 +174,14 @@ def report(result: Score, output: str | None) -> None:
 def main(settings: Settings, config: Config) -> int:
     """Join the other ranks, load the model, and score the text."""
     StopSignals()
-    mesh = join_mesh(config)
+    mesh = mesh_from_config(config)
     set_up_logging(mesh.world.rank)
     try:
-        trained = load_trained(config, Path(os.path.expanduser(settings.run)), mesh, settings.step)
+        trained = load_for_inference(
+            config, Path(os.path.expanduser(settings.run)), mesh, settings.step
+        )
         corpus, max_sequences = text_to_score(trained, settings)
-        documents = documents_of(
+        documents = eval_batches(
             corpus, config, mesh, max_sequences=max_sequences, stride=settings.stride
         )
         logger.info(

@@ -22,7 +22,7 @@ from configs import (
     machine_errors_as_user_errors,
     run_config,
 )
-from interop.new_folder import new_folder, require_new
+from interop.atomic_directory import new_folder, require_new
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ from checkpoints import (
     CheckpointError,
     held_checkpoint,
 )
-from checkpoints.whole import TensorInfo, read_whole, write_tensors
+from checkpoints.full_tensors import TensorInfo, read_full_tensor, write_tensors
 from data import Tokenizer, load_tokenizer
 from interop.check import Comparison, compare, our_logits, some_tokens
 from interop.huggingface import to_huggingface
@@ -150,7 +150,7 @@ def write_weights(folder: Path, settings: Settings, config: Config, checkpoint: 
     }
 
     def make(name: str) -> Tensor:
-        tensor = made[name](lambda ours: read_whole(checkpoint, f"{WEIGHTS}{ours}")).to(dtype)
+        tensor = made[name](lambda ours: read_full_tensor(checkpoint, f"{WEIGHTS}{ours}")).to(dtype)
         if not all(end.isfinite() for end in tensor.aminmax()):  # makes no tensor of its size
             raise UserError(f"{name} has values that dtype={settings.dtype} cannot hold")
         return tensor

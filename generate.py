@@ -38,7 +38,7 @@ class Settings:
     temperature: float = 1.0  # 0: always the likeliest token
     top_k: int | None = None  # choose among so many of the likeliest tokens; null: all
     top_p: float | None = None  # and of those the fewest that have this probability; null: all
-    num_samples: int = 1  # continuations of each prompt, all at once
+    num_samples: int = 1  # generate_tokens of each prompt, all at once
     seed: int = 1234  # the same seed, the same text
     stop: Text | None = None  # end before this text
     stop_id: int | None = None  # end at this token, beside the tokenizer's end of document
@@ -88,12 +88,12 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from configs import exit_with_error
-from model import Sampling, continuations
+from model import Sampling, generate_tokens
 from model.generation.continuation import Continuation
 from parallel import Mesh, close_mesh, gather_json
 from tracking.console import printable, set_up_logging
-from training.inference import Trained, load_trained
-from training.state import join_mesh
+from training.inference import LoadedModel, load_for_inference
+from training.state import mesh_from_config
 from training.stopping import StopSignals
 
 logger = logging.getLogger("microtron")
@@ -121,8 +121,8 @@ def read_line() -> str | None:
 
 
 @torch.inference_mode()
-def write(trained: Trained, settings: Settings, prompt: str) -> None:
-    """Print a prompt and its continuations; a single one as it comes."""
+def write(trained: LoadedModel, settings: Settings, prompt: str) -> None:
+    """Print a prompt and its generate_tokens; a single one as it comes."""
     tokenizer, is_writer = trained.tokenizer, trained.mesh.world.rank == 0
     tokens = tokenizer.encode(prompt) or [tokenizer.bos_id]
     end_ids = {settings.stop_id} if settings.stop_id is not None else set()
@@ -135,7 +135,7 @@ def write(trained: Trained, settings: Settings, prompt: str) -> None:
     if streams:
         show(prompt)
     started_at, num_tokens = time.perf_counter(), 0
-    for new in continuations(
+    for new in generate_tokens(
         trained.model,
         tokens,
         settings.max_new_tokens,
@@ -182,10 +182,12 @@ def line_end(settings: Settings) -> str:
 def main(settings: Settings, config: Config) -> int:
     """Join the other ranks, load the model, and continue each prompt."""
     StopSignals()
-    mesh = join_mesh(config, decoding=True)
+    mesh = mesh_from_config(config, decoding=True)
     set_up_logging(mesh.world.rank)
     try:
-        trained = load_trained(config, Path(os.path.expanduser(settings.run)), mesh, settings.step)
+        trained = load_for_inference(
+            config, Path(os.path.expanduser(settings.run)), mesh, settings.step
+        )
         logger.info("continuing with the model of %s", trained.checkpoint.directory)
         for prompt in prompts(settings, mesh):
             write(trained, settings, prompt)

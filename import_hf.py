@@ -30,7 +30,7 @@ from configs import (
     read_config,
     to_yaml,
 )
-from interop.new_folder import new_folder, require_new
+from interop.atomic_directory import new_folder, require_new
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ import torch
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from checkpoints.whole import TensorInfo, write_whole_checkpoint
+from checkpoints.full_tensors import TensorInfo, write_full_checkpoint
 from data import Tokenizer, load_tokenizer
 from interop.huggingface import Family, from_huggingface, to_huggingface
 from interop.huggingface_config import ARCHITECTURES, from_huggingface_config, unknown_options
@@ -193,7 +193,7 @@ def write_checkpoint(
         "data_fingerprint": None,
         "tokenizer_fingerprint": tokenizer.fingerprint,
     }
-    write_whole_checkpoint(folder, 0, state, infos, make)
+    write_full_checkpoint(folder, 0, state, infos, make)
 
 
 def require_equal_head(source: Source, family: Family, config: ModelConfig) -> None:

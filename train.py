@@ -32,18 +32,18 @@ from tracking.console import set_up_logging
 from tracking.metrics import RunLog, last_step
 from tracking.profiling import Profiler
 from tracking.summary import outcome, report_end, report_start
+from training.checkpoint_writer import CheckpointWriter
 from training.divergence import roll_back, too_many_skipped
 from training.evaluation import evaluate, held_out
 from training.hardware import set_up_allocator, use_deterministic_kernels
 from training.optimizer import build_optimizer
-from training.replica_check import audit
+from training.replica_check import check_replicas
 from training.run_folder import RunFolder, require_same_on_all_ranks
-from training.saving import Saving
 from training.state import (
     Run,
     RunState,
     find_own_checkpoint,
-    join_mesh,
+    mesh_from_config,
     resume,
     training_batches,
 )
@@ -59,7 +59,7 @@ def train(config: Config, mesh: Mesh, folder: RunFolder, signals: StopSignals) -
     run, state = start(config, mesh, folder)
     last, began = last_step(config), state
     folder.step = state.step
-    audit(run, state)
+    check_replicas(run, state)
     if state.step >= last:
         folder.write_exit(*outcome(config, state, stop=None))
         return report_end(run, began, state, stop=None)
@@ -68,11 +68,11 @@ def train(config: Config, mesh: Mesh, folder: RunFolder, signals: StopSignals) -
     signals.training()
     stop: signal.Signals | None = None
     while state.step < last and stop is None:
-        state, stop = train_from(run, state, signals)
+        state, stop = train_until_stop_or_rollback(run, state, signals)
     return report_end(run, began, state, stop)
 
 
-def train_from(
+def train_until_stop_or_rollback(
     run: Run, state: RunState, signals: StopSignals
 ) -> tuple[RunState, signal.Signals | None]:
     """Train to the last step, to a signal, or to a rollback, from whose state to train on."""
@@ -85,7 +85,7 @@ def train_from(
     with (
         batches,
         RunLog(run, state) as log,
-        Saving(run, state) as saving,
+        CheckpointWriter(run, state) as saving,
         Profiler(config.logging.profile_steps, folder.profile, run.mesh) as profiler,
         Watchdog(run),
         folder.recording_failure(),
@@ -99,12 +99,12 @@ def train_from(
             if due(state.step, evaluation_interval, at_end=config.train.train_steps):
                 log.evaluation(state, evaluate(run, state, documents))
             if due(state.step, config.debug.audit_interval):
-                audit(run, state)
-            saving.settle()
+                check_replicas(run, state)
+            saving.commit_if_written()
             if due(state.step, config.checkpoint.save_interval):
                 saving.begin(state, background=config.checkpoint.async_save)
             if too_many_skipped(state, config.train):
-                saving.settle(wait=True)
+                saving.commit_if_written(wait=True)
                 return roll_back(run, state), None
         folder.announce_last_save()
         saving.end(state)
@@ -141,7 +141,7 @@ def main(config: Config) -> int:
     signals = StopSignals()
     if config.debug.deterministic:
         use_deterministic_kernels()
-    mesh = join_mesh(config)
+    mesh = mesh_from_config(config)
     set_up_logging(mesh.world.rank)
     try:
         with RunFolder(config, mesh) as folder:

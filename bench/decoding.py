@@ -21,10 +21,10 @@ import torch
 import transformers
 
 from configs import Config, Range, exit_on_config_error, load_settings, run_config
-from model import Sampling, continuations
+from model import Sampling, generate_tokens
 from parallel import close_mesh
-from training.inference import load_trained
-from training.state import join_mesh
+from training.inference import load_for_inference
+from training.state import mesh_from_config
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ def timed(decode: Callable[[], list[int]]) -> tuple[float, list[int]]:
 
 def main(settings: Settings, config: Config) -> int:
     """Take both in turn; print the median rate of each, and of the ratios of a round."""
-    mesh = join_mesh(config, decoding=True)
-    trained = load_trained(config, Path(os.path.expanduser(settings.run)), mesh, None)
+    mesh = mesh_from_config(config, decoding=True)
+    trained = load_for_inference(config, Path(os.path.expanduser(settings.run)), mesh, None)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         os.path.expanduser(settings.exported), dtype=torch.float32, local_files_only=True
     )
@@ -65,7 +65,7 @@ def main(settings: Settings, config: Config) -> int:
     def decode() -> list[int]:
         greedy = Sampling(temperature=0.0)
         with torch.inference_mode():
-            decoded = continuations(trained.model, prompt[0].tolist(), n, greedy, num_ids=num_ids)
+            decoded = generate_tokens(trained.model, prompt[0].tolist(), n, greedy, num_ids=num_ids)
             return [token for (token,) in decoded]
 
     def decode_theirs() -> list[int]:

@@ -39,7 +39,7 @@ from parallel import DropoutStream, Mesh, close_mesh
 from training.hardware import set_up_allocator
 from training.optimizer import build_optimizer
 from training.run_folder import RunFolder
-from training.state import Run, RunState, join_mesh, training_batches
+from training.state import Run, RunState, mesh_from_config, training_batches
 from training.step import train_step
 
 _CONFIG = Path(__file__).with_name("bench_gpt.yaml")
@@ -151,7 +151,7 @@ def main() -> int:
                 *arguments.overrides,
             ]
         )
-        mesh = join_mesh(config)
+        mesh = mesh_from_config(config)
         torch.manual_seed(SEED)
         if arguments.measure == "activations":
             report(count_activations(config, mesh, arguments.workload))

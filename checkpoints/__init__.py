@@ -1,6 +1,6 @@
 """Sharded tensors to files and back, on any layout, surviving a kill at any moment.
 
-Programs that handle whole tensors and no model import `checkpoints.whole`.
+Programs that handle whole tensors and no model import `checkpoints.full_tensors`.
 """
 
 from pathlib import Path

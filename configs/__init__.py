@@ -1,5 +1,11 @@
 """Settings: one page of typed keys, the shipped files, loading and validation. No torch here."""
 
+from configs.cli import (
+    exit_on_config_error,
+    load_settings,
+    parse_settings,
+    run_config,
+)
 from configs.errors import ConfigError, UserError, machine_errors_as_user_errors, os_error_text
 from configs.fields import Text, flatten
 from configs.launch import (
@@ -9,12 +15,6 @@ from configs.launch import (
     leave_error,
 )
 from configs.load import load_config, parse_config, read_config, to_yaml
-from configs.program import (
-    exit_on_config_error,
-    load_settings,
-    parse_settings,
-    run_config,
-)
 from configs.schema import (
     CheckpointConfig,
     Config,

@@ -60,12 +60,12 @@ def os_error_text(error: OSError) -> str:
     return error.strerror or str(error) or type(error).__name__
 
 
-def shown(value: object) -> str:
+def format_value(value: object) -> str:
     """A value as one short line: null and booleans as in YAML, unprintable text escaped."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     if isinstance(value, tuple | list):
-        value = f"[{', '.join(map(shown, value))}]"
+        value = f"[{', '.join(map(format_value, value))}]"
     text = str(value)
     if not text.isprintable() or text != text.strip() or not text:
         text = repr(text)

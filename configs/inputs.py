@@ -3,7 +3,7 @@
 import glob
 import os
 
-from configs.errors import ConfigError, shown
+from configs.errors import ConfigError, format_value
 from configs.schema import Config
 
 # Files of text and of JSON may be compressed, each by itself.
@@ -45,11 +45,13 @@ def check_inputs(config: Config) -> None:
     ):
         path = os.path.expanduser(folder)
         if os.path.exists(path) and not os.path.isdir(path):
-            raise ConfigError(f"{key}={shown(folder)} is a file; choose a folder, new or old", key)
+            raise ConfigError(
+                f"{key}={format_value(folder)} is a file; choose a folder, new or old", key
+            )
 
 
 def _check_tokenizer(tokenizer: str) -> None:
-    what, path = f"data.tokenizer={shown(tokenizer)}", os.path.expanduser(tokenizer)
+    what, path = f"data.tokenizer={format_value(tokenizer)}", os.path.expanduser(tokenizer)
     if not os.path.isfile(path):
         fix = "give a sentencepiece model file, or null to train one"
         raise ConfigError(f"{what} is not a file; {fix}", "data.tokenizer")
@@ -59,7 +61,7 @@ def _check_tokenizer(tokenizer: str) -> None:
 def _check_source(key: str, path: str, setting: str) -> None:
     source = setting.rpartition("=")[2]
     extensions = SOURCE_EXTENSIONS[source]
-    what, expanded = f"{key}={shown(path)}", os.path.expanduser(path)
+    what, expanded = f"{key}={format_value(path)}", os.path.expanduser(path)
     wanted = extensions_in_words(source)
     if os.path.isdir(expanded):
         found = [

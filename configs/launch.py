@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from configs.errors import ConfigError, shown
+from configs.errors import ConfigError, format_value
 
 EXIT_BEFORE_TRAINING = 2  # the exit code of everything that is found before training
 _SPINS = "3000"  # before a waiting thread sleeps; libgomp's default is 300,000
@@ -43,8 +43,8 @@ def world_size_from_environment() -> int:
     text = os.environ.get("WORLD_SIZE", "")
     if not text.isdecimal() or int(text) < 1:
         raise ConfigError(
-            f"the environment has RANK but WORLD_SIZE={shown(text)}; start with torchrun, or "
-            "unset RANK"
+            f"the environment has RANK but WORLD_SIZE={format_value(text)}; start with torchrun, "
+            "or unset RANK"
         )
     return int(text)
 

@@ -12,7 +12,7 @@ from typing import cast
 import yaml
 from omegaconf import OmegaConf
 
-from configs.errors import ConfigError, os_error_text, shown
+from configs.errors import ConfigError, format_value, os_error_text
 from configs.fields import KEYS, SECTIONS
 from configs.inputs import check_inputs
 from configs.launch import (
@@ -98,7 +98,7 @@ def split_argument(argument: str, known: Container[str]) -> tuple[str, str, str]
             fix = f"run={argument}"
         else:
             fix = f"{key if key in known else 'key'}=value, without spaces or dashes"
-        raise ConfigError(f"{shown(argument)} has no '='; write {fix} (all keys: --help)")
+        raise ConfigError(f"{format_value(argument)} has no '='; write {fix} (all keys: --help)")
     return key, value, written.strip()
 
 
@@ -108,12 +108,12 @@ def _command_line(arguments: list[str]) -> tuple[str, Settings]:
     for argument in arguments:
         key, value, written = split_argument(argument, {*KEYS, "config"})
         if key in SECTIONS or (key != "config" and key not in KEYS):
-            raise ConfigError(_explain_unknown(key, shown(value)))
+            raise ConfigError(_explain_unknown(key, format_value(value)))
         if key != written:
-            raise ConfigError(f"{argument} has dashes; write {key}={shown(value)}")
+            raise ConfigError(f"{argument} has dashes; write {key}={format_value(value)}")
         if key == "config":
             if name:
-                both = f"{shown(name)} and {shown(value)}"
+                both = f"{format_value(name)} and {format_value(value)}"
                 raise ConfigError(f"config is given twice, as {both}; give one")
             name = value
         else:
@@ -151,7 +151,7 @@ def _find(name: str) -> Path:
     nearest = difflib.get_close_matches(given.stem, [path.stem for path in SHIPPED], n=1)
     hint = f"did you mean config={nearest[0]}.yaml? " if nearest else ""
     raise ConfigError(
-        f"config={shown(name)} is not a file here or in configs/; {hint}{_shipped_names()}"
+        f"config={format_value(name)} is not a file here or in configs/; {hint}{_shipped_names()}"
     )
 
 
@@ -245,8 +245,8 @@ def _with_run_name(config: Config, path: Path) -> Config:
     if not _RUN_NAME.fullmatch(name):
         origin = f" (from the file {display_path(path)})" if config.run.name is None else ""
         raise ConfigError(
-            f"run.name={shown(name)}{origin} cannot be the name of a folder; use 1 to 64 of the "
-            "characters A-Z a-z 0-9 . _ - and begin with a letter, a digit or _",
+            f"run.name={format_value(name)}{origin} cannot be the name of a folder; use 1 to 64 of "
+            "the characters A-Z a-z 0-9 . _ - and begin with a letter, a digit or _",
             "run.name",
         )
     return dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))

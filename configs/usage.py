@@ -5,7 +5,7 @@ import inspect
 import textwrap
 from pathlib import Path
 
-from configs.errors import shown
+from configs.errors import format_value
 from configs.fields import KEYS, SECTIONS, Field
 
 SHIPPED: list[Path] = sorted(Path(__file__).parent.glob("*.yaml"))
@@ -27,7 +27,7 @@ def usage() -> str:
 def describe_field(field: Field) -> list[str]:
     """The lines about one setting: what it takes, its default, and its comment."""
     required = field.default is dataclasses.MISSING
-    default = "required" if required else f"default {shown(field.default)}"
+    default = "required" if required else f"default {format_value(field.default)}"
     indent = " " * 6
     comment = textwrap.wrap(field.comment, _WIDTH, initial_indent=indent, subsequent_indent=indent)
     return [f"  {field.name}  ({field.allowed}; {default})", *comment]

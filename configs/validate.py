@@ -7,7 +7,7 @@ over the ranks is in `configs/layout.py`, whether input files exist in `configs/
 import math
 from dataclasses import dataclass, fields
 
-from configs.errors import ConfigError, shown
+from configs.errors import ConfigError, format_value
 from configs.fields import KEYS, flatten
 from configs.layout import check_layout, divisors
 from configs.schema import Config, SourceConfig, WeightedSource
@@ -158,8 +158,8 @@ def _check_data(config: Config) -> None:
         key, value = f"data.{field.name}", getattr(data, field.name)
         if value != field.default:
             raise ConfigError(
-                f"{key}={shown(value)} has no meaning beside data.sources, a list of all sources; "
-                f"write it into data.sources, or leave {key} out",
+                f"{key}={format_value(value)} has no meaning beside data.sources, a list of all "
+                f"sources; write it into data.sources, or leave {key} out",
                 key,
             )
     for prefix, source in data.mixture.items():
@@ -191,8 +191,8 @@ def _check_meaning(prefix: str, source: WeightedSource) -> None:
         key, value = f"{prefix}.{leaf}", getattr(source, leaf)
         if value is not None:
             raise ConfigError(
-                f"{key}={shown(value)} has no meaning for {prefix}.source={source.source}; set "
-                f"{key}=null, or {prefix}.source{kinds}",
+                f"{key}={format_value(value)} has no meaning for {prefix}.source={source.source}; "
+                f"set {key}=null, or {prefix}.source{kinds}",
                 key,
             )
 
@@ -238,7 +238,7 @@ def _check_profile(steps: tuple[int, int] | None) -> None:
     key = "logging.profile_steps"
     if steps is not None and not 1 <= steps[0] <= steps[1] <= _LARGEST_STEP:
         raise ConfigError(
-            f"{key}={shown(steps)} is no range of steps; write the first and the last one, like "
-            f"[10, 12]; steps are counted from 1, and {_LARGEST_STEP} is the largest",
+            f"{key}={format_value(steps)} is no range of steps; write the first and the last one, "
+            f"like [10, 12]; steps are counted from 1, and {_LARGEST_STEP} is the largest",
             key,
         )

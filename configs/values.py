@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 
-from configs.errors import ConfigError, shown
+from configs.errors import ConfigError, format_value
 from configs.fields import Field, fields_of
 
 _YAML = "tag:yaml.org,2002:"
@@ -34,7 +34,9 @@ def argument_node(field: Field, text: str) -> yaml.Node:
         try:
             return compose(text) or yaml.ScalarNode(_NULL, text)
         except (yaml.YAMLError, RecursionError):
-            raise ConfigError(f"{field.name}={shown(text)} is not valid YAML", field.name) from None
+            raise ConfigError(
+                f"{field.name}={format_value(text)} is not valid YAML", field.name
+            ) from None
     is_null = text in _NULLS and get_origin(field.hint) is not Annotated
     if is_null and not (is_string and not text):
         return yaml.ScalarNode(_NULL, text)
@@ -58,7 +60,7 @@ def error(node: yaml.Node, message: str, key: str) -> ConfigError:
 def display(node: yaml.Node) -> str:
     """A node as an error shows it."""
     if isinstance(node, yaml.ScalarNode):
-        return shown(node.value)
+        return format_value(node.value)
     return "{...}" if isinstance(node, yaml.MappingNode) else "[...]"
 
 
@@ -82,7 +84,9 @@ def convert(field: Field, node: yaml.Node) -> Any:
         if field.nullable:
             return None
         default = (
-            "" if field.default is dataclasses.MISSING else f" (default {shown(field.default)})"
+            ""
+            if field.default is dataclasses.MISSING
+            else f" (default {format_value(field.default)})"
         )
         empty = '; an empty string is ""' if field.hint is str else ""
         raise error(
@@ -166,7 +170,7 @@ def _integer(field: Field, node: yaml.ScalarNode) -> int:
     if _NUMBER.fullmatch(text):
         number = Decimal(text)  # exact, where a float would round
         if number.adjusted() > _MAX_DIGITS:
-            raise error(node, f"{field.name}={shown(node.value)} is too large", field.name)
+            raise error(node, f"{field.name}={format_value(node.value)} is too large", field.name)
         if number == number.to_integral_value():
             return int(number)
     raise _not_allowed(field, node)
@@ -184,4 +188,4 @@ def _check_string(field: Field, node: yaml.ScalarNode) -> None:
     except UnicodeEncodeError:
         problem = "is not valid UTF-8; write it in UTF-8"
     if problem:
-        raise error(node, f"{field.name}={shown(text)} {problem}", field.name)
+        raise error(node, f"{field.name}={format_value(text)} {problem}", field.name)

@@ -8,7 +8,7 @@ from data.evaluation import EvaluationSet, evaluation_batches
 from data.loader import BatchLoader, StepBatch, rows_of_corpus
 from data.mixture import SampleOrder
 from data.rows import IGNORED_TARGET, MicroBatch
-from data.texts import corpus_to_score
+from data.texts import load_eval_corpus
 from data.token_file import TokenFile
 from data.tokenizer import Tokenizer, load_tokenizer
 
@@ -22,8 +22,8 @@ __all__ = [
     "StepBatch",
     "TokenFile",
     "Tokenizer",
-    "corpus_to_score",
     "evaluation_batches",
+    "load_eval_corpus",
     "load_tokenizer",
     "prepare_corpus",
     "rows_of_corpus",

@@ -18,7 +18,7 @@ from configs.errors import UserError
 from configs.schema import Config
 from data.corpus.prepare import Corpus
 from data.mixture import JoinedRows, SampleOrder
-from data.packing import Deal, deal_by_length, deal_in_order, padding_share
+from data.packing import Deal, assign_by_length, assign_in_order, padding_fraction
 from data.rows import MicroBatch, Rows, make_micro_batch, training_rows
 
 WAITING_FOR_DATA = "waiting for data"  # in a trace of torch.profiler
@@ -68,7 +68,7 @@ class BatchLoader:
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._first_sample = consumed_samples  # of the next step
         self._multiple_of = tp_size
-        self._deal: Deal = deal_by_length if sequence_mode == "pad" else deal_in_order
+        self._deal: Deal = assign_by_length if sequence_mode == "pad" else assign_in_order
         # In mode pad a row is of one document anyway.
         self._keep_documents_apart = config.data.inter_document_masking and sequence_mode == "pack"
         self._pin_memory = device_is_cuda
@@ -164,9 +164,9 @@ def _log_padding(
     num_rows = max(batch_size, min(_ROWS_OF_ESTIMATE, len(rows)) // batch_size * batch_size)
     lengths = rows.lengths(order.rows(0, num_rows))
     layout = (batch_size, config.train.micro_batch_size, dp_size, tp_size)
-    in_order = 100 * padding_share(lengths, deal_in_order, *layout)
+    in_order = 100 * padding_fraction(lengths, assign_in_order, *layout)
     if config.data.sequence_mode == "pad":
-        by_length = 100 * padding_share(lengths, deal_by_length, *layout)
+        by_length = 100 * padding_fraction(lengths, assign_by_length, *layout)
         logger.info(
             "padding: about %.2f%% of slots; without grouping rows by length, %.2f%%",
             by_length,

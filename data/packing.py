@@ -103,7 +103,7 @@ class _OpenRows:
         self._rows[room].append(rows)
 
 
-def deal_in_order(
+def assign_in_order(
     lengths: Int64Array, micro_batch_size: int, dp_rank: int, dp_size: int
 ) -> list[Int64Array]:
     """Returns the rows of each micro-batch of a rank, by their numbers in the step.
@@ -115,7 +115,7 @@ def deal_in_order(
     return np.split(rows, range(micro_batch_size, share, micro_batch_size))
 
 
-def deal_by_length(
+def assign_by_length(
     lengths: Int64Array, micro_batch_size: int, dp_rank: int, dp_size: int
 ) -> list[Int64Array]:
     """Returns the rows of each micro-batch of a rank; see [Note: rows of similar length].
@@ -130,7 +130,7 @@ def deal_by_length(
     return [np.sort(group.reshape(dp_size, -1)[dp_rank]) for group in groups]
 
 
-def padding_share(
+def padding_fraction(
     lengths: Int64Array,
     deal: Deal,
     batch_size: int,

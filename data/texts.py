@@ -24,7 +24,7 @@ _RECORDS_AT_ONCE = 256  # encoded in one call, on all cores
 logger = logging.getLogger("microtron")
 
 
-def corpus_to_score(source: SourceConfig, tokenizer: Tokenizer, tokenizer_path: Path) -> Corpus:
+def load_eval_corpus(source: SourceConfig, tokenizer: Tokenizer, tokenizer_path: Path) -> Corpus:
     """A corpus in memory whose documents, held out and not, are all those of a source in order.
 
     Duplicates are among them: a score is of the text as it is. Raises UserError or

@@ -17,16 +17,16 @@ from configs import Config, ModelConfig, load_config
 from data import prepare_corpus
 from data.loader import rows_of_corpus
 from data.mixture import SampleOrder
-from data.packing import Deal, Int64Array, deal_by_length, deal_in_order, padding_share
+from data.packing import Deal, Int64Array, assign_by_length, assign_in_order, padding_fraction
 from data.rows import Rows
 from data.token_file import Tokens
 
 _LENGTHS = (256, 1024, 2048)
 _MODES: tuple[tuple[str, Literal["pack", "pad"], Literal["stream", "best_fit"], Deal], ...] = (
-    ("pack, stream", "pack", "stream", deal_in_order),
-    ("pack, best_fit", "pack", "best_fit", deal_in_order),
-    ("pad, not grouped", "pad", "stream", deal_in_order),
-    ("pad", "pad", "stream", deal_by_length),
+    ("pack, stream", "pack", "stream", assign_in_order),
+    ("pack, best_fit", "pack", "best_fit", assign_in_order),
+    ("pad, not grouped", "pad", "stream", assign_in_order),
+    ("pad", "pad", "stream", assign_by_length),
 )
 _HEADER = (
     "| s | mode | rows | padded slots | short documents split | targets without their beginning "
@@ -88,7 +88,7 @@ def table(config: Config) -> list[str]:
         order = SampleOrder(corpus.weights, rows.rows_of_sources, config.run.seed)
         num_steps = max(1, len(rows) // train.global_batch_size)
         lengths = rows.lengths(order.rows(0, num_steps * train.global_batch_size))
-        padding = padding_share(
+        padding = padding_fraction(
             lengths, deal, train.global_batch_size, train.micro_batch_size, dp_size=1, multiple_of=1
         )
         cut = cuts(corpus.train, rows, s)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from configs.launch import exit_with_error, world_size_from_environment
 from configs.schema import ModelConfig
-from model.context import make_context
+from model.context import make_attention_context
 from model.gpt import Block
 from parallel import (
     DropoutStream,
@@ -125,7 +125,7 @@ def trace(mesh: Mesh) -> Iterator[str]:
     block = make_block(mesh)
     positions = torch.arange(S, device=mesh.device).unsqueeze(1).expand(S, B)
     stream = DropoutStream(SEED, 0, tuple(range(B)))
-    context = make_context(CONFIG, positions, None, stream, torch.float32)
+    context = make_attention_context(CONFIG, positions, None, stream, torch.float32)
     generator = torch.Generator().manual_seed(SEED)
     whole = torch.randn(S, B, CONFIG.hidden_size, generator=generator).to(mesh.device)
     x = sequence_shard(whole, mesh).clone().requires_grad_()

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from checkpoints import Checkpoint, load_tensors
 from configs import Config
 from data import Tokenizer
-from model import build_bare_model
+from model import build_inference_model
 from parallel import Mesh
 from training.optimizer import WEIGHTS, weight_tensors
 
@@ -52,7 +52,7 @@ def some_tokens(config: Config, num_ids: int) -> Tensor:
 @torch.no_grad()
 def our_logits(config: Config, checkpoint: Checkpoint, tokens: Tensor, mesh: Mesh) -> Tensor:
     """Float32 logits `[b, s, v]` of a checkpoint; every rank calls this and gets the same."""
-    model, length = build_bare_model(config, mesh), tokens.shape[1]
+    model, length = build_inference_model(config, mesh), tokens.shape[1]
     load_tensors(checkpoint, weight_tensors(model), mesh, prefix=WEIGHTS, converts=True)
     # Padded to a multiple of t at the end, where causal attention cannot see it.
     padding = (0, -length % mesh.tp.size)

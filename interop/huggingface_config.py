@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, cast
 
-from configs.errors import UserError, shown
+from configs.errors import UserError, format_value
 from configs.schema import ModelConfig
 from interop.huggingface import Family
 
@@ -148,7 +148,7 @@ def family_of(config: ModelConfig) -> Family:
 
 def _differences(config: ModelConfig, needed: Mapping[str, tuple[object, ...]]) -> list[str]:
     return [
-        f"model.{key}={shown(value)} (needs {' or '.join(map(shown, allowed))})"
+        f"model.{key}={format_value(value)} (needs {' or '.join(map(format_value, allowed))})"
         for key, allowed in needed.items()
         if (value := getattr(config, key)) not in allowed
     ]
@@ -236,7 +236,7 @@ def _family_in(theirs: Mapping[str, Any]) -> Family:
     family, architectures = theirs.get("model_type"), theirs.get("architectures") or []
     known = " or ".join(f"{name} ({kind})" for name, kind in ARCHITECTURES.items())
     if not isinstance(family, str) or family not in ARCHITECTURES:
-        raise UserError(f"config.json has model_type={shown(family)}, which is not {known}")
+        raise UserError(f"config.json has model_type={format_value(family)}, which is not {known}")
     if architectures and architectures != [ARCHITECTURES[family]]:
         raise UserError(f"config.json has architectures={json.dumps(architectures)}, not {known}")
     if theirs.get("quantization_config") is not None:

@@ -1,19 +1,19 @@
 """The GPT as mathematics, written with parallel layers."""
 
-from model.build import build_bare_model, build_model, describe_model
+from model.build import build_inference_model, build_meta_model, build_model
 from model.flops import flops_per_token, num_parameters
-from model.generation.decoding import continuations, generate
+from model.generation.decoding import generate, generate_tokens
 from model.generation.sampling import Sampling
 from model.gpt import GPT
 
 __all__ = [
     "GPT",
     "Sampling",
-    "build_bare_model",
+    "build_inference_model",
+    "build_meta_model",
     "build_model",
-    "continuations",
-    "describe_model",
     "flops_per_token",
     "generate",
+    "generate_tokens",
     "num_parameters",
 ]

@@ -4,21 +4,21 @@ import torch
 from torch import Tensor, nn
 
 from configs.schema import ModelConfig, Recompute
-from model.context import Context
+from model.context import AttentionContext
 from model.initialisation import matrix_init, residual_init
 from model.norm import make_head_norm
 from model.rotary import rotate
 from ops.compile import (
-    fused,
+    maybe_compile,
 )
 from ops.recompute import (
     is_same_memory,
-    made_again,
+    recompute_in_backward,
 )
-from ops.sdpa import attend
+from ops.sdpa import sdpa
 from parallel import (
-    ColumnParallelLinear,
     DropoutStream,
+    MergedColumnParallelLinear,
     Mesh,
     RowParallelLinear,
 )
@@ -38,15 +38,15 @@ class SelfAttention(nn.Module):
         self.layer, self.mesh, self.recompute = layer, mesh, recompute
         self.dropout = config.attention_dropout
         self.head_dim, self.qk_layernorm = config.head_dim, config.qk_layernorm
-        self.rotate = fused(rotate, mesh.compiles)
+        self.rotate = maybe_compile(rotate, mesh.compiles)
         h, g = config.hidden_size, config.num_groups
-        self.qkv = ColumnParallelLinear(
+        self.qkv = MergedColumnParallelLinear(
             h,
             {"q": h, "kv": 2 * g * config.head_dim},
             mesh,
             matrix_init(config),
             has_bias=config.add_bias_linear,
-            num_blocks={"kv": g},
+            num_row_groups={"kv": g},
         )
         if config.qk_layernorm:
             self.q_norm = make_head_norm(config, mesh)
@@ -55,7 +55,7 @@ class SelfAttention(nn.Module):
             h, h, mesh, residual_init(config), has_bias=config.add_bias_linear
         )
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         d = self.head_dim
         q, kv = self.qkv(x)  # [s, b, h/t], [s, b, 2gd/t]
         s, b, _ = q.shape
@@ -66,16 +66,20 @@ class SelfAttention(nn.Module):
         if context.rotation is not None:
             q, k = self.rotate(q, *context.rotation), self.rotate(k, *context.rotation)
         if context.cache is None:
-            y = attend(q, k, v, context.mask, self.drop(context.stream))  # [s, b, a/t, d]
+            y = sdpa(
+                q, k, v, context.mask, self.seed_attention_dropout(context.stream)
+            )  # [s, b, a/t, d]
         else:
-            y = context.cache.attend(self.layer, q, k, v)  # [s, b, a/t, d]
+            y = context.cache.update_and_attend(self.layer, q, k, v)  # [s, b, a/t, d]
         joined = y.flatten(2)  # [s, b, h/t], a copy if the kernel had another layout
         kept, is_copy = y.detach(), not is_same_memory(joined, y)
         # Full recomputation keeps neither; the recipe would.
-        with made_again(joined, lambda: kept.flatten(2), when=is_copy and self.recompute != "full"):
+        with recompute_in_backward(
+            joined, lambda: kept.flatten(2), when=is_copy and self.recompute != "full"
+        ):
             return self.proj(joined)  # [s/t, b, h]
 
-    def drop(self, stream: DropoutStream | None) -> float:
+    def seed_attention_dropout(self, stream: DropoutStream | None) -> float:
         """The dropout rate, having seeded the generator that SDPA will draw from.
 
         Nothing else in the project draws from the default generator, so seeding it disturbs nobody,

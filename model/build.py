@@ -9,7 +9,7 @@ from parallel import Mesh, initialise_parameters, shard_over_data_parallel
 COMPUTE_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def describe_model(config: Config, mesh: Mesh) -> GPT:
+def build_meta_model(config: Config, mesh: Mesh) -> GPT:
     """The GPT of a configuration, sharded, on the meta device: it takes no memory."""
     model = GPT(config.model, config.data.vocab_size, mesh, config.parallel.recompute_granularity)
     compute_dtype = COMPUTE_DTYPE[config.train.precision]
@@ -29,13 +29,13 @@ def build_model(config: Config, mesh: Mesh) -> GPT:
 
     No rank ever holds more than its shard of the model and one full tensor of the initialisation.
     """
-    model = describe_model(config, mesh)
+    model = build_meta_model(config, mesh)
     model.to_empty(device=mesh.device)
     initialise_parameters(model, config.run.seed, mesh)
     return model
 
 
-def build_bare_model(config: Config, mesh: Mesh) -> GPT:
+def build_inference_model(config: Config, mesh: Mesh) -> GPT:
     """The GPT of a configuration for use without training, its weights not set yet.
 
     Every rank has its tensor-parallel shard of all weights, in the precision of computation;

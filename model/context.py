@@ -7,12 +7,12 @@ from torch import Tensor
 
 from configs.schema import ModelConfig
 from model.generation.cache import KeyValueCache
-from model.rotary import Rotation, rotation_of
+from model.rotary import Rotation, rotary_cos_sin
 from parallel import DropoutStream
 
 
 @dataclass(frozen=True)
-class Context:
+class AttentionContext:
     """Of one micro-batch; the same on all tp ranks, since attention sees all positions."""
 
     rotation: Rotation | None  # None: positions are learned
@@ -21,20 +21,20 @@ class Context:
     cache: KeyValueCache | None = None  # None: what is read now is all there is
 
 
-def make_context(
+def make_attention_context(
     config: ModelConfig,
     positions: Tensor,
     documents: Tensor | None,
     stream: DropoutStream | None,
     dtype: torch.dtype,
     cache: KeyValueCache | None = None,
-) -> Context:
+) -> AttentionContext:
     """`positions` and `documents` `[s, b]`: places in the document, and which document it is."""
     rotation = None
     if config.position_embedding_type == "rope":
-        rotation = rotation_of(positions, config.head_dim, config.rotary_base, dtype)
+        rotation = rotary_cos_sin(positions, config.head_dim, config.rotary_base, dtype)
     mask = None if documents is None else document_mask(documents)
-    return Context(rotation, mask, stream, cache)
+    return AttentionContext(rotation, mask, stream, cache)
 
 
 def document_mask(documents: Tensor) -> Tensor:

@@ -15,13 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 from configs.schema import ModelConfig, Recompute
 from model.attention import SelfAttention
-from model.context import Context, make_context
+from model.context import AttentionContext, make_attention_context
 from model.generation.cache import KeyValueCache
 from model.initialisation import matrix_init
 from model.mlp import MLP
 from model.norm import make_norm
 from ops.recompute import (
-    made_again,
+    recompute_in_backward,
 )
 from parallel import (
     DropoutStream,
@@ -53,7 +53,7 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(config, mesh)
         self.mlp = MLP(config, mesh, recompute)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         if self.recompute == "full":
             # Only x is kept. Masks are functions of their names, so there is no state to restore.
             return checkpoint(
@@ -61,21 +61,23 @@ class Block(nn.Module):
             )
         return self.residuals(x, context)
 
-    def residuals(self, x: Tensor, context: Context) -> Tensor:
+    def residuals(self, x: Tensor, context: AttentionContext) -> Tensor:
         """The two residual equations of the block."""
         y = self.attention_norm(x)
-        with self.made_again(y, self.attention_norm, x):
+        with self.recompute_in_backward(y, self.attention_norm, x):
             y = self.attention(y, context)
         x = self.dropout_add(y, x, context.stream, AFTER_ATTENTION)
         y = self.mlp_norm(x)
-        with self.made_again(y, self.mlp_norm, x):
+        with self.recompute_in_backward(y, self.mlp_norm, x):
             y = self.mlp(y)
         return self.dropout_add(y, x, context.stream, AFTER_MLP)
 
-    def made_again(self, y: Tensor, norm: nn.Module, x: Tensor) -> AbstractContextManager[None]:
+    def recompute_in_backward(
+        self, y: Tensor, norm: nn.Module, x: Tensor
+    ) -> AbstractContextManager[None]:
         """Inside, `y = norm(x)` is not kept for backward if recomputation is selective."""
         kept = x.detach()
-        return made_again(y, lambda: norm(kept), when=self.recompute == "selective")
+        return recompute_in_backward(y, lambda: norm(kept), when=self.recompute == "selective")
 
     def dropout_add(self, y: Tensor, x: Tensor, stream: DropoutStream | None, site: int) -> Tensor:
         """`x + dropout(y)`."""
@@ -96,10 +98,10 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.vocab_size, self.mesh = config, vocab_size, mesh
-        self.learns_positions = config.position_embedding_type == "learned_absolute"
+        self.has_learned_positions = config.position_embedding_type == "learned_absolute"
         init = matrix_init(config)
         self.embedding = VocabParallelEmbedding(vocab_size, config.hidden_size, mesh, init)
-        if self.learns_positions:
+        if self.has_learned_positions:
             # Looked up on the sequence shard, after the reduce-scatter of the embedding.
             declare_parameter(
                 self,
@@ -127,7 +129,7 @@ class GPT(nn.Module):
         documents: Tensor | None = None,
         z_loss_coeff: float = 0.0,
         cache: KeyValueCache | None = None,
-        wanted: slice = slice(None),
+        logits_to_keep: slice = slice(None),
     ) -> Losses | Tensor:
         """The losses of all targets; without targets the logits, `[b, s, v]` float32.
 
@@ -135,12 +137,12 @@ class GPT(nn.Module):
         Without a `stream` there is no dropout.
         With `documents` `[b, s]`, tokens see only those that have the same number.
         With a `cache`, tokens follow those that it holds, and see them; no backward.
-        `wanted`: the positions whose logits are, where not all.
+        `logits_to_keep`: the positions whose logits are, where not all.
         """
         # The only transpose: data is batch first, the model sequence first.
         positions, documents = positions.t(), None if documents is None else documents.t()
         x = self.embed(tokens.t(), positions, stream)  # [s/t, b, h]
-        context = make_context(self.config, positions, documents, stream, x.dtype, cache)
+        context = make_attention_context(self.config, positions, documents, stream, x.dtype, cache)
         for block in self.blocks:
             x = block(x, context)
         x = self.norm(x)
@@ -151,7 +153,7 @@ class GPT(nn.Module):
         )
         if targets is None:
             # [s, b, v/t]
-            logits = vocab_parallel_logits(x, table.to_local(), self.mesh, wanted)
+            logits = vocab_parallel_logits(x, table.to_local(), self.mesh, logits_to_keep)
             return gather_vocabulary(logits, self.mesh, self.vocab_size).transpose(0, 1)
         # Inside the root's forward, because FSDP2 frees the head's weight after it.
         return vocab_parallel_loss(
@@ -161,7 +163,7 @@ class GPT(nn.Module):
     def embed(self, tokens: Tensor, positions: Tensor, stream: DropoutStream | None) -> Tensor:
         """Token (plus learned position), with dropout; `[s, b]` to `[s/t, b, h]`."""
         x = self.embedding(tokens)  # [s/t, b, h]
-        if self.learns_positions:
+        if self.has_learned_positions:
             x = x + lookup(self.positions.to_local(), sequence_shard(positions, self.mesh))
         # Layer -1: the site before all layers.
         return dropout_add(

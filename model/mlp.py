@@ -7,9 +7,9 @@ from torch.nn import functional as F
 
 from configs.schema import ModelConfig, Recompute
 from model.initialisation import matrix_init, residual_init
-from ops.compile import fused
-from ops.recompute import made_again
-from parallel import ColumnParallelLinear, Mesh, RowParallelLinear
+from ops.compile import maybe_compile
+from ops.recompute import recompute_in_backward
+from parallel import MergedColumnParallelLinear, Mesh, RowParallelLinear
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -45,10 +45,10 @@ class MLP(nn.Module):
         self.recompute = recompute
         # One kernel is faster than two for swiglu; torch's own gelu is faster than a compiled one.
         activation, gated = _ACTIVATIONS[config.activation], config.activation == "swiglu"
-        self.activation = fused(activation, mesh.compiles and gated)
+        self.activation = maybe_compile(activation, mesh.compiles and gated)
         h, f, has_bias = config.hidden_size, config.ffn_size, config.add_bias_linear
         names = ("up", "gate") if gated else ("up",)
-        self.expand = ColumnParallelLinear(
+        self.expand = MergedColumnParallelLinear(
             h, dict.fromkeys(names, f), mesh, matrix_init(config), has_bias=has_bias
         )
         self.down = RowParallelLinear(f, h, mesh, residual_init(config), has_bias=has_bias)
@@ -57,5 +57,7 @@ class MLP(nn.Module):
         expanded = self.expand(x)  # one or two of [s, b, f/t]
         y = self.activation(*expanded)  # [s, b, f/t]
         kept = [tensor.detach() for tensor in expanded]
-        with made_again(y, lambda: self.activation(*kept), when=self.recompute == "selective"):
+        with recompute_in_backward(
+            y, lambda: self.activation(*kept), when=self.recompute == "selective"
+        ):
             return self.down(y)  # [s/t, b, h]

@@ -5,7 +5,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from configs.schema import ModelConfig
-from ops.compile import fused
+from ops.compile import maybe_compile
 from parallel import Constant, Mesh, declare_parameter
 
 
@@ -44,7 +44,7 @@ class RMSNorm(nn.Module):
     def __init__(self, size: int, epsilon: float, mesh: Mesh, grad_is_partial: bool) -> None:
         super().__init__()
         self.epsilon = epsilon
-        self.rms_norm = fused(rms_norm, mesh.compiles)
+        self.rms_norm = maybe_compile(rms_norm, mesh.compiles)
         declare_parameter(
             self, "weight", (size,), mesh, init=Constant(1.0), grad_is_partial=grad_is_partial
         )

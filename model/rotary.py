@@ -10,7 +10,7 @@ from torch import Tensor
 Rotation = tuple[Tensor, Tensor]  # cosines and sines of the angles, each [s, b, 1, d/2]
 
 
-def rotation_of(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> Rotation:
+def rotary_cos_sin(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> Rotation:
     """The rotation at each position: pair i of d/2 has turned by position / base^(2 i / d).
 
     `positions` `[s, b]`: all of them and not a sequence shard, since queries and keys have all.

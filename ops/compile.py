@@ -25,7 +25,7 @@ _MOST_KERNELS = 64
 _ROOM_MIB = 256  # torch 2.13 writes a precompiled header of 147 MiB, and small files
 
 
-def fused(function: Function, compiles: bool) -> Function:
+def maybe_compile(function: Function, compiles: bool) -> Function:
     """The function; as one kernel if it is to be compiled, made at its first call.
 
     A kernel gets what it computes with as tensors. The compiler may take a number for a constant or
@@ -44,7 +44,7 @@ def _compiled(function: Function) -> Function:
     return compiled
 
 
-def why_not_compile(device: torch.device) -> str | None:
+def compile_obstacle(device: torch.device) -> str | None:
     """Why kernels cannot be compiled on this machine; None if they can.
 
     A compiler that works and a cache that can be written to are tried out: the first kernels are

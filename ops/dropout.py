@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.compile import fused
+from ops.compile import maybe_compile
 
 # The multipliers of Wellons' hash-prospector search (lowbias32): two rounds of xorshift and
 # multiply in which every input bit flips every output bit with probability near one half.
@@ -111,12 +111,12 @@ class _DropoutAdd(torch.autograd.Function):
         ctx.mask = (keys, first_position, *_scalars(rate, compiles, x.device))
         ctx.compiles, ctx.has_residual = compiles, residual is not None
         if residual is None:
-            return fused(_drop, compiles)(x, *ctx.mask)
-        return fused(_drop_and_add, compiles)(x, residual, *ctx.mask)
+            return maybe_compile(_drop, compiles)(x, *ctx.mask)
+        return maybe_compile(_drop_and_add, compiles)(x, residual, *ctx.mask)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x = fused(_drop, ctx.compiles)(grad_y, *ctx.mask)
+        grad_x = maybe_compile(_drop, ctx.compiles)(grad_y, *ctx.mask)
         return grad_x, grad_y if ctx.has_residual else None, None, None, None, None
 
 

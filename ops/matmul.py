@@ -41,7 +41,7 @@ def _has_bfloat16_units() -> bool:
     return platform.machine() not in ("x86_64", "AMD64") or torch.cpu._is_amx_tile_supported()
 
 
-def operand_dtype(x: Tensor) -> torch.dtype:
+def matmul_dtype(x: Tensor) -> torch.dtype:
     """The precision in which x is multiplied: [Note: bfloat16 without units for it]."""
     lacks_units = x.device.type == "cpu" and not _has_bfloat16_units()
     return torch.float32 if x.dtype == torch.bfloat16 and lacks_units else x.dtype
@@ -76,7 +76,7 @@ _scratch = _Scratch()
 
 
 @contextmanager
-def own_scratch() -> Iterator[dict[str, Tensor]]:
+def scratch_scope() -> Iterator[dict[str, Tensor]]:
     """Inside, scratch memory is apart from that outside, and counted: the tensors by use."""
     outside, _scratch.memory = _scratch.memory, {}
     try:
@@ -85,12 +85,12 @@ def own_scratch() -> Iterator[dict[str, Tensor]]:
         _scratch.memory = outside
 
 
-def as_operand(x: Tensor, use: str) -> Tensor:
+def widen(x: Tensor, use: str) -> Tensor:
     """x in the precision in which it is multiplied: itself, or a copy in scratch memory.
 
     The copy has x's order of dimensions, and is good until the next call with the same `use`.
     """
-    return x if operand_dtype(x) == x.dtype else _widened(x, use)
+    return x if matmul_dtype(x) == x.dtype else _widened(x, use)
 
 
 def _widened(x: Tensor, use: str) -> Tensor:
@@ -102,12 +102,12 @@ def _widened(x: Tensor, use: str) -> Tensor:
     return _scratch.take(use, x, x.shape).copy_(x)
 
 
-def exact_operand(x: Tensor, use: str) -> Tensor:
-    """x as `product_in_float32` multiplies it, for one that it multiplies several times."""
+def widen_exactly(x: Tensor, use: str) -> Tensor:
+    """x as `matmul_fp32` multiplies it, for one that it multiplies several times."""
     return _widened(x, use) if x.device.type == "cpu" else x
 
 
-def product_in_float32(a: Tensor, b: Tensor) -> Tensor:
+def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
     """`a b` in float32 at least, never rounded to bfloat16; good until the next product.
 
     A processor's kernels round to the precision of the operands, so there those are widened.
@@ -120,7 +120,7 @@ def product_in_float32(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.dtype == torch.bfloat16 else torch.mm(a, b)
 
 
-def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+def add_matmul_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """`total += a b`, where total is of float32 at least, and a and b perhaps of bfloat16."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
@@ -130,11 +130,11 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += torch.mm(a, b, out_dtype=total.dtype)
 
 
-def multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """`a b (+ bias)`, `[m, k]` times `[k, n]`, rounded to a's precision. No autograd."""
-    if operand_dtype(a) == a.dtype:
+    if matmul_dtype(a) == a.dtype:
         return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
-    wide = product_in_float32(as_operand(a, "left"), as_operand(b, "right"))
+    wide = matmul_fp32(widen(a, "left"), widen(b, "right"))
     return (wide if bias is None else wide.add_(bias)).to(a.dtype)
 
 
@@ -150,17 +150,17 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         rows, matrix = x.reshape(-1, x.shape[-1]), weight.t()
         # A copy, because the next product is written over this one.
-        y = product_in_float32(rows, matrix).clone() if exact else multiply(rows, matrix, bias)
+        y = matmul_fp32(rows, matrix).clone() if exact else matmul(rows, matrix, bias)
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grads = grad.reshape(-1, grad.shape[-1]).to(x.dtype)
-        grad_x = multiply(grads, weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        grad_x = matmul(grads, weight).view(x.shape) if ctx.needs_input_grad[0] else None
         grad_weight = grad_bias = None
         if ctx.needs_input_grad[1]:
-            grad_weight = multiply(grads.t(), x.reshape(-1, x.shape[-1]))
+            grad_weight = matmul(grads.t(), x.reshape(-1, x.shape[-1]))
         if ctx.needs_input_grad[2]:
             grad_bias = grads.sum(dim=0)
         return grad_x, grad_weight, grad_bias, None
@@ -168,12 +168,12 @@ class _Linear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x weight^T + bias`, `[..., in]` to `[..., out]`, `weight` `[out, in]`."""
-    if operand_dtype(x) != x.dtype:
+    if matmul_dtype(x) != x.dtype:
         return _Linear.apply(x, weight, bias, False)
     return F.linear(x, weight, bias)
 
 
-def linear_in_float32(x: Tensor, weight: Tensor) -> Tensor:
+def linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
     """`x weight^T` as `linear`, but in float32 at least."""
     return (
         _Linear.apply(x, weight, None, True) if x.dtype == torch.bfloat16 else F.linear(x, weight)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 
-def made_again(
+def recompute_in_backward(
     output: Tensor, recipe: Callable[[], Tensor], when: bool = True
 ) -> AbstractContextManager[None]:
     """Operations inside that keep `output` for backward keep `recipe` in its place, if `when`.
@@ -22,11 +22,11 @@ def made_again(
     `recipe` must give the same values again, from tensors that it holds; it runs in backward,
     without autograd, once for each operation that kept `output`.
     """
-    return _made_again(output, recipe) if when else nullcontext()
+    return _recompute_in_backward(output, recipe) if when else nullcontext()
 
 
 @contextmanager
-def _made_again(output: Tensor, recipe: Callable[[], Tensor]) -> Iterator[None]:
+def _recompute_in_backward(output: Tensor, recipe: Callable[[], Tensor]) -> Iterator[None]:
     # torch asks the innermost hooks only. All other tensors go on to those around these, which may
     # be those of full recomputation.
     outer_pack, outer_unpack = _hooks_around()

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ops.matmul import as_operand, operand_dtype
+from ops.matmul import matmul_dtype, widen
 
 _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """What each query makes of the values it may see, `[s, b, a/t, d]`.
 
     `q` `[s, b, a/t, d]`; `k`, `v` `[s, b, g/t, d]`, of which each serves the a/g query heads next
@@ -46,8 +46,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
     return _sequence_first(y)
 
 
-def attend_with_past(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As `attend`, causal, where the queries are of the last n of m positions; no backward.
+def sdpa_with_past(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As `sdpa`, causal, where the queries are of the last n of m positions; no backward.
 
     `q`, and the result, `[n, b, a/t, d]`; `k`, `v` `[m, b, g/t, d]`. The queries that a group
     serves are made rows of one product with its keys, so that no key is repeated.
@@ -81,9 +81,9 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, y, log_sum_exp, mask = ctx.saved_tensors
         grads = _flash_backward(
-            _batch_first(as_operand(grad_y, "grad_y")),
+            _batch_first(widen(grad_y, "grad_y")),
             *_operands(q, k, v),
-            _batch_first(as_operand(y, "y")),
+            _batch_first(widen(y, "y")),
             log_sum_exp,
             0.0,
             is_causal=mask is None,
@@ -99,8 +99,8 @@ class _Attention(torch.autograd.Function):
 
 def _operands(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as `[b, a/t, s, d]`, a key and a value for each query head."""
-    k, v = _for_each_query_head(as_operand(k, "k"), q), _for_each_query_head(as_operand(v, "v"), q)
-    return _batch_first(as_operand(q, "q")), _batch_first(k), _batch_first(v)
+    k, v = _for_each_query_head(widen(k, "k"), q), _for_each_query_head(widen(v, "v"), q)
+    return _batch_first(widen(q, "q")), _batch_first(k), _batch_first(v)
 
 
 def _for_each_query_head(heads: Tensor, q: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def _as_bias(mask: Tensor | None, q: Tensor) -> Tensor | None:
     """What is added to the scores: 0 where a query sees a key, else minus infinity."""
     if mask is None:
         return None
-    bias = torch.zeros(mask.shape, dtype=operand_dtype(q), device=q.device)
+    bias = torch.zeros(mask.shape, dtype=matmul_dtype(q), device=q.device)
     return bias.masked_fill_(~mask, float("-inf"))
 
 

@@ -6,7 +6,7 @@ This package is the only one that crosses the wire. It takes plain ints and bool
 from parallel.collectives import (
     any_rank,
     gather_json,
-    is_wait,
+    is_blocking_frame,
     move_to,
     sum_flags,
     sum_over,
@@ -20,7 +20,7 @@ from parallel.data_parallel import (
 from parallel.gradients import are_finite, clip_gradients, sum_partial_gradients
 from parallel.heartbeats import Heartbeats
 from parallel.layers import (
-    ColumnParallelLinear,
+    MergedColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
     lookup,
@@ -44,41 +44,41 @@ from parallel.parameters import (
     parameter_facts,
 )
 from parallel.randomness import DropoutStream, dropout_add, fold_seed
-from parallel.replicas import Drift, find_drift
+from parallel.replica_check import ReplicaMismatch, compare_replicas
 from parallel.sharding import local_part, local_slices, shard_range, tp_shard_dim
-from parallel.transport.backend import is_transport, lost_connection
+from parallel.transport.backend import is_transport_frame, lost_connection
 from parallel.transport.rendezvous import DeviceError, machine_id
 
 __all__ = [
     "Axis",
-    "ColumnParallelLinear",
     "Constant",
     "DeviceError",
-    "Drift",
     "DropoutStream",
     "Heartbeats",
     "Losses",
+    "MergedColumnParallelLinear",
     "Mesh",
     "Normal",
+    "ReplicaMismatch",
     "RowParallelLinear",
     "VocabParallelEmbedding",
     "any_rank",
     "are_finite",
     "clip_gradients",
     "close_mesh",
+    "compare_replicas",
     "declare_parameter",
     "dropout_add",
     "enter_tensor_parallel_region",
     "exit_tensor_parallel_region",
-    "find_drift",
     "fold_seed",
     "free_gathered_weights",
     "gather_json",
     "gather_vocabulary",
     "init_mesh",
     "initialise_parameters",
-    "is_transport",
-    "is_wait",
+    "is_blocking_frame",
+    "is_transport_frame",
     "local_part",
     "local_slices",
     "lookup",

@@ -60,7 +60,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def is_wait(code: CodeType) -> bool:
+def is_blocking_frame(code: CodeType) -> bool:
     """Whether a function only waits: for other ranks, or for a device that may wait for them."""
     return code in {function.__code__ for function in (await_work, move_to, synchronize)}
 
@@ -86,7 +86,7 @@ def start_all_reduce(x: Tensor, axis: Axis) -> Pending:
     return Pending(reduced, dist.all_reduce(reduced, group=axis.group, async_op=True))
 
 
-def start_sum_over_tp(x: Tensor, mesh: Mesh) -> Pending:
+def start_tp_all_reduce(x: Tensor, mesh: Mesh) -> Pending:
     """What every tp rank has of `[s, ...]`, summed: `[s/t, ...]`, or `[s, ...]` without sp."""
     if mesh.tp.size == 1:
         return Pending(x)
@@ -110,7 +110,7 @@ def all_reduce(x: Tensor, axis: Axis) -> Tensor:
     return start_all_reduce(x, axis).wait()
 
 
-def own_positions(x: Tensor, axis: Axis) -> Tensor:
+def local_sequence_chunk(x: Tensor, axis: Axis) -> Tensor:
     """This rank's positions, `[s, ...]` to `[s/t, ...]`."""
     assert x.shape[0] % axis.size == 0, f"{x.shape[0]} positions over tp={axis.size}"
     # A copy, or the whole of x would stay in memory for the sake of a part.

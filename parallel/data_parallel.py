@@ -21,7 +21,7 @@ from parallel.mesh import Mesh
 _MOST_UNDER_WAY = 2
 
 
-class _ReduceScatterLater(DefaultReduceScatter):
+class _AsyncReduceScatter(DefaultReduceScatter):
     """FSDP2's reduce-scatter of gradients, begun when it is asked for and awaited later.
 
     On a processor FSDP2 would wait at once. It reads nothing of the result before the update as
@@ -82,12 +82,12 @@ def shard_over_data_parallel(
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     if overlap and mesh.device.type == "cpu" and mesh.dp.size > 1:
-        _gather_ahead(model, blocks)
+        _enable_prefetch(model, blocks)
         if one_sum_a_step:
-            _sum_later(model, blocks)
+            _defer_reduce_scatter(model, blocks)
 
 
-def _gather_ahead(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+def _enable_prefetch(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
     """Gather the next block's weights under this one's work, in backward the last one's."""
     assert isinstance(model, FSDPModule)
     model._set_unshard_async_op(True)  # of all gathers; backward begins them ahead by itself
@@ -97,9 +97,9 @@ def _gather_ahead(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         block.set_modules_to_forward_prefetch([following])
 
 
-def _sum_later(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+def _defer_reduce_scatter(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
     """Sum a block's gradients under the backward of those before it."""
-    reduce_scatter = _ReduceScatterLater()
+    reduce_scatter = _AsyncReduceScatter()
     model.awaited = reduce_scatter  # type: ignore[assignment]  # not a submodule
     for module in (model, *blocks):
         assert isinstance(module, FSDPModule)

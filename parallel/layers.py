@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from ops.matmul import linear, linear_in_float32
+from ops.matmul import linear, linear_fp32
 from parallel.mappings import enter_tensor_parallel_region, exit_tensor_parallel_region
 from parallel.mesh import Mesh
 from parallel.overlap import WeightAndBias, column_parallel_linear, row_parallel_linear
@@ -23,9 +23,9 @@ from parallel.sharding import shard_range
 class _ColumnWeight(nn.Module):
     """One weight of a column-parallel layer and its bias; computes this rank's columns of Y.
 
-    Cut by rows, `[out/t, in]`. Or, if its rows come in `num_blocks` < t blocks that must stay
-    whole, kept in full by every rank, of which t / num_blocks compute the same block. The gradient
-    of such a weight is partial: a rank has it for its own block, from its own consumers of it.
+    Cut by rows, `[out/t, in]`. Or, if its rows come in `num_row_groups` < t blocks that must stay
+    whole, kept in full by every rank, of which t / num_row_groups compute the same block. The
+    gradient of such a weight is partial: each rank only has the part of its own consumers.
     """
 
     weight: DTensor
@@ -39,14 +39,16 @@ class _ColumnWeight(nn.Module):
         init: Normal,
         *,
         has_bias: bool,
-        num_blocks: int | None,
+        num_row_groups: int | None,
     ) -> None:
         super().__init__()
         self.block: tuple[int, int] | None = None  # first row and number of rows, if kept in full
-        if num_blocks is not None and num_blocks < mesh.tp.size:
-            assert mesh.tp.size % num_blocks == 0, f"{num_blocks} blocks over tp={mesh.tp.size}"
-            rows = out_size // num_blocks
-            self.block = (mesh.tp.rank * num_blocks // mesh.tp.size * rows, rows)
+        if num_row_groups is not None and num_row_groups < mesh.tp.size:
+            assert mesh.tp.size % num_row_groups == 0, (
+                f"{num_row_groups} blocks over tp={mesh.tp.size}"
+            )
+            rows = out_size // num_row_groups
+            self.block = (mesh.tp.rank * num_row_groups // mesh.tp.size * rows, rows)
         # The bias sees every position, like the weight: with rows of its own its gradient is whole.
         place: dict[str, Any] = {
             "tp_dim": None if self.block else 0,
@@ -71,7 +73,7 @@ class _ColumnWeight(nn.Module):
         return weight, bias
 
 
-class ColumnParallelLinear(nn.Module):
+class MergedColumnParallelLinear(nn.Module):
     """Y_w = X A_w^T + b_w for one or several weights A_w, each split by rows over the tp axis.
 
         A = [A_1; ...; A_t]      Y = [Y_1 ... Y_t]      Y_i = X A_i^T + b_i
@@ -81,8 +83,8 @@ class ColumnParallelLinear(nn.Module):
     Weights that read the same input share the gather. Each is a parameter of its own, so that a
     shard is one contiguous slice and the names do not depend on the layout.
 
-    `num_blocks` names the weights whose rows come in blocks that no two ranks may split. With fewer
-    blocks than ranks, several ranks compute the same block, `[s, b, out/num_blocks]`.
+    `num_row_groups` names the weights whose rows come in blocks that no two ranks may split.
+    With fewer blocks than ranks, several ranks compute the same block: `[s, b, out/groups]`.
     """
 
     def __init__(
@@ -93,14 +95,14 @@ class ColumnParallelLinear(nn.Module):
         init: Normal,
         *,
         has_bias: bool = True,
-        num_blocks: Mapping[str, int] | None = None,
+        num_row_groups: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
         self.mesh = mesh
         for name, out_size in out_sizes.items():
-            blocks = (num_blocks or {}).get(name)
+            blocks = (num_row_groups or {}).get(name)
             weight = _ColumnWeight(
-                in_size, out_size, mesh, init, has_bias=has_bias, num_blocks=blocks
+                in_size, out_size, mesh, init, has_bias=has_bias, num_row_groups=blocks
             )
             self.add_module(name, weight)
 
@@ -216,4 +218,4 @@ def vocab_parallel_logits(
     `[s, b, v/t]` in float32 at least. Forward: all-gather of x (or nothing). Backward:
     reduce-scatter (or all-reduce).
     """
-    return linear_in_float32(enter_tensor_parallel_region(x, mesh)[positions], weight)
+    return linear_fp32(enter_tensor_parallel_region(x, mesh)[positions], weight)

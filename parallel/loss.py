@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ops.matmul import add_product_, as_operand, exact_operand, product_in_float32
-from parallel.collectives import all_gather, start_sum_over_tp
+from ops.matmul import add_matmul_, matmul_fp32, widen, widen_exactly
+from parallel.collectives import all_gather, start_tp_all_reduce
 from parallel.mesh import Axis, Mesh
 from parallel.sharding import shard_range
 
@@ -71,8 +71,8 @@ class _HeadLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = all_gather(x, mesh.tp) if mesh.sequence_parallel else x  # [s, b, h]
         rows = rows.reshape(-1, x.shape[-1])  # [s b, h]
-        matrix = as_operand(weight, "right")  # [v/t, h]
-        exact = exact_operand(matrix, "right")
+        matrix = widen(weight, "right")  # [v/t, h]
+        exact = widen_exactly(matrix, "right")
         first_id, _ = shard_range(vocab_size, mesh.tp.size, mesh.tp.rank)
         of_all = _find_targets(targets, first_id, len(matrix))
         at_least_float32 = torch.promote_types(weight.dtype, torch.float32)
@@ -85,19 +85,19 @@ class _HeadLoss(torch.autograd.Function):
         length = max(1, _PIECE_ELEMENTS[x.device.type] // -(-vocab_size // mesh.tp.size))
         for start in range(0, len(rows), length):
             piece = slice(start, start + length)
-            target, operand = of_all.piece(piece), as_operand(rows[piece], "left")
-            z = product_in_float32(operand, exact.t())  # [n, v/t]
-            log_z, loss, softmax_scale = _over_vocabulary_(z, target, mesh.tp)
+            target, operand = of_all.piece(piece), widen(rows[piece], "left")
+            z = matmul_fp32(operand, exact.t())  # [n, v/t]
+            log_z, loss, softmax_scale = _log_sum_exp_and_loss_(z, target, mesh.tp)
             of_positions = torch.stack([loss, log_z.square()])
             sums += of_positions.masked_fill(~target.counts, 0.0).sum(dim=1)
             if with_gradients:
                 softmax_scale *= 1.0 + 2.0 * z_loss_coeff * log_z
-                grad_z = _gradient_of_logits_(z, softmax_scale, target).to(matrix.dtype)
+                grad_z = _logits_grad_(z, softmax_scale, target).to(matrix.dtype)
                 grad_rows[piece] = torch.mm(grad_z, matrix)
-                add_product_(grad_weight, grad_z.t(), operand)
+                add_matmul_(grad_weight, grad_z.t(), operand)
         if with_gradients:
             grad_rows = grad_rows.view(-1, *x.shape[1:])
-            grad_x = start_sum_over_tp(grad_rows, mesh).wait()  # as x: [s/t, b, h]
+            grad_x = start_tp_all_reduce(grad_rows, mesh).wait()  # as x: [s/t, b, h]
             ctx.gradients, ctx.weight_dtype = (grad_x, grad_weight), weight.dtype
         cross_entropy, log_z_squared = sums.unbind()
         ctx.mark_non_differentiable(cross_entropy, log_z_squared)
@@ -114,7 +114,7 @@ class _HeadLoss(torch.autograd.Function):
         return grad_x, grad_weight, None, None, None, None, None
 
 
-def _over_vocabulary_(z: Tensor, target: _Targets, tp: Axis) -> tuple[Tensor, Tensor, Tensor]:
+def _log_sum_exp_and_loss_(z: Tensor, target: _Targets, tp: Axis) -> tuple[Tensor, Tensor, Tensor]:
     """log_z and loss of n positions, ignored ones too; z becomes the softmax but for a factor.
 
     z: `[n, v/t]` logits, in whose place exp(z - their maximum) is left. The factor, `[n]`, is the
@@ -129,7 +129,7 @@ def _over_vocabulary_(z: Tensor, target: _Targets, tp: Axis) -> tuple[Tensor, Te
     return log_z, log_z - target_logit, (maximum - log_z).exp()
 
 
-def _gradient_of_logits_(z: Tensor, softmax_scale: Tensor, target: _Targets) -> Tensor:
+def _logits_grad_(z: Tensor, softmax_scale: Tensor, target: _Targets) -> Tensor:
     """d objective / dz in place of z, of which `softmax_scale` makes the first of its two terms."""
     z.mul_(softmax_scale.masked_fill(~target.counts, 0.0).unsqueeze(1))
     at_target = -(target.is_ours & target.counts).to(z.dtype)

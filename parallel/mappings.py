@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.collectives import all_gather, all_reduce, own_positions, reduce_scatter
+from parallel.collectives import all_gather, all_reduce, local_sequence_chunk, reduce_scatter
 from parallel.mesh import Axis, Mesh
 
 
@@ -84,14 +84,14 @@ class _Replicate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return own_positions(grad, ctx.axis), None
+        return local_sequence_chunk(grad, ctx.axis), None
 
 
 class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
-        return own_positions(x, axis)
+        return local_sequence_chunk(x, axis)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -159,7 +159,7 @@ def sequence_shard(x: Tensor, mesh: Mesh) -> Tensor:
     """
     if not mesh.sequence_parallel:
         return x
-    return own_positions(x.detach(), mesh.tp)
+    return local_sequence_chunk(x.detach(), mesh.tp)
 
 
 def gather_vocabulary(logits: Tensor, mesh: Mesh, vocab_size: int) -> Tensor:

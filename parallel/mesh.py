@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ops.compile import why_not_compile
+from ops.compile import compile_obstacle
 from ops.matmul import use_full_precision
 from parallel.transport.backend import cpu_backend
 from parallel.transport.rendezvous import TIMEOUT_S, connect_store, join_attempt
@@ -104,7 +104,7 @@ def init_mesh(
         alone = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=alone, rank=0, world_size=1)
     compiles = compiles and _all_can_compile(torch_device)
-    mesh = lay_mesh(
+    mesh = make_mesh(
         tensor_model_parallel_size, sequence_parallel, torch_device, local_rank, overlap, compiles
     )
     return replace(mesh, attempt=attempt, is_restart=is_restart)
@@ -112,7 +112,7 @@ def init_mesh(
 
 def _all_can_compile(device: torch.device) -> bool:
     """Whether every rank can: kernels round otherwise than torch, and copies must stay equal."""
-    problem, rank = why_not_compile(device), dist.get_rank()
+    problem, rank = compile_obstacle(device), dist.get_rank()
     first = torch.tensor([dist.get_world_size() if problem is None else rank], device=device)
     dist.all_reduce(first, dist.ReduceOp.MIN)
     if rank == first.item():
@@ -138,7 +138,7 @@ def wait_for_all_ranks(mesh: Mesh, where: str) -> None:
             time.sleep(_POLL_INTERVAL_S)
 
 
-def lay_mesh(
+def make_mesh(
     tensor_model_parallel_size: int,
     sequence_parallel: bool,
     device: torch.device,
@@ -162,7 +162,7 @@ def lay_mesh(
         return Axis(dist.get_world_size(group), dist.get_rank(group), group)
 
     everyone = dist.group.WORLD
-    assert everyone is not None, "lay_mesh needs a process group"
+    assert everyone is not None, "make_mesh needs a process group"
     world = Axis(world_size, dist.get_rank(), everyone)
     return Mesh(
         device_mesh=device_mesh,

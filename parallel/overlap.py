@@ -30,14 +30,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.matmul import multiply
+from ops.matmul import matmul
 from ops.recompute import keep_now
 from parallel.collectives import (
     Pending,
     all_gather,
     start_all_gather,
     start_reduce_scatter,
-    start_sum_over_tp,
+    start_tp_all_reduce,
 )
 from parallel.mesh import Mesh
 
@@ -61,16 +61,16 @@ class _ColumnParallel(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         mesh, (x, *weights) = ctx.mesh, ctx.saved_tensors
         gathering = start_all_gather(x, mesh.tp) if mesh.sequence_parallel else Pending(x)
-        grad_x = multiply(_rows(grads[0]), weights[0])
+        grad_x = matmul(_rows(grads[0]), weights[0])
         for grad, weight in zip(grads[1:], weights[1:], strict=True):
-            grad_x += multiply(_rows(grad), weight)
+            grad_x += matmul(_rows(grad), weight)
         grad_x = grad_x.view(*grads[0].shape[:-1], -1)  # [s, b, in], a partial sum
         rows = _rows(gathering.wait())
-        summing = start_sum_over_tp(grad_x, mesh)
+        summing = start_tp_all_reduce(grad_x, mesh)
         of_tensors: list[Tensor | None] = []
         for number, grad in enumerate(grads):
             needs_weight, needs_bias = ctx.needs_input_grad[2 + 2 * number : 4 + 2 * number]
-            of_tensors.append(multiply(_rows(grad).t(), rows) if needs_weight else None)
+            of_tensors.append(matmul(_rows(grad).t(), rows) if needs_weight else None)
             of_tensors.append(_rows(grad).sum(dim=0) if needs_bias else None)
         return summing.wait(), None, *of_tensors
 
@@ -87,7 +87,7 @@ class _RowParallel(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), ctx.kept = ctx.kept(), None
         (grad_x,), grad = _gather_and_multiply(grad, [weight], [None], ctx.mesh)
-        grad_weight = multiply(_rows(grad).t(), _rows(x)) if ctx.needs_input_grad[2] else None
+        grad_weight = matmul(_rows(grad).t(), _rows(x)) if ctx.needs_input_grad[2] else None
         return grad_x, None, grad_weight
 
 
@@ -117,7 +117,7 @@ def _gather_and_multiply(
     if num_pieces == 1:
         gathered = all_gather(x, mesh.tp) if mesh.sequence_parallel else x
         outputs = [
-            multiply(_rows(gathered), matrix, bias).view(*gathered.shape[:-1], -1)
+            matmul(_rows(gathered), matrix, bias).view(*gathered.shape[:-1], -1)
             for matrix, bias in zip(matrices, biases, strict=True)
         ]
         return outputs, gathered
@@ -133,7 +133,7 @@ def _gather_and_multiply(
             gathering = start_all_gather(pieces[number + 1], mesh.tp)
         gathered[:, number] = piece.view_as(gathered[:, number])
         for output, matrix, bias in zip(outputs, matrices, biases, strict=True):
-            product = multiply(_rows(piece), matrix, bias)
+            product = matmul(_rows(piece), matrix, bias)
             output[:, number] = product.view_as(output[:, number])
     return [output.flatten(0, 2) for output in outputs], gathered.flatten(0, 2)
 
@@ -142,13 +142,13 @@ def _multiply_and_sum(x: Tensor, matrix: Tensor, mesh: Mesh) -> Tensor:
     """x `[s, b, k]` times the matrix `[k, n]`, summed over ranks: `[s/t, b, n]`, or `[s, b, n]`."""
     num_pieces = _num_pieces(x.shape[0] // mesh.tp.size, mesh)
     if num_pieces == 1:
-        y = multiply(_rows(x), matrix).view(*x.shape[:-1], -1)
-        return start_sum_over_tp(y, mesh).wait()
+        y = matmul(_rows(x), matrix).view(*x.shape[:-1], -1)
+        return start_tp_all_reduce(y, mesh).wait()
     pieces = x.unflatten(0, (mesh.tp.size, num_pieces, -1))
     summing = []
     for number in range(num_pieces):
         piece = pieces[:, number].flatten(0, 1)  # [positions, b, k]: a block of each rank's
-        y = multiply(_rows(piece), matrix).view(*piece.shape[:-1], -1)
+        y = matmul(_rows(piece), matrix).view(*piece.shape[:-1], -1)
         summing.append(start_reduce_scatter(y, mesh.tp))
     return torch.cat([piece.wait() for piece in summing])
 

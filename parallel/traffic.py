@@ -14,7 +14,7 @@ on to its neighbour. An all-reduce is the one after the other (Thakur et al. 200
 What a backend does may differ; this is the measure by which layouts are compared.
 
 [Note: pretended ranks]
-`pretend_mesh` is a mesh of which only this process exists. torch's "fake" backend returns at once
+`fake_mesh` is a mesh of which only this process exists. torch's "fake" backend returns at once
 and leaves what was to be received as it was. Nothing computed on it means anything; shapes, bytes
 and the order of collectives do.
 """
@@ -32,8 +32,8 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore  # importing it makes the backend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ops.matmul import own_scratch
-from parallel.mesh import Mesh, Overlap, close_mesh, lay_mesh
+from ops.matmul import scratch_scope
+from parallel.mesh import Mesh, Overlap, close_mesh, make_mesh
 
 # The same three collectives have several names: of calls on one tensor, on lists of tensors, and
 # of DTensor's own (namespace _c10d_functional). Names of torch 2.13.
@@ -146,7 +146,7 @@ def _tensors(argument: Any) -> Iterator[Tensor]:
 
 
 @contextmanager
-def pretend_mesh(
+def fake_mesh(
     num_ranks: int,
     tensor_model_parallel_size: int,
     sequence_parallel: bool,
@@ -160,8 +160,8 @@ def pretend_mesh(
         raise RuntimeError("a process that has joined a group of ranks cannot pretend another one")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
     try:
-        with own_scratch():  # tensors without contents must not stay behind in it
-            yield lay_mesh(
+        with scratch_scope():  # tensors without contents must not stay behind in it
+            yield make_mesh(
                 tensor_model_parallel_size, sequence_parallel, torch.device("cpu"), 0, overlap
             )
     finally:

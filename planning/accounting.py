@@ -13,8 +13,8 @@ import torch
 
 from configs import Config
 from parallel.traffic import Collective
+from planning.dry_run import AFTER, BACKWARD, BEFORE, FORWARD, DryRun, Sent, dry_run
 from planning.memory_log import Piece
-from planning.rehearsal import AFTER, BACKWARD, BEFORE, FORWARD, Rehearsal, Sent, rehearse
 
 # All micro-batches of a step but the last are alike, so two of them say what any number does.
 _REHEARSED = 2
@@ -82,7 +82,7 @@ class Formula:
 class Account:
     """All of it, for rank 0: where pieces are uneven, no other has more."""
 
-    rehearsal: Rehearsal
+    rehearsal: DryRun
     kept_in_layer: list[Kept]
     kept_outside: list[Kept]
     kept_in_all: int  # bytes, of a micro-batch
@@ -99,7 +99,7 @@ def account(config: Config, num_ranks: int) -> Account:
     """
     t, b = config.parallel.tensor_model_parallel_size, config.train.micro_batch_size
     num_micro_batches = config.train.global_batch_size // (b * (num_ranks // t))
-    seen = rehearse(config, num_ranks, min(num_micro_batches, _REHEARSED))
+    seen = dry_run(config, num_ranks, min(num_micro_batches, _REHEARSED))
     layer = config.model.num_layers // 2  # FSDP2 treats the first and the last one differently
     kept = _kept(seen)
     prefix = f"blocks.{layer}"
@@ -138,11 +138,11 @@ def _below(prefix: str, place: str) -> str | None:
     return place[len(prefix) + 1 :] if is_inside else None
 
 
-def _state(seen: Rehearsal) -> frozenset[Piece]:
+def _state(seen: DryRun) -> frozenset[Piece]:
     return seen.weights.pieces | seen.moments.pieces | seen.gradients.pieces
 
 
-def _kept(seen: Rehearsal) -> dict[Piece, int]:
+def _kept(seen: DryRun) -> dict[Piece, int]:
     """What the forward of the first micro-batch leaves behind, without what FSDP2 gathers."""
     state, after = _state(seen), seen.memory.live(seen.ends[0, FORWARD])
     return {
@@ -162,7 +162,7 @@ def _by_shape(kept: dict[Piece, int], name: Callable[[str], str | None]) -> list
     return [Kept(*key, len(sizes), sum(sizes)) for key, sizes in groups.items()]
 
 
-def _peak(seen: Rehearsal) -> Peak:
+def _peak(seen: DryRun) -> Peak:
     memory = seen.memory
     instant = memory.peak()
     kept = _left_behind(seen, FORWARD)
@@ -188,7 +188,7 @@ def _peak(seen: Rehearsal) -> Peak:
     return Peak(by_kind, min(phases)[1] if phases else AFTER)
 
 
-def _left_behind(seen: Rehearsal, phase: str) -> set[Piece]:
+def _left_behind(seen: DryRun, phase: str) -> set[Piece]:
     """What was taken in this phase of a micro-batch and is there when it ends."""
     before = FORWARD if phase == BACKWARD else BACKWARD
     pieces: set[Piece] = set()
@@ -199,7 +199,7 @@ def _left_behind(seen: Rehearsal, phase: str) -> set[Piece]:
     return pieces
 
 
-def _parts(seen: Rehearsal, layer: int) -> list[Traffic]:
+def _parts(seen: DryRun, layer: int) -> list[Traffic]:
     """The parts of a step: of a micro-batch over each axis, and what comes once."""
 
     def part(axis: str, name: str, belongs: Callable[[Sent], bool]) -> Traffic:
@@ -224,7 +224,7 @@ def _parts(seen: Rehearsal, layer: int) -> list[Traffic]:
     return [*parts, part("", "once a step", lambda sent: sent.phase in (BEFORE, AFTER))]
 
 
-def _step(seen: Rehearsal, num_micro_batches: int) -> Counter[Collective]:
+def _step(seen: DryRun, num_micro_batches: int) -> Counter[Collective]:
     """Everything that a step of so many micro-batches sends."""
     last, step = seen.num_rehearsed - 1, Counter[Collective]()
     for one in seen.sent:

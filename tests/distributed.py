@@ -29,7 +29,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel.mesh import Mesh, Overlap, lay_mesh
+from parallel.mesh import Mesh, Overlap, make_mesh
 from parallel.transport.backend import cpu_backend
 
 TIME_LIMIT_S = 60.0
@@ -196,7 +196,7 @@ def _work(
             return
         try:
             if layout not in meshes:
-                meshes[layout] = lay_mesh(
+                meshes[layout] = make_mesh(
                     layout.tp, layout.sp, torch.device("cpu"), rank, layout.overlap
                 )
             function = getattr(importlib.import_module(module), name)

@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 
 from configs import Config, parse_config
-from parallel.mesh import lay_mesh
+from parallel.mesh import make_mesh
 from parallel.transport.backend import cpu_backend
 from tests.conftest import write_corpus
 from tests.runs import rows, settings
@@ -175,7 +175,7 @@ def _rank(rank: int, config: Config, rendezvous: str) -> None:
         rank=rank,
         world_size=RANKS,
     )
-    mesh = lay_mesh(RANKS, True, torch.device("cpu"), rank)
+    mesh = make_mesh(RANKS, True, torch.device("cpu"), rank)
     with RunFolder(config, mesh) as folder:
         code = train(config, mesh, folder, signals)
     sys.exit(code)

@@ -8,13 +8,13 @@ exactly once, so that whoever changes that code is told that the table has to fo
 
 from dataclasses import dataclass
 
-_MAPPINGS = "tests/test_parallel_mappings.py::"
-_LAYERS = "tests/test_parallel_layers.py::"
+_MAPPINGS = "tests/parallel/test_mappings.py::"
+_LAYERS = "tests/parallel/test_layers.py::"
 _LOSS = _LAYERS + "test_loss_equals_dense"
-_MODEL = "tests/test_model_gpt.py::test_loss_and_gradients_equal_the_reference"
-_DROPOUT = "tests/test_parallel_randomness.py::test_dropout_add_equals_the_formula"
-_WEIGHTS = "tests/test_parallel_sharding.py::test_initial_weights_do_not_depend_on_the_layout"
-_DECODING = "tests/test_model_decoding.py::test_cached_tokens_are_those_of_reading_anew"
+_MODEL = "tests/model/test_gpt.py::test_loss_and_gradients_equal_the_reference"
+_DROPOUT = "tests/parallel/test_randomness.py::test_dropout_add_equals_the_formula"
+_WEIGHTS = "tests/parallel/test_sharding.py::test_initial_weights_do_not_depend_on_the_layout"
+_DECODING = "tests/model/test_decoding.py::test_cached_tokens_are_those_of_reading_anew"
 _STEP = "tests/test_train_layouts.py::test_a_step_equals_the_reference"
 
 
@@ -98,8 +98,8 @@ MISTAKES = (
     Mistake(
         "a rank computes the wrong group of keys and values",
         "parallel/layers.py",
-        "mesh.tp.rank * num_blocks // mesh.tp.size * rows",
-        "mesh.tp.rank % num_blocks * rows",
+        "mesh.tp.rank * num_row_groups // mesh.tp.size * rows",
+        "mesh.tp.rank % num_row_groups * rows",
         (_LAYERS + "test_shared_blocks_equal_dense[False-2-tp4-dp1]",),
     ),
     Mistake(
@@ -112,7 +112,7 @@ MISTAKES = (
     Mistake(
         "the gather before duplicated compute has a reduce-scatter as its backward",
         "parallel/mappings.py",
-        "return own_positions(grad, ctx.axis), None",
+        "return local_sequence_chunk(grad, ctx.axis), None",
         "return reduce_scatter(grad, ctx.axis), None",
         (_MAPPINGS + "test_what_follows_a_gather_decides_its_backward[tp2+sp-dp1]",),
     ),
@@ -160,14 +160,14 @@ MISTAKES = (
     Mistake(
         "the head multiplies x without entering the region, so its dX is not summed",
         "parallel/layers.py",
-        "linear_in_float32(enter_tensor_parallel_region(x, mesh)[positions], weight)",
-        "linear_in_float32(x[positions], weight)",
+        "linear_fp32(enter_tensor_parallel_region(x, mesh)[positions], weight)",
+        "linear_fp32(x[positions], weight)",
         (_LAYERS + "test_logits_equal_dense[tp2-dp1]",),
     ),
     Mistake(
         "the overlapped column-parallel layer does not sum dX over the ranks",
         "parallel/overlap.py",
-        "summing = start_sum_over_tp(grad_x, mesh)",
+        "summing = start_tp_all_reduce(grad_x, mesh)",
         "summing = Pending(grad_x)",
         (_LAYERS + "test_column_equals_dense[tp2-dp1-overlap backward]",),
     ),
@@ -196,8 +196,8 @@ MISTAKES = (
     Mistake(
         "rotary angles start anew in every sequence shard",
         "model/gpt.py",
-        "make_context(self.config, positions, ",
-        "make_context(self.config, positions % x.shape[0], ",
+        "make_attention_context(self.config, positions, ",
+        "make_attention_context(self.config, positions % x.shape[0], ",
         (_MODEL + "[llama-False-tp2+sp-dp1]",),
     ),
     Mistake(
@@ -258,7 +258,7 @@ MISTAKES = (
     Mistake(
         "a rank keeps what its part of the vocabulary says of x, and nobody sums that",
         "parallel/loss.py",
-        "start_sum_over_tp(grad_rows, mesh).wait()",
+        "start_tp_all_reduce(grad_rows, mesh).wait()",
         "grad_rows",
         (_LOSS + "[4-1.0-20-tp2-dp1]",),
     ),
@@ -372,7 +372,7 @@ MISTAKES = (
         "model/attention.py",
         "stream.attention_seed(self.layer, self.mesh.tp.rank)",
         "stream.attention_seed(self.layer, 0)",
-        ("tests/test_model_gpt.py::test_ranks_drop_their_own_attention[tp2+sp-dp1]",),
+        ("tests/model/test_gpt.py::test_ranks_drop_their_own_attention[tp2+sp-dp1]",),
     ),
     Mistake(
         "each rank draws its own initial weights, not a part of the whole",
@@ -394,7 +394,7 @@ MISTAKES = (
         "total = terms[0].float()",
         "total = terms[0].clone()",
         (
-            "tests/test_parallel_shared_memory.py::test_sums_are_exact[torch.bfloat16-tp3+sp-dp1-memory]",
+            "tests/parallel/test_shared_memory.py::test_sums_are_exact[torch.bfloat16-tp3+sp-dp1-memory]",
         ),
     ),
 )

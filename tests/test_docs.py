@@ -85,7 +85,7 @@ def test_what_a_page_names_exists(page: Path) -> None:
     text = page.read_text("utf-8")
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         assert link.startswith("https://") or (page.parent / link).is_file(), link
-    for file, name in re.findall(r"`(tests/\w+\.py)::(\w+)`", text):
+    for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text):
         assert f"def {name}(" in (ROOT / file).read_text("utf-8"), name
     long = [line for line in text.splitlines() if len(line) > LONGEST_LINE]
     assert [line for line in long if not line.startswith("|")] == []  # a row of a table may be

@@ -12,12 +12,12 @@ import pytest
 
 from configs import parse_config
 from parallel import Mesh
+from tests.checkpoints.test_checkpoints import plant_foreign_entries
 from tests.distributed import ONE_RANK, Layout, distributed
 from tests.lines import ROOT
 from tests.runs import LONG, finish, rows, settings, start, steps_done, train_on, wait_for
-from tests.test_bad_numbers import poisoned, run, steps_saved
-from tests.test_checkpoints import plant_foreign_entries
-from tests.test_signals import is_in, slow_down
+from tests.training.test_divergence import poisoned, run, steps_saved
+from tests.training.test_signals import is_in, slow_down
 
 # Every TP x DP out of {1, 2, 4} on four ranks at most.
 GRIDS = [Layout(tp=tp, dp=dp) for tp in (1, 2, 4) for dp in (1, 2, 4) if tp * dp <= 4]

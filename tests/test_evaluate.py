@@ -12,10 +12,10 @@ from parallel import Mesh
 from tests.data_corpora import lossy_model, random_text
 from tests.distributed import ONE_RANK, Layout, distributed
 from tests.runs import finish, rows, settings, start
-from tests.test_evaluation import reference_score
 from tests.trained_runs import FAMILIES, Dense, start_program
-from training.evaluation import documents_of, score
-from training.inference import load_trained
+from tests.training.test_evaluation import reference_score
+from training.evaluation import eval_batches, score
+from training.inference import load_for_inference
 
 # The second one is there twice, and counts twice.
 TEXTS = ["while True:\n    é = '漢'\n" * 9, "def f", "def f"]
@@ -29,9 +29,9 @@ def test_held_out_text_has_the_score_of_training(
     """On the layout that trained to the last bit, on others to 2e-6."""
     run = runs[family]
     config = run_config(str(run))
-    trained = load_trained(config, run, mesh, None)
+    trained = load_for_inference(config, run, mesh, None)
     corpus, most = text_to_score(trained, Settings(str(run)))
-    found = score(trained.model, documents_of(corpus, config, mesh, max_sequences=most))
+    found = score(trained.model, eval_batches(corpus, config, mesh, max_sequences=most))
     expected = rows(run.parent)[-1]
     is_same = (mesh.tp.size, mesh.dp.size) == (2, 2)
     tolerance = 0 if is_same else 2e-6

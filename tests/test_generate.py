@@ -11,7 +11,7 @@ from parallel import Mesh, local_part
 from tests.data_corpora import small_tokenizer
 from tests.distributed import EVERY_LAYOUT, ONE_RANK, distributed
 from tests.trained_runs import FAMILIES, Dense, start_program
-from training.inference import load_trained
+from training.inference import load_for_inference
 
 
 @distributed(*EVERY_LAYOUT)
@@ -19,7 +19,7 @@ from training.inference import load_trained
 def test_any_layout_reads_weights_alone(mesh: Mesh, runs: dict[str, Path], family: str) -> None:
     """Each rank has its tensor-parallel shard of each weight, in memory of its size."""
     run = runs[family]
-    trained = load_trained(run_config(str(run), precision="fp32"), run, mesh, step=3)
+    trained = load_for_inference(run_config(str(run), precision="fp32"), run, mesh, step=3)
     dense = Dense(run, step=3)
     assert trained.checkpoint.step == 3
     for name, parameter in trained.model.named_parameters():
@@ -39,7 +39,7 @@ def test_what_is_not_there_is_one_message(
 
     def message(run: Path, step: int | None) -> str:
         with pytest.raises(UserError) as caught:
-            load_trained(config, run, mesh, step)
+            load_for_inference(config, run, mesh, step)
         return str(caught.value)
 
     assert message(runs["gpt"], 5).endswith("there are those of steps 3, 6")

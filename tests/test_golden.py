@@ -25,8 +25,8 @@ from model.generation.sampling import Sampling, draw
 from ops.dropout import keep_mask
 from parallel import DropoutStream, Mesh, fold_seed
 from tests.distributed import ONE_RANK, Layout, distributed
+from tests.model.test_gpt import tiny_model
 from tests.runs import rows, settings, train_on
-from tests.test_model_gpt import tiny_model
 from training.state import RECIPE_VERSIONS
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ops.dropout import keep_mask
-from ops.matmul import add_product_, product_in_float32
+from ops.matmul import add_matmul_, matmul_fp32
 from parallel import DropoutStream
 from tests.runs import finish, rows, settings, start
 from tests.test_train_layouts import LLAMA
@@ -32,9 +32,9 @@ def test_products_in_float32_are_not_rounded() -> None:
     """Of bfloat16 matrices, as the head makes its logits and adds up the gradient of its weight."""
     a, b = torch.randn(48, 64).bfloat16(), torch.randn(64, 40).bfloat16()
     expected = a.double() @ b.double()
-    product = product_in_float32(a.cuda(), b.cuda())
+    product = matmul_fp32(a.cuda(), b.cuda())
     total = torch.ones(48, 40, device="cuda")
-    add_product_(total, a.cuda(), b.cuda())
+    add_matmul_(total, a.cuda(), b.cuda())
     for mine, reference in ((product, expected), (total, 1 + expected)):
         assert mine.dtype == torch.float32
         torch.testing.assert_close(mine.cpu().double(), reference, rtol=1e-5, atol=1e-5)

@@ -84,7 +84,7 @@ from tests.mutations import TableError, try_out
 
 def verdict(wrong, test="test_row_equals_dense[True-tp1-dp1]", time_limit_s=60):
     right = "y = linear(x, self.weight.to_local())"
-    test = "tests/test_parallel_layers.py::" + test
+    test = "tests/parallel/test_layers.py::" + test
     try:
         return try_out(Mistake("x", "parallel/layers.py", right, wrong, (test,)), time_limit_s)
     except TableError as error:
@@ -104,7 +104,7 @@ def test_only_a_failed_test_catches() -> None:
         [sys.executable, "-c", SLIPS], cwd=ROOT, capture_output=True, text=True, check=True
     )
     caught, syntax, name, lost, late = result.stdout.splitlines()
-    assert caught == "tests/test_parallel_layers.py::test_row_equals_dense[True-tp1-dp1]"
+    assert caught == "tests/parallel/test_layers.py::test_row_equals_dense[True-tp1-dp1]"
     assert syntax == "x: not a failed test but exit code 1"
     assert name == "x: not a failed test but exit code 1"
     assert lost == "x: not a failed test but exit code 4"

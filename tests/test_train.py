@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.runs import LONG, finish, rows, settings, start, steps_done, wait_for, workers_of
-from tests.test_watchdog import inject
+from tests.training.test_watchdog import inject
 from tests.wandb_server import logs, records
 
 SECRETS = ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "SOME_PASSWORD")

@@ -12,9 +12,9 @@ from configs import Config, parse_config
 from data import BatchLoader
 from parallel import DropoutStream, Mesh
 from tests.distributed import EVERY_LAYOUT, ONE_RANK, Layout, distributed
+from tests.model.test_gpt import dense_weights, dropout_mask
 from tests.reference import reference_losses
 from tests.runs import rows, settings, train_on
-from tests.test_model_gpt import dense_weights, dropout_mask
 from train import start
 from training.run_folder import RunFolder
 from training.state import training_batches

@@ -68,7 +68,7 @@ def set_up_logging(rank: int) -> None:
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
-def say_facts(facts: Mapping[str, str]) -> None:
+def log_table(facts: Mapping[str, str]) -> None:
     """A line for each fact, under one another behind their names; none for one that is empty."""
     width = max(map(len, facts))
     for name, fact in facts.items():

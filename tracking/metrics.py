@@ -22,7 +22,7 @@ from tracking.wandb_run import Launch, about
 from tracking.wandb_view import WandbView
 from training.evaluation import Evaluation
 from training.hardware import peak_flops_per_second, peak_memory_gib
-from training.state import Run, RunState, StepResult, lineage
+from training.state import Run, RunState, StepResult, curve_fingerprint
 
 logger = logging.getLogger("microtron")
 
@@ -50,7 +50,9 @@ class RunLog:
             launch = Launch(
                 wandb_id=state.wandb_id,
                 step=state.step,
-                lineage=lineage(run.config, state.skipped_windows, run.corpus.identity),
+                curve_fingerprint=curve_fingerprint(
+                    run.config, state.skipped_windows, run.corpus.identity
+                ),
                 about=about(run.config, run.mesh),
             )
             self.wandb = WandbView(run.config.logging, run.folder.path, launch)

@@ -17,7 +17,7 @@ from checkpoints import checkpoint_directories
 from configs import Config
 from data import SampleOrder, rows_of_corpus
 from model import num_parameters
-from tracking.console import Line, duration, say_facts
+from tracking.console import Line, duration, log_table
 from tracking.metrics import last_step
 from training.optimizer import schedule_problem
 from training.state import Run, RunState
@@ -39,7 +39,7 @@ def report_start(run: Run, state: RunState) -> None:
         return
     begins = f"goes on after step {state.step}" if state.step else "begins"
     logger.info(Line((f"run {run.config.run.name} {begins}", "bold")))
-    say_facts(
+    log_table(
         {
             "model": _model(run.config),
             "ranks": _ranks(run),
@@ -79,7 +79,7 @@ def report_end(run: Run, began: RunState, state: RunState, stop: signal.Signals 
     )
     progress = read_progress(folder.metrics, began)
     saved = checkpoint_directories(folder.checkpoints)
-    say_facts(
+    log_table(
         {
             "best": _best(progress),
             "this launch": _launch(progress, began, state, time.monotonic() - folder.opened_at),

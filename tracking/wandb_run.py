@@ -8,9 +8,9 @@ if it is offline, and sends what comes after it. That includes what got lost on 
 metrics.jsonl has it.
 
 Steps do not repeat themselves where samples were passed over or a setting, the code or torch is
-another. `lineage` (training/state.py) is a hash of all that, and each row has it. If the newest
-row has another one, rows after the checkpoint are sent again: their steps are twice in the history,
-and the later row counts.
+another. `curve_fingerprint` (training/state.py) is a hash of all that, and each row has it. If the
+newest row has another one, rows after the checkpoint are sent again: their steps are twice in
+the history, and the later row counts.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ class Launch:
 
     wandb_id: str
     step: int  # finished steps: those of the checkpoint, at which metrics.jsonl was cut
-    lineage: str  # see the note
+    curve_fingerprint: str  # see the note
     about: Mapping[str, Any]
 
 
@@ -141,13 +141,15 @@ def _init(
         settings=settings,
     )
     temporary = begun_file(folder).with_suffix(".tmp")
-    temporary.write_text(json.dumps({"id": launch.wandb_id, "lineage": launch.lineage}))
+    temporary.write_text(
+        json.dumps({"id": launch.wandb_id, "curve_fingerprint": launch.curve_fingerprint})
+    )
     temporary.rename(begun_file(folder))
     # The layout and much else may be another since.
     run.config.update(dict(launch.about), allow_val_change=True)
     # wandb's own step counts rows. Each row has tokens too, for who prefers that axis.
     run.define_metric("step")
-    run.define_metric("lineage", hidden=True)
+    run.define_metric("curve_fingerprint", hidden=True)
     run.define_metric("*", step_metric="step")
     return run
 
@@ -156,9 +158,11 @@ def sent_before(run: Any, folder: Path, launch: Launch) -> int:
     """The step up to which this wandb run has rows that hold; see the note."""
     newest = _newest_row_in_files(run, folder, launch.wandb_id)
     if not run.offline and (run.summary.get("step") or 0) > newest["step"]:
-        newest = {key: run.summary.get(key) for key in ("step", "lineage")}
+        newest = {key: run.summary.get(key) for key in ("step", "curve_fingerprint")}
     step: int = newest["step"]
-    return step if newest["lineage"] == launch.lineage else min(step, launch.step)
+    return (
+        step if newest["curve_fingerprint"] == launch.curve_fingerprint else min(step, launch.step)
+    )
 
 
 def _newest_row_in_files(run: Any, folder: Path, wandb_id: str) -> Row:
@@ -172,7 +176,7 @@ def _newest_row_in_files(run: Any, folder: Path, wandb_id: str) -> Row:
             continue
         if row := _last_row(log):
             return row
-    return {"step": 0, "lineage": None}
+    return {"step": 0, "curve_fingerprint": None}
 
 
 def _last_row(log: Path) -> Row | None:

@@ -81,7 +81,7 @@ class WandbView:
             yield row
 
     def _send(self, run: Any, row: Row) -> None:
-        row = {**row, "lineage": self.launch.lineage}
+        row = {**row, "curve_fingerprint": self.launch.curve_fingerprint}
         if "eval/loss" in row and self._sends_tables and (table := self._table(row["step"])):
             try:
                 run.log({**row, "samples": table})

@@ -19,7 +19,7 @@ from training.stopping import NonFiniteError
 logger = logging.getLogger("microtron")
 
 
-def why_to_skip(
+def skip_reason(
     loss: float, grad_norm: float, state: RunState, config: TrainConfig, mesh: Mesh
 ) -> str | None:
     """Why the update of a step must be left out; None if it is good. All ranks answer alike."""

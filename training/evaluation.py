@@ -9,7 +9,7 @@ import torch
 from configs import Config
 from data import Corpus, EvaluationSet, evaluation_batches
 from model import GPT, Sampling, generate
-from ops.matmul import own_scratch
+from ops.matmul import scratch_scope
 from parallel import Mesh, fold_seed, free_gathered_weights, move_to, sum_over
 from training.state import Run, RunState
 
@@ -50,10 +50,10 @@ class Evaluation(Score):
 def held_out(run: Run) -> EvaluationSet:
     """The documents that every evaluation of this run scores."""
     most = run.config.evaluate.max_sequences
-    return documents_of(run.corpus, run.config, run.mesh, max_sequences=most)
+    return eval_batches(run.corpus, run.config, run.mesh, max_sequences=most)
 
 
-def documents_of(
+def eval_batches(
     corpus: Corpus,
     config: Config,
     mesh: Mesh,
@@ -95,13 +95,13 @@ def evaluate(run: Run, state: RunState, documents: EvaluationSet) -> Evaluation:
     """Score the documents and write a sample; every rank calls this and gets the same."""
     of_documents = score(run.model, documents)
     # Weights that give no number write nothing either; the next step finds out and acts on it.
-    with own_scratch():  # whole logits, which training would keep memory for
-        sample = write_sample(run, state) if math.isfinite(of_documents.nats) else None
+    with scratch_scope():  # whole logits, which training would keep memory for
+        sample = generate_sample(run, state) if math.isfinite(of_documents.nats) else None
     free_gathered_weights(run.model)
     return Evaluation(**vars(of_documents), sample=sample)
 
 
-def write_sample(run: Run, state: RunState) -> str | None:
+def generate_sample(run: Run, state: RunState) -> str | None:
     """The prompt and what the model makes of it, as the beginning of a document."""
     config, tokenizer = run.config.evaluate, run.corpus.tokenizer
     if config.sample_tokens == 0:

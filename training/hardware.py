@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ops.matmul import operand_dtype
+from ops.matmul import matmul_dtype
 from parallel import Mesh
 
 # Dense bf16 matmul rates in FLOP/s, from the data sheets: half of those with sparsity. By the full
@@ -53,7 +53,7 @@ def peak_flops_per_second(device: torch.device, precision: str) -> float:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     size = 1024 if device.type == "cpu" else 8192  # a GPU would time its launch
     a = torch.ones(size, size, dtype=dtype, device=device)
-    a = a.to(operand_dtype(a))
+    a = a.to(matmul_dtype(a))
     best_s = min(_seconds_of_product(a) for _ in range(_REPEATS))
     return 2 * size**3 / best_s
 
@@ -101,7 +101,7 @@ def use_deterministic_kernels() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def copies_fit(num_bytes: int) -> bool:
+def host_memory_allows(num_bytes: int) -> bool:
     """Whether every rank of this host can copy so much to it and leave half of what is free."""
     if sys.platform != "linux":
         return True

@@ -6,13 +6,13 @@ from pathlib import Path
 from checkpoints import Checkpoint, held_checkpoint, load_tensors
 from configs import Config, UserError
 from data import Tokenizer, load_tokenizer
-from model import GPT, build_bare_model
+from model import GPT, build_inference_model
 from parallel import Mesh
 from training.optimizer import WEIGHTS, weight_tensors
 
 
 @dataclass(frozen=True)
-class Trained:
+class LoadedModel:
     """A model that was trained, and what goes with it."""
 
     config: Config
@@ -22,7 +22,7 @@ class Trained:
     model: GPT
 
 
-def load_trained(config: Config, folder: Path, mesh: Mesh, step: int | None) -> Trained:
+def load_for_inference(config: Config, folder: Path, mesh: Mesh, step: int | None) -> LoadedModel:
     """The model of the newest checkpoint in a run folder, or of a step; memory is the model's.
 
     Every rank calls this. Raises UserError if there is no whole checkpoint or another tokenizer.
@@ -35,9 +35,9 @@ def load_trained(config: Config, folder: Path, mesh: Mesh, step: int | None) -> 
             )
         tokenizer = load_tokenizer(folder / "tokenizer.model", "the tokenizer of the run")
         require_fingerprint(checkpoint, "tokenizer", tokenizer.fingerprint)
-        model = build_bare_model(config, mesh)
+        model = build_inference_model(config, mesh)
         load_tensors(checkpoint, weight_tensors(model), mesh, prefix=WEIGHTS, converts=True)
-    return Trained(config, mesh, checkpoint, tokenizer, model)
+    return LoadedModel(config, mesh, checkpoint, tokenizer, model)
 
 
 def require_fingerprint(checkpoint: Checkpoint, what: str, fingerprint: str) -> None:

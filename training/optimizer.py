@@ -74,7 +74,7 @@ def apply_update(optimizer: AdamW, lr: float) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-def leave_out_update(optimizer: AdamW) -> None:
+def skip_update(optimizer: AdamW) -> None:
     """Free the gradients; weights, moments and AdamW's count stay as they are."""
     optimizer.zero_grad(set_to_none=True)
 

@@ -1,16 +1,16 @@
 """The check that what ranks hold alike is alike, at the start and while running."""
 
-from parallel import find_drift
+from parallel import compare_replicas
 from training.optimizer import training_tensors
 from training.state import Run, RunState
-from training.stopping import DriftError
+from training.stopping import ReplicaMismatchError
 
 
-def audit(run: Run, state: RunState) -> None:
+def check_replicas(run: Run, state: RunState) -> None:
     """Compare the copies of weights and moments that ranks hold.
 
-    Raises DriftError on all ranks, naming the tensors and the ranks, if any differ.
+    Raises ReplicaMismatchError on all ranks, naming the tensors and the ranks, if any differ.
     """
-    drifts = find_drift(run.model, training_tensors(run.model, run.optimizer), run.mesh)
+    drifts = compare_replicas(run.model, training_tensors(run.model, run.optimizer), run.mesh)
     if drifts:
-        raise DriftError(state.step, [str(drift) for drift in drifts])
+        raise ReplicaMismatchError(state.step, [str(drift) for drift in drifts])

@@ -147,7 +147,7 @@ class Run:
     optimizer: AdamW
 
 
-def join_mesh(config: Config, *, decoding: bool = False) -> Mesh:
+def mesh_from_config(config: Config, *, decoding: bool = False) -> Mesh:
     """Join the other ranks, laid out as the configuration says.
 
     To decode is to read one position at a time, of which there is no sequence shard, and whose
@@ -195,15 +195,15 @@ def find_own_checkpoint(
 
 
 def begun_file(folder: Path) -> Path:
-    """Where a launch notes its wandb id and lineage, for one that follows if it dies early."""
+    """Where a launch records its wandb id and curve until its first checkpoint."""
     return folder / "wandb" / "begun.json"
 
 
-def begun_id(folder: Path, lineage: str) -> str | None:
-    """The wandb id of a launch of this lineage that has died before its first checkpoint."""
+def begun_id(folder: Path, curve_fingerprint: str) -> str | None:
+    """The wandb id of a launch of the same curve that died before its first checkpoint."""
     try:
         begun = json.loads(begun_file(folder).read_text())
-        return str(begun["id"]) if begun["lineage"] == lineage else None
+        return str(begun["id"]) if begun["curve_fingerprint"] == curve_fingerprint else None
     except (OSError, ValueError, KeyError, TypeError):  # none, or torn: then it is a new one
         return None
 
@@ -216,7 +216,9 @@ def resume(run: Run, checkpoint: Checkpoint | None) -> RunState:
     if checkpoint is None:
         known = None
         if not run.folder.starts_over:
-            known = begun_id(run.folder.path, lineage(run.config, text=run.corpus.identity))
+            known = begun_id(
+                run.folder.path, curve_fingerprint(run.config, text=run.corpus.identity)
+            )
         return RunState(wandb_id=gather_json(run.mesh, known or uuid.uuid4().hex[:12])[0])
     corpus = run.corpus
     found = {
@@ -242,10 +244,10 @@ def load(run: Run, checkpoint: Checkpoint) -> RunState:
     return state
 
 
-def lineage(
+def curve_fingerprint(
     config: Config, skipped_windows: tuple[tuple[int, int, int], ...] = (), text: str = ""
 ) -> str:
-    """A hash of all that decides a step: launches of one lineage do their steps alike.
+    """A hash of all that decides a step: launches with equal fingerprints take equal steps.
 
     `text`: the fingerprints of what they are trained on.
     """

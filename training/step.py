@@ -13,8 +13,8 @@ from parallel import (
     sum_over,
     sum_partial_gradients,
 )
-from training.divergence import why_to_skip
-from training.optimizer import apply_update, learning_rate, leave_out_update
+from training.divergence import skip_reason
+from training.optimizer import apply_update, learning_rate, skip_update
 from training.state import Run, RunState, StepResult
 
 
@@ -49,11 +49,11 @@ def train_step(run: Run, state: RunState, batches: BatchLoader) -> StepResult:
     means = move_to(sum_over(mesh.dp, sums) / num_targets, "cpu").tolist()
     mean_loss, mean_log_z_squared, mean_row_length = means
     rate = learning_rate(state.step, config)
-    why_skipped = why_to_skip(mean_loss, grad_norm, state, config.train, mesh)
+    why_skipped = skip_reason(mean_loss, grad_norm, state, config.train, mesh)
     if why_skipped is None:
         apply_update(run.optimizer, rate)
     else:
-        leave_out_update(run.optimizer)
+        skip_update(run.optimizer)
     return StepResult(
         loss=mean_loss,
         z_loss=config.train.z_loss_coeff * mean_log_z_squared,

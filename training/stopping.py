@@ -39,7 +39,7 @@ class NonFiniteError(FatalError):
         )
 
 
-class DriftError(FatalError):
+class ReplicaMismatchError(FatalError):
     """Copies of one tensor that should be alike and are not."""
 
     exit_code = 6

@@ -31,7 +31,7 @@ from types import CodeType, FrameType
 
 from checkpoints import is_file_access
 from configs import leave_error
-from parallel import Heartbeats, is_transport, is_wait, machine_id
+from parallel import Heartbeats, is_blocking_frame, is_transport_frame, machine_id
 from training.state import Run
 
 logger = logging.getLogger("microtron")
@@ -117,12 +117,12 @@ class Watchdog:
             frames.append(frame)
             frame = frame.f_back
         # A backend in Python waits on several lines: to be inside it is to stand still.
-        inside = [number for number, frame in enumerate(frames) if is_transport(frame.f_code)]
+        inside = [number for number, frame in enumerate(frames) if is_transport_frame(frame.f_code)]
         del frames[: max(inside, default=-1) + 1]
         before_s, step = self._beat.still_s, self._folder.step or 0
         position = (step, [(frame.f_code, frame.f_lineno) for frame in frames])
         own = next((number for number, frame in enumerate(frames) if _is_ours(frame)), 0)
-        waits = is_wait(frames[own].f_code)
+        waits = is_blocking_frame(frames[own].f_code)
         calls = [frame.f_code for frame in frames]
         story = calls.index(self._story) if self._story in calls else 0
         stood = position == self._position

@@ -27,6 +27,16 @@ import xxhash
 
 from configs.errors import UserError
 from configs.schema import DataConfig, WeightedSource
+from data.corpus.build import (
+    FORMAT_VERSION,
+    SAMPLE_BYTES,
+    SPLITS,
+    TOKENIZER,
+    Source,
+    fill_documents,
+    fill_tokenizer,
+    fill_tokens,
+)
 from data.corpus.cache import (
     TEXT,
     build_entry,
@@ -37,16 +47,6 @@ from data.corpus.cache import (
 )
 from data.corpus.durable import locked
 from data.corpus.files import SourceKeys, source_files, source_fingerprint
-from data.corpus.making import (
-    FORMAT_VERSION,
-    SAMPLE_BYTES,
-    SPLITS,
-    TOKENIZER,
-    Source,
-    fill_documents,
-    fill_tokenizer,
-    fill_tokens,
-)
 from data.corpus.report import all_warnings, describe, joined_summary
 from data.corpus.split import HELD_OUT, Split, read_documents, split_by_given, split_by_hash
 from data.mixture import JoinedTokens

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ops.sdpa import attend, attend_with_past
+from ops.sdpa import sdpa, sdpa_with_past
 
 
 class KeyValueCache:
@@ -17,7 +17,7 @@ class KeyValueCache:
         self.length = 0  # positions that are kept; the tokens read next follow them
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def update_and_attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Keep the keys and values of n new positions; what their queries make of all so far.
 
         `q`, and the result, `[n, b, a/t, d]`; `k`, `v` `[n, b, g/t, d]`. The layer's positions
@@ -31,8 +31,8 @@ class KeyValueCache:
         keys, values = self._layers[layer]
         keys[self.length : end], values[self.length : end] = k, v
         if self.length == 0:
-            return attend(q, k, v, None, 0.0)
-        return attend_with_past(q, keys[:end], values[:end])
+            return sdpa(q, k, v, None, 0.0)
+        return sdpa_with_past(q, keys[:end], values[:end])
 
     @property
     def num_bytes(self) -> int:

@@ -12,7 +12,7 @@ from parallel import move_to, sum_over
 
 
 @torch.no_grad()
-def continuations(
+def generate_tokens(
     model: GPT,
     prompt: Sequence[int],
     num_tokens: int,
@@ -21,7 +21,7 @@ def continuations(
     num_ids: int,
     num_samples: int = 1,
 ) -> Iterator[list[int]]:
-    """Yields the next token of each of `num_samples` continuations of a prompt, `num_tokens` times.
+    """Yields the next token of each of `num_samples` continuations of a prompt.
 
     Every rank calls this with the same arguments, gets the same tokens, and must stop at the same
     one. Only the first `num_ids` ids are chosen: a vocabulary may have more rows than the tokenizer
@@ -66,7 +66,7 @@ def generate(
     Every rank calls this with the same arguments and gets the same tokens.
     """
     tokens = list(prompt)
-    for (token,) in continuations(model, prompt, num_tokens, sampling, num_ids=num_ids):
+    for (token,) in generate_tokens(model, prompt, num_tokens, sampling, num_ids=num_ids):
         tokens.append(token)
         if token == end_id:
             break
@@ -82,6 +82,6 @@ def _read(model: GPT, rows: list[list[int]], cache: KeyValueCache) -> Tensor:
     tokens = move_to(torch.tensor([row + padding for row in rows]), device)
     places = [*range(cache.length, cache.length + n), *padding]
     positions = move_to(torch.tensor(places), device).expand(len(rows), -1)
-    logits = model(tokens, positions, cache=cache, wanted=slice(n - 1, n))
+    logits = model(tokens, positions, cache=cache, logits_to_keep=slice(n - 1, n))
     cache.length += n
     return logits[:, 0]

@@ -29,12 +29,12 @@ def choose(logits: Tensor, sampling: Sampling, draws: list[float]) -> Tensor:
     """
     if sampling.temperature == 0.0:
         return logits.argmax(dim=-1)
-    ends = likelihoods(logits, sampling).cumsum(dim=-1)
+    ends = filtered_probs(logits, sampling).cumsum(dim=-1)
     places = torch.tensor(draws, dtype=ends.dtype, device=ends.device).unsqueeze(1) * ends[:, -1:]
     return torch.searchsorted(ends, places, right=True).squeeze(1)
 
 
-def likelihoods(logits: Tensor, sampling: Sampling) -> Tensor:
+def filtered_probs(logits: Tensor, sampling: Sampling) -> Tensor:
     """What the tokens' probabilities are in proportion to, `[b, v]` float64; 0: never chosen."""
     logits = logits.double()
     if not logits.isfinite().all():

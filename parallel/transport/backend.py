@@ -57,7 +57,7 @@ def cpu_backend(share_memory: bool) -> str:
     return "gloo"
 
 
-def is_transport(code: CodeType) -> bool:
+def is_transport_frame(code: CodeType) -> bool:
     """Whether a function is of this backend: to be inside is to wait, on whatever line."""
     return code.co_filename in (__file__, shared_memory.__file__)
 

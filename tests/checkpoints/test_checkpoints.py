@@ -1,0 +1,601 @@
+"""Checkpoints: exact on any layout, there whole or not at all, and damage is always found."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import xxhash
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import checkpoints.load as load_module
+import checkpoints.manifest as manifest_module
+import checkpoints.save as save_module
+from checkpoints import (
+    CheckpointError,
+    begin_save,
+    commit_save,
+    find_checkpoint,
+    held_checkpoint,
+    load_tensors,
+    prune_checkpoints,
+    sweep_leftovers,
+)
+from checkpoints.full_tensors import read_full_tensor
+from parallel import Mesh, Normal, any_rank, declare_parameter, initialise_parameters
+from tests.distributed import EVERY_LAYOUT, ONE_RANK, Layout, distributed, run_on
+
+SHAPES = {"rows": ((13, 6), 0), "columns": ((5, 11), 1), "norm": ((7,), None), "bias": ((9,), 0)}
+STATE = {"progress": {"step": 1}, "exact": 0.1}
+
+
+def make_tensors(mesh: Mesh, seed: int) -> dict[str, DTensor]:
+    """Sharded tensors of uneven shapes; other values for each seed."""
+    module = nn.Module()
+    for name, (shape, tp_dim) in SHAPES.items():
+        declare_parameter(module, name, shape, mesh, init=Normal(1.0), tp_dim=tp_dim)
+    fully_shard(module, mesh=mesh.device_mesh["dp"])
+    module.to_empty(device="cpu")
+    initialise_parameters(module, seed, mesh)
+    return dict(module.named_parameters())  # type: ignore[arg-type]
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    tensors: dict[str, DTensor],
+    state: dict[str, Any],
+    mesh: Mesh,
+    *,
+    keep: int,
+) -> Path:
+    """Begin and commit at once."""
+    pending = begin_save(folder, step, tensors, state, mesh, background=False)
+    directory = commit_save(pending, mesh)
+    if mesh.world.rank == 0:
+        prune_checkpoints(folder, keep=keep, up_to=step)
+    barrier(mesh)
+    return directory
+
+
+def save(mesh: Mesh, folder: Path, step: int, keep: int = 0) -> Path:
+    return save_checkpoint(folder, step, make_tensors(mesh, step), STATE, mesh, keep=keep)
+
+
+def assert_loads(mesh: Mesh, folder: Path, step: int) -> None:
+    """The newest good checkpoint is that of `step`, and holds its values to the bit."""
+    checkpoint = find_checkpoint(folder, mesh)
+    assert checkpoint is not None
+    assert (checkpoint.step, checkpoint.state) == (step, STATE)
+    tensors, expected = make_tensors(mesh, 999), make_tensors(mesh, step)
+    load_tensors(checkpoint, tensors, mesh)
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor.to_local(), expected[name].to_local()), name
+
+
+@distributed(*EVERY_LAYOUT)
+def test_save_then_load(mesh: Mesh, tmp_path: Path) -> None:
+    """The same layout gives every shard back; replicas are written once; no temporary stays."""
+    directory = save(mesh, tmp_path, 3)
+    assert_loads(mesh, tmp_path, 3)
+    manifest = json.loads((directory / "manifest.json").read_text())
+    for name, (shape, _) in SHAPES.items():
+        shards = manifest["tensors"][name]["shards"]
+        stored = sum(torch.Size(shard["shape"]).numel() for shard in shards)
+        assert stored == torch.Size(shape).numel(), name
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for the whole file."""
+    return tmp_path_factory.mktemp("reshard")
+
+
+@pytest.mark.parametrize("reader", EVERY_LAYOUT, ids=str)
+def test_any_layout_reads_what_any_other_wrote(reader: Layout, shared: Path) -> None:
+    """To the bit, for every pair of layouts, with uneven shards."""
+    for writer in EVERY_LAYOUT:
+        folder = shared / str(writer)
+        if not folder.exists():
+            run_on(writer, save, folder=folder, step=5)
+        run_on(reader, assert_loads, folder=folder, step=5)
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+def test_newest_are_kept(mesh: Mesh, tmp_path: Path) -> None:
+    """keep=2 leaves the two newest."""
+    for step in (1, 2, 10):
+        save(mesh, tmp_path, step, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000010"]
+    assert_loads(mesh, tmp_path, 10)
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+def test_a_damaged_newer_one_is_not_counted(mesh: Mesh, tmp_path: Path) -> None:
+    """Resumed behind a damaged one, keep=1 keeps the one just saved; strangers are left alone."""
+    for step in (1, 2):
+        save(mesh, tmp_path, step)
+    if mesh.world.rank == 0:
+        flip(tmp_path / "step_00000002" / "rank_00000.safetensors")
+        shutil.copytree(tmp_path / "step_00000001", tmp_path / "step_00000001_best")
+    barrier(mesh)
+    save_checkpoint(
+        tmp_path, 1, make_tensors(mesh, 1), STATE, mesh, keep=1
+    )  # the steps after 1 begin again
+    assert_loads(mesh, tmp_path, 1)
+    assert (tmp_path / "step_00000001_best").is_dir()
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing in the code under test can catch it."""
+
+
+@distributed(ONE_RANK)
+@pytest.mark.parametrize(
+    ("moment", "survivor"),
+    [("save_file", 1), ("write_manifest", 1), ("fsync_manifest", 1), ("rename", 1), ("rmtree", 2)],
+)
+def test_killed_at_any_moment_of_a_commit(
+    mesh: Mesh, tmp_path: Path, moment: str, survivor: int
+) -> None:
+    """Before the rename the old one stands, after it the new one; the next start sweeps up."""
+    save(mesh, tmp_path, 1)
+
+    def kill(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        if moment == "fsync_manifest":
+            patch.setattr(manifest_module, "fsync", kill)
+        elif moment == "rename":
+            patch.setattr(Path, "rename", kill)
+        elif moment == "rmtree":
+            patch.setattr(save_module.shutil, "rmtree", kill)
+        else:
+            patch.setattr(save_module, moment, kill)
+        with pytest.raises(Killed):
+            save(mesh, tmp_path, 2, keep=1)
+    sweep_leftovers(tmp_path)
+    assert_loads(mesh, tmp_path, survivor)
+    assert [path.name for path in tmp_path.iterdir()] == [f"step_{survivor:08d}"]
+
+
+def barrier(mesh: Mesh) -> None:
+    """Wait until every rank has come here."""
+    any_rank(mesh, False)
+
+
+def flip(path: Path) -> None:
+    """One bit in the middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    """The last byte is gone."""
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def swap(path: Path) -> None:
+    """The same file of the checkpoint before: right size, right format, wrong content."""
+    shutil.copy(path.parent.parent / "step_00000001" / path.name, path)
+
+
+def link(path: Path) -> None:
+    """A symbolic link to a copy elsewhere: the right content, but not a file of the checkpoint."""
+    elsewhere = path.parent.parent / "elsewhere"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+
+
+DAMAGES = {"flip": flip, "truncate": truncate, "remove": Path.unlink, "swap": swap, "link": link}
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_found_and_passed_over(mesh: Mesh, tmp_path: Path, damage: str) -> None:
+    """Each file damaged in each way: it is named, and the checkpoint before is used instead."""
+    save(mesh, tmp_path, 1)
+    newest = save(mesh, tmp_path, 2)
+    names = sorted(path.name for path in newest.iterdir())
+    said: list[tuple[Any, ...]] = []
+    assert len(names) == mesh.world.size + 1
+    barrier(mesh)
+    for name in names:
+        if name == "manifest.json" and damage == "link":
+            continue  # a manifest is known by its checksum, wherever its bytes lie
+        if mesh.world.rank == 0:
+            shutil.rmtree(newest)
+        barrier(mesh)
+        save(mesh, tmp_path, 2)
+        if mesh.world.rank == 0:
+            DAMAGES[damage](newest / name)
+        barrier(mesh)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(load_module.logger, "warning", lambda *message: said.append(message))
+            assert_loads(mesh, tmp_path, 1)
+        if mesh.world.rank == 0:
+            text, *values = said.pop()
+            assert f"checkpoint {newest} is damaged, passed over: {name} " in text % tuple(values)
+        barrier(mesh)
+    # What was damaged is written again: the new one counts, the old one is kept aside.
+    save(mesh, tmp_path, 2)
+    assert_loads(mesh, tmp_path, 2)
+    assert (tmp_path / "damaged_step_00000002_1").is_dir()
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+def test_all_damaged_is_an_error(mesh: Mesh, tmp_path: Path) -> None:
+    """Never a silent start from scratch."""
+    directory = save(mesh, tmp_path, 1)
+    if mesh.world.rank == 0:
+        flip(directory / "rank_00000.safetensors")
+    barrier(mesh)
+    with pytest.raises(CheckpointError, match=r"all 1 checkpoints in .* are damaged"):
+        find_checkpoint(tmp_path, mesh)
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+def test_nothing_there(mesh: Mesh, tmp_path: Path) -> None:
+    """An empty or missing folder has no checkpoint, and that is no error."""
+    assert find_checkpoint(tmp_path, mesh) is None
+    assert find_checkpoint(tmp_path / "missing", mesh) is None
+
+
+@distributed(Layout(tp=2))
+def test_a_rank_that_cannot_write_fails_the_save_on_all(mesh: Mesh, tmp_path: Path) -> None:
+    """The error names the rank; what was there before still loads, and nothing temporary stays."""
+    save(mesh, tmp_path, 1)
+    # Rank 1 finds its disk full, and its peer does not.
+    original = save_module.save_file
+
+    def failing(tensors: Any, path: Path) -> None:
+        if mesh.world.rank == 1:
+            raise OSError(28, "No space left on device")
+        original(tensors, path)
+
+    save_module.save_file = failing
+    try:
+        with pytest.raises(CheckpointError, match=r"rank 1 cannot write .*No space left"):
+            save(mesh, tmp_path, 2)
+    finally:
+        save_module.save_file = original
+    barrier(mesh)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    assert_loads(mesh, tmp_path, 1)
+
+
+@distributed(*EVERY_LAYOUT)
+def test_a_save_in_the_background_is_of_the_moment_it_began(mesh: Mesh, tmp_path: Path) -> None:
+    """What training changes afterwards is not in it; it is no checkpoint before it is committed."""
+    tensors = make_tensors(mesh, 7)
+    pending = begin_save(tmp_path, 7, tensors, STATE, mesh, background=True)
+    for tensor in tensors.values():
+        tensor.to_local().detach().fill_(float("nan"))
+    barrier(mesh)
+    assert [path.name for path in tmp_path.iterdir()] == [".tmp-step_00000007"]
+    commit_save(pending, mesh)
+    assert_loads(mesh, tmp_path, 7)
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+def test_a_commit_that_fails_leaves_nothing(mesh: Mesh, tmp_path: Path) -> None:
+    """A disk that is full when the manifest comes: its files make room again, the old one loads."""
+    save(mesh, tmp_path, 1)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device", "manifest.json")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(save_module, "write_manifest", full)
+        with pytest.raises(CheckpointError, match="cannot commit a checkpoint"):
+            save(mesh, tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    assert_loads(mesh, tmp_path, 1)
+
+
+@distributed(Layout(tp=2))
+def test_any_failure_of_a_writer_is_reported(mesh: Mesh, tmp_path: Path) -> None:
+    """Raised on one rank alone it would leave the others waiting."""
+    original = save_module.save_file
+
+    def failing(tensors: Any, path: Path) -> None:
+        if mesh.world.rank == 1:
+            raise MemoryError("no memory")
+        original(tensors, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(save_module, "save_file", failing)
+        pending = begin_save(tmp_path, 1, make_tensors(mesh, 1), STATE, mesh, background=True)
+        with pytest.raises(
+            CheckpointError, match=r"rank 1 cannot write: MemoryError\('no memory'\)"
+        ):
+            commit_save(pending, mesh)
+
+
+@distributed(ONE_RANK)
+def test_leftovers_are_swept(mesh: Mesh, tmp_path: Path) -> None:
+    """What a killed save and a killed deletion leave goes at the next start; checkpoints stay."""
+    directory = save(mesh, tmp_path, 1)
+    shutil.copytree(directory, tmp_path / ".tmp-step_00000002")
+    shutil.copytree(directory, tmp_path / ".del-step_00000000")
+    sweep_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+
+
+def plant_foreign_entries(folder: Path) -> list[Path]:
+    """Entries with a checkpoint's name that are none: a file, links, and somebody's directory."""
+    elsewhere = folder.parent / f"{folder.name}_elsewhere"
+    (elsewhere / "step_00000003").mkdir(parents=True)
+    (elsewhere / "step_00000003" / "precious").write_text("")
+    (folder / "step_00000001").write_text("a file")
+    (folder / "step_00000002").symlink_to(elsewhere / "nothing")
+    (folder / "step_00000003").symlink_to(elsewhere / "step_00000003")
+    (folder / "step_00000004").mkdir()
+    (folder / "step_00000004" / "notes").write_text("")
+    (folder / ".del-step_00000005").write_text("a file")
+    (folder / ".tmp-step_00000005").symlink_to(elsewhere)
+    return [*sorted(folder.iterdir()), elsewhere / "step_00000003" / "precious"]
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+def test_foreign_entries_are_left_alone(mesh: Mesh, tmp_path: Path) -> None:
+    """Saving, pruning and sweeping neither touch nor count them; a start warns and goes on."""
+    folder, said = tmp_path / "checkpoints", []
+    if mesh.world.rank == 0:
+        folder.mkdir()
+        plant_foreign_entries(folder)
+    barrier(mesh)
+    planted = [*sorted(folder.iterdir()), tmp_path / "checkpoints_elsewhere/step_00000003/precious"]
+    for step in (6, 7, 8):
+        save(mesh, folder, step, keep=2)
+    barrier(mesh)
+    if mesh.world.rank == 0:
+        sweep_leftovers(folder)
+    barrier(mesh)
+    assert all(os.path.lexists(path) for path in planted)
+    kept = sorted(path for path in folder.iterdir() if path not in planted)
+    assert [path.name for path in kept] == ["step_00000007", "step_00000008"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load_module.logger, "warning", lambda *message: said.append(message))
+        assert_loads(mesh, folder, 8)
+    if mesh.world.rank == 0:
+        text = "\n".join(message % tuple(values) for message, *values in said)
+        assert "step_00000001 is not a directory" in text
+        assert "step_00000002 is not a directory" in text
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+def test_a_step_whose_name_is_taken_is_saved(mesh: Mesh, tmp_path: Path) -> None:
+    """A link in the way is moved aside, not followed."""
+    if mesh.world.rank == 0:
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "step_00000002").symlink_to(tmp_path / "elsewhere")
+        (tmp_path / "step_00000003").symlink_to(tmp_path / "nowhere")
+    barrier(mesh)
+    for step in (2, 3):
+        save(mesh, tmp_path, step)
+        assert_loads(mesh, tmp_path, step)
+    barrier(mesh)
+    assert (tmp_path / "damaged_step_00000002_1").readlink() == tmp_path / "elsewhere"
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+@distributed(ONE_RANK)
+def test_a_failed_cleanup_is_a_warning_with_a_reason(mesh: Mesh, tmp_path: Path) -> None:
+    """Python's own OSErrors have no strerror: the text is printed, never "None"."""
+    save(mesh, tmp_path, 1)
+    (tmp_path / ".del-step_00000000").mkdir()
+    said: list[str] = []
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("Cannot call rmtree on a symbolic link")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(save_module.shutil, "rmtree", fail)
+        patch.setattr(save_module.logger, "warning", lambda text, *v: said.append(text % v))
+        sweep_leftovers(tmp_path)
+        save(mesh, tmp_path, 2, keep=1)
+    assert len(said) == 2
+    assert all(text.endswith(": Cannot call rmtree on a symbolic link") for text in said)
+    assert_loads(mesh, tmp_path, 2)
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+def test_a_step_that_is_asked_for_is_that_one(mesh: Mesh, tmp_path: Path) -> None:
+    """An older one too; damaged, it is an error: another step would be another model."""
+    for step in (1, 2):
+        save(mesh, tmp_path, step)
+    found = find_checkpoint(tmp_path, mesh, step=1)
+    assert found is not None
+    assert found.step == 1
+    if mesh.world.rank == 0:
+        (tmp_path / "step_00000001" / "rank_00000.safetensors").write_bytes(b"")
+    any_rank(mesh, False)  # all wait
+    with pytest.raises(CheckpointError, match=r"step_00000001 is damaged: rank_00000.* 0 bytes"):
+        find_checkpoint(tmp_path, mesh, step=1)
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 3 .* those of steps 1, 2"):
+        find_checkpoint(tmp_path, mesh, step=3)
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+def test_a_held_checkpoint_is_readable_after_it_is_deleted(mesh: Mesh, tmp_path: Path) -> None:
+    """On every rank, tensors in pieces and in full."""
+    save(mesh, tmp_path, 1)
+    with held_checkpoint(tmp_path, mesh) as checkpoint:
+        assert checkpoint is not None
+        save(mesh, tmp_path, 2, keep=1)
+        assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
+        tensors, expected = make_tensors(mesh, 999), make_tensors(mesh, 1)
+        load_tensors(checkpoint, tensors, mesh)
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor.to_local(), expected[name].to_local()), name
+            assert torch.equal(read_full_tensor(checkpoint, name), expected[name].full_tensor()), (
+                name
+            )
+        barrier(mesh)
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+@pytest.mark.parametrize("moment", ["read_manifest", "verify_file"])
+def test_one_that_vanishes_is_not_damaged(mesh: Mesh, tmp_path: Path, moment: str) -> None:
+    """A run saves and prunes while this looks: the newest one that is still there is taken."""
+    folder, stock = tmp_path / "checkpoints", tmp_path / "stock"
+    save(mesh, folder, 1)
+    for step in (2, 3, 4):
+        save(mesh, stock, step)
+    said: list[str] = []
+    original = getattr(load_module, moment)
+
+    def overtaken(directory: Any, *arguments: Any) -> Any:
+        barrier(mesh)
+        if mesh.world.rank == 0 and (new := sorted(stock.iterdir())):
+            (old,) = folder.iterdir()
+            new[0].rename(folder / new[0].name)
+            shutil.rmtree(old)
+        barrier(mesh)
+        return original(directory, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load_module, moment, overtaken)
+        patch.setattr(load_module.logger, "warning", lambda *message: said.append(str(message)))
+        checkpoint = find_checkpoint(folder, mesh)
+    assert checkpoint is not None
+    assert (checkpoint.step, said) == (4, [])
+
+
+@distributed(ONE_RANK)
+def test_a_step_that_vanishes_is_said_to_be_gone(mesh: Mesh, tmp_path: Path) -> None:
+    """Another step would be another model."""
+    for step in (1, 2):
+        save(mesh, tmp_path, step)
+
+    def overtaken(directory: Path) -> None:
+        shutil.rmtree(directory)
+        raise CheckpointError("manifest.json is missing")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load_module, "read_manifest", overtaken)
+        with pytest.raises(CheckpointError, match=r"no checkpoint of step 1 .* of steps 2"):
+            find_checkpoint(tmp_path, mesh, step=1)
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+def test_one_that_a_host_never_shows_is_passed_over(mesh: Mesh, tmp_path: Path) -> None:
+    """Waiting for it has an end."""
+    for step in (1, 2):
+        save(mesh, tmp_path, step)
+    exists, last = Path.exists, mesh.world.size - 1
+
+    def hidden(path: Path) -> bool:
+        return exists(path) and path.name != "step_00000002"
+
+    original = load_module.read_manifest
+
+    def read(directory: Path) -> Any:
+        if mesh.world.rank == last and directory.name == "step_00000002":
+            raise CheckpointError("manifest.json is missing")
+        return original(directory)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load_module, "_LOOK_EVERY_S", 0.001)
+        if mesh.world.rank == last:
+            patch.setattr(Path, "exists", hidden)
+        patch.setattr(load_module, "read_manifest", read)
+        checkpoint = find_checkpoint(tmp_path, mesh)
+    assert checkpoint is not None
+    assert checkpoint.step == 1
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+def test_only_what_is_needed_is_verified(mesh: Mesh, tmp_path: Path) -> None:
+    """Damage in a moment is none for a program that reads weights, and is one for training."""
+    tensors = make_tensors(mesh, 1)
+    weights = {f"parameters.{name}": tensor for name, tensor in tensors.items()}
+    moments = {f"exp_avg.{name}": tensor for name, tensor in make_tensors(mesh, 2).items()}
+    directory = save_checkpoint(tmp_path, 1, weights | moments, STATE, mesh, keep=0)
+    path = directory / "rank_00000.safetensors"
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    entries = json.loads(whole[8:header])
+    places = {
+        "the header": [0, 20, header - 1],
+        **{
+            name: [header + entry["data_offsets"][0], header + entry["data_offsets"][1] - 1]
+            for name, entry in entries.items()
+            if name != "__metadata__"
+        },
+    }
+    for part, bytes_of_it in places.items():
+        for place in bytes_of_it:
+            barrier(mesh)
+            if mesh.world.rank == 0:
+                damaged = bytearray(whole)
+                damaged[place] ^= 1
+                path.write_bytes(damaged)
+            barrier(mesh)
+            with pytest.raises(CheckpointError, match="all 1 checkpoints"):
+                find_checkpoint(tmp_path, mesh)
+            if part.startswith("exp_avg."):
+                with held_checkpoint(tmp_path, mesh, prefix="parameters.") as checkpoint:
+                    assert checkpoint is not None
+            else:
+                with (
+                    pytest.raises(CheckpointError, match=f"checksum in {part}"),
+                    held_checkpoint(tmp_path, mesh, 1, prefix="parameters."),
+                ):
+                    pass
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+def test_version_1_is_read(mesh: Mesh, tmp_path: Path) -> None:
+    """Its files have one checksum each and its shards none."""
+    directory = save(mesh, tmp_path, 1)
+    path = directory / "manifest.json"
+    if mesh.world.rank == 0:
+        content = json.loads(path.read_bytes())
+        for name, file in content["files"].items():
+            del file["header"]
+            file["xxh3_128"] = xxhash.xxh3_128_hexdigest((directory / name).read_bytes())
+        for entry in content["tensors"].values():
+            for shard in entry["shards"]:
+                del shard["checksum"]
+        content["version"] = 1
+        del content["checksum"]
+        content["checksum"] = manifest_module._checksum(content)
+        path.write_text(json.dumps(content))
+    barrier(mesh)
+    assert_loads(mesh, tmp_path, 1)
+    barrier(mesh)
+    if mesh.world.rank == 0:
+        flip(directory / "rank_00000.safetensors")
+    barrier(mesh)
+    with pytest.raises(
+        CheckpointError, match=r"rank_00000.safetensors does not match its checksum"
+    ):
+        find_checkpoint(tmp_path, mesh, step=1)
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+def test_another_model_is_refused(mesh: Mesh, tmp_path: Path) -> None:
+    """Names and shapes must be the checkpoint's: nothing is left as it was by accident."""
+    save(mesh, tmp_path, 1)
+    checkpoint = find_checkpoint(tmp_path, mesh)
+    assert checkpoint is not None
+    tensors = make_tensors(mesh, 1)
+    rows = tensors.pop("rows")
+    with pytest.raises(CheckpointError, match=r"has unknown \['rows'\]"):
+        load_tensors(checkpoint, tensors, mesh)
+    with pytest.raises(CheckpointError, match=r"lacks \['new'\]"):
+        load_tensors(checkpoint, {**tensors, "rows": rows, "new": rows}, mesh)
+    with pytest.raises(
+        CheckpointError, match=r"rows is float32 \[13, 6\], the model has .* \[5, 11\]"
+    ):
+        load_tensors(checkpoint, {**tensors, "rows": tensors["columns"]}, mesh)

@@ -1,0 +1,154 @@
+"""`python -m checkpoints`: what it says of whole, damaged and missing checkpoints."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import checkpoints.__main__ as command
+from checkpoints import Checkpoint
+from checkpoints.__main__ import main
+from parallel import Mesh
+from tests.checkpoints.test_checkpoints import flip, make_tensors, save_checkpoint
+from tests.distributed import Layout, run_on
+
+STATE = {
+    "progress": {"step": 3, "tokens": 4096},
+    "config": {"model.num_layers": 2},
+}
+
+
+def save_two(mesh: Mesh, folder: Path) -> None:
+    for step in (3, 4):
+        tensors = {f"parameters.{name}": t for name, t in make_tensors(mesh, step).items()}
+        tensors["exp_avg.norm"] = make_tensors(mesh, step)["norm"]
+        save_checkpoint(folder, step, tensors, STATE, mesh, keep=0)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder with two checkpoints of two ranks."""
+    run_on(Layout(tp=2), save_two, folder=tmp_path / "checkpoints")
+    return tmp_path
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[str], str]:
+    """Exit code, lines of output, and errors."""
+    code = main(list(arguments))
+    captured = capsys.readouterr()
+    return code, captured.out.splitlines(), captured.err
+
+
+def test_whole_checkpoints_are_listed_and_verified(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line each, oldest first; only verify=true says verified."""
+    for arguments, word in ((), "not read"), (("verify=true",), "verified"):
+        code, lines, _ = answer(capsys, f"run={run}", *arguments)
+        assert code == 0
+        assert [line.split()[0] for line in lines] == ["step_00000003", "step_00000004"]
+        assert all(line.endswith(f"MiB in 2 files  4,096 tokens  {word}") for line in lines)
+
+
+def test_damage_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A flipped bit needs verify=true, a missing file and a broken manifest do not."""
+    newest = run / "checkpoints" / "step_00000004"
+    flip(newest / "rank_00001.safetensors")
+    assert answer(capsys, f"run={run}")[0] == 0
+    code, lines, _ = answer(capsys, f"run={run}", "verify=true")
+    assert code == 1
+    assert lines[0].endswith("verified")
+    assert lines[1].endswith(
+        "DAMAGED: rank_00001.safetensors does not match its checksum in parameters.bias"
+    )
+    (newest / "rank_00001.safetensors").unlink()
+    code, lines, _ = answer(capsys, f"run={run}")
+    assert (code, lines[1].endswith("DAMAGED: rank_00001.safetensors is missing")) == (1, True)
+    flip(newest / "manifest.json")
+    code, lines, _ = answer(capsys, f"run={run}", "step=4")
+    assert code == 1
+    assert lines[0].startswith("step_00000004  DAMAGED: manifest.json ")
+
+
+def test_one_is_described(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Progress, settings and tensors; counted by hand: 13 x 6 + 5 x 11 + 7 + 9 numbers."""
+    code, lines, _ = answer(capsys, f"run={run}", "step=3")
+    assert code == 0
+    assert lines[0].startswith("step_00000003")
+    assert "  tokens: 4096" in lines
+    assert "  model.num_layers: 2" in lines
+    assert "parameters: 149 numbers in 4 tensors" in lines
+    assert "exp_avg: 7 numbers in 1 tensor" in lines
+    assert "  rows  float32 [13, 6] in 2 pieces" in lines
+    assert "  norm  float32 [7]" in lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "run=FOLDER is required: the folder that a run has written"),
+        (("run={run}", "verify=yes"), "verify=yes is not true or false"),
+        (("run={run}", "step=-1"), "step=-1 is not a whole number"),
+        (("run={run}", "step=5"), "step=5 has no checkpoint; there are those of steps 3, 4"),
+        (("run={run}", "stop=5"), "stop=5 is not run=FOLDER, verify=true or step=N"),
+        (("run=/nowhere",), "run=/nowhere is no run: it has no folder checkpoints"),
+    ],
+)
+def test_a_wrong_line_is_explained(
+    run: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    """One line and the usage, exit code 2."""
+    code, lines, errors = answer(capsys, *(argument.format(run=run) for argument in arguments))
+    assert (code, lines) == (2, [])
+    assert errors.splitlines() == [
+        message,
+        "usage: python -m checkpoints run=RUN_FOLDER [verify=true] [step=N]",
+    ]
+
+
+def test_one_that_is_deleted_meanwhile_is_no_damage(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on prunes while this reads."""
+    verify = command.verify_file
+
+    def prune(checkpoint: Checkpoint, name: str) -> str | None:
+        if checkpoint.step == 3:
+            shutil.rmtree(checkpoint.directory, ignore_errors=True)
+        return verify(checkpoint, name)
+
+    monkeypatch.setattr(command, "verify_file", prune)
+    code, lines, _ = answer(capsys, f"run={run}", "verify=true")
+    assert code == 0
+    assert lines[0] == "step_00000003  deleted meanwhile"
+    assert lines[1].endswith("verified")
+
+
+def test_when_all_are_deleted_meanwhile_the_newer_one_is_read(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """checkpoint.keep=1 leaves one only, and soon another one."""
+    verify, checkpoints = command.verify_file, run / "checkpoints"
+    (checkpoints / "step_00000004").rename(run / "step_00000004")
+
+    def overtake(checkpoint: Checkpoint, name: str) -> str | None:
+        if checkpoint.step == 3 and (run / "step_00000004").exists():
+            (run / "step_00000004").rename(checkpoints / "step_00000004")
+            shutil.rmtree(checkpoint.directory)
+        return verify(checkpoint, name)
+
+    monkeypatch.setattr(command, "verify_file", overtake)
+    code, lines, _ = answer(capsys, f"run={run}", "verify=true")
+    assert code == 0
+    assert lines[0] == "step_00000003  deleted meanwhile"
+    assert lines[1].startswith("step_00000004")
+    assert lines[1].endswith("verified")
+
+
+def test_it_only_reads(run: Path) -> None:
+    """Nothing in the folder has changed afterwards."""
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert main([f"run={run}", "verify=true"]) == 0
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert json.loads((run / "checkpoints/step_00000003/manifest.json").read_text())["step"] == 3

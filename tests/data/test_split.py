@@ -1,0 +1,228 @@
+"""What is held out: the same of a text in every source, and always something to train on."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs import ConfigError, UserError, WeightedSource, parse_config
+from configs.schema import DataConfig
+from data import Corpus, evaluation_batches, prepare_corpus, text_fingerprint
+from data.corpus.split import END_HELD_OUT, HELD_OUT, TRAINED_ON, Documents, divide, split_by_hash
+from data.corpus.spool import Place, Record, Spool, open_spool, write_spool
+from tests.data.test_prepare import documents
+from tests.data_corpora import random_text, small_tokenizer
+
+
+def sources(*hashes: list[int], size: int = 10) -> list[Documents]:
+    """Sources of documents with these hashes, all of one size."""
+    return [Documents(np.array(each, dtype=np.uint64), np.full(len(each), size)) for each in hashes]
+
+
+def split(fraction: float, *hashes: list[int], size: int = 10) -> list[list[int]]:
+    """Split such sources."""
+    return [each.tolist() for each in split_by_hash(sources(*hashes, size=size), fraction)]
+
+
+def test_documents_are_held_out_by_their_hash() -> None:
+    """By its last six digits, whatever else there is, as long as there are enough documents."""
+    assert split(0.4, [500_000, 300_000, 900_000]) == [[0, 1, 0]]
+    assert split(0.4, [500_000, 7_000_300_000, 300_000]) == [[0, 1, 1]]
+    assert split(0, [1, 2]) == [[0, 0]]
+
+
+def test_a_source_has_both_splits_if_it_has_two_documents() -> None:
+    """Whatever the fraction: the smallest hash is held out, the largest is trained on."""
+    assert split(1e-6, [500_000, 300_000, 900_000]) == [[0, 1, 0]]
+    assert split(0.99, [500_000, 300_000, 900_000]) == [[1, 1, 0]]
+    assert split(0.01, [500_000, 300_000], [1, 900_000]) == [[0, 1], [1, 0]]
+
+
+def test_exceptions_hold_in_every_source() -> None:
+    """A text that a source needs is trained on, or one that it spares held out, everywhere."""
+    assert split(0.01, [500_000], [500_000, 600_000]) == [[0], [0, 1]]
+    assert split(0.01, [600_000], [500_000, 600_000]) == [[0], [1, 0]]
+    assert split(0.01, [5], [5, 600_000, 7]) == [[0], [0, 0, 1]]
+    assert split(0.01, [500_000, 600_000], [500_000, 3, 600_000]) == [[1, 0], [1, 1, 0]]
+
+
+def test_ends_are_held_out_if_no_document_can_be() -> None:
+    """Of sources of one document, and of documents that are too large to be spared."""
+    assert split(0.01, [5]) == split(0.01, [500_000]) == [[END_HELD_OUT]]
+    assert split(0.01, [5], [5], [7]) == [[END_HELD_OUT]] * 3
+    assert split(0.01, [500_000, 600_000], size=2 << 20) == [[END_HELD_OUT] * 2]
+    assert split(0.4, [600_000, 800_000], size=2 << 20) == [[END_HELD_OUT] * 2]
+    assert split(0.6, [600_000, 800_000], size=2 << 20) == [[1, 0]]
+    assert split(0.01, [500_000, 5_000], size=2 << 20) == [[0, 1]]
+
+
+def test_no_text_is_in_both_splits_of_any_mixture() -> None:
+    """Random mixtures of few documents, many of them in several sources."""
+    rng = random.Random(0)
+    for _ in range(2000):
+        fraction = rng.choice([0.01, 0.3, 0.9])
+        texts = [rng.randrange(10**6) for _ in range(rng.randint(1, 6))]
+        mixture = [rng.sample(texts, rng.randint(1, len(texts))) for _ in range(rng.randint(1, 4))]
+        splits = split(fraction, *mixture)
+        found: dict[int, set[int]] = {}
+        for hashes, each in zip(mixture, splits, strict=True):
+            assert set(each) != {HELD_OUT}
+            for text, value in zip(hashes, each, strict=True):
+                found.setdefault(text, set()).add(value)
+        assert all(len(values) == 1 for values in found.values())
+        assert set.union(*found.values()) != {TRAINED_ON}
+
+
+def spool_of(folder: Path, *texts: str) -> Spool:
+    """Texts as a source has them."""
+    folder.mkdir()
+    write_spool(folder, lambda _: [Record([text], None, Place()) for text in texts])
+    return open_spool(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "fraction", "end"),
+    [
+        ("a " * 30 + "\n\nb b\nc\nd d", 0.1, "b b\nc\nd d"),
+        ("a " * 30 + "\nb b\nc\nd d", 0.05, "c\nd d"),
+        ("a" * 90 + " " + "b" * 9, 0.05, "b" * 9),
+        ("a" * 90 + " " + "b" * 11, 0.05, "b" * 5),
+        ("漢" * 30, 0.1, "漢" * 3),
+        ("漢" * 30, 0.12, "漢" * 4),
+        ("ab", 0.01, "b"),
+    ],
+)
+def test_an_end_begins_where_text_may_be_cut(
+    tmp_path: Path, text: str, fraction: float, end: str
+) -> None:
+    """At a blank line, a line, a word, a character: as long as wanted, up to twice as long."""
+    spool = spool_of(tmp_path / "spool", "first", text)
+    division = divide(spool, np.array([0, END_HELD_OUT], dtype=np.uint8), fraction)
+    train = [division.spool.document(int(i)) for i in division.train]
+    assert train == ["first", text[: len(text) - len(end)]]
+    assert [division.spool.document(int(i)) for i in division.validation] == [end]
+    assert division.num_ends == 1
+
+
+def test_text_of_one_character_has_no_end(tmp_path: Path) -> None:
+    """It stays whole."""
+    spool = spool_of(tmp_path / "spool", "漢")
+    division = divide(spool, np.array([END_HELD_OUT], dtype=np.uint8), 0.5)
+    assert (division.train.tolist(), division.validation.tolist()) == ([0], [])
+
+
+def mixture(folder: Path, *texts: list[str], given: int | None = None) -> DataConfig:
+    """Sources of these texts; held-out text is given for the last, by the number of its texts."""
+    folder.mkdir(exist_ok=True)
+    model = folder / "given.model"
+    model.write_bytes(small_tokenizer().model)
+    found = []
+    for number, each in enumerate(texts):
+        place = folder / f"source{number}"
+        place.mkdir(parents=True)
+        for index, text in enumerate(each):
+            (place / f"{index}.txt").write_text(text)
+        found.append(WeightedSource("text", str(place)))
+    if given is not None:
+        held_out = found.pop().path
+        found[given] = replace(found[given], validation_path=held_out)
+    return DataConfig(
+        sources=tuple(found),
+        tokenizer=str(model),
+        vocab_size=320,
+        cache_directory=str(folder / "cache"),
+    )
+
+
+def texts_of(corpus: Corpus) -> tuple[list[str], list[str]]:
+    """The texts trained on, and those held out, in order."""
+    return documents(corpus, corpus.train), documents(corpus, corpus.validation)
+
+
+def test_a_text_held_out_in_one_source_is_held_out_in_all(tmp_path: Path) -> None:
+    """Sources {X} and {X, Y}: Y can be spared, X cannot, whichever has the smaller hash."""
+    x, y = random_text(1, 30), random_text(2, 30)
+    for name, (first, second) in {"a": (x, y), "b": (y, x)}.items():
+        config = mixture(tmp_path / name, [first], [first, second])
+        assert texts_of(prepare_corpus(config, 16, 0)) == ([first, first], [second])
+    several = mixture(tmp_path / "c", [x], [x], [x])
+    train, held_out = texts_of(prepare_corpus(several, 16, 0))
+    assert len(set(train)) == len(set(held_out)) == 1
+    assert train[0] + held_out[0] == x
+
+
+def test_given_text_is_held_out_of_every_source(tmp_path: Path) -> None:
+    """And nothing else is; the fraction has no effect."""
+    a, b, c, d = (random_text(number, 30) for number in range(4))
+    config = mixture(tmp_path, [a, b], [b, c], [d, b], given=0)
+    corpus = prepare_corpus(config, 16, 0)
+    train, held_out = texts_of(corpus)
+    assert train == [a, c]
+    assert sorted(held_out) == sorted([b, d])
+    assert corpus.validation_weights == (1.0,)
+    assert corpus.summary["validation"]["documents"] == corpus.summary["excluded"] == 2
+    assert corpus.text_fingerprint == text_fingerprint(config)
+    plain = replace(
+        config, sources=tuple(replace(each, validation_path=None) for each in config.sources)
+    )
+    assert text_fingerprint(plain) != text_fingerprint(config)
+    assert prepare_corpus(plain, 16, 0).fingerprint != corpus.fingerprint
+    assert prepare_corpus(config, 16, 1).fingerprint == corpus.fingerprint
+    scored = evaluation_batches(
+        corpus,
+        seq_length=16,
+        max_sequences=None,
+        micro_batch_size=4,
+        dp_rank=0,
+        dp_size=1,
+        tp_size=1,
+    )
+    assert scored.num_documents == 2
+    assert scored.num_bytes == len(b) + len(d)
+    assert scored.num_targets == corpus.validation.num_tokens - 2 * 2
+
+
+def test_nothing_but_given_text_is_an_error(tmp_path: Path) -> None:
+    """One source has the same documents to train on and to hold out."""
+    a, b = random_text(1, 30), random_text(2, 30)
+    config = mixture(tmp_path, [a, b], [b, a], given=0)
+    with pytest.raises(UserError, match=r"every document of data\.sources\[0\]\.path=.* held out"):
+        prepare_corpus(config, 16, 0)
+
+
+def test_an_unreadable_validation_path_is_named_by_its_own_key(tmp_path: Path) -> None:
+    for name in ("train", "held_out"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "some text"}\n')
+    (tmp_path / "held_out.jsonl").write_text("no JSON\n")
+    config = DataConfig(
+        source="jsonl",
+        path=str(tmp_path / "train.jsonl"),
+        validation_path=str(tmp_path / "held_out.jsonl"),
+        cache_directory=str(tmp_path / "cache"),
+    )
+    says = r"^data\.validation_path: line 1 .* data\.source=jsonl needs"
+    with pytest.raises(UserError, match=says):
+        prepare_corpus(config, 16, 0)
+
+
+def test_a_wrong_validation_path_is_named(tmp_path: Path) -> None:
+    """Before anything is started, by its own key."""
+    (tmp_path / "x.txt").write_text("x")
+    arguments = ["config=gpt_debug.yaml", "data.source=text", f"data.path={tmp_path / 'x.txt'}"]
+    given = "data.validation_path=/nowhere"
+    with pytest.raises(ConfigError, match=f"^{given} does not exist; give an existing file"):
+        parse_config([*arguments, given])
+    with pytest.raises(ConfigError, match=r"data\.validation_path=x has no meaning for .*stdlib"):
+        parse_config(["config=gpt_debug.yaml", "data.validation_path=x"])
+    with pytest.raises(ConfigError, match=r"data\.validation_path=x has no meaning beside"):
+        parse_config(
+            [
+                "config=gpt_debug.yaml",
+                "data.sources=[{source: python_stdlib}]",
+                "data.validation_path=x",
+            ]
+        )
+    config = parse_config([*arguments, f"data.validation_path={tmp_path}"])
+    assert config.data.mixture["data"].validation_path == str(tmp_path)

@@ -1,0 +1,80 @@
+"""The text of a continuation as its tokens come: whole characters, and an end where it is due."""
+
+import pytest
+
+from data import Tokenizer
+from model.generation.continuation import Continuation
+from tests.data.test_tokenizer import ALPHABET, train_any
+from tests.data_corpora import small_tokenizer
+
+TEXTS = [
+    "def f():\n    return 'é', '漢字', '\U0001f600\U0001f9d1\u200d\U0001f680'\n",
+    "".join(ALPHABET) * 2,
+    "\ufffd is a character too \ufffd\ufffd",
+]
+
+
+def add_all(text: Continuation, tokens: list[int]) -> list[str]:
+    """What is shown after each token, and at the end."""
+    return [*(text.add(token) for token in tokens), text.finish()]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("cut", [0, 1, 5, 20])
+def test_pieces_are_the_text(text: str, cut: int) -> None:
+    """Joined they are the text, wherever the prompt ends; no piece ends inside a character."""
+    tokenizer = small_tokenizer()
+    prompt = tokenizer.encode(text[:cut]) or [tokenizer.bos_id]
+    pieces = add_all(Continuation(tokenizer, prompt, set(), None), tokenizer.encode(text[cut:]))
+    assert "".join(pieces) == text[cut:]
+    assert len([piece for piece in pieces if piece]) > 1
+    if "\ufffd" not in text:
+        assert "\ufffd" not in "".join(pieces)
+
+
+def test_bytes_that_are_no_character_are_shown_as_such() -> None:
+    """When something else follows, or nothing."""
+    tokenizer = small_tokenizer()
+    three_bytes = tokenizer.encode("漢")
+    assert len(three_bytes) == 3
+    text = Continuation(tokenizer, [tokenizer.bos_id], set(), None)
+    pieces = add_all(text, [*three_bytes[:2], *tokenizer.encode("a"), three_bytes[0]])
+    assert pieces[:2] == ["", ""]
+    assert pieces[2].endswith("a")
+    assert "".join(pieces) == tokenizer.decode(
+        [*three_bytes[:2], *tokenizer.encode("a"), three_bytes[0]]
+    )
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_words_are_apart_with_any_tokenizer(kind: str) -> None:
+    """sentencepiece's default puts a space before a text and takes it off; between two it stays."""
+    tokenizer = Tokenizer(train_any(model_type=kind), "default")
+    prompt, following = tokenizer.encode("def self"), tokenizer.encode("return value")
+    pieces = add_all(Continuation(tokenizer, prompt, set(), None), following)
+    assert "".join(pieces) == " return value"
+
+
+@pytest.mark.parametrize("stop", ["\n", "return", "urn '", "n 'é"])
+def test_text_ends_before_the_stop(stop: str) -> None:
+    """However its tokens fall; nothing of it is shown, and nothing after it."""
+    tokenizer, whole = small_tokenizer(), "a r ret\treturn 'é' return\n"
+    text = Continuation(tokenizer, [tokenizer.bos_id], set(), stop)
+    assert "".join(add_all(text, tokenizer.encode(whole))) == whole[: whole.index(stop)]
+    assert text.ended
+
+
+def test_a_stop_that_does_not_come_is_shown() -> None:
+    """What was held back as its beginning comes at the end."""
+    tokenizer = small_tokenizer()
+    text = Continuation(tokenizer, [tokenizer.bos_id], set(), "returned")
+    assert "".join(add_all(text, tokenizer.encode("we return"))) == "we return"
+
+
+def test_an_end_token_ends_it() -> None:
+    """It has no text itself, and what comes after it in a batch has none either."""
+    tokenizer = small_tokenizer()
+    tokens = [*tokenizer.encode("so é"), tokenizer.eos_id, *tokenizer.encode("more")]
+    text = Continuation(tokenizer, [tokenizer.bos_id], {tokenizer.eos_id}, None)
+    assert "".join(add_all(text, tokens)) == "so é"
+    assert text.ended

@@ -1,0 +1,243 @@
+"""What torch.compile makes of functions of single elements: the same as torch does step by step."""
+
+import dataclasses
+import re
+import shutil
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from configs import ModelConfig
+from model.mlp import swiglu
+from model.norm import rms_norm
+from model.rotary import rotate
+from ops.compile import compile_obstacle, maybe_compile
+from ops.dropout import keep_mask
+from parallel import DropoutStream, Mesh, dropout_add
+from parallel.mesh import _all_can_compile
+from tests.distributed import ONE_RANK, Layout, distributed
+from tests.model.test_gpt import OPTIONS, STREAM, TINY, batch, tiny_model
+from tests.parallel.test_mappings import seeded
+from tests.runs import finish, rows, settings, start
+
+pytestmark = pytest.mark.timeout(300)  # compilers take their time, once on a machine
+
+CPU = torch.device("cpu")
+needs_a_compiler = pytest.mark.skipif(
+    compile_obstacle(CPU) is not None, reason=f"cannot compile: {compile_obstacle(CPU)}"
+)
+FUNCTIONS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
+    "rms_norm": (lambda x, weight: rms_norm(x, weight, 1e-5), ((6, 2, 48), (48,))),
+    "swiglu": (swiglu, ((6, 2, 40), (6, 2, 40))),
+    "rotate": (rotate, ((6, 2, 4, 16), (6, 2, 1, 8), (6, 2, 1, 8))),
+}
+
+
+def outcome(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """The result and the gradient of each input."""
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    y = function(*leaves)
+    y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape).to(y.dtype))
+    return [y.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_kernel_equals_its_function(name: str, dtype: torch.dtype) -> None:
+    """Forward and every gradient against float64, no further away than one rounding or two."""
+    function, shapes = FUNCTIONS[name]
+    generator = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    expected = outcome(function, [tensor.double() for tensor in inputs])
+    compiled = maybe_compile(function, compiles=True)
+    assert compiled is not function
+    got = outcome(compiled, inputs)
+    assert len(got) == len(expected) == 1 + len(shapes)
+    tolerance = 2 * torch.finfo(dtype).eps
+    for mine, reference in zip(got, expected, strict=True):
+        assert mine.dtype == dtype
+        scale = reference.abs().max().item()
+        assert_close(mine.double(), reference, rtol=tolerance, atol=2 * tolerance * scale)
+
+
+@needs_a_compiler
+@distributed(ONE_RANK, Layout(tp=2))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("has_residual", [True, False])
+@pytest.mark.parametrize("rate", [0.3, 0.1])
+def test_dropout_of_one_kernel_keeps_the_same(
+    mesh: Mesh, dtype: torch.dtype, has_residual: bool, rate: float
+) -> None:
+    """The mask is equal, and of this rate: torch takes a kernel that it has for another one.
+
+    The sum may be rounded once less.
+    """
+    x, residual = torch.randn(2, 6, 2, 32).to(dtype).unbind()
+    results = [
+        outcome(
+            lambda x, residual, compiles=compiles: dropout_add(
+                x,
+                residual if has_residual else None,
+                rate,
+                DropoutStream(1, 2, (3, 4)),
+                0,
+                1,
+                dataclasses.replace(mesh, compiles=compiles),
+            ),
+            [x, residual],
+        )
+        for compiles in (False, True)
+    ]
+    for plain, compiled in zip(*results, strict=True):
+        eps = torch.finfo(dtype).eps
+        assert_close(compiled, plain, rtol=2 * eps, atol=2 * eps)
+    _, plain_grad, *_ = results[0]
+    _, compiled_grad, *_ = results[1]
+    assert torch.equal(plain_grad == 0, compiled_grad == 0)
+    assert (plain_grad == 0).any()
+
+
+@needs_a_compiler
+@distributed(ONE_RANK)
+@pytest.mark.parametrize("has_residual", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dropout_has_the_right_gradient_from_any_thread(
+    mesh: Mesh, has_residual: bool, dtype: torch.dtype
+) -> None:
+    """On CUDA backward runs in a thread of autograd; settings of the compiler are per thread."""
+    mesh = dataclasses.replace(mesh, compiles=True)
+    stream = DropoutStream(1, 2, (3, 4))
+    for rate in (0.3, 0.1, 0.5):
+        x, residual = torch.ones(2, 64, 2, 96, dtype=dtype).unbind()
+        x.requires_grad_()
+        residual = residual if has_residual else None
+        y = dropout_add(x, residual, rate, stream, 0, 1, mesh)
+        thread = threading.Thread(target=y.backward, args=(torch.ones_like(y),))
+        thread.start()
+        thread.join()
+        kept = keep_mask(x.shape, 0, rate, stream.keys(0, 1, CPU))
+        assert torch.equal(x.grad, (kept / (1 - rate)).to(dtype)), rate
+
+
+@needs_a_compiler
+@distributed(ONE_RANK)
+def test_a_kernel_takes_each_epsilon_from_any_thread(mesh: Mesh) -> None:
+    """Full recomputation runs a norm's forward in autograd's thread."""
+    compiled = maybe_compile(rms_norm, compiles=True)
+    x, weight = seeded(1, 6, 2, 48), seeded(2, 48)
+    for epsilon in (1e-5, 0.5, 1e-2):
+        expected = outcome(partial(rms_norm, epsilon=epsilon), [x.double(), weight.double()])
+        results: list[list[Tensor]] = []
+
+        def run(epsilon: float = epsilon, results: list[list[Tensor]] = results) -> None:
+            results.append(outcome(partial(compiled, epsilon=epsilon), [x, weight]))
+
+        run()
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        assert len(results) == 2
+        for result in results:
+            for mine, reference in zip(result, expected, strict=True):
+                assert_close(mine.double(), reference, rtol=1e-5, atol=1e-5)
+
+
+def model_outcome(mesh: Mesh, config: ModelConfig, recompute: str) -> list[Tensor]:
+    """The loss and all gradients."""
+    model = tiny_model(mesh, config, recompute)
+    block = model.blocks[0]
+    chains = (block.mlp.activation, block.attention.rotate, block.attention_norm.rms_norm)
+    for chain, plain in zip(chains, (swiglu, rotate, rms_norm), strict=True):
+        assert (chain is plain) != mesh.compiles
+    losses = model(*batch(), STREAM)
+    losses.objective.backward()
+    gradients = [parameter.grad.to_local() for parameter in model.parameters()]
+    return [losses.cross_entropy.detach(), *gradients]
+
+
+@needs_a_compiler
+@distributed(ONE_RANK, Layout(tp=2, overlap="backward"))
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_compiled_model_has_the_same_gradients(mesh: Mesh, recompute: str) -> None:
+    config = dataclasses.replace(TINY, **OPTIONS["llama"])
+    plain = model_outcome(mesh, config, recompute)
+    compiled = model_outcome(dataclasses.replace(mesh, compiles=True), config, recompute)
+    for mine, reference in zip(compiled, plain, strict=True):
+        scale = reference.abs().max().item()
+        assert_close(mine, reference, rtol=1e-5, atol=1e-6 * scale)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize(
+    ("compiler", "message"),
+    [
+        ("/bin/false", r"/bin/false has failed in \S+, exit code 1: no message \(CXX names"),
+        ("/bin/true", r"/bin/true has failed in \S+, exit code 0"),  # it makes nothing
+    ],
+)
+def test_a_compiler_that_does_not_work(
+    compiler: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried, whatever kernels there are in the cache."""
+    assert compile_obstacle(CPU) is None
+    monkeypatch.setenv("CXX", compiler)
+    assert re.match(message, compile_obstacle(CPU) or "")
+
+
+@needs_a_compiler
+def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No folder, a device without room, and one with too little."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file/cache"))
+    assert re.search(r"Not a directory.*TORCHINDUCTOR_CACHE_DIR", compile_obstacle(CPU) or "")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/proc")  # root, too, can write nothing there
+    assert re.search(r"/proc/try_.*TORCHINDUCTOR_CACHE_DIR", compile_obstacle(CPU) or "")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    with mock.patch("shutil.disk_usage", return_value=SimpleNamespace(free=255 << 20)):
+        assert compile_obstacle(CPU) == f"{tmp_path} has only 255 of 256 MiB free"
+    assert compile_obstacle(CPU) is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+@distributed(Layout(dp=2))
+@pytest.mark.parametrize("broken", [None, 0, 1])
+def test_ranks_compile_together_or_not_at_all(mesh: Mesh, broken: int | None) -> None:
+    """The first that cannot says so, once."""
+    rank = mesh.world.rank
+    problem = "broken" if rank == broken else None
+    with (
+        mock.patch("parallel.mesh.compile_obstacle", return_value=problem),
+        mock.patch("parallel.mesh.logger.warning") as warning,
+    ):
+        assert _all_can_compile(CPU) == (broken is None)
+    assert warning.call_count == (rank == broken)
+
+
+def test_a_run_without_a_working_compiler(corpus: Path, tmp_path: Path) -> None:
+    """It trains as it would without train.compile."""
+    arguments = settings(
+        corpus, tmp_path, "train.train_steps=2", "train.compile=true", "evaluate.interval=0"
+    )
+    with mock.patch.dict("os.environ", {"CXX": "/bin/false"}):
+        output = finish(start(2, arguments))
+    (warning,) = re.findall("train.compile has no effect.*", output)
+    assert "rank 0: /bin/false has failed" in warning
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2]
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert shutil.which("no-such-compiler") is None
+    problem = compile_obstacle(CPU)
+    assert problem is not None
+    assert "no-such-compiler" in problem
+    assert "CXX" in problem

@@ -1,0 +1,96 @@
+"""Products and attention in the precision in which the device is fast: equal to exact ones."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from ops import matmul
+from ops.sdpa import sdpa
+
+ROWS, INNER, COLUMNS = 24, 40, 16
+
+
+def exact(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
+    """Numbers that are of the dtype, as float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(dtype).double()
+
+
+@pytest.fixture(params=[True, False], ids=["units", "no units"])
+def bfloat16_units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "_has_bfloat16_units", lambda: request.param)
+
+
+@pytest.mark.usefixtures("bfloat16_units")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_linear_is_exact_up_to_one_rounding(dtype: torch.dtype) -> None:
+    """Forward and every gradient, against float64: one rounding to the dtype, none between."""
+    x = exact(3, ROWS, INNER, seed=1, dtype=dtype).requires_grad_()
+    weight = exact(COLUMNS, INNER, seed=2, dtype=dtype).requires_grad_()
+    bias = exact(COLUMNS, seed=3, dtype=dtype).requires_grad_()
+    grad = exact(3, ROWS, COLUMNS, seed=4, dtype=dtype)
+    (x @ weight.t() + bias).backward(grad)
+    mine = [tensor.detach().to(dtype).requires_grad_() for tensor in (x, weight, bias)]
+    y = matmul.linear(*mine)
+    y.backward(grad.to(dtype))
+
+    # Half a unit in the last place, and what a float32 sum of up to 72 terms is away.
+    close = {"rtol": torch.finfo(dtype).eps, "atol": 2e-5}
+    expected = (x @ weight.t() + bias).detach()
+    torch.testing.assert_close(y.double(), expected, **close)
+    for tensor, reference in zip(mine, (x, weight, bias), strict=True):
+        assert tensor.grad is not None
+        assert tensor.grad.dtype == dtype
+        torch.testing.assert_close(tensor.grad.double(), reference.grad, **close)
+
+
+def test_the_environment_does_not_lower_the_precision() -> None:
+    """NVIDIA's containers set the variable, and float32 would be multiplied as TF32."""
+    program = (
+        "import torch; from parallel import init_mesh; init_mesh(1, False);"
+        "print(torch.get_float32_matmul_precision())"
+    )
+    environment = {**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
+    command = [sys.executable, "-c", program]
+    printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert printed.stdout.split() == ["highest"]
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v as it is written."""
+    heads_per_group = q.shape[2] // k.shape[2]
+    k, v = (heads.repeat_interleave(heads_per_group, dim=2) for heads in (k, v))
+    scores = torch.einsum("ibad,jbad->baij", q, k) / q.shape[-1] ** 0.5
+    probabilities = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    return torch.einsum("baij,jbad->ibad", probabilities, v)
+
+
+@pytest.mark.usefixtures("bfloat16_units")
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "mask"])
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_attention_equals_the_formula(dtype: torch.dtype, groups: int, masked: bool) -> None:
+    """Forward and every gradient, with shared keys and values and with a mask."""
+    s, b, heads, d = 19, 2, 4, 8
+    mask = torch.ones(b, 1, s, s, dtype=torch.bool).tril_()
+    if masked:
+        mask[1, :, 7:, :7] = False
+    tensors = [exact(s, b, n, d, seed=n, dtype=dtype).requires_grad_() for n in (heads, groups)]
+    tensors.append(exact(s, b, groups, d, seed=9, dtype=dtype).requires_grad_())
+    grad = exact(s, b, heads, d, seed=8, dtype=dtype)
+    expected = dense_attention(*tensors, mask)
+    expected.backward(grad)
+    mine = [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
+    y = sdpa(*mine, mask if masked else None, 0.0)
+    y.backward(grad.to(dtype))
+
+    assert y.is_contiguous()
+    unit = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2.0**-7}[dtype]
+    torch.testing.assert_close(y.double(), expected, rtol=2 * unit, atol=2 * unit)
+    for tensor, reference in zip(mine, tensors, strict=True):
+        assert tensor.grad is not None
+        torch.testing.assert_close(tensor.grad.double(), reference.grad, rtol=0, atol=8 * unit)

@@ -1,0 +1,132 @@
+"""FSDP2 on processors: gathers and sums go on under other layers' work, and change nothing."""
+
+import dataclasses
+import os
+from collections import Counter
+from typing import Literal
+
+import pytest
+import torch
+
+from configs.schema import Config, DataConfig, TrainConfig
+from model import GPT, build_model
+from parallel import Mesh, init_mesh, sum_partial_gradients
+from parallel.traffic import record_traffic
+from tests.distributed import Layout, distributed
+from tests.model.test_gpt import STREAM, TINY, VOCAB, batch
+
+LAYERS = 4
+PLAIN = Config(
+    model=dataclasses.replace(TINY, num_layers=LAYERS),
+    data=DataConfig(vocab_size=VOCAB),
+    train=TrainConfig(precision="fp32"),
+)
+
+
+def build(mesh: Mesh, *, overlap: bool, **parallel: str) -> GPT:
+    changed = dataclasses.replace(PLAIN.parallel, dp_comm_overlap=overlap, **parallel)  # type: ignore[arg-type]
+    return build_model(dataclasses.replace(PLAIN, parallel=changed), mesh)
+
+
+def backward(model: GPT) -> None:
+    tokens, positions, targets = batch()
+    model(tokens, positions, targets, STREAM).objective.backward()
+
+
+@distributed(Layout(dp=2), Layout(dp=4), Layout(tp=2, dp=2))
+@pytest.mark.parametrize("recompute_granularity", ["none", "full"])
+def test_gradients_are_summed_under_backward(mesh: Mesh, recompute_granularity: str) -> None:
+    """The last two sums are still under way when backward is over; the result is the same bits."""
+    gradients, traffic = [], []
+    for overlap in (False, True):
+        model = build(mesh, overlap=overlap, recompute_granularity=recompute_granularity)
+        with record_traffic() as sent:
+            backward(model)
+            if overlap:
+                assert len(model.awaited.under_way) == 2
+            sum_partial_gradients(model, mesh)
+        if overlap:
+            assert not model.awaited.under_way
+        gradients.append([parameter.grad.to_local() for parameter in model.parameters()])
+        traffic.append(Counter(sent))
+    for without, with_overlap in zip(*gradients, strict=True):
+        assert torch.equal(without, with_overlap)
+    assert traffic[0] == traffic[1]
+
+
+@distributed(Layout(dp=2))
+@pytest.mark.parametrize("overlap", [False, True])
+def test_weights_are_gathered_ahead(mesh: Mesh, overlap: bool) -> None:
+    """While a block works, the weights of the next have been asked for; in backward, of the last.
+
+    FSDP2 says that a gather is under way by keeping its result apart.
+    """
+    model = build(mesh, overlap=overlap)
+    ahead = []
+
+    def look(number: int) -> None:
+        (group,) = model.blocks[number]._get_fsdp_state()._fsdp_param_groups  # type: ignore[operator]
+        result = group._all_gather_result
+        ahead.append(result is not None and result.all_gather_work is not None)
+
+    for number in range(LAYERS - 1):
+        model.blocks[number].mlp_norm.register_forward_hook(  # type: ignore[union-attr,operator]
+            lambda *_, following=number + 1: look(following)
+        )
+    for number in range(1, LAYERS):
+        model.blocks[number].mlp_norm.register_full_backward_hook(  # type: ignore[union-attr,operator]
+            lambda *_, before=number - 1: look(before)
+        )
+    backward(model)
+    sum_partial_gradients(model, mesh)
+    assert ahead == [overlap] * 2 * (LAYERS - 1)
+
+
+@pytest.mark.parametrize(
+    ("tp", "world_size", "overlap", "chosen", "expected"),
+    [
+        (2, 2, "backward", None, "1"),
+        (2, 2, "both", "8", "8"),
+        (2, 2, "none", None, None),
+        (1, 2, "backward", None, None),
+        (2, 4, "backward", None, None),  # FSDP2 sends on streams of its own
+        (1, 1, "backward", None, None),
+    ],
+)
+def test_a_gpu_queues_in_order_for_tensor_parallelism_alone(
+    monkeypatch: pytest.MonkeyPatch,
+    tp: int,
+    world_size: int,
+    overlap: Literal["none", "backward", "both"],
+    chosen: str | None,
+    expected: str | None,
+) -> None:
+    """Before CUDA starts, which is where this test leaves."""
+
+    class CudaStarts(Exception):  # noqa: N818
+        pass
+
+    def start(_: object) -> None:
+        raise CudaStarts
+
+    variable = "CUDA_DEVICE_MAX_CONNECTIONS"
+    monkeypatch.setenv(variable, chosen or "")
+    if chosen is None:
+        monkeypatch.delenv(variable)
+    for name, value in {"RANK": 0, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # somebody's choice, left alone
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", start)
+    monkeypatch.setattr("parallel.mesh.join_attempt", lambda *_: ("", None, "cuda", False))
+    with pytest.raises(CudaStarts):
+        init_mesh(tp, True, overlap)
+    assert os.environ.get(variable) == expected
+
+
+@distributed(Layout(dp=2))
+def test_sums_of_every_micro_batch_are_awaited(mesh: Mesh) -> None:
+    """They are added up at once, so none may be under way."""
+    model = build(mesh, overlap=True, gradient_sync="micro_batch")
+    backward(model)
+    assert not hasattr(model, "awaited")

@@ -1,0 +1,323 @@
+"""Every parallel layer equals the dense one: output, input gradient and every weight gradient.
+
+What each comparison would catch: the output, a bias added t times or a lost partial sum; the input
+gradient, a wrong conjugate mapping; the weight gradient, a shard of the sequence where all of it
+belongs; the bias gradient, a partial sum that nobody completes.
+"""
+
+import dataclasses
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from ops import (
+    matmul as products,
+)
+from parallel import (
+    MergedColumnParallelLinear,
+    Mesh,
+    Normal,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    enter_tensor_parallel_region,
+    initialise_parameters,
+    lookup,
+    parameter_facts,
+    sequence_shard,
+    shard_range,
+    sum_over,
+    vocab_parallel_logits,
+    vocab_parallel_loss,
+)
+from parallel import loss as loss_module
+from parallel.sharding import tp_shard_dim
+from tests.distributed import ONE_RANK, OVERLAPPED, TENSOR_PARALLEL, Layout, distributed
+from tests.parallel.test_mappings import seeded
+
+LAYOUTS = (ONE_RANK, *TENSOR_PARALLEL)
+LINEAR_LAYOUTS = (*LAYOUTS, *OVERLAPPED)
+S, B, H = 16, 2, 12
+
+
+def fill(layer: nn.Module, mesh: Mesh) -> dict[str, Tensor]:
+    """Give a layer random float64 weights; return the dense ones, ready for gradients."""
+    layer.to_empty(device="cpu").double()
+    dense = {}
+    for number, (name, parameter) in enumerate(layer.named_parameters()):
+        dense[name] = seeded(1000 + number, *parameter.shape).requires_grad_()
+        with torch.no_grad():
+            parameter.to_local().copy_(
+                shard_of(dense[name].detach(), tp_shard_dim(parameter), mesh)
+            )
+    return dense
+
+
+def shard_of(full: Tensor, dim: int | None, mesh: Mesh) -> Tensor:
+    if dim is None:
+        return full
+    start, stop = shard_range(full.shape[dim], mesh.tp.size, mesh.tp.rank)
+    return full.narrow(dim, start, stop - start)
+
+
+def assert_gradients(layer: nn.Module, dense: dict[str, Tensor], mesh: Mesh) -> None:
+    """Each weight gradient, summed over tp where it is declared partial, is this rank's part."""
+    facts = parameter_facts(layer)
+    for name, parameter in layer.named_parameters():
+        gradient = parameter.grad.to_local().clone()
+        if facts[name].grad_is_partial:
+            sum_over(mesh.tp, gradient)
+        expected = shard_of(dense[name].grad, tp_shard_dim(parameter), mesh)
+        assert_close(gradient, expected, rtol=1e-12, atol=1e-12, msg=name)
+
+
+@distributed(*LINEAR_LAYOUTS)
+def test_column_equals_dense(mesh: Mesh) -> None:
+    """Two weights that share a gather give their own outputs and a summed input gradient."""
+    layer = MergedColumnParallelLinear(H, {"a": 8, "b": 20}, mesh, Normal(1.0))
+    dense = fill(layer, mesh)
+    x_dense = seeded(1, S, B, H).requires_grad_()
+    x = sequence_shard(x_dense.detach(), mesh).clone().requires_grad_()
+
+    outputs = layer(x)
+
+    loss = torch.zeros((), dtype=torch.float64)
+    for number, (name, y) in enumerate(zip(("a", "b"), outputs, strict=True)):
+        y_dense = F.linear(x_dense, dense[f"{name}.weight"], dense[f"{name}.bias"])
+        assert_close(y, shard_of(y_dense, 2, mesh), rtol=1e-12, atol=1e-12)
+        upstream = seeded(50 + number, *y_dense.shape)
+        (y_dense * upstream).sum().backward(retain_graph=True)
+        loss = loss + (y * shard_of(upstream, 2, mesh)).sum()
+    loss.backward()
+    assert_close(x.grad, sequence_shard(x_dense.grad, mesh), rtol=1e-12, atol=1e-12)
+    assert_gradients(layer, dense, mesh)
+
+
+@distributed(*LINEAR_LAYOUTS)
+@pytest.mark.parametrize("num_row_groups", [1, 2])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_shared_blocks_equal_dense(mesh: Mesh, num_row_groups: int, has_bias: bool) -> None:
+    """Ranks that share a block of rows compute the same columns, and their gradients add up."""
+    layer = MergedColumnParallelLinear(
+        H,
+        {"kv": 6 * num_row_groups},
+        mesh,
+        Normal(1.0),
+        has_bias=has_bias,
+        num_row_groups={"kv": num_row_groups},
+    )
+    dense = fill(layer, mesh)
+    x_dense = seeded(1, S, B, H).requires_grad_()
+    x = sequence_shard(x_dense.detach(), mesh).clone().requires_grad_()
+
+    (y,) = layer(x)
+    width = y.shape[-1]  # one block, or several where there are fewer ranks than blocks
+    y.backward(seeded(50 + mesh.tp.rank, S, B, width))
+
+    y_dense = F.linear(x_dense, dense["kv.weight"], dense.get("kv.bias"))
+    for rank in range(mesh.tp.size):
+        first = 6 * (rank * num_row_groups // mesh.tp.size)
+        columns = y_dense[..., first : first + width]
+        if rank == mesh.tp.rank:
+            assert_close(y, columns, rtol=1e-12, atol=1e-12)
+        columns.backward(seeded(50 + rank, S, B, width), retain_graph=True)
+    assert_close(x.grad, sequence_shard(x_dense.grad, mesh), rtol=1e-12, atol=1e-12)
+    assert_gradients(layer, dense, mesh)
+
+
+@distributed(*LINEAR_LAYOUTS)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_row_equals_dense(mesh: Mesh, has_bias: bool) -> None:
+    """Splitting A by columns changes neither Y nor any gradient, the bias's included."""
+    layer = RowParallelLinear(8, H, mesh, Normal(1.0), has_bias=has_bias)
+    dense = fill(layer, mesh)
+    x_dense = seeded(1, S, B, 8).requires_grad_()
+    x = shard_of(x_dense.detach(), 2, mesh).clone().requires_grad_()
+    upstream = seeded(2, S, B, H)
+
+    y = layer(x)
+    y.backward(sequence_shard(upstream, mesh))
+
+    y_dense = F.linear(x_dense, dense["weight"], dense.get("bias"))
+    y_dense.backward(upstream)
+    assert_close(y, sequence_shard(y_dense, mesh), rtol=1e-12, atol=1e-12)
+    assert_close(x.grad, shard_of(x_dense.grad, 2, mesh), rtol=1e-12, atol=1e-12)
+    assert_gradients(layer, dense, mesh)
+
+
+@distributed(*LINEAR_LAYOUTS)
+def test_column_then_row_equals_dense(mesh: Mesh) -> None:
+    """The pair is an MLP: nothing between the two layers crosses the wire."""
+    column = MergedColumnParallelLinear(H, {"up": 16}, mesh, Normal(1.0))
+    row = RowParallelLinear(16, H, mesh, Normal(1.0))
+    up, down = fill(column, mesh), fill(row, mesh)
+    x_dense = seeded(1, S, B, H).requires_grad_()
+    x = sequence_shard(x_dense.detach(), mesh).clone().requires_grad_()
+    upstream = seeded(2, S, B, H)
+
+    y = row(column(x)[0].tanh())
+    y.backward(sequence_shard(upstream, mesh))
+
+    hidden = F.linear(x_dense, up["up.weight"], up["up.bias"]).tanh()
+    y_dense = F.linear(hidden, down["weight"], down["bias"])
+    y_dense.backward(upstream)
+    assert_close(y, sequence_shard(y_dense, mesh), rtol=1e-12, atol=1e-12)
+    assert_close(x.grad, sequence_shard(x_dense.grad, mesh), rtol=1e-12, atol=1e-12)
+    assert_gradients(column, up, mesh)
+    assert_gradients(row, down, mesh)
+
+
+@distributed(*LAYOUTS)
+@pytest.mark.parametrize("vocab_size", [20, 23])
+def test_embedding_equals_dense(mesh: Mesh, vocab_size: int) -> None:
+    """Each id finds its row wherever it is, repeated ids add up, 23 rows need no padding."""
+    layer = VocabParallelEmbedding(vocab_size, H, mesh, Normal(1.0))
+    dense = fill(layer, mesh)
+    tokens = torch.randint(vocab_size, (S, B), generator=torch.Generator().manual_seed(5))
+    tokens[0] = torch.tensor([0, vocab_size - 1])
+    upstream = seeded(2, S, B, H)
+
+    y = layer(tokens)
+    y.backward(sequence_shard(upstream, mesh))
+
+    y_dense = F.embedding(tokens, dense["weight"])
+    y_dense.backward(upstream)
+    assert torch.equal(y, sequence_shard(y_dense, mesh))
+    assert_gradients(layer, dense, mesh)
+
+
+def test_lookup_sums_in_float32() -> None:
+    """A row looked up 4,096 times in bfloat16 has a gradient right to bfloat16's eight bits."""
+    table = torch.ones(3, 5, dtype=torch.bfloat16).requires_grad_()
+    ids = torch.zeros(4096, dtype=torch.int64)
+    upstream = seeded(1, 4096, 5).bfloat16()
+    lookup(table, ids).backward(upstream)
+    expected = torch.zeros(3, 5, dtype=torch.float64)
+    expected[0] = upstream.double().sum(0)
+    assert_close(table.grad.double(), expected, rtol=2**-8, atol=0)
+
+
+@distributed(*LAYOUTS)
+@pytest.mark.parametrize("vocab_size", [20, 23])
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+@pytest.mark.parametrize("rows_at_a_time", [4, 1000])
+def test_loss_equals_dense(mesh: Mesh, vocab_size: int, scale: float, rows_at_a_time: int) -> None:
+    """Loss, z-loss, dX and dW; ignored targets, logits of 1e4, in one piece or several."""
+    z_loss_coeff, upstream = 0.1 / scale, 0.3
+    table_dense = seeded(1, vocab_size, H).requires_grad_()
+    x_dense = (scale * seeded(2, S, B, H)).requires_grad_()
+    targets = torch.randint(vocab_size, (S, B), generator=torch.Generator().manual_seed(5))
+    targets[2:4] = -100
+    table = shard_of(table_dense.detach(), 0, mesh).clone().requires_grad_()
+    x = sequence_shard(x_dense.detach(), mesh).clone().requires_grad_()
+
+    logits = (x_dense @ table_dense.T).flatten(0, 1)
+    expected = F.cross_entropy(logits, targets.flatten(), reduction="sum")
+    expected_z = (logits.logsumexp(-1) * (targets.flatten() >= 0)).square().sum()
+    (upstream * (expected + z_loss_coeff * expected_z)).backward()
+    # A smaller shard would have room for a row more, but all ranks must cut alike.
+    largest = -(-vocab_size // mesh.tp.size)
+    with patch.dict(loss_module._PIECE_ELEMENTS, cpu=(rows_at_a_time + 1) * largest - 1):
+        losses = vocab_parallel_loss(x, table, targets, vocab_size, mesh, z_loss_coeff)
+        with torch.no_grad():
+            scored = vocab_parallel_loss(x, table, targets, vocab_size, mesh, z_loss_coeff)
+    (upstream * losses.objective).backward()
+
+    close = {"rtol": 1e-10, "atol": 1e-10 * scale}
+    assert_close(losses.cross_entropy, expected, **close)
+    assert_close(losses.log_z_squared, expected_z, **close)
+    assert_close(losses.objective, expected + z_loss_coeff * expected_z, **close)
+    assert all(torch.equal(*pair) for pair in zip(losses, scored, strict=True))
+    assert_close(x.grad, sequence_shard(x_dense.grad, mesh), **close)
+    assert_close(table.grad, shard_of(table_dense.grad, 0, mesh), **close)
+    assert (x_dense.grad[2:4] == 0).all()
+
+
+@distributed(ONE_RANK)
+def test_the_gradient_of_the_head_is_not_copied(mesh: Mesh) -> None:
+    """It is as large as the embedding; forward makes it and backward scales it in place."""
+    table, x = seeded(1, 23, H).float().requires_grad_(), seeded(2, S, B, H).float()
+    objective = vocab_parallel_loss(x, table, torch.zeros(S, B).long(), 23, mesh).objective
+    address = objective.grad_fn.gradients[1].data_ptr()
+    objective.backward(retain_graph=True)
+    assert table.grad.data_ptr() == address
+    with pytest.raises(AssertionError, match="has been differentiated before"):
+        objective.backward()
+
+
+@distributed(*LAYOUTS)
+def test_logits_equal_dense(mesh: Mesh) -> None:
+    """The gather is before the head; its backward sums what every vocabulary shard says of x."""
+    table_dense = seeded(1, 23, H).requires_grad_()
+    table = shard_of(table_dense.detach(), 0, mesh).clone().requires_grad_()
+    x_dense = seeded(2, S, B, H).requires_grad_()
+    x = sequence_shard(x_dense.detach(), mesh).clone().requires_grad_()
+    upstream = seeded(3, S, B, 23)
+
+    logits = vocab_parallel_logits(x, table, mesh)
+    logits.backward(shard_of(upstream, 2, mesh))
+
+    (x_dense @ table_dense.T).backward(upstream)
+    assert_close(logits, shard_of(x_dense @ table_dense.T, 2, mesh), rtol=1e-12, atol=1e-12)
+    assert_close(x.grad, sequence_shard(x_dense.grad, mesh), rtol=1e-12, atol=1e-12)
+    assert_close(table.grad, shard_of(table_dense.grad, 0, mesh), rtol=1e-12, atol=1e-12)
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+@pytest.mark.parametrize("has_units", [True, False])
+def test_logits_of_bfloat16_are_float32(mesh: Mesh, has_units: bool) -> None:
+    """Loss and logits of a bfloat16 head, against float64 ones of the same bfloat16 numbers.
+
+    A logit of 20 rounded to bfloat16 is up to 0.06 away. The gradients are rounded to it once.
+    """
+    h, vocab_size = 64, 23
+    x_dense = seeded(2, S, B, h).bfloat16()
+    table_dense = (0.7 * seeded(1, vocab_size, h)).bfloat16()
+    targets = torch.randint(vocab_size, (S, B), generator=torch.Generator().manual_seed(5))
+    exact_x, exact_table = (t.double().requires_grad_() for t in (x_dense, table_dense))
+    exact = exact_x @ exact_table.T
+    expected = F.cross_entropy(exact.flatten(0, 1), targets.flatten(), reduction="sum")
+    expected.backward()
+
+    x = sequence_shard(x_dense, mesh).requires_grad_()
+    table = shard_of(table_dense, 0, mesh).clone().requires_grad_()
+    with (
+        patch.object(products, "_has_bfloat16_units", lambda: has_units),
+        patch.dict(loss_module._PIECE_ELEMENTS, cpu=5 * vocab_size),
+    ):
+        logits = vocab_parallel_logits(x, table, mesh)
+        losses = vocab_parallel_loss(x, table, targets, vocab_size, mesh)
+    losses.objective.backward()
+
+    assert logits.dtype == torch.float32
+    assert_close(logits.double(), shard_of(exact, 2, mesh), rtol=1e-6, atol=2e-5)
+    assert_close(losses.cross_entropy.double(), expected, rtol=1e-6, atol=0)
+    for mine, whole in ((x, sequence_shard(exact_x.grad, mesh)), (table, exact_table.grad)):
+        reference = whole if mine is x else shard_of(whole, 0, mesh)
+        scale = reference.abs().max().item()
+        assert_close(mine.grad.double(), reference, rtol=2**-7, atol=2**-8 * scale)
+
+
+@distributed(Layout(tp=2), Layout(tp=4, sp=False))
+def test_sequence_parallelism_cannot_be_mixed(mesh: Mesh) -> None:
+    """A layer made for a mesh that differs in this one fact is refused by the model, by name."""
+    other = dataclasses.replace(mesh, sequence_parallel=not mesh.sequence_parallel)
+    model = nn.ModuleDict(
+        {
+            "column": MergedColumnParallelLinear(H, {"up": 16}, mesh, Normal(1.0)),
+            "row": RowParallelLinear(16, H, other, Normal(1.0)),
+        }
+    )
+    model.to_empty(device="cpu")
+    with pytest.raises(RuntimeError, match=r"row\.weight was made for a mesh with sequence_para"):
+        initialise_parameters(model, 1, mesh)
+
+
+@distributed(*TENSOR_PARALLEL)
+def test_regions_are_identities_of_value(mesh: Mesh) -> None:
+    """Entering gives every rank all positions, in the order of the sequence."""
+    x = seeded(1, S, B, H)
+    assert torch.equal(enter_tensor_parallel_region(sequence_shard(x, mesh), mesh), x)

@@ -1,0 +1,245 @@
+"""A loss or gradient that is no number costs its own update, and nothing else.
+
+Samples are poisoned by their number: the rank that has one of them, and of its tensor-parallel
+ranks the last alone, finds NaN in a gradient.
+"""
+
+import dataclasses
+import json
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from configs import Config, parse_config
+from data import MicroBatch
+from parallel import DropoutStream, Mesh
+from parallel.data_parallel import await_gradients
+from tests.distributed import ONE_RANK, Layout, distributed
+from tests.runs import rows, settings
+from train import train
+from training import step as step_module
+from training.run_folder import RunFolder
+from training.state import RunState
+from training.stopping import NonFiniteError, StopSignals
+
+LAYOUTS = (ONE_RANK, Layout(tp=2), Layout(dp=2), Layout(tp=2, dp=2))
+BATCH = 8  # samples of a step
+
+
+@pytest.fixture
+def config(corpus: Path, tmp_path: Path) -> Config:
+    """Six steps, saved at every second one; one bad step in a row may be left out."""
+    overrides = (
+        "evaluate.interval=0",
+        "checkpoint.save_interval=2",
+        "train.max_skipped_in_a_row=1",
+        "train.micro_batch_size=2",
+    )
+    return parse_config(settings(corpus, tmp_path, *overrides))
+
+
+def changed(config: Config, **sections: dict[str, Any]) -> Config:
+    """The configuration with some keys of some sections changed."""
+    return dataclasses.replace(
+        config,
+        **{
+            name: dataclasses.replace(getattr(config, name), **values)
+            for name, values in sections.items()
+        },
+    )
+
+
+def run(mesh: Mesh, config: Config, **run_keys: Any) -> list[dict[str, Any]]:
+    """Train on this layout; returns the rows of metrics.jsonl."""
+    config = changed(config, parallel={"tensor_model_parallel_size": mesh.tp.size}, run=run_keys)
+    with RunFolder(config, mesh) as folder:
+        assert train(config, mesh, folder, StopSignals()) == 0
+    return rows(Path(config.run.directory), str(config.run.name))
+
+
+def steps_saved(checkpoints: Path) -> list[int]:
+    """The steps of all checkpoints."""
+    return sorted(int(path.name.removeprefix("step_")) for path in checkpoints.glob("step_*"))
+
+
+@contextmanager
+def poisoned(mesh: Mesh, samples: Container[int]) -> Iterator[list[tuple[int, list[int]]]]:
+    """Within it gradients of these samples are NaN; yields each step and this rank's samples."""
+    seen: list[tuple[int, list[int]]] = []
+    sum_gradients = step_module.sum_partial_gradients
+
+    def name_masks(seed: int, step: int, of_micro_batch: tuple[int, ...]) -> DropoutStream:
+        if not seen or seen[-1][0] != step or of_micro_batch[0] != seen[-1][1][-1] + 1:
+            seen.append((step, []))
+        seen[-1][1].extend(of_micro_batch)
+        return DropoutStream(seed, step, of_micro_batch)
+
+    def poison(model: Any, mesh: Mesh) -> None:
+        await_gradients(model)
+        if mesh.tp.rank == mesh.tp.size - 1 and any(n in samples for n in seen[-1][1]):
+            next(model.parameters()).grad.to_local().view(-1)[:1] = float("nan")
+        sum_gradients(model, mesh)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_module, "DropoutStream", name_masks)
+        patch.setattr(step_module, "sum_partial_gradients", poison)
+        yield seen
+
+
+@contextmanager
+def told_to_skip(step: int) -> Iterator[None]:
+    """Within it the update of this step is left out, though its numbers are good."""
+    judge = step_module.skip_reason
+
+    def told(loss: float, norm: float, state: RunState, *others: Any) -> str | None:
+        return "told" if state.step + 1 == step else judge(loss, norm, state, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_module, "skip_reason", told)
+        yield
+
+
+@distributed(*LAYOUTS)
+def test_all_ranks_leave_out_one_bad_update(mesh: Mesh, config: Config) -> None:
+    """NaN on one rank at step 3: the curve is that of a run that leaves this step out unasked."""
+    with poisoned(mesh, range(17, 18)):
+        curve = run(mesh, config, name="bad")
+    with told_to_skip(3):
+        expected = run(mesh, config, name="told")
+    assert curve[2].pop("train/grad_norm") is None
+    expected[2].pop("train/grad_norm")
+    assert curve == expected
+    assert [row["step"] for row in curve] == [1, 2, 3, 4, 5, 6]
+    assert [row.get("train/skipped_steps", 0) for row in curve] == [0, 0, 1, 1, 1, 1]
+
+
+@distributed(ONE_RANK, Layout(tp=2, dp=2))
+@pytest.mark.parametrize("stop_at_step", [3, 4])
+def test_a_resume_remembers_what_was_left_out(
+    mesh: Mesh, config: Config, stop_at_step: int
+) -> None:
+    """AdamW counts updates and not steps; stopped after a bad step, the curve is the unbroken's."""
+    with poisoned(mesh, range(17, 18)) as seen:
+        whole = run(mesh, config, name="whole")
+        run(mesh, config, name="parts", stop_at_step=stop_at_step)
+        seen.clear()
+        parts = run(mesh, config, name="parts")
+    assert parts == whole
+    assert [step for step, _ in seen] == list(range(stop_at_step, 6))
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+def test_stopped_within_a_row_it_still_goes_back_behind_it(mesh: Mesh, config: Config) -> None:
+    """Steps 3 and 4 are bad, the run is stopped between them and saved: back to step 2, not to 3.
+
+    The state saved at step 3 does not count as one of checkpoint.keep, and goes with the row.
+    """
+    config = changed(config, checkpoint={"keep": 1})
+    checkpoints = Path(config.run.directory, "parts", "checkpoints")
+    with poisoned(mesh, range(16, 40)) as seen:
+        whole = run(mesh, config, name="whole")
+        run(mesh, config, name="parts", stop_at_step=3)
+        assert steps_saved(checkpoints) == [2, 3]
+        seen.clear()
+        run(mesh, config, name="parts", stop_at_step=5)
+        assert [step for step, _ in seen] == [3, 2, 3, 4]
+        # Saved at step 4, whose row of good steps began behind the bad one, and at the stop.
+        assert steps_saved(checkpoints) == [5]
+        parts = run(mesh, config, name="parts")
+    assert parts == whole
+
+
+@distributed(ONE_RANK)
+def test_there_is_nothing_to_go_back_to_but_the_row_itself(mesh: Mesh, config: Config) -> None:
+    """The only checkpoint is of the row of bad steps: weights that may be to blame."""
+    with poisoned(mesh, range(8, 10**6)):
+        run(mesh, changed(config, checkpoint={"save_interval": 0}), stop_at_step=2)
+        with pytest.raises(NonFiniteError, match="there is no checkpoint to go back to"):
+            run(mesh, config)
+
+
+@distributed(*LAYOUTS)
+def test_too_many_in_a_row_go_back_to_the_checkpoint(mesh: Mesh, config: Config) -> None:
+    """Steps 3 and 4 are bad: back to step 2, past their samples; there one more is bad, then good.
+
+    Each step is in metrics.jsonl once.
+    """
+    with poisoned(mesh, range(16, 40)) as seen:
+        curve = run(mesh, config)
+    share = BATCH // mesh.dp.size
+    first = [(step, samples[0] - mesh.dp.rank * share) for step, samples in seen]
+    assert first == [(0, 0), (1, 8), (2, 16), (3, 24), (2, 32), (3, 40), (4, 48), (5, 56)]
+    assert [row["step"] for row in curve] == [1, 2, 3, 4, 5, 6]
+    assert [row["train/grad_norm"] is None for row in curve] == [False, False, True, *[False] * 3]
+    manifest = Path(config.run.directory, "test", "checkpoints", "step_00000006", "manifest.json")
+    progress = json.loads(manifest.read_text())["state"]["progress"]
+    assert progress["skipped_windows"] == [[2, 16, 32]]
+    assert (progress["consumed_samples"], progress["skipped_steps"]) == (64, 1)
+
+
+@distributed(ONE_RANK, Layout(dp=2))
+def test_it_goes_back_a_few_times_only(mesh: Mesh, config: Config) -> None:
+    """Nothing but bad samples from step 3 on: twice back to step 2, then exit code 5."""
+    with (
+        poisoned(mesh, range(16, 10**6)) as seen,
+        pytest.raises(NonFiniteError, match="after going back to step 2 2 times") as caught,
+    ):
+        run(mesh, config)
+    assert [step for step, _ in seen] == [0, 1, 2, 3, 2, 3, 2, 3]
+    if mesh.world.rank == 0:
+        report = json.loads(Path(config.run.directory, "test", "exit.json").read_text())
+        assert (report["code"], report["reason"]) == (5, str(caught.value))
+
+
+@distributed(ONE_RANK)
+def test_without_a_checkpoint_it_ends(mesh: Mesh, config: Config) -> None:
+    """There is nothing to go back to: starting over would meet the same samples."""
+    with (
+        poisoned(mesh, range(10**6)),
+        pytest.raises(NonFiniteError, match="there is no checkpoint to go back to"),
+    ):
+        run(mesh, config)
+
+
+@distributed(ONE_RANK, Layout(tp=2, dp=2))
+def test_a_loss_that_jumps_is_left_out(mesh: Mesh, config: Config) -> None:
+    """All targets of step 9 are a byte that no text has: no update. Off by default."""
+    config = changed(config, train={"train_steps": 10})
+    give = MicroBatch.inputs
+
+    def nonsense(micro_batch: MicroBatch, device: torch.device) -> dict[str, Any]:
+        inputs = give(micro_batch, device)
+        if 64 <= int(micro_batch.sample_indices[0]) < 72:
+            assert inputs["targets"] is not None
+            inputs["targets"] = torch.full_like(inputs["targets"], 7)
+        return inputs
+
+    curves = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MicroBatch, "inputs", nonsense)
+        patch.setattr(RunState, "NUM_RECENT", 4)
+        for name, nats in (("off", None), ("on", 1.0)):
+            curves[name] = run(mesh, changed(config, train={"loss_spike_nats": nats}), name=name)
+    assert [row.get("train/skipped_steps", 0) for row in curves["off"]] == [0] * 10
+    assert [row.get("train/skipped_steps", 0) for row in curves["on"]] == [*[0] * 8, 1, 1]
+    assert curves["on"][8]["train/loss"] == curves["off"][8]["train/loss"]
+    assert curves["on"][8]["train/loss"] > curves["on"][7]["train/loss"] + 1
+    assert curves["on"][9]["train/loss"] != curves["off"][9]["train/loss"]
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+def test_weights_that_are_no_numbers_are_never_saved(mesh: Mesh, config: Config) -> None:
+    """Or the newest checkpoint would be one that nothing can go on from."""
+    config = changed(
+        config,
+        checkpoint={"save_interval": 1},
+        optimizer={"lr": 1e39, "clip_grad": 0.0, "lr_warmup_steps": 0},
+        train={"train_steps": 2},
+    )
+    with pytest.raises(NonFiniteError, match="step 2: its weights or moments are not finite"):
+        run(mesh, config)
+    assert not list(Path(config.run.directory, "test", "checkpoints").glob("step_*"))

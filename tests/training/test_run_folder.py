@@ -1,0 +1,349 @@
+"""The folder of a run against surroundings that are not as they should be."""
+
+import contextlib
+import dataclasses
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from configs import Config, RunConfig, UserError, parse_config
+from parallel import Mesh, any_rank
+from tests.distributed import ONE_RANK, Layout, distributed
+from tests.runs import settings
+from tests.training.test_divergence import changed, poisoned
+from tracking import metrics as metrics_module
+from train import train
+from training import checkpoint_writer as saving_module
+from training import run_folder as module
+from training.run_folder import RunFolder
+from training.stopping import NonFiniteError, StopSignals
+
+OLD = json.dumps({"code": 0, "reason": "finished", "step": 7, "resume": None})
+
+
+def config(directory: Path, resume: Literal["auto", "never"] = "auto") -> Config:
+    run = RunConfig(name="test", directory=str(directory), resume=resume)
+    return dataclasses.replace(Config(), run=run)
+
+
+def report(directory: Path) -> dict[str, Any]:
+    """What exit.json says."""
+    return dict(json.loads((directory / "test" / "exit.json").read_text()))
+
+
+def plant_finished_run(directory: Path) -> None:
+    """What a finished run has left."""
+    (directory / "test" / "checkpoints" / "step_00000007").mkdir(parents=True)
+    (directory / "test" / "exit.json").write_text(OLD)
+
+
+@distributed(ONE_RANK, Layout(dp=2))
+@pytest.mark.parametrize(
+    "name", ["", "checkpoints", "metrics.jsonl", "samples.jsonl", "profile", ".lock"]
+)
+def test_a_link_is_refused_and_what_it_leads_to_left_alone(
+    mesh: Mesh, tmp_path: Path, name: str
+) -> None:
+    """On all ranks, naming link and target; nothing is written or deleted there."""
+    victim, path = tmp_path / "victim", tmp_path / "test" / name
+    if mesh.world.rank == 0:
+        if name in ("", "checkpoints"):
+            victim.mkdir()
+            (victim / ".tmp-step_00000001").mkdir()
+        else:
+            victim.write_text("precious")
+        path.parent.mkdir(exist_ok=True)
+        path.symlink_to(victim)
+    with (
+        pytest.raises(UserError, match=r"is a symbolic link to .*victim"),
+        RunFolder(config(tmp_path), mesh),
+    ):
+        pass
+    if victim.is_dir():
+        assert [entry.name for entry in victim.iterdir()] == [".tmp-step_00000001"]
+    else:
+        assert victim.read_text() == "precious"
+
+
+@distributed(ONE_RANK, Layout(dp=2))
+def test_a_folder_that_cannot_be_written_is_an_error_on_all_ranks(
+    mesh: Mesh, tmp_path: Path
+) -> None:
+    """Said before training; here a file is where the folder should be."""
+    if mesh.world.rank == 0:
+        (tmp_path / "test").write_text("")
+    with pytest.raises(UserError, match=r"cannot write in run folder .*test: (Not|File)"):
+        RunFolder(config(tmp_path), mesh).__enter__()
+
+
+@distributed(ONE_RANK)
+def test_links_elsewhere_are_nobodys_business(mesh: Mesh, tmp_path: Path) -> None:
+    """run.directory itself may be one, to a larger disk."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "runs").symlink_to(tmp_path / "disk")
+    with RunFolder(config(tmp_path / "runs"), mesh) as folder:
+        folder.write_exit(0, "finished")
+    report = json.loads((tmp_path / "disk" / "test" / "exit.json").read_text())
+    assert report["code"] == 0
+
+
+@distributed(Layout(tp=2), Layout(dp=2))
+def test_ranks_that_do_not_share_the_folder_are_refused(mesh: Mesh, tmp_path: Path) -> None:
+    """Also if each has a folder of that name with an earlier run: all ranks say which one it is."""
+    own = tmp_path / str(mesh.world.rank)
+    plant_finished_run(own)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_WAIT_FOR_FILES_S", 0.2)
+        with pytest.raises(UserError) as caught, RunFolder(config(own), mesh):
+            pass
+    text = str(caught.value)
+    assert text.startswith(f"run.directory={tmp_path / '0'} is not shared by all ranks: ranks [1] ")
+    assert f"do not see the folder {tmp_path / '0' / 'test'} that rank 0 has made" in text
+    assert text.endswith("set run.directory to a folder that all hosts share")
+    any_rank(mesh, False)
+    left = {path.name for path in (own / "test").iterdir()}
+    assert left - {".lock"} == {"checkpoints", "exit.json"}
+
+
+@distributed(Layout(dp=2))
+def test_a_rank_that_cannot_write_is_named(mesh: Mesh, tmp_path: Path) -> None:
+    """As where one host has mounted the file system read-only."""
+
+    def refuse(path: Path) -> None:
+        raise OSError(30, "Read-only file system", str(path))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_WAIT_FOR_FILES_S", 0.2)
+        if mesh.world.rank == 1:
+            patch.setattr(Path, "touch", refuse)
+        with (
+            pytest.raises(
+                UserError, match=r"rank 1 on host \S+ cannot write in .*: Read-only file"
+            ),
+            RunFolder(config(tmp_path), mesh),
+        ):
+            pass
+
+
+@distributed(Layout(dp=2))
+def test_a_folder_that_comes_to_light_late_is_shared(mesh: Mesh, tmp_path: Path) -> None:
+    """A network file system may show on one host a little later what another has made."""
+    is_dir, seen_at = Path.is_dir, time.monotonic() + 0.3
+
+    def late(path: Path) -> bool:
+        return is_dir(path) and (".handshake" not in path.name or time.monotonic() > seen_at)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if mesh.world.rank == 1:
+            patch.setattr(Path, "is_dir", late)
+        with RunFolder(config(tmp_path), mesh) as folder:
+            assert folder.path.is_dir()
+    any_rank(mesh, False)
+    assert {path.name for path in (tmp_path / "test").iterdir()} == {".lock", "checkpoints"}
+
+
+@distributed(ONE_RANK, Layout(dp=2))
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_refused_launch_changes_nothing(
+    mesh: Mesh, tmp_path: Path, resume: Literal["auto", "never"]
+) -> None:
+    """exit.json stays that of the run before; where there is none, none is written."""
+    for finished in (True, False):
+        directory = tmp_path / str(finished)
+        if finished and mesh.world.rank == 0:
+            plant_finished_run(directory)
+        any_rank(mesh, False)
+        with pytest.raises(UserError), RunFolder(config(directory, resume), mesh):
+            raise UserError
+        any_rank(mesh, False)
+        names = {"checkpoints", ".lock"} | ({"exit.json"} if finished else set())
+        assert {path.name for path in (directory / "test").iterdir()} == names
+        assert not finished or (directory / "test" / "exit.json").read_text() == OLD
+
+
+@distributed(ONE_RANK)
+def test_a_launch_that_begins_is_not_the_one_before(mesh: Mesh, tmp_path: Path) -> None:
+    """The old exit.json goes, so that none is there after kill -9; what ends it later is written.
+
+    Stopped or crashed before the first step, it says the step of the newest checkpoint.
+    """
+    plant_finished_run(tmp_path)
+    (tmp_path / "tokenizer").write_text("")
+    with pytest.raises(SystemExit), RunFolder(config(tmp_path), mesh):
+        raise SystemExit(143)
+    assert (report(tmp_path)["code"], report(tmp_path)["step"]) == (143, 7)
+    with pytest.raises(KeyError), RunFolder(config(tmp_path), mesh):
+        raise KeyError("first")
+    assert report(tmp_path)["reason"] == "KeyError: 'first'"
+    with pytest.raises(UserError), RunFolder(config(tmp_path), mesh) as folder:  # noqa: PT012
+        folder.begin(tmp_path / "tokenizer")
+        assert not (tmp_path / "test" / "exit.json").exists()
+        raise UserError("a token id out of range")
+    assert report(tmp_path)["code"] == 2
+    assert report(tmp_path)["reason"] == "UserError: a token id out of range"
+
+
+@distributed(Layout(tp=2, dp=2))
+def test_the_first_crash_is_reported_by_the_rank_that_has_it(mesh: Mesh, tmp_path: Path) -> None:
+    """Rank 0 may be blocked in a collective; what it meets when that breaks does not count.
+
+    Also during the last save, of which exit.json says meanwhile that it has not ended.
+    """
+    exit_file = tmp_path / "test" / "exit.json"
+    if mesh.world.rank == 0:
+        plant_finished_run(tmp_path)
+        (tmp_path / "tokenizer").write_text("")
+    any_rank(mesh, False)
+    for in_last_save in (False, True):
+        with pytest.raises((KeyError, RuntimeError)), RunFolder(config(tmp_path), mesh) as folder:  # noqa: PT012
+            folder.step = 3
+            folder.begin(tmp_path / "tokenizer")
+            if in_last_save:
+                folder.announce_last_save()
+            any_rank(mesh, False)
+            if in_last_save:
+                said = report(tmp_path)
+                assert (said["code"], said["step"]) == (1, 3)
+                assert said["reason"] == "has not ended yet: saving step 3"
+                assert said["resume"] is not None
+            else:
+                assert not exit_file.exists()
+            any_rank(mesh, False)
+            if mesh.world.rank == 2:
+                raise KeyError("the cause")
+            while not exit_file.exists() or "the cause" not in exit_file.read_text():
+                time.sleep(0.01)
+            raise RuntimeError("Connection closed by peer")
+        any_rank(mesh, False)
+        assert report(tmp_path)["reason"] == "rank 2: KeyError: 'the cause'"
+        assert report(tmp_path)["code"] == 1
+
+
+@distributed(ONE_RANK)
+def test_a_full_disk_does_not_hide_why_the_run_ends(mesh: Mesh, tmp_path: Path) -> None:
+    """exit.json cannot be written: the error is the run's own."""
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with (  # noqa: PT012
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(NonFiniteError),
+        RunFolder(config(tmp_path), mesh) as folder,
+    ):
+        patch.setattr(Path, "write_bytes", full)
+        folder.announce_last_save()
+        raise NonFiniteError(3, "nothing helps")
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+@pytest.mark.parametrize("ending", ["finished", "signal", "not finite"])
+def test_exit_json_comes_before_wandb_and_pruning(
+    mesh: Mesh, corpus: Path, tmp_path: Path, ending: str
+) -> None:
+    """Whatever may hold up the end of a run comes after its report."""
+    overrides = ["evaluate.interval=0", "train.max_skipped_in_a_row=0", "checkpoint.keep=1"]
+    overrides += ["run.stop_at_step=5", "checkpoint.save_interval=3", "checkpoint.async_save=false"]
+    run_config = changed(
+        parse_config(settings(corpus, tmp_path, *overrides)),
+        parallel={"tensor_model_parallel_size": mesh.tp.size},
+    )
+    seen: list[tuple[str, Any]] = []
+    prune, finish = saving_module.prune_checkpoints, metrics_module.WandbView.finish
+    exit_file = tmp_path / "test" / "exit.json"
+
+    def look(what: str) -> None:
+        seen.append((what, report(tmp_path)["code"] if exit_file.exists() else None))
+
+    def watched_prune(folder: Path, **keywords: Any) -> None:
+        look("prune")
+        prune(folder, **keywords)
+
+    def watched_finish(view: Any, *, failed: bool) -> None:
+        look("wandb")
+        finish(view, failed=failed)
+
+    signals = StopSignals()
+    code = {"finished": 0, "signal": 143, "not finite": 5}[ending]
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        poisoned(mesh, range(24, 10**6) if ending == "not finite" else range(0)),
+        RunFolder(run_config, mesh) as folder,
+    ):
+        patch.setattr(saving_module, "prune_checkpoints", watched_prune)
+        patch.setattr(metrics_module.WandbView, "finish", watched_finish)
+        if ending == "signal":
+            agreed = signals.agreed
+            patch.setattr(
+                signals, "agreed", lambda m: signal.SIGTERM if folder.step == 4 else agreed(m)
+            )
+        if ending == "not finite":
+            with pytest.raises(NonFiniteError):
+                train(run_config, mesh, folder, signals)
+        else:
+            assert train(run_config, mesh, folder, signals) == code
+    if mesh.world.rank == 0:
+        assert seen[0] == ("prune", None)  # after the save at step 3
+        assert seen[-1] == ("wandb", code)
+        assert ending == "not finite" or seen[-2] == ("prune", code)
+
+
+@distributed(ONE_RANK)
+def test_a_signal_writes_nothing(mesh: Mesh, tmp_path: Path) -> None:
+    """The handler may have interrupted the line that writes the same file."""
+    signals = StopSignals()
+    signals.training()
+    with RunFolder(config(tmp_path), mesh):
+        before = (tmp_path / "test" / ".lock").read_bytes()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("builtins.open", None)
+            patch.setattr(Path, "open", None)
+            signal.raise_signal(signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
+        assert (tmp_path / "test" / ".lock").read_bytes() == before
+
+
+def _without_flock_across_hosts(patch: pytest.MonkeyPatch) -> None:
+    """What is locked on one host is free on another; waiting is short."""
+    patch.setattr(module.fcntl, "flock", lambda file, how: None)
+    patch.setattr(module, "_HEARTBEAT_S", 0.1)
+    patch.setattr(module, "_WATCH_S", 1.0)
+
+
+@distributed(ONE_RANK)
+def test_a_second_host_is_refused_where_locks_hold_on_one_host_only(
+    mesh: Mesh, tmp_path: Path
+) -> None:
+    with contextlib.ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        _without_flock_across_hosts(patch)
+        stack.enter_context(RunFolder(config(tmp_path), mesh))
+        patch.setattr(module.socket, "gethostname", lambda: "another")
+        lock = tmp_path / "test" / ".lock"
+        before = lock.read_bytes()
+        with (
+            pytest.raises(UserError, match="is in use by process"),
+            RunFolder(config(tmp_path), mesh),
+        ):
+            pass
+        assert lock.read_bytes() == before
+
+
+@distributed(ONE_RANK)
+@pytest.mark.parametrize("ending", ["killed", "released"])
+def test_a_host_takes_over_from_one_that_has_ended(mesh: Mesh, tmp_path: Path, ending: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        _without_flock_across_hosts(patch)
+        folder = RunFolder(config(tmp_path), mesh)
+        with folder:
+            held = (tmp_path / "test" / ".lock").read_bytes()
+        if ending == "killed":
+            (tmp_path / "test" / ".lock").write_bytes(held)
+        patch.setattr(module.socket, "gethostname", lambda: "another")
+        started_at = time.monotonic()
+        with RunFolder(config(tmp_path), mesh):
+            assert (time.monotonic() - started_at > 1.0) == (ending == "killed")

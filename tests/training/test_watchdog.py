@@ -1,0 +1,280 @@
+"""A run that hangs: found in time, the right rank named, its stacks kept, and ended."""
+
+import functools
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from configs import parse_config
+from parallel.collectives import Pending, move_to
+from tests.runs import LONG, finish, ranks_of, rows, settings, start, steps_done, wait_for
+from training.state import Run
+from training.watchdog import EXIT_HANG, Beat, Watchdog, blame
+
+LIMIT_S = 4.0
+WATCHED = (*LONG, f"run.hang_timeout_s={LIMIT_S}")
+# What README.md promises is a quarter of the limit; the rest is for a busy machine.
+ENDED_WITHIN_S = 1.25 * LIMIT_S + 4.0
+STUCK, HOLDS_THE_LOCK, SLOW = (
+    "time.sleep(1000)",
+    # PyDLL keeps the interpreter's lock; a mutex locked twice waits for ever, signals or not.
+    "m = ctypes.create_string_buffer(64); [ctypes.PyDLL(None).pthread_mutex_lock(m) for _ in 'ab']",
+    f"time.sleep({LIMIT_S / 2})",
+)
+# Python runs this at its start, in a process that has the folder in PYTHONPATH.
+_SITECUSTOMIZE = """
+import ctypes, os, sys, threading, time
+
+def misbehave():
+    while not hasattr(sys.modules.get("data.loader"), "BatchLoader"):
+        time.sleep(0.01)
+    loader, steps = sys.modules["data.loader"].BatchLoader, iter(range(1, 10**9))
+    read = loader.__next__
+    def __next__(self):
+        if next(steps) == 7:
+            {action}
+        return read(self)
+    loader.__next__ = __next__
+
+if os.environ.get("RANK", "0") == "{rank}" and "-m" not in sys.orig_argv:
+    threading.Thread(target=misbehave, daemon=True).start()
+"""
+
+
+def inject(monkeypatch: pytest.MonkeyPatch, folder: Path, rank: int, action: str) -> None:
+    """Have a rank of the runs started from now on do something when it reads its seventh batch."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(_SITECUSTOMIZE.format(action=action, rank=rank))
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
+def hang_report(directory: Path) -> str:
+    report = json.loads((directory / "test" / "exit.json").read_text())
+    assert report["code"] == EXIT_HANG
+    assert "train.py" in report["resume"]
+    return str(report["reason"])
+
+
+def stacks(directory: Path, rank: int) -> str:
+    (path,) = (directory / "test" / "stacks").glob(f"step_*.rank_{rank}.txt")
+    return path.read_text()
+
+
+def stop_in_the_middle(process: "subprocess.Popen[str]", directory: Path, rank: int) -> int:
+    """SIGSTOP; returns the process that was stopped, once it is gone."""
+    wait_for(lambda: steps_done(directory) >= 12, process)
+    stopped = ranks_of(directory)[rank]
+    os.kill(stopped, signal.SIGSTOP)
+    stopped_at = time.monotonic()
+    while stopped in ranks_of(directory).values():
+        assert time.monotonic() - stopped_at < ENDED_WITHIN_S
+        time.sleep(0.05)
+    return stopped
+
+
+def beat_during(blocks: Callable[[], object], tmp_path: Path) -> Beat:
+    """The beat of a rank in a function that blocks for a second."""
+    folder = SimpleNamespace(path=tmp_path, step=3)
+    config = parse_config(["config=gpt_debug", "run.hang_timeout_s=4"])
+    watchdog = Watchdog(cast(Run, SimpleNamespace(config=config, folder=folder, mesh=None)))
+    watchdog._story = sys._getframe().f_code
+
+    def look() -> None:
+        time.sleep(0.4)
+        watchdog._look(1.0)
+
+    looker = threading.Thread(target=look)
+    looker.start()
+    blocks()
+    looker.join()
+    return watchdog._beat
+
+
+def test_awaiting_what_was_started_is_waiting(tmp_path: Path) -> None:
+    """Work.wait is C++: no frame of torch says so, and the rank would be blamed."""
+    work = cast(dist.Work, SimpleNamespace(wait=functools.partial(time.sleep, 1)))
+    beat = beat_during(Pending(torch.ones(1), work).wait, tmp_path)
+    assert beat.is_waiting
+    assert beat.line.startswith("parallel/collectives.py:")
+
+
+def test_a_copy_from_the_device_is_waiting(tmp_path: Path) -> None:
+    """NCCL returns at once, and the host waits in the copy of a result: its caller is shown."""
+    on_device = cast(torch.Tensor, SimpleNamespace(to=time.sleep))
+    beat = beat_during(lambda: move_to(on_device, cast(torch.device, 1)), tmp_path)
+    assert beat.is_waiting
+    assert beat.line.startswith("tests/training/test_watchdog.py:")
+    assert not beat_during(lambda: time.sleep(1), tmp_path).is_waiting
+
+
+def test_a_stopped_rank_is_named_and_the_run_comes_back(
+    corpus: Path, tmp_path: Path, unbroken: list[dict[str, Any]]
+) -> None:
+    """SIGSTOP of rank 1: ended in time, and with --max-restarts finished as if nothing had been."""
+    process = start(2, settings(corpus, tmp_path, *WATCHED), ("--max-restarts=1",))
+    stopped = stop_in_the_middle(process, tmp_path, rank=1)
+    output = finish(process)
+    assert f"rank 1 (host {socket.gethostname()}, process {stopped}) has stopped" in output
+    assert "[rank 0] rank 0 (host" in output
+    assert "Thread" not in output
+    assert output.count("resuming from") == 1
+    assert rows(tmp_path) == unbroken
+
+
+def test_a_stopped_rank_0_is_named_by_another(corpus: Path, tmp_path: Path) -> None:
+    """Rank 0 holds the lock and writes exit.json, but cannot any more."""
+    process = start(2, settings(corpus, tmp_path, *WATCHED))
+    stopped = stop_in_the_middle(process, tmp_path, rank=0)
+    output = finish(process, expected=1)
+    reason = hang_report(tmp_path)
+    assert f"rank 0 (host {socket.gethostname()}, process {stopped}) has stopped" in reason
+    # Mostly in train_step; between two steps on a busy machine.
+    assert re.search(r"was last seen in \w+, after step \d+", reason)
+    assert reason in output
+    assert "[rank 1] rank 1 (host" in output
+    assert "Thread" not in output
+    assert "_wait" in stacks(tmp_path, rank=1)
+
+
+def test_one_process_that_reads_for_ever(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It blames itself, and the stack shows where it is."""
+    inject(monkeypatch, tmp_path / "inject", 0, STUCK)
+    output = finish(start(1, settings(corpus, tmp_path, *WATCHED)), expected=EXIT_HANG)
+    assert f"host {socket.gethostname()}" in hang_report(tmp_path)
+    assert "stands still in train_step, after step 6, at training/step.py:" in hang_report(tmp_path)
+    assert "sitecustomize.py" in stacks(tmp_path, rank=0)
+    assert "Thread" not in output
+
+
+def test_what_is_only_slow_is_left_alone(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow step, evaluations, saves and the end, all below the limit."""
+    inject(monkeypatch, tmp_path / "inject", 1, SLOW)
+    often = ("evaluate.interval=4", "checkpoint.save_interval=4", "train.train_steps=12")
+    output = finish(start(2, settings(corpus, tmp_path, *WATCHED, *often)))
+    assert "run test is finished" in output
+    assert "Thread" not in output
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("action", [STUCK, HOLDS_THE_LOCK], ids=["data", "lock"])
+def test_every_way_to_hang_is_blamed_on_the_right_rank(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: str, rank: int
+) -> None:
+    """Reading data for ever, and C code that keeps the interpreter's lock, on either rank."""
+    inject(monkeypatch, tmp_path / "inject", rank, action)
+    output = finish(start(2, settings(corpus, tmp_path, *WATCHED)), expected=1)
+    assert f"{LIMIT_S:g} s (run.hang_timeout_s): rank {rank} (" in hang_report(tmp_path)
+    # With the lock held no Python can run there, and faulthandler writes to stderr.
+    assert "sitecustomize.py" in (stacks(tmp_path, rank) if action == STUCK else output)
+
+
+# A file system that takes its time to make a file of a checkpoint durable.
+_SLOW_FILES = """
+import os, time
+_fsync = os.fsync
+
+def fsync(descriptor):
+    _fsync(descriptor)
+    if "rank_0000{rank}." in os.readlink(f"/proc/self/fd/{{descriptor}}"):
+        time.sleep({seconds})
+
+os.fsync = fsync
+"""
+
+
+def slow_down_files(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, rank: int, seconds: float
+) -> None:
+    """Have every save of the runs started from now on take so long on one rank."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(_SLOW_FILES.format(rank=rank, seconds=seconds))
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
+def test_a_last_save_longer_than_the_limit_is_waited_for(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its end is reported once per limit; the run ends well, and the checkpoint is there."""
+    slow_down_files(monkeypatch, tmp_path / "slow", rank=0, seconds=2.5 * LIMIT_S)
+    output = finish(start(1, settings(corpus, tmp_path, f"run.hang_timeout_s={LIMIT_S}")))
+    assert json.loads((tmp_path / "test" / "exit.json").read_text())["code"] == 0
+    assert (tmp_path / "test" / "checkpoints" / "step_00000006").is_dir()
+    assert len(re.findall(r"waiting for a file for \d+ s, at checkpoints/save.py", output)) == 2
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_slow_save_is_waited_for(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    """The previous save, begun in the background, and the last one, on either rank."""
+    slow_down_files(monkeypatch, tmp_path / "slow", rank, seconds=2 * LIMIT_S)
+    often = ("checkpoint.save_interval=2", "checkpoint.keep=1")
+    output = finish(start(2, settings(corpus, tmp_path, f"run.hang_timeout_s={LIMIT_S}", *often)))
+    assert "run test is finished" in output
+    assert "waiting for a file" in output
+    saved = [path.name for path in (tmp_path / "test" / "checkpoints").iterdir()]
+    assert saved == ["step_00000006"]
+
+
+@pytest.mark.drill
+def test_a_file_system_that_hangs_ends_the_run(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After ten times the limit, and the rank is named."""
+    slow_down_files(monkeypatch, tmp_path / "slow", rank=1, seconds=1000)
+    output = finish(start(2, settings(corpus, tmp_path, "run.hang_timeout_s=2")), expected=1)
+    reason = hang_report(tmp_path)
+    assert re.search(r"rank 1 \(host \S+, process \d+\) waits for a file in end, after", reason)
+    assert output.count("waiting for a file") >= 8
+
+
+def test_who_is_blamed() -> None:
+    """First who says nothing, then who does not wait, then who is behind; else everybody."""
+    waiting = Beat("host", "m", 1, step=5, is_waiting=True)
+    behind, working = (
+        Beat("host", "m", 1, step=4, is_waiting=True),
+        Beat("host", "m", 1, step=5),
+    )
+    assert blame({0: waiting, 1: working}, {0: waiting}) == [1]
+    assert blame({0: waiting, 1: working, 2: waiting}, {0: waiting, 1: working, 2: waiting}) == [1]
+    assert blame({0: waiting, 1: behind}, {0: waiting, 1: behind}) == [1]
+    assert blame({0: waiting, 1: waiting}, {0: waiting, 1: waiting}) == [0, 1]
+    # Launching a kernel waits where the queue is full, which most ranks then do at one line.
+    reading, launching = (
+        Beat("host", "m", 1, step=5, line="a:1"),
+        Beat("host", "m", 1, step=5, line="b:2"),
+    )
+    three = {0: launching, 1: reading, 2: launching}
+    assert blame(three, three) == [1]
+    assert blame({0: reading, 1: launching}, {0: reading, 1: launching}) == [0, 1]
+    most_read = {0: reading, 1: reading, 2: waiting}
+    assert blame(most_read, most_read) == [0, 1]
+
+
+def test_no_limit_no_thread() -> None:
+    """`run.hang_timeout_s=0` watches nothing."""
+    config = parse_config(["config=gpt_debug.yaml", "run.hang_timeout_s=0"])
+    run = cast(Run, SimpleNamespace(config=config, folder=None, mesh=None))
+    before = threading.enumerate()
+    with Watchdog(run):
+        assert threading.enumerate() == before
