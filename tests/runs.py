@@ -1,18 +1,19 @@
 """Whole runs of train.py for tests: inside the pool of workers, and through the command line."""
 
 import dataclasses
+import hashlib
 import json
 import os
-import subprocess
-import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from configs import Config, parse_config
 from parallel import Mesh
 from tests.distributed import Layout, run_on
+from tests.fork_server import REGISTRY, Program
 from tests.lines import ROOT
 from train import train
 from training.run_folder import RunFolder
@@ -82,54 +83,50 @@ def train_on(layout: Layout, arguments: list[str]) -> None:
     run_on(layout, run_in_pool, config=dataclasses.replace(config, parallel=parallel))
 
 
-def command(ranks: int, arguments: list[str], flags: Sequence[str] = ()) -> list[str]:
-    """The command that a person would type, of tensor-parallel ranks unless the arguments differ.
-
-    `flags` are torchrun's; one rank is started by torchrun only with them.
-    """
-    tp = "parallel.tensor_model_parallel_size"
-    layout = [] if any(argument.startswith(tp) for argument in arguments) else [f"{tp}={ranks}"]
-    program = [str(ROOT / "train.py"), *layout, *arguments]
-    if ranks == 1 and not flags:
-        return [sys.executable, *program]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    return [*launcher, *flags, *program]
-
-
 def start(
     ranks: int,
     arguments: list[str],
     flags: Sequence[str] = (),
     *,
     largest_file_kib: int | None = None,
-) -> "subprocess.Popen[str]":
-    """Start a run, away from the repository and in a process group of its own.
+) -> Program:
+    """Start train.py outside the repository, on tensor-parallel ranks unless the arguments differ.
 
-    `largest_file_kib`: the system refuses to write a larger file, as a full disk would.
+    `flags` are torchrun's; one rank is started by torchrun only with them. `largest_file_kib`: the
+    system refuses to write a larger file, as a full disk would.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    limited: list[str] = []
-    if largest_file_kib is not None:
-        limited = ["bash", "-c", 'ulimit -f "$0"; exec "$@"', str(largest_file_kib)]
-    return subprocess.Popen(
-        [*limited, *command(ranks, arguments, flags)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd="/",
-        env=environment,
-        start_new_session=True,
+    tp = "parallel.tensor_model_parallel_size"
+    layout = [] if any(argument.startswith(tp) for argument in arguments) else [f"{tp}={ranks}"]
+    under_torchrun = ranks > 1 or flags
+    return Program(
+        [str(ROOT / "train.py"), *layout, *arguments],
+        environment={**os.environ, "OMP_NUM_THREADS": "1", REGISTRY: str(_registry(arguments))},
+        torchrun=["--nproc-per-node", str(ranks), *flags] if under_torchrun else None,
+        largest_file_kib=largest_file_kib,
     )
 
 
-def finish(process: "subprocess.Popen[str]", expected: int = 0) -> str:
+def _registry(arguments: list[str]) -> Path:
+    """The folder in which the ranks of all runs in one `run.directory` register."""
+    (directory,) = [a.partition("=")[2] for a in arguments if a.startswith("run.directory=")]
+    registry = _registry_of(Path(directory))
+    registry.mkdir(exist_ok=True)
+    return registry
+
+
+def _registry_of(directory: Path) -> Path:
+    name = hashlib.sha256(str(directory).encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir(), f"ranks-{name}")
+
+
+def finish(process: Program, expected: int = 0) -> str:
     """Wait for the end; returns what was printed."""
     output, _ = process.communicate(timeout=100)
     assert process.returncode == expected, output
     return output
 
 
-def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
+def wait_for(condition: Callable[[], bool], process: Program) -> None:
     """Poll until something has happened in the run folder."""
     deadline = time.monotonic() + 60
     while not condition():
@@ -144,25 +141,19 @@ def steps_done(directory: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def workers_of(directory: Path) -> Iterator[int]:
-    """Process ids of the ranks of a run."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                line = (entry / "cmdline").read_text().split("\0")
-            except OSError:
-                continue
-            if f"run.directory={directory}" in line and "torch.distributed.run" not in line:
-                yield int(entry.name)
+def workers_of(directory: Path) -> list[int]:
+    """Process ids of the running ranks of a run."""
+    return list(ranks_of(directory).values())
 
 
 def ranks_of(directory: Path) -> dict[int, int]:
-    """The process id of each rank of a run under torchrun that has read its environment."""
-    ranks = {}
-    for worker in workers_of(directory):
-        try:
-            environment = Path(f"/proc/{worker}/environ").read_text().split("\0")
-        except OSError:
-            continue
-        ranks |= {int(e.removeprefix("RANK=")): worker for e in environment if e[:5] == "RANK="}
-    return ranks
+    """The process id of each running rank of a run."""
+    registered = (path.name.split("-") for path in _registry_of(directory).glob("*-*"))
+    return {int(rank): int(pid) for pid, rank in registered if _is_running(pid)}
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        return Path("/proc", pid, "cmdline").read_bytes() != b""  # a zombie has none
+    except OSError:
+        return False

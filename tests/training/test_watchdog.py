@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ import torch.distributed as dist
 
 from configs import parse_config
 from parallel.collectives import Pending, move_to
+from tests.fork_server import Program
 from tests.runs import LONG, finish, ranks_of, rows, settings, start, steps_done, wait_for
 from training.state import Run
 from training.watchdog import EXIT_HANG, Beat, Watchdog, blame
@@ -74,7 +74,7 @@ def stacks(directory: Path, rank: int) -> str:
     return path.read_text()
 
 
-def stop_in_the_middle(process: "subprocess.Popen[str]", directory: Path, rank: int) -> int:
+def stop_in_the_middle(process: Program, directory: Path, rank: int) -> int:
     """SIGSTOP; returns the process that was stopped, once it is gone."""
     wait_for(lambda: steps_done(directory) >= 12, process)
     stopped = ranks_of(directory)[rank]

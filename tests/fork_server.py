@@ -1,0 +1,156 @@
+"""Programs of the project as forks of one process that has already imported torch.
+
+A Python process spends seconds on importing torch, for torchrun and for every rank. The fork
+server pays for that once per test session. A program behaves as if it had been started from a
+shell: its own session, environment, arguments, output pipe and exit code. torchrun is the real
+elastic agent, which forks its workers instead of starting an interpreter for each.
+"""
+
+import contextlib
+import functools
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import resource
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+# Everything that is slow to import; nothing is computed, so that no thread exists when it forks.
+_PRELOAD = (
+    "datasets",
+    "sentencepiece",
+    "torch.distributed.run",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "train",
+    "generate",
+    "evaluate",
+    "wandb",
+    "tests.fork_server",
+)
+# Each rank leaves a file `PID-RANK` in this folder, as /proc shows the server's command line.
+REGISTRY = "TEST_RANK_REGISTRY"
+
+
+class Program:
+    """A running program with the part of `subprocess.Popen`'s interface that the tests need."""
+
+    def __init__(self, arguments: Sequence[str], **options: Any) -> None:
+        """`arguments`: a program's path and its arguments; see `_run` for the options."""
+        reader, writer = multiprocessing.Pipe(duplex=False)
+        self._process = _server().Process(
+            target=_run, args=(list(arguments), writer), kwargs=options
+        )
+        self._process.start()
+        writer.close()
+        self.pid: int = self._process.pid  # type: ignore[assignment]  # it has been started
+        self._output = bytearray()
+        self._collector = threading.Thread(target=self._collect, args=(reader,), daemon=True)
+        self._collector.start()
+
+    def _collect(self, reader: Connection) -> None:
+        while chunk := os.read(reader.fileno(), 1 << 16):
+            self._output += chunk
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code, negative after a signal, or None while the program runs."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        """The exit code, or None while the program runs."""
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the program, not to its children."""
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        """Wait until the program and all its children have closed the output; returns it."""
+        self._collector.join(timeout)
+        if self._collector.is_alive():
+            raise subprocess.TimeoutExpired("program", timeout or 0, bytes(self._output))
+        self._process.join(timeout)
+        return self._output.decode(), None
+
+
+@functools.cache
+def _server() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_PRELOAD))
+    os.environ["OMP_NUM_THREADS"] = "1"  # libgomp reads it when torch is imported
+    multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def _run(
+    arguments: list[str],
+    output: Connection,
+    *,
+    environment: Mapping[str, str],
+    torchrun: Sequence[str] | None = None,
+    largest_file_kib: int | None = None,
+    given: Connection | None = None,
+    with_stderr: bool = True,
+) -> None:
+    """In the fork: become the program, under torchrun if its flags are given."""
+    os.setsid()
+    os.dup2(output.fileno(), 1)
+    if with_stderr:
+        os.dup2(output.fileno(), 2)
+    output.close()
+    if given is not None:
+        os.dup2(given.fileno(), 0)
+        given.close()
+        sys.stdin = open(0, encoding="utf-8")  # noqa: SIM115  # for the life of the process
+    sys.stdout = open(1, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir("/")
+    if largest_file_kib is not None:
+        limit = largest_file_kib << 10
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    multiprocessing.current_process().daemon = False
+    if torchrun is None:
+        _main(arguments)
+    else:
+        _launch([*torchrun, *arguments])
+
+
+def _launch(command: list[str]) -> None:
+    """The torchrun command, whose workers are forks of its agent."""
+    from torch.distributed import run  # noqa: PLC0415  # only programs under torchrun need it
+
+    elastic_launch = run.elastic_launch
+
+    def fork_workers(config: Any, entrypoint: str) -> Callable[..., Any]:
+        config.start_method = "fork"
+        return lambda unbuffered, *arguments: elastic_launch(config, _main)(list(arguments))
+
+    run.elastic_launch = fork_workers
+    run.main(command)
+
+
+def _main(arguments: list[str]) -> None:
+    """Run a program as `__main__`, after the `sitecustomize` that Python would have run."""
+    for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+        if folder and Path(folder, "sitecustomize.py").exists():
+            runpy.run_path(str(Path(folder, "sitecustomize.py")))
+    if registry := os.environ.get(REGISTRY):
+        Path(registry, f"{os.getpid()}-{os.environ.get('RANK', '0')}").touch()
+    sys.argv[:] = arguments
+    with contextlib.suppress(KeyError):
+        del sys.modules["__mp_main__"]
+    runpy.run_path(arguments[0], run_name="__main__")
