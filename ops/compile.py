@@ -25,13 +25,13 @@ _MOST_KERNELS = 64
 _ROOM_MIB = 256  # torch 2.13 writes a precompiled header of 147 MiB, and small files
 
 
-def maybe_compile(function: Function, compiles: bool) -> Function:
+def maybe_compile(function: Function, compile: bool) -> Function:
     """The function; as one kernel if it is to be compiled, made at its first call.
 
     A kernel gets what it computes with as tensors. The compiler may take a number for a constant or
     for a variable, as settings of the calling thread say; both must give the same result.
     """
-    return _compiled(function) if compiles else function
+    return _compiled(function) if compile else function
 
 
 @functools.cache
@@ -52,7 +52,7 @@ def compile_obstacle(device: torch.device) -> str | None:
     """
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "there is no triton package"
-    # Triton compiles what launches its kernels.
+    # Triton compile what launches its kernels.
     variable, usual = ("CC", "gcc") if device.type == "cuda" else ("CXX", "g++")
     compiler = os.environ.get(variable, usual)
     if shutil.which(compiler) is None:

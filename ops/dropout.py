@@ -57,7 +57,7 @@ Scalar = float | Tensor
 
 
 @functools.cache
-def _scalars(rate: float, compiles: bool, device: torch.device) -> tuple[Scalar, Scalar]:
+def _scalars(rate: float, compile: bool, device: torch.device) -> tuple[Scalar, Scalar]:
     """Threshold and scale of dropout at a rate, as numbers, or for a compiled kernel as tensors.
 
     A kernel must not be given the rate: whether the compiler makes it a constant is a setting of
@@ -65,7 +65,7 @@ def _scalars(rate: float, compiles: bool, device: torch.device) -> tuple[Scalar,
     that kernel, from its cache on disk too, for any rate.
     """
     threshold, scale = _threshold(rate), 1.0 / (1.0 - rate)
-    if not compiles:
+    if not compile:
         return threshold, scale
     return (
         torch.full((), threshold, dtype=torch.int32, device=device),
@@ -106,17 +106,17 @@ class _DropoutAdd(torch.autograd.Function):
         keys: Tensor,
         first_position: int,
         rate: float,
-        compiles: bool,
+        compile: bool,
     ) -> Tensor:
-        ctx.mask = (keys, first_position, *_scalars(rate, compiles, x.device))
-        ctx.compiles, ctx.has_residual = compiles, residual is not None
+        ctx.mask = (keys, first_position, *_scalars(rate, compile, x.device))
+        ctx.compile, ctx.has_residual = compile, residual is not None
         if residual is None:
-            return maybe_compile(_drop, compiles)(x, *ctx.mask)
-        return maybe_compile(_drop_and_add, compiles)(x, residual, *ctx.mask)
+            return maybe_compile(_drop, compile)(x, *ctx.mask)
+        return maybe_compile(_drop_and_add, compile)(x, residual, *ctx.mask)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x = maybe_compile(_drop, ctx.compiles)(grad_y, *ctx.mask)
+        grad_x = maybe_compile(_drop, ctx.compile)(grad_y, *ctx.mask)
         return grad_x, grad_y if ctx.has_residual else None, None, None, None, None
 
 
@@ -126,10 +126,10 @@ def hashed_dropout_add(
     rate: float,
     keys: Tensor,
     first_position: int,
-    compiles: bool,
+    compile: bool,
 ) -> Tensor:
     """`residual + dropout(x)` for `[s/t, b, h]`; a residual of None adds nothing.
 
     `keys` are `[2, b]` int32, `first_position` is the position in the sequence of row 0.
     """
-    return _DropoutAdd.apply(x, residual, keys, first_position, rate, compiles)
+    return _DropoutAdd.apply(x, residual, keys, first_position, rate, compile)

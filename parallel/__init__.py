@@ -37,28 +37,27 @@ from parallel.mappings import (
 )
 from parallel.mesh import Axis, Mesh, close_mesh, init_mesh, wait_for_all_ranks
 from parallel.parameters import (
-    Constant,
-    Normal,
     declare_parameter,
     initialise_parameters,
+    local_part,
+    local_slices,
     parameter_facts,
+    shard_range,
+    tp_shard_dim,
 )
 from parallel.randomness import DropoutStream, dropout_add, fold_seed
 from parallel.replica_check import ReplicaMismatch, compare_replicas
-from parallel.sharding import local_part, local_slices, shard_range, tp_shard_dim
 from parallel.transport.backend import is_transport_frame, lost_connection
 from parallel.transport.rendezvous import DeviceError, machine_id
 
 __all__ = [
     "Axis",
-    "Constant",
     "DeviceError",
     "DropoutStream",
     "Heartbeats",
     "Losses",
     "MergedColumnParallelLinear",
     "Mesh",
-    "Normal",
     "ReplicaMismatch",
     "RowParallelLinear",
     "VocabParallelEmbedding",

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from parallel.collectives import move_to, sum_over
 from parallel.data_parallel import await_gradients
 from parallel.mesh import Mesh
-from parallel.parameters import parameter_facts
-from parallel.sharding import tp_shard_dim
+from parallel.parameters import parameter_facts, tp_shard_dim
 
 
 def sum_partial_gradients(model: nn.Module, mesh: Mesh) -> None:

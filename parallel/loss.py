@@ -25,7 +25,7 @@ from torch import Tensor
 from ops.matmul import add_matmul_, matmul_fp32, widen, widen_exactly
 from parallel.collectives import all_gather, start_tp_all_reduce
 from parallel.mesh import Axis, Mesh
-from parallel.sharding import shard_range
+from parallel.parameters import shard_range
 
 # Logits at a time: as many as a processor's caches hold, or as keep a GPU busy.
 _PIECE_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}

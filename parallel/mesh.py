@@ -53,7 +53,7 @@ class Mesh:
     # True only where there is a sequence to split, so that layers need not ask for the size too.
     sequence_parallel: bool
     overlap: Overlap = "none"
-    compiles: bool = False  # functions of single elements become one kernel each, see fusion.py
+    compile: bool = False  # functions of single elements become one kernel each, see ops/compile.py
     attempt: str = ""  # the name that the ranks have agreed on, see rendezvous.py
     is_restart: bool = False  # whether the launcher has started these ranks after others failed
 
@@ -62,7 +62,7 @@ def init_mesh(
     tensor_model_parallel_size: int,
     sequence_parallel: bool,
     overlap: Overlap = "none",
-    compiles: bool = False,
+    compile: bool = False,
     share_memory: bool = False,
     timeout_s: float = 0.0,
     device: str = "auto",
@@ -103,9 +103,9 @@ def init_mesh(
     else:
         alone = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=alone, rank=0, world_size=1)
-    compiles = compiles and _all_can_compile(torch_device)
+    compile = compile and _all_can_compile(torch_device)
     mesh = make_mesh(
-        tensor_model_parallel_size, sequence_parallel, torch_device, local_rank, overlap, compiles
+        tensor_model_parallel_size, sequence_parallel, torch_device, local_rank, overlap, compile
     )
     return replace(mesh, attempt=attempt, is_restart=is_restart)
 
@@ -144,7 +144,7 @@ def make_mesh(
     device: torch.device,
     local_rank: int,
     overlap: Overlap = "none",
-    compiles: bool = False,
+    compile: bool = False,
 ) -> Mesh:
     """Lay the ("dp", "tp") grid over the process group that exists.
 
@@ -173,7 +173,7 @@ def make_mesh(
         local_rank=local_rank,
         sequence_parallel=sequence_parallel and tp_size > 1,
         overlap=overlap,
-        compiles=compiles,
+        compile=compile,
     )
 
 

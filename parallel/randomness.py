@@ -63,4 +63,4 @@ def dropout_add(
         return x if residual is None else x + residual
     first_position = mesh.tp.rank * x.shape[0] if mesh.sequence_parallel else 0
     keys = stream.keys(layer, site, x.device)
-    return hashed_dropout_add(x, residual, rate, keys, first_position, mesh.compiles)
+    return hashed_dropout_add(x, residual, rate, keys, first_position, mesh.compile)

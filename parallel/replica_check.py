@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from parallel.collectives import gather_json, move_to
 from parallel.mesh import Axis, Mesh
-from parallel.sharding import tp_shard_dim
+from parallel.parameters import tp_shard_dim
 
 
 @dataclass(frozen=True)

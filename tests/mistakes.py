@@ -62,8 +62,8 @@ MISTAKES = (
     Mistake(
         "gradients of keys and values that ranks share are not summed over tp",
         "parallel/layers.py",
-        '"grad_is_partial": self.block is not None',
-        '"grad_is_partial": False',
+        "grad_is_partial=self.row_group is not None",
+        "grad_is_partial=False",
         (_LAYERS + "test_shared_blocks_equal_dense[False-1-tp2-dp1]",),
     ),
     Mistake(
@@ -98,56 +98,43 @@ MISTAKES = (
     Mistake(
         "a rank computes the wrong group of keys and values",
         "parallel/layers.py",
-        "mesh.tp.rank * num_row_groups // mesh.tp.size * rows",
-        "mesh.tp.rank % num_row_groups * rows",
+        "mesh.tp.rank * num_groups // mesh.tp.size * rows",
+        "mesh.tp.rank % num_groups * rows",
         (_LAYERS + "test_shared_blocks_equal_dense[False-2-tp4-dp1]",),
     ),
     Mistake(
         "the gather before tensor-parallel compute has a split as its backward",
         "parallel/mappings.py",
-        "return reduce_scatter(grad, ctx.axis), None",
-        "return grad.chunk(ctx.axis.size)[ctx.axis.rank], None",
+        "_Mapping.apply(x, axis, all_gather, reduce_scatter)",
+        "_Mapping.apply(x, axis, all_gather, local_sequence_chunk)",
         (_LAYERS + "test_column_equals_dense[tp2+sp-dp1]",),
     ),
     Mistake(
         "the gather before duplicated compute has a reduce-scatter as its backward",
         "parallel/mappings.py",
-        "return local_sequence_chunk(grad, ctx.axis), None",
-        "return reduce_scatter(grad, ctx.axis), None",
+        "_Mapping.apply(x, axis, all_gather, local_sequence_chunk)",
+        "_Mapping.apply(x, axis, all_gather, reduce_scatter)",
         (_MAPPINGS + "test_what_follows_a_gather_decides_its_backward[tp2+sp-dp1]",),
     ),
     Mistake(
         "the sequence is gathered outside autograd, which cuts the graph",
         "parallel/mappings.py",
-        "return _Gather.apply(x, axis)",
+        "return _Mapping.apply(x, axis, all_gather, reduce_scatter)",
         "return all_gather(x.detach(), axis)",
         (_LAYERS + "test_column_then_row_equals_dense[tp2+sp-dp1]",),
     ),
     Mistake(
         "without sequence parallelism dX is not summed before a column-parallel layer",
         "parallel/mappings.py",
-        "return all_reduce(grad, ctx.axis), None",
-        "return grad, None",
+        "_Mapping.apply(x, axis, _identity, all_reduce)",
+        "_Mapping.apply(x, axis, _identity, _identity)",
         (_LAYERS + "test_column_equals_dense[tp2-dp1]",),
     ),
     Mistake(
         "the sum after a row-parallel layer sums gradients too, t times what they are",
         "parallel/mappings.py",
-        """\
-        return all_reduce(x, axis)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad, None
-""",
-        """\
-        ctx.axis = axis
-        return all_reduce(x, axis)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return all_reduce(grad, ctx.axis), None
-""",
+        "_Mapping.apply(x, axis, all_reduce, _identity)",
+        "_Mapping.apply(x, axis, all_reduce, all_reduce)",
         (_LAYERS + "test_row_equals_dense[True-tp2-dp1]",),
     ),
     Mistake(
@@ -378,12 +365,12 @@ MISTAKES = (
         "each rank draws its own initial weights, not a part of the whole",
         "parallel/parameters.py",
         "local.copy_(full[mine])",
-        "local.normal_(0.0, init.std, generator=generator)",
+        "local.normal_(0.0, spec.init_std, generator=generator)",
         (_WEIGHTS + "[tp2+sp-dp1]",),
     ),
     Mistake(
         "every rank takes the first rank's part of a weight",
-        "parallel/sharding.py",
+        "parallel/parameters.py",
         "shard_range(global_shape[tp_dim], tp.size, tp.rank)",
         "shard_range(global_shape[tp_dim], tp.size, 0)",
         (_WEIGHTS + "[tp2+sp-dp1]",),

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from configs import ModelConfig
+from model.context import apply_rotary
 from model.mlp import swiglu
 from model.norm import rms_norm
-from model.rotary import rotate
 from ops.compile import compile_obstacle, maybe_compile
 from ops.dropout import keep_mask
 from parallel import DropoutStream, Mesh, dropout_add
@@ -37,7 +37,7 @@ needs_a_compiler = pytest.mark.skipif(
 FUNCTIONS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
     "rms_norm": (lambda x, weight: rms_norm(x, weight, 1e-5), ((6, 2, 48), (48,))),
     "swiglu": (swiglu, ((6, 2, 40), (6, 2, 40))),
-    "rotate": (rotate, ((6, 2, 4, 16), (6, 2, 1, 8), (6, 2, 1, 8))),
+    "apply_rotary": (apply_rotary, ((6, 2, 4, 16), (6, 2, 1, 8), (6, 2, 1, 8))),
 }
 
 
@@ -58,7 +58,7 @@ def test_a_kernel_equals_its_function(name: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)
     inputs = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     expected = outcome(function, [tensor.double() for tensor in inputs])
-    compiled = maybe_compile(function, compiles=True)
+    compiled = maybe_compile(function, compile=True)
     assert compiled is not function
     got = outcome(compiled, inputs)
     assert len(got) == len(expected) == 1 + len(shapes)
@@ -84,18 +84,18 @@ def test_dropout_of_one_kernel_keeps_the_same(
     x, residual = torch.randn(2, 6, 2, 32).to(dtype).unbind()
     results = [
         outcome(
-            lambda x, residual, compiles=compiles: dropout_add(
+            lambda x, residual, compile=compile: dropout_add(
                 x,
                 residual if has_residual else None,
                 rate,
                 DropoutStream(1, 2, (3, 4)),
                 0,
                 1,
-                dataclasses.replace(mesh, compiles=compiles),
+                dataclasses.replace(mesh, compile=compile),
             ),
             [x, residual],
         )
-        for compiles in (False, True)
+        for compile in (False, True)
     ]
     for plain, compiled in zip(*results, strict=True):
         eps = torch.finfo(dtype).eps
@@ -114,7 +114,7 @@ def test_dropout_has_the_right_gradient_from_any_thread(
     mesh: Mesh, has_residual: bool, dtype: torch.dtype
 ) -> None:
     """On CUDA backward runs in a thread of autograd; settings of the compiler are per thread."""
-    mesh = dataclasses.replace(mesh, compiles=True)
+    mesh = dataclasses.replace(mesh, compile=True)
     stream = DropoutStream(1, 2, (3, 4))
     for rate in (0.3, 0.1, 0.5):
         x, residual = torch.ones(2, 64, 2, 96, dtype=dtype).unbind()
@@ -132,7 +132,7 @@ def test_dropout_has_the_right_gradient_from_any_thread(
 @distributed(ONE_RANK)
 def test_a_kernel_takes_each_epsilon_from_any_thread(mesh: Mesh) -> None:
     """Full recomputation runs a norm's forward in autograd's thread."""
-    compiled = maybe_compile(rms_norm, compiles=True)
+    compiled = maybe_compile(rms_norm, compile=True)
     x, weight = seeded(1, 6, 2, 48), seeded(2, 48)
     for epsilon in (1e-5, 0.5, 1e-2):
         expected = outcome(partial(rms_norm, epsilon=epsilon), [x.double(), weight.double()])
@@ -155,9 +155,9 @@ def model_outcome(mesh: Mesh, config: ModelConfig, recompute: str) -> list[Tenso
     """The loss and all gradients."""
     model = tiny_model(mesh, config, recompute)
     block = model.blocks[0]
-    chains = (block.mlp.activation, block.attention.rotate, block.attention_norm.rms_norm)
-    for chain, plain in zip(chains, (swiglu, rotate, rms_norm), strict=True):
-        assert (chain is plain) != mesh.compiles
+    chains = (block.mlp.activation, block.attention.apply_rotary, block.attention_norm.rms_norm)
+    for chain, plain in zip(chains, (swiglu, apply_rotary, rms_norm), strict=True):
+        assert (chain is plain) != mesh.compile
     losses = model(*batch(), STREAM)
     losses.objective.backward()
     gradients = [parameter.grad.to_local() for parameter in model.parameters()]
@@ -170,7 +170,7 @@ def model_outcome(mesh: Mesh, config: ModelConfig, recompute: str) -> list[Tenso
 def test_a_compiled_model_has_the_same_gradients(mesh: Mesh, recompute: str) -> None:
     config = dataclasses.replace(TINY, **OPTIONS["llama"])
     plain = model_outcome(mesh, config, recompute)
-    compiled = model_outcome(dataclasses.replace(mesh, compiles=True), config, recompute)
+    compiled = model_outcome(dataclasses.replace(mesh, compile=True), config, recompute)
     for mine, reference in zip(compiled, plain, strict=True):
         scale = reference.abs().max().item()
         assert_close(mine, reference, rtol=1e-5, atol=1e-6 * scale)

@@ -14,13 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from ops import (
-    matmul as products,
-)
+from configs.weights import WeightSpec, column_weights, row_weights
+from ops import matmul
 from parallel import (
     MergedColumnParallelLinear,
     Mesh,
-    Normal,
     RowParallelLinear,
     VocabParallelEmbedding,
     enter_tensor_parallel_region,
@@ -34,13 +32,23 @@ from parallel import (
     vocab_parallel_loss,
 )
 from parallel import loss as loss_module
-from parallel.sharding import tp_shard_dim
+from parallel.parameters import tp_shard_dim
 from tests.distributed import ONE_RANK, OVERLAPPED, TENSOR_PARALLEL, Layout, distributed
 from tests.parallel.test_mappings import seeded
 
 LAYOUTS = (ONE_RANK, *TENSOR_PARALLEL)
 LINEAR_LAYOUTS = (*LAYOUTS, *OVERLAPPED)
 S, B, H = 16, 2, 12
+
+
+def column_linear(mesh: Mesh, **out_sizes: int) -> MergedColumnParallelLinear:
+    """A layer with a weight and a bias for each name."""
+    weights = {
+        f"{weight}.{name}": spec
+        for weight, out_size in out_sizes.items()
+        for name, spec in column_weights(out_size, H, 1.0).items()
+    }
+    return MergedColumnParallelLinear(weights, mesh)
 
 
 def fill(layer: nn.Module, mesh: Mesh) -> dict[str, Tensor]:
@@ -77,7 +85,7 @@ def assert_gradients(layer: nn.Module, dense: dict[str, Tensor], mesh: Mesh) -> 
 @distributed(*LINEAR_LAYOUTS)
 def test_column_equals_dense(mesh: Mesh) -> None:
     """Two weights that share a gather give their own outputs and a summed input gradient."""
-    layer = MergedColumnParallelLinear(H, {"a": 8, "b": 20}, mesh, Normal(1.0))
+    layer = column_linear(mesh, a=8, b=20)
     dense = fill(layer, mesh)
     x_dense = seeded(1, S, B, H).requires_grad_()
     x = sequence_shard(x_dense.detach(), mesh).clone().requires_grad_()
@@ -101,14 +109,9 @@ def test_column_equals_dense(mesh: Mesh) -> None:
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_shared_blocks_equal_dense(mesh: Mesh, num_row_groups: int, has_bias: bool) -> None:
     """Ranks that share a block of rows compute the same columns, and their gradients add up."""
-    layer = MergedColumnParallelLinear(
-        H,
-        {"kv": 6 * num_row_groups},
-        mesh,
-        Normal(1.0),
-        has_bias=has_bias,
-        num_row_groups={"kv": num_row_groups},
-    )
+    weights = column_weights(6 * num_row_groups, H, 1.0, has_bias, num_row_groups)
+    weights = {f"kv.{name}": spec for name, spec in weights.items()}
+    layer = MergedColumnParallelLinear(weights, mesh)
     dense = fill(layer, mesh)
     x_dense = seeded(1, S, B, H).requires_grad_()
     x = sequence_shard(x_dense.detach(), mesh).clone().requires_grad_()
@@ -132,7 +135,7 @@ def test_shared_blocks_equal_dense(mesh: Mesh, num_row_groups: int, has_bias: bo
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_row_equals_dense(mesh: Mesh, has_bias: bool) -> None:
     """Splitting A by columns changes neither Y nor any gradient, the bias's included."""
-    layer = RowParallelLinear(8, H, mesh, Normal(1.0), has_bias=has_bias)
+    layer = RowParallelLinear(row_weights(H, 8, 1.0, has_bias), mesh)
     dense = fill(layer, mesh)
     x_dense = seeded(1, S, B, 8).requires_grad_()
     x = shard_of(x_dense.detach(), 2, mesh).clone().requires_grad_()
@@ -151,8 +154,8 @@ def test_row_equals_dense(mesh: Mesh, has_bias: bool) -> None:
 @distributed(*LINEAR_LAYOUTS)
 def test_column_then_row_equals_dense(mesh: Mesh) -> None:
     """The pair is an MLP: nothing between the two layers crosses the wire."""
-    column = MergedColumnParallelLinear(H, {"up": 16}, mesh, Normal(1.0))
-    row = RowParallelLinear(16, H, mesh, Normal(1.0))
+    column = column_linear(mesh, up=16)
+    row = RowParallelLinear(row_weights(H, 16, 1.0), mesh)
     up, down = fill(column, mesh), fill(row, mesh)
     x_dense = seeded(1, S, B, H).requires_grad_()
     x = sequence_shard(x_dense.detach(), mesh).clone().requires_grad_()
@@ -174,7 +177,7 @@ def test_column_then_row_equals_dense(mesh: Mesh) -> None:
 @pytest.mark.parametrize("vocab_size", [20, 23])
 def test_embedding_equals_dense(mesh: Mesh, vocab_size: int) -> None:
     """Each id finds its row wherever it is, repeated ids add up, 23 rows need no padding."""
-    layer = VocabParallelEmbedding(vocab_size, H, mesh, Normal(1.0))
+    layer = VocabParallelEmbedding(WeightSpec((vocab_size, H), tp_dim=0), mesh)
     dense = fill(layer, mesh)
     tokens = torch.randint(vocab_size, (S, B), generator=torch.Generator().manual_seed(5))
     tokens[0] = torch.tensor([0, vocab_size - 1])
@@ -285,7 +288,7 @@ def test_logits_of_bfloat16_are_float32(mesh: Mesh, has_units: bool) -> None:
     x = sequence_shard(x_dense, mesh).requires_grad_()
     table = shard_of(table_dense, 0, mesh).clone().requires_grad_()
     with (
-        patch.object(products, "_has_bfloat16_units", lambda: has_units),
+        patch.object(matmul, "_has_bfloat16_units", lambda: has_units),
         patch.dict(loss_module._PIECE_ELEMENTS, cpu=5 * vocab_size),
     ):
         logits = vocab_parallel_logits(x, table, mesh)
@@ -307,12 +310,12 @@ def test_sequence_parallelism_cannot_be_mixed(mesh: Mesh) -> None:
     other = dataclasses.replace(mesh, sequence_parallel=not mesh.sequence_parallel)
     model = nn.ModuleDict(
         {
-            "column": MergedColumnParallelLinear(H, {"up": 16}, mesh, Normal(1.0)),
-            "row": RowParallelLinear(16, H, other, Normal(1.0)),
+            "column": column_linear(mesh, up=16),
+            "row": RowParallelLinear(row_weights(H, 16, 1.0), other),
         }
     )
     model.to_empty(device="cpu")
-    with pytest.raises(RuntimeError, match=r"row\.weight was made for a mesh with sequence_para"):
+    with pytest.raises(RuntimeError, match=r"row\.weight was created with tp=\d, sequence_para"):
         initialise_parameters(model, 1, mesh)
 
 

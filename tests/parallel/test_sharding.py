@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+from configs.weights import WeightSpec
 from parallel import (
     Mesh,
-    Normal,
     declare_parameter,
     fold_seed,
     initialise_parameters,
@@ -33,7 +33,7 @@ def test_shard_range_is_torch_chunk(size: int, parts: int) -> None:
 def test_slices_are_what_fsdp_keeps(mesh: Mesh, shape: tuple[int, ...], tp_dim: int | None) -> None:
     """After FSDP2 a rank's shard is the slice that our table names, uneven shapes included."""
     layer = nn.Module()
-    declare_parameter(layer, "weight", shape, mesh, init=Normal(1.0), tp_dim=tp_dim)
+    declare_parameter(layer, "weight", WeightSpec(shape, tp_dim, init_std=1.0), mesh)
     fully_shard(layer, mesh=mesh.device_mesh["dp"])
     layer.to_empty(device="cpu")
     initialise_parameters(layer, 7, mesh)
@@ -51,7 +51,7 @@ def test_slices_are_what_fsdp_keeps(mesh: Mesh, shape: tuple[int, ...], tp_dim: 
 def test_initial_weights_do_not_depend_on_the_layout(mesh: Mesh) -> None:
     """Drawn from seed and name: the same numbers, to the bit, wherever they land."""
     layer = nn.Module()
-    declare_parameter(layer, "weight", (6, 4), mesh, init=Normal(0.5), tp_dim=1)
+    declare_parameter(layer, "weight", WeightSpec((6, 4), 1, init_std=0.5), mesh)
     fully_shard(layer, mesh=mesh.device_mesh["dp"])
     layer.to_empty(device="cpu")
     initialise_parameters(layer, 1234, mesh)
