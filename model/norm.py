@@ -56,8 +56,7 @@ def make_norm(config: ModelConfig, weights: Weights, mesh: Mesh) -> nn.Module:
     It works per token, so it needs no communication. With sequence parallelism its gradients are
     sums over s/t positions: partial.
     """
-    norm = _NORMS[config.normalization]
-    return norm(weights, config.norm_epsilon, mesh, mesh.sequence_parallel)
+    return _NORMS[config.normalization](weights, config.norm_epsilon, mesh, mesh.sequence_parallel)
 
 
 def make_head_norm(config: ModelConfig, weights: Weights, mesh: Mesh) -> nn.Module:
@@ -65,5 +64,4 @@ def make_head_norm(config: ModelConfig, weights: Weights, mesh: Mesh) -> nn.Modu
 
     All heads share its weights and a rank has some of the heads: partial on every layout.
     """
-    norm = _NORMS[config.normalization]
-    return norm(weights, config.norm_epsilon, mesh, mesh.tp.size > 1)
+    return _NORMS[config.normalization](weights, config.norm_epsilon, mesh, mesh.tp.size > 1)

@@ -24,8 +24,8 @@ class _ColumnShard(nn.Module):
     """One weight and bias of a column-parallel layer; computes this rank's columns of Y.
 
     Sharded by rows, `[out/t, in]`. With fewer row groups than ranks, every rank holds all rows and
-    t / groups ranks compute the same group. The gradient of such a weight is partial over tp: each
-    rank has the part of its own query heads.
+    t / groups ranks use the same group. The gradient of such a weight is partial over tp, because a
+    rank has only the part from its own use.
     """
 
     weight: DTensor

@@ -123,7 +123,8 @@ def initialise_parameters(model: nn.Module, seed: int, mesh: Mesh) -> None:
                 f"{of_layer.sequence_parallel}, but the model has tp={mesh.tp.size}, "
                 f"sequence_parallel={mesh.sequence_parallel}; give all layers the same mesh"
             )
-        local = parameter.to_local()  # type: ignore[operator]
+        assert isinstance(parameter, DTensor), f"{name} was not created by declare_parameter"
+        local = parameter.to_local()
         if spec.init_std == 0.0:
             local.fill_(spec.init_mean)
             continue

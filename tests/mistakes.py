@@ -14,7 +14,7 @@ _LOSS = _LAYERS + "test_loss_equals_dense"
 _MODEL = "tests/model/test_gpt.py::test_loss_and_gradients_equal_the_reference"
 _DROPOUT = "tests/parallel/test_randomness.py::test_dropout_add_equals_the_formula"
 _WEIGHTS = "tests/parallel/test_sharding.py::test_initial_weights_do_not_depend_on_the_layout"
-_DECODING = "tests/model/test_decoding.py::test_cached_tokens_are_those_of_reading_anew"
+_DECODING = "tests/model/test_decoding.py::test_cached_tokens_equal_uncached"
 _STEP = "tests/test_train_layouts.py::test_a_step_equals_the_reference"
 
 
@@ -64,13 +64,13 @@ MISTAKES = (
         "parallel/layers.py",
         "grad_is_partial=self.row_group is not None",
         "grad_is_partial=False",
-        (_LAYERS + "test_shared_blocks_equal_dense[False-1-tp2-dp1]",),
+        (_LAYERS + "test_shared_row_groups_equal_dense[False-1-tp2-dp1]",),
     ),
     Mistake(
         "partial gradients are averaged over tp where they should be summed",
         "parallel/gradients.py",
-        "torch.cat([grad.view(-1) for grad in partial]))",
-        "torch.cat([grad.view(-1) for grad in partial])) / mesh.tp.size",
+        "sum_over(mesh.tp, torch.cat(partial))",
+        "sum_over(mesh.tp, torch.cat(partial)) / mesh.tp.size",
         (_MODEL + "[gpt2-False-tp2+sp-dp1]",),
     ),
     Mistake(
@@ -100,7 +100,7 @@ MISTAKES = (
         "parallel/layers.py",
         "mesh.tp.rank * num_groups // mesh.tp.size * rows",
         "mesh.tp.rank % num_groups * rows",
-        (_LAYERS + "test_shared_blocks_equal_dense[False-2-tp4-dp1]",),
+        (_LAYERS + "test_shared_row_groups_equal_dense[False-2-tp4-dp1]",),
     ),
     Mistake(
         "the gather before tensor-parallel compute has a split as its backward",
@@ -154,7 +154,7 @@ MISTAKES = (
     Mistake(
         "the overlapped column-parallel layer does not sum dX over the ranks",
         "parallel/overlap.py",
-        "summing = start_tp_all_reduce(grad_x, mesh)",
+        "summing = start_tp_reduce(grad_x, mesh)",
         "summing = Pending(grad_x)",
         (_LAYERS + "test_column_equals_dense[tp2-dp1-overlap backward]",),
     ),
@@ -245,7 +245,7 @@ MISTAKES = (
     Mistake(
         "a rank keeps what its part of the vocabulary says of x, and nobody sums that",
         "parallel/loss.py",
-        "start_tp_all_reduce(grad_rows, mesh).wait()",
+        "start_tp_reduce(grad_rows, mesh).wait()",
         "grad_rows",
         (_LOSS + "[4-1.0-20-tp2-dp1]",),
     ),
@@ -282,12 +282,10 @@ MISTAKES = (
         "FSDP2 averages gradients that are already divided",
         "parallel/data_parallel.py",
         """\
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
 """,
-        """\
-            pass
-""",
+        "",
         (_MODEL + "[gpt2-False-tp1-dp2]",),
     ),
     Mistake(
@@ -359,7 +357,7 @@ MISTAKES = (
         "model/attention.py",
         "stream.attention_seed(self.layer, self.mesh.tp.rank)",
         "stream.attention_seed(self.layer, 0)",
-        ("tests/model/test_gpt.py::test_ranks_drop_their_own_attention[tp2+sp-dp1]",),
+        ("tests/model/test_gpt.py::test_attention_dropout_differs_between_ranks[tp2+sp-dp1]",),
     ),
     Mistake(
         "each rank draws its own initial weights, not a part of the whole",
