@@ -84,7 +84,7 @@ class Workload:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     def flops_per_token(self, weights_per_layer: int | None = None) -> int:
-        """As model/flops.py; `weights_per_layer`: in matrices, if it is not a GPT-2 layer."""
+        """As configs/weights.py; `weights_per_layer`: in matrices, if it is not a GPT-2 layer."""
         h = self.hidden_size
         layer = 4 * h * h + 2 * h * self.ffn_hidden_size
         matrices = self.num_layers * (weights_per_layer or layer) + self.vocab_size * h

@@ -6,10 +6,9 @@ times in pieces of ceil(rows / parts) with a shorter last one. Uneven pieces are
 is not: FSDP2's backward fails on a rank that has no row of a tensor.
 """
 
-from collections.abc import Iterator
-
 from configs.errors import ConfigError
 from configs.schema import Config
+from configs.weights import model_weights
 
 
 def last_chunk(n: int, parts: int) -> int:
@@ -83,19 +82,21 @@ def _groups_fit(groups: int, tp: int) -> bool:
 
 
 def _check_shards(config: Config, tp: int, dp: int) -> None:
-    for key, written in _tensors_with_an_empty_shard(config, tp, dp):
-        world_size = tp * dp
-        working = [size for size in divisors(world_size) if _splits(config, size, world_size)]
-        fix = (
-            f"with {world_size} ranks, parallel.tensor_model_parallel_size={_listed(working)} works"
-            if working
-            else f"no layout of {world_size} ranks works, so use fewer ranks or a larger {key}"
-        )
-        raise ConfigError(
-            f"{written} leaves a rank without rows when cut over "
-            f"parallel.tensor_model_parallel_size={tp} x data parallel size {dp}; {fix}",
-            key,
-        )
+    weight = _weight_with_empty_shard(config, tp, dp)
+    if weight is None:
+        return
+    key, world_size = "parallel.tensor_model_parallel_size", tp * dp
+    working = [size for size in divisors(world_size) if _splits(config, size, world_size)]
+    fix = (
+        f"with {world_size} ranks, choose {key}={_listed(working)}"
+        if working
+        else f"no layout of {world_size} ranks works; use fewer ranks or a larger model"
+    )
+    raise ConfigError(
+        f"{weight} has too few rows to shard over {key}={tp} x data parallel size {dp}: a rank "
+        f"would have none; {fix}",
+        key,
+    )
 
 
 def _splits(config: Config, tp: int, world_size: int) -> bool:
@@ -104,37 +105,19 @@ def _splits(config: Config, tp: int, world_size: int) -> bool:
     return (
         divisible
         and _groups_fit(model.num_groups, tp)
-        and not any(_tensors_with_an_empty_shard(config, tp, world_size // tp))
+        and _weight_with_empty_shard(config, tp, world_size // tp) is None
     )
 
 
-def _tensors_with_an_empty_shard(config: Config, tp: int, dp: int) -> Iterator[tuple[str, str]]:
-    """The key behind each kind of tensor that some rank would have nothing of, and its rows."""
-    model = config.model
-    h, d = model.hidden_size, model.head_dim
-    of_heads = f"model.hidden_size={h} / model.num_attention_heads={model.num_attention_heads}"
-    kv_parts = tp if model.num_groups >= tp else 1  # too few groups to cut are on every rank
-    kinds = [
-        ("data.vocab_size", config.data.vocab_size, tp, ""),  # embedding and head
-        ("model.hidden_size", h, tp, ""),  # q
-        ("model.hidden_size", h, 1, ""),  # norms, row-parallel weights and biases
-        (
-            "model.hidden_size",
-            2 * model.num_groups * d,
-            kv_parts,
-            f"2 x {model.num_groups} groups x {of_heads} (keys and values) = ",
-        ),
-        ("model.ffn_hidden_size", model.ffn_size, tp, ""),  # the MLP's first weights
-    ]
-    if model.qk_layernorm:
-        kinds.append(("model.hidden_size", d, 1, f"{of_heads} (the norm of a head) = "))
-    if model.position_embedding_type == "learned_absolute":
-        kinds.append(("model.seq_length", model.seq_length, 1, ""))  # the position table
-    for key, rows, parts, product in kinds:
-        # The last tp rank may have fewer rows than the others, and either may be cut badly over dp.
+def _weight_with_empty_shard(config: Config, tp: int, dp: int) -> str | None:
+    """Name and shape of a weight of which some rank would have no row; None if there is none."""
+    for name, spec in model_weights(config.model, config.data.vocab_size).items():
+        rows, parts = spec.shape[0], tp if spec.tp_dim_at(tp) == 0 else 1
+        # The last tp rank may have fewer rows than the others; each shard is split again over dp.
         shards = {-(-rows // parts), last_chunk(rows, parts)}
         if any(last_chunk(shard, dp) == 0 for shard in shards):
-            yield key, f"{product or f'{key}='}{rows}"
+            return f"{name} {list(spec.shape)}"
+    return None
 
 
 def _check_batch(config: Config, dp: int) -> None:

@@ -1,4 +1,4 @@
-"""From a configuration to a model that is sharded, placed and initialised."""
+"""Build a model from a configuration: sharded, placed and initialised."""
 
 import torch
 
@@ -10,25 +10,21 @@ COMPUTE_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def build_meta_model(config: Config, mesh: Mesh) -> GPT:
-    """The GPT of a configuration, sharded, on the meta device: it takes no memory."""
+    """Build the sharded model on the meta device, without memory."""
     model = GPT(config.model, config.data.vocab_size, mesh, config.parallel.recompute_granularity)
-    compute_dtype = COMPUTE_DTYPE[config.train.precision]
     shard_over_data_parallel(
         model,
         model.blocks,
         mesh,
-        compute_dtype,
+        COMPUTE_DTYPE[config.train.precision],
         overlap=config.parallel.dp_comm_overlap,
-        one_sum_a_step=config.parallel.gradient_sync == "step",
+        one_sum_per_step=config.parallel.gradient_sync == "step",
     )
     return model
 
 
 def build_model(config: Config, mesh: Mesh) -> GPT:
-    """The GPT of a configuration: described without memory, sharded, then given its weights.
-
-    No rank ever holds more than its shard of the model and one full tensor of the initialisation.
-    """
+    """Build the model for training; a rank holds its shard and at most one full tensor."""
     model = build_meta_model(config, mesh)
     model.to_empty(device=mesh.device)
     initialise_parameters(model, config.run.seed, mesh)
@@ -36,10 +32,9 @@ def build_model(config: Config, mesh: Mesh) -> GPT:
 
 
 def build_inference_model(config: Config, mesh: Mesh) -> GPT:
-    """The GPT of a configuration for use without training, its weights not set yet.
+    """Build the model for inference, with unset weights in the compute dtype.
 
-    Every rank has its tensor-parallel shard of all weights, in the precision of computation;
-    nothing is cut over dp, gathered or kept twice.
+    Every rank has its tensor-parallel shard; nothing is sharded over dp, gathered or kept twice.
     """
     model = GPT(config.model, config.data.vocab_size, mesh)
     model.requires_grad_(False)

@@ -4,7 +4,7 @@ Legend (Korthikanti et al. 2022, table 1, with g, d and f added): `s` sequence l
 micro-batch size, `h` hidden size, `a` attention heads, `g` groups of them that share a key and a
 value, `d = h/a` head dimension, `f` feed-forward size, `v` vocabulary, `t` tensor-parallel size,
 `L` layers. Sequence first: `[s, b, h]`, so that a sequence shard is a contiguous piece of dim 0.
-`[s/t, ...]` is with sequence parallelism; without it, `[s, ...]`.
+`[s/t, ...]` is with sequence parallelism; without it, read `[s, ...]`.
 """
 
 from contextlib import AbstractContextManager
@@ -14,15 +14,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from configs.schema import ModelConfig, Recompute
+from configs.weights import block_weights, model_weights, select
 from model.attention import SelfAttention
 from model.context import AttentionContext, make_attention_context
 from model.generation.cache import KeyValueCache
-from model.initialisation import matrix_init
 from model.mlp import MLP
 from model.norm import make_norm
-from ops.recompute import (
-    recompute_in_backward,
-)
+from ops.recompute import recompute_in_backward
 from parallel import (
     DropoutStream,
     Losses,
@@ -37,7 +35,7 @@ from parallel import (
     vocab_parallel_loss,
 )
 
-# Sites of hidden dropout inside a layer; with the layer's number they name a mask.
+# Sites of hidden dropout inside a layer; layer and site are part of a mask's name.
 AFTER_EMBEDDING, AFTER_ATTENTION, AFTER_MLP = range(3)
 
 
@@ -48,21 +46,22 @@ class Block(nn.Module):
         super().__init__()
         self.mesh, self.layer, self.recompute = mesh, layer, recompute
         self.hidden_dropout = config.hidden_dropout
-        self.attention_norm = make_norm(config, mesh)
-        self.attention = SelfAttention(config, layer, mesh, recompute)
-        self.mlp_norm = make_norm(config, mesh)
-        self.mlp = MLP(config, mesh, recompute)
+        weights = block_weights(config)
+        self.attention_norm = make_norm(config, select(weights, "attention_norm"), mesh)
+        self.attention = SelfAttention(config, select(weights, "attention"), layer, mesh, recompute)
+        self.mlp_norm = make_norm(config, select(weights, "mlp_norm"), mesh)
+        self.mlp = MLP(config, select(weights, "mlp"), mesh, recompute)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         if self.recompute == "full":
-            # Only x is kept. Masks are functions of their names, so there is no state to restore.
+            # Saves only x. Dropout masks are pure functions, so no RNG state must be restored.
             return checkpoint(
                 self.residuals, x, context, use_reentrant=False, preserve_rng_state=False
             )
         return self.residuals(x, context)
 
     def residuals(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """The two residual equations of the block."""
+        """Apply both halves of the block to the residual stream x."""
         y = self.attention_norm(x)
         with self.recompute_in_backward(y, self.attention_norm, x):
             y = self.attention(y, context)
@@ -75,7 +74,7 @@ class Block(nn.Module):
     def recompute_in_backward(
         self, y: Tensor, norm: nn.Module, x: Tensor
     ) -> AbstractContextManager[None]:
-        """Inside, `y = norm(x)` is not kept for backward if recomputation is selective."""
+        """Recompute `y = norm(x)` in backward instead of saving it, if recompute is selective."""
         kept = x.detach()
         return recompute_in_backward(y, lambda: norm(kept), when=self.recompute == "selective")
 
@@ -98,27 +97,21 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.vocab_size, self.mesh = config, vocab_size, mesh
-        self.has_learned_positions = config.position_embedding_type == "learned_absolute"
-        init = matrix_init(config)
-        self.embedding = VocabParallelEmbedding(vocab_size, config.hidden_size, mesh, init)
-        if self.has_learned_positions:
+        weights = model_weights(config, vocab_size)
+        self.embedding = VocabParallelEmbedding(weights["embedding.weight"], mesh)
+        self.has_learned_positions = "positions" in weights
+        if table := weights.get("positions"):
             # Looked up on the sequence shard, after the reduce-scatter of the embedding.
             declare_parameter(
-                self,
-                "positions",
-                (config.seq_length, config.hidden_size),
-                mesh,
-                init=init,
-                grad_is_partial=mesh.sequence_parallel,
+                self, "positions", table, mesh, grad_is_partial=mesh.sequence_parallel
             )
         self.blocks = nn.ModuleList(
             Block(config, layer, mesh, recompute) for layer in range(config.num_layers)
         )
-        self.norm = make_norm(config, mesh)
-        if config.untie_embeddings_and_output_weights:
-            declare_parameter(
-                self, "lm_head", (vocab_size, config.hidden_size), mesh, init=init, tp_dim=0
-            )
+        self.norm = make_norm(config, select(weights, "norm"), mesh)
+        self.is_tied = "lm_head" not in weights
+        if not self.is_tied:
+            declare_parameter(self, "lm_head", weights["lm_head"], mesh)
 
     def forward(
         self,
@@ -131,13 +124,13 @@ class GPT(nn.Module):
         cache: KeyValueCache | None = None,
         logits_to_keep: slice = slice(None),
     ) -> Losses | Tensor:
-        """The losses of all targets; without targets the logits, `[b, s, v]` float32.
+        """Return the losses over all targets, or without targets the logits `[b, s, v]` in float32.
 
-        `tokens`, `positions`, `targets` `[b, s]`; s a multiple of t. Targets below 0 don't count.
-        Without a `stream` there is no dropout.
-        With `documents` `[b, s]`, tokens see only those that have the same number.
-        With a `cache`, tokens follow those that it holds, and see them; no backward.
-        `logits_to_keep`: the positions whose logits are, where not all.
+        `tokens`, `positions`, `targets` `[b, s]`; s a multiple of t. Negative targets are ignored.
+        `stream` names the dropout masks; None: no dropout.
+        `documents` `[b, s]`: tokens see only those with the same number; None: all earlier ones.
+        `cache`: tokens follow and see the cached ones; no backward.
+        `logits_to_keep`: the positions to compute logits for.
         """
         # The only transpose: data is batch first, the model sequence first.
         positions, documents = positions.t(), None if documents is None else documents.t()
@@ -146,26 +139,17 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x, context)
         x = self.norm(x)
-        table = (
-            self.lm_head
-            if self.config.untie_embeddings_and_output_weights
-            else self.embedding.weight
-        )
+        head = (self.embedding.weight if self.is_tied else self.lm_head).to_local()  # [v/t, h]
         if targets is None:
-            # [s, b, v/t]
-            logits = vocab_parallel_logits(x, table.to_local(), self.mesh, logits_to_keep)
+            logits = vocab_parallel_logits(x, head, self.mesh, logits_to_keep)  # [s, b, v/t]
             return gather_vocabulary(logits, self.mesh, self.vocab_size).transpose(0, 1)
-        # Inside the root's forward, because FSDP2 frees the head's weight after it.
-        return vocab_parallel_loss(
-            x, table.to_local(), targets.t(), self.vocab_size, self.mesh, z_loss_coeff
-        )
+        # Computed here because FSDP2 frees the weight of the head after the root's forward.
+        return vocab_parallel_loss(x, head, targets.t(), self.vocab_size, self.mesh, z_loss_coeff)
 
     def embed(self, tokens: Tensor, positions: Tensor, stream: DropoutStream | None) -> Tensor:
-        """Token (plus learned position), with dropout; `[s, b]` to `[s/t, b, h]`."""
+        """Embed tokens (and learned positions), then dropout; `[s, b]` to `[s/t, b, h]`."""
         x = self.embedding(tokens)  # [s/t, b, h]
         if self.has_learned_positions:
             x = x + lookup(self.positions.to_local(), sequence_shard(positions, self.mesh))
-        # Layer -1: the site before all layers.
-        return dropout_add(
-            x, None, self.config.hidden_dropout, stream, -1, AFTER_EMBEDDING, self.mesh
-        )
+        dropout, layer = self.config.hidden_dropout, -1  # the site before layer 0
+        return dropout_add(x, None, dropout, stream, layer, AFTER_EMBEDDING, self.mesh)

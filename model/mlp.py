@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from configs.schema import ModelConfig, Recompute
-from model.initialisation import matrix_init, residual_init
+from configs.weights import Weights, select
 from ops.compile import maybe_compile
 from ops.recompute import recompute_in_backward
 from parallel import MergedColumnParallelLinear, Mesh, RowParallelLinear
@@ -18,12 +18,12 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """GPT-2's approximation of gelu, up to 5e-4 away from it."""
+    """GPT-2's approximation of gelu, with an error of at most 5e-4."""
     return F.gelu(x, approximate="tanh")
 
 
 def swiglu(x: Tensor, gate: Tensor) -> Tensor:
-    """x, let through as far as a second product says (Shazeer 2020)."""
+    """silu(gate) x (Shazeer 2020)."""
     return F.silu(gate) * x
 
 
@@ -37,21 +37,19 @@ _ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
 class MLP(nn.Module):
     """y = down(activation(up(x))), or gated down(activation(up(x), gate(x))).
 
-    `[s/t, b, h]` in and out. up and gate are weights of their own that read one gathered input.
+    `[s/t, b, h]` in and out. up and gate are separate weights that share one gather.
     """
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, recompute: Recompute) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: Weights, mesh: Mesh, recompute: Recompute
+    ) -> None:
         super().__init__()
         self.recompute = recompute
-        # One kernel is faster than two for swiglu; torch's own gelu is faster than a compiled one.
-        activation, gated = _ACTIVATIONS[config.activation], config.activation == "swiglu"
-        self.activation = maybe_compile(activation, mesh.compiles and gated)
-        h, f, has_bias = config.hidden_size, config.ffn_size, config.add_bias_linear
-        names = ("up", "gate") if gated else ("up",)
-        self.expand = MergedColumnParallelLinear(
-            h, dict.fromkeys(names, f), mesh, matrix_init(config), has_bias=has_bias
-        )
-        self.down = RowParallelLinear(f, h, mesh, residual_init(config), has_bias=has_bias)
+        # torch's own gelu is faster than a compiled one.
+        activation, is_gated = _ACTIVATIONS[config.activation], config.activation == "swiglu"
+        self.activation = maybe_compile(activation, mesh.compile and is_gated)
+        self.expand = MergedColumnParallelLinear(select(weights, "expand"), mesh)  # [f, h] each
+        self.down = RowParallelLinear(select(weights, "down"), mesh)  # [h, f]
 
     def forward(self, x: Tensor) -> Tensor:
         expanded = self.expand(x)  # one or two of [s, b, f/t]

@@ -5,26 +5,22 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from configs.schema import ModelConfig
+from configs.weights import Weights
 from ops.compile import maybe_compile
-from parallel import Constant, Mesh, declare_parameter
+from parallel import Mesh, declare_parameter
 
 
 class LayerNorm(nn.Module):
-    """y = (x - mean) / sqrt(var + epsilon) * w + b, over the last dim (Ba et al. 2016).
-
-    Per token, so a sequence shard gives what the whole sequence would.
-    """
+    """y = (x - mean) / sqrt(var + epsilon) * w + b, over the last dim (Ba et al. 2016)."""
 
     weight: DTensor
     bias: DTensor
 
-    def __init__(self, size: int, epsilon: float, mesh: Mesh, grad_is_partial: bool) -> None:
+    def __init__(self, weights: Weights, epsilon: float, mesh: Mesh, grad_is_partial: bool) -> None:
         super().__init__()
         self.epsilon = epsilon
-        for name, value in (("weight", 1.0), ("bias", 0.0)):
-            declare_parameter(
-                self, name, (size,), mesh, init=Constant(value), grad_is_partial=grad_is_partial
-            )
+        for name, spec in weights.items():
+            declare_parameter(self, name, spec, mesh, grad_is_partial=grad_is_partial)
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.to_local(), self.bias.to_local()
@@ -37,17 +33,15 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` with a weight. On a processor torch has no kernel of its own for it."""
+    """`rms_norm` with a weight, compiled because torch has no fused kernel for it on a CPU."""
 
     weight: DTensor
 
-    def __init__(self, size: int, epsilon: float, mesh: Mesh, grad_is_partial: bool) -> None:
+    def __init__(self, weights: Weights, epsilon: float, mesh: Mesh, grad_is_partial: bool) -> None:
         super().__init__()
         self.epsilon = epsilon
-        self.rms_norm = maybe_compile(rms_norm, mesh.compiles)
-        declare_parameter(
-            self, "weight", (size,), mesh, init=Constant(1.0), grad_is_partial=grad_is_partial
-        )
+        self.rms_norm = maybe_compile(rms_norm, mesh.compile)
+        declare_parameter(self, "weight", weights["weight"], mesh, grad_is_partial=grad_is_partial)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.rms_norm(x, self.weight.to_local(), self.epsilon)
@@ -56,19 +50,18 @@ class RMSNorm(nn.Module):
 _NORMS = {"LayerNorm": LayerNorm, "RMSNorm": RMSNorm}
 
 
-def make_norm(config: ModelConfig, mesh: Mesh) -> nn.Module:
-    """The norm of a token's h channels; `[s/t, b, h]` in and out.
+def make_norm(config: ModelConfig, weights: Weights, mesh: Mesh) -> nn.Module:
+    """Create the norm of a token's h channels; `[s/t, b, h]` in and out.
 
-    With sequence parallelism the gradients of its weights are sums over s/t positions: partial.
+    It works per token, so it needs no communication. With sequence parallelism its gradients are
+    sums over s/t positions: partial.
     """
-    norm = _NORMS[config.normalization]
-    return norm(config.hidden_size, config.norm_epsilon, mesh, mesh.sequence_parallel)
+    return _NORMS[config.normalization](weights, config.norm_epsilon, mesh, mesh.sequence_parallel)
 
 
-def make_head_norm(config: ModelConfig, mesh: Mesh) -> nn.Module:
-    """The norm of a head's d channels (Henry et al. 2020); `[s, b, a/t, d]` in and out.
+def make_head_norm(config: ModelConfig, weights: Weights, mesh: Mesh) -> nn.Module:
+    """Create the norm of a head's d channels (Henry et al. 2020); `[s, b, a/t, d]` in and out.
 
-    All heads have the same weights and a rank has some of the heads: partial on every layout.
+    All heads share its weights and a rank has some of the heads: partial on every layout.
     """
-    norm = _NORMS[config.normalization]
-    return norm(config.head_dim, config.norm_epsilon, mesh, mesh.tp.size > 1)
+    return _NORMS[config.normalization](weights, config.norm_epsilon, mesh, mesh.tp.size > 1)

@@ -1,1 +1,1 @@
-"""Numerics of one device: nothing here communicates or knows what a layer is."""
+"""Single-device numerics; no communication, no layers."""

@@ -1,127 +1,85 @@
-"""Matrix products, in the precision in which this rank's device is fast.
+"""Matmuls in the precision that is fast on this rank's device.
 
-[Note: bfloat16 without units for it]
-A product of bfloat16 matrices adds up products of bfloat16 numbers in float32 and rounds the sum
-once. A GPU, and a processor with AMX, has units that do so much faster than float32. Other x86
-processors only have instructions that are slower than float32 (measured on a Xeon with
-avx512_bf16: half the rate). There the operands are widened to float32, multiplied, and the result
-is rounded. The product of two bfloat16 numbers is exact in float32, so the sum is the same but for
-the order of its terms; what is kept for backward and what is sent stays bfloat16.
+[Note: widening]
+A bfloat16 matmul adds products of bfloat16 numbers in float32 and rounds the sum once. GPUs, and
+CPUs with AMX, do that much faster than float32. Other x86 CPUs do it slower (measured on a Xeon
+with avx512_bf16: half the rate of float32). There operands are widened to float32, multiplied, and
+the result is rounded. The product of two bfloat16 numbers is exact in float32, so only the order of
+the sum differs. Tensors that are saved or communicated stay bfloat16.
 
-The head's logits are not rounded at all: a logit of 20 in bfloat16 is up to 0.06 nats away. A GPU
-gives the float32 sum itself; a processor's kernels do not, so there the head is always widened.
-
-[Note: scratch]
-Widened operands and the product before its rounding live for one call, between tensors that are
-kept for backward. Allocated there, each would leave a hole that the next kept tensor, of half its
-size, spoils for the next product: half of a step's memory was holes. So they have memory of their
-own, as large as the largest needs it.
+Logits are not rounded at all: rounding a logit of 20 to bfloat16 costs up to 0.06 nats. A GPU can
+return the float32 sum; CPU kernels cannot, so there the head is always widened.
 """
 
 import functools
-import math
 import platform
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ops.scratch import take_scratch
+
 
 @functools.cache
 def _has_bfloat16_units() -> bool:
-    """Whether this processor multiplies faster in bfloat16 than in float32.
+    """Whether this CPU multiplies faster in bfloat16 than in float32; non-x86: left to torch.
 
-    A fact of the machine and not a measurement, so that a run that is resumed here repeats to the
-    bit. Processors that are not x86 are left to torch.
+    A property of the machine and not a measurement, so that a resumed run repeats bit for bit.
     """
     return platform.machine() not in ("x86_64", "AMD64") or torch.cpu._is_amx_tile_supported()
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:
-    """The precision in which x is multiplied: [Note: bfloat16 without units for it]."""
+    """The dtype in which x is multiplied: [Note: widening]."""
     lacks_units = x.device.type == "cpu" and not _has_bfloat16_units()
     return torch.float32 if x.dtype == torch.bfloat16 and lacks_units else x.dtype
 
 
 def use_full_precision() -> None:
-    """Have torch multiply float32 as float32, and add up products of bfloat16 in float32.
+    """Multiply float32 without TF32, and sum bfloat16 products in float32.
 
-    The first is torch's default but for TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1, which NVIDIA's
-    containers set; by the second's default a GPU may add partial sums in bfloat16.
+    The first is torch's default except under TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1, which NVIDIA's
+    containers set; by default a GPU may add partial sums in bfloat16.
     """
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
-class _Scratch(threading.local):
-    """Float32 memory of a processor, by use; what it holds is good until the use comes again."""
-
-    def __init__(self) -> None:
-        self.memory: dict[str, Tensor] = {}
-
-    def take(self, use: str, like: Tensor, shape: Sequence[int]) -> Tensor:
-        """Uninitialised and contiguous, on the device of `like`."""
-        size = math.prod(shape)
-        if use not in self.memory or self.memory[use].numel() < size:
-            self.memory.pop(use, None)  # before there is the larger one
-            self.memory[use] = like.new_empty(size, dtype=torch.float32)
-        return self.memory[use][:size].view(shape)
-
-
-_scratch = _Scratch()
-
-
-@contextmanager
-def scratch_scope() -> Iterator[dict[str, Tensor]]:
-    """Inside, scratch memory is apart from that outside, and counted: the tensors by use."""
-    outside, _scratch.memory = _scratch.memory, {}
-    try:
-        yield _scratch.memory
-    finally:
-        _scratch.memory = outside
-
-
 def widen(x: Tensor, use: str) -> Tensor:
-    """x in the precision in which it is multiplied: itself, or a copy in scratch memory.
+    """Return x in its matmul dtype, in the same order of dims.
 
-    The copy has x's order of dimensions, and is good until the next call with the same `use`.
+    A copy is in scratch memory, valid until the next call with the same `use`.
     """
-    return x if matmul_dtype(x) == x.dtype else _widened(x, use)
+    return x if matmul_dtype(x) == x.dtype else _to_float32(x, use)
 
 
-def _widened(x: Tensor, use: str) -> Tensor:
-    """A float32 copy of x in scratch memory, or x where it is float32 or wider."""
+def widen_for_fp32(x: Tensor, use: str) -> Tensor:
+    """Widen an operand of several `matmul_fp32`, which would otherwise widen it each time."""
+    return _to_float32(x, use) if x.device.type == "cpu" else x
+
+
+def _to_float32(x: Tensor, use: str) -> Tensor:
     if x.dtype != torch.bfloat16:
         return x
     if x.ndim == 2 and x.t().is_contiguous():  # noqa: PLR2004  # a matrix
-        return _scratch.take(use, x, x.t().shape).copy_(x.t()).t()
-    return _scratch.take(use, x, x.shape).copy_(x)
-
-
-def widen_exactly(x: Tensor, use: str) -> Tensor:
-    """x as `matmul_fp32` multiplies it, for one that it multiplies several times."""
-    return _widened(x, use) if x.device.type == "cpu" else x
+        return take_scratch(use, x, x.t().shape).copy_(x.t()).t()
+    return take_scratch(use, x, x.shape).copy_(x)
 
 
 def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """`a b` in float32 at least, never rounded to bfloat16; good until the next product.
-
-    A processor's kernels round to the precision of the operands, so there those are widened.
-    """
+    """`a b` in float32 at least, never rounded to bfloat16; valid until the next matmul."""
     if a.device.type == "cpu":
-        a, b = _widened(a, "left"), _widened(b, "right")
+        a, b = _to_float32(a, "left"), _to_float32(b, "right")
         if a.dtype != torch.float32:
             return torch.mm(a, b)
-        return torch.mm(a, b, out=_scratch.take("product", a, (a.shape[0], b.shape[1])))
+        return torch.mm(a, b, out=take_scratch("product", a, (a.shape[0], b.shape[1])))
     return torch.mm(a, b, out_dtype=torch.float32) if a.dtype == torch.bfloat16 else torch.mm(a, b)
 
 
 def add_matmul_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """`total += a b`, where total is of float32 at least, and a and b perhaps of bfloat16."""
+    """`total += a b`, with `total` in float32 at least and a and b possibly in bfloat16."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     elif a.device.type == "cpu":  # whose kernels round to bfloat16
@@ -131,7 +89,7 @@ def add_matmul_(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`a b (+ bias)`, `[m, k]` times `[k, n]`, rounded to a's precision. No autograd."""
+    """`a b (+ bias)`, `[m, k]` times `[k, n]`, rounded to the dtype of a. No autograd."""
     if matmul_dtype(a) == a.dtype:
         return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
     wide = matmul_fp32(widen(a, "left"), widen(b, "right"))
@@ -141,16 +99,15 @@ def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 class _Linear(torch.autograd.Function):
     """Y = X A^T + b.     dX = dY A.     dA = dY^T X.     db = sum of dY over positions.
 
-    As F.linear, but widened operands are not kept for backward, and Y may be `exact`: not rounded
-    to the precision of X.
+    Unlike F.linear, it does not save widened operands. With `fp32`, Y is not rounded.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, exact: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, fp32: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
         rows, matrix = x.reshape(-1, x.shape[-1]), weight.t()
-        # A copy, because the next product is written over this one.
-        y = matmul_fp32(rows, matrix).clone() if exact else matmul(rows, matrix, bias)
+        # A copy, because the next matmul overwrites the scratch memory.
+        y = matmul_fp32(rows, matrix).clone() if fp32 else matmul(rows, matrix, bias)
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
@@ -174,7 +131,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
-    """`x weight^T` as `linear`, but in float32 at least."""
+    """`x weight^T` in float32 at least."""
     return (
         _Linear.apply(x, weight, None, True) if x.dtype == torch.bfloat16 else F.linear(x, weight)
     )

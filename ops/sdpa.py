@@ -1,9 +1,9 @@
-"""The kernel of attention: softmax(q k^T / sqrt(d)) v, and what of it is kept for backward.
+"""Scaled dot-product attention, softmax(q k^T / sqrt(d)) v, and what it saves for backward.
 
-torch's scaled_dot_product_attention takes `[b, a, s, d]` and keeps q, k, v and its output. Its
-output has to be copied to be `[s, b, h]` again, and the projection that reads the copy would keep
-that too: 2 bytes of `sbh` for nothing. On a processor its forward and backward are therefore called
-here as one function, which keeps the copy and nothing else; elsewhere the copy is made again.
+torch's function takes `[b, a, s, d]` and saves q, k, v and its output. The output must be copied to
+become `[s, b, h]`, and the projection that reads the copy saves it too: 2 bytes of `sbh` wasted. So
+on a CPU its forward and backward are called here as one autograd function, which saves only the
+copy; elsewhere the copy is recomputed (model/attention.py).
 """
 
 from typing import Any
@@ -19,20 +19,20 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """What each query makes of the values it may see, `[s, b, a/t, d]`.
+    """Attend from each query to the values it may see; the result is `[s, b, a/t, d]`.
 
-    `q` `[s, b, a/t, d]`; `k`, `v` `[s, b, g/t, d]`, of which each serves the a/g query heads next
-    to one another. `mask` `[b, 1, s, s]` is true where a query (row) sees a key; None: causal.
+    `q` `[s, b, a/t, d]`; `k`, `v` `[s, b, g/t, d]`, each shared by a/g neighbouring query heads.
+    `mask` `[b, 1, s, s]` is true where a query (row) sees a key; None: causal.
 
-    Dropout takes the place of the blocks that flash attention works in by the whole matrix of
-    probabilities, `[b, a/t, s, s]`, on a processor.
+    With dropout, a CPU stores all probabilities `[b, a/t, s, s]` instead of flash attention's
+    blocks.
     """
     if q.device.type == "cpu" and dropout == 0.0:
-        return _Attention.apply(q, k, v, mask)
+        return _FlashAttention.apply(q, k, v, mask)
     if q.shape[2] != k.shape[2] and (mask is not None or q.dtype == torch.float32):
-        # Of the kernels for a GPU only flash attention knows groups, and it takes no mask and no
-        # float32: a head each, or the one that keeps all s x s probabilities would run.
-        k, v = (_for_each_query_head(heads, q) for heads in (k, v))
+        # On a GPU only flash attention supports groups, and it takes neither a mask nor float32;
+        # torch would fall back to a kernel that stores all probabilities.
+        k, v = _repeat_groups(k, q), _repeat_groups(v, q)
     q, k, v = (_batch_first(heads) for heads in (q, k, v))
     y = F.scaled_dot_product_attention(
         q,
@@ -47,33 +47,31 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -
 
 
 def sdpa_with_past(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As `sdpa`, causal, where the queries are of the last n of m positions; no backward.
+    """Causal `sdpa` from the last n of m positions; no backward.
 
-    `q`, and the result, `[n, b, a/t, d]`; `k`, `v` `[m, b, g/t, d]`. The queries that a group
-    serves are made rows of one product with its keys, so that no key is repeated.
+    `q`, and the result, `[n, b, a/t, d]`; `k`, `v` `[m, b, g/t, d]`. The queries of a group become
+    rows of one matmul with its keys, so that keys are not repeated.
     """
     n, b, a, d = q.shape
     m, _, groups, _ = k.shape
     rows = q.view(n, b, groups, -1, d).permute(1, 2, 3, 0, 4).flatten(2, 3)  # [b, g/t, a/g n, d]
     mask = None
-    if n > 1:  # a single query is of the last position and sees all
+    if n > 1:  # a single query is at the last position and sees all keys
         mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
         mask = mask.repeat(a // groups, 1)  # [a/g n, m]
     y = F.scaled_dot_product_attention(rows, _batch_first(k), _batch_first(v), attn_mask=mask)
     return y.unflatten(2, (-1, n)).permute(3, 0, 1, 2, 4).reshape(n, b, a, d)
 
 
-class _Attention(torch.autograd.Function):
-    """torch's flash attention for processors, in the precision in which it is fast there."""
+class _FlashAttention(torch.autograd.Function):
+    """torch's flash attention for CPUs, in the dtype that is fast there."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        bias = _as_bias(mask, q)
         y, log_sum_exp = _flash_forward(
-            *_operands(q, k, v), 0.0, is_causal=mask is None, attn_mask=bias
+            *_operands(q, k, v), 0.0, is_causal=mask is None, attn_mask=_as_bias(mask, q)
         )
-        y = _sequence_first(y)
-        y = torch.empty_like(q, memory_format=torch.contiguous_format).copy_(y)
+        y = torch.empty_like(q, memory_format=torch.contiguous_format).copy_(_sequence_first(y))
         ctx.save_for_backward(q, k, v, y, log_sum_exp, mask)
         return y
 
@@ -90,7 +88,7 @@ class _Attention(torch.autograd.Function):
             attn_mask=_as_bias(mask, q),
         )
         grad_q, grad_k, grad_v = (_sequence_first(grad) for grad in grads)
-        if k.shape[2] != q.shape[2]:  # a key's gradient is the sum over the queries it serves
+        if k.shape[2] != q.shape[2]:  # sum over the query heads that share a key
             grad_k, grad_v = (
                 grad.unflatten(2, (k.shape[2], -1)).sum(dim=3) for grad in (grad_k, grad_v)
             )
@@ -99,18 +97,18 @@ class _Attention(torch.autograd.Function):
 
 def _operands(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as `[b, a/t, s, d]`, a key and a value for each query head."""
-    k, v = _for_each_query_head(widen(k, "k"), q), _for_each_query_head(widen(v, "v"), q)
+    k, v = _repeat_groups(widen(k, "k"), q), _repeat_groups(widen(v, "v"), q)
     return _batch_first(widen(q, "q")), _batch_first(k), _batch_first(v)
 
 
-def _for_each_query_head(heads: Tensor, q: Tensor) -> Tensor:
+def _repeat_groups(heads: Tensor, q: Tensor) -> Tensor:
     """`[s, b, g/t, d]` to `[s, b, a/t, d]`: neighbouring query heads share a group."""
     heads_per_group = q.shape[2] // heads.shape[2]
     return heads if heads_per_group == 1 else heads.repeat_interleave(heads_per_group, dim=2)
 
 
 def _as_bias(mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """What is added to the scores: 0 where a query sees a key, else minus infinity."""
+    """An additive mask: 0 where a query sees a key, else minus infinity."""
     if mask is None:
         return None
     bias = torch.zeros(mask.shape, dtype=matmul_dtype(q), device=q.device)

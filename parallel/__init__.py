@@ -1,6 +1,6 @@
-"""Tensor, sequence and data parallelism over a grid of ranks.
+"""Tensor, sequence and data parallelism over a mesh of ranks.
 
-This package is the only one that crosses the wire. It takes plain ints and bools and knows no GPT.
+The only package that communicates. It knows nothing about GPT.
 """
 
 from parallel.collectives import (
@@ -27,39 +27,28 @@ from parallel.layers import (
     vocab_parallel_logits,
 )
 from parallel.loss import Losses, vocab_parallel_loss
-from parallel.mappings import (
-    enter_tensor_parallel_region,
-    exit_tensor_parallel_region,
-    gather_vocabulary,
-    replicate_sequence,
-    sequence_shard,
-    split_sequence,
-)
-from parallel.mesh import Axis, Mesh, close_mesh, init_mesh, wait_for_all_ranks
+from parallel.mappings import gather_vocabulary, sequence_shard
+from parallel.mesh import Mesh, close_mesh, init_mesh, wait_for_all_ranks
 from parallel.parameters import (
-    Constant,
-    Normal,
     declare_parameter,
     initialise_parameters,
+    local_part,
+    local_slices,
     parameter_facts,
+    tp_shard_dim,
 )
 from parallel.randomness import DropoutStream, dropout_add, fold_seed
-from parallel.replica_check import ReplicaMismatch, compare_replicas
-from parallel.sharding import local_part, local_slices, shard_range, tp_shard_dim
+from parallel.replica_check import compare_replicas
 from parallel.transport.backend import is_transport_frame, lost_connection
 from parallel.transport.rendezvous import DeviceError, machine_id
 
 __all__ = [
-    "Axis",
-    "Constant",
     "DeviceError",
     "DropoutStream",
     "Heartbeats",
     "Losses",
     "MergedColumnParallelLinear",
     "Mesh",
-    "Normal",
-    "ReplicaMismatch",
     "RowParallelLinear",
     "VocabParallelEmbedding",
     "any_rank",
@@ -69,8 +58,6 @@ __all__ = [
     "compare_replicas",
     "declare_parameter",
     "dropout_add",
-    "enter_tensor_parallel_region",
-    "exit_tensor_parallel_region",
     "fold_seed",
     "free_gathered_weights",
     "gather_json",
@@ -86,12 +73,9 @@ __all__ = [
     "machine_id",
     "move_to",
     "parameter_facts",
-    "replicate_sequence",
     "sequence_shard",
     "set_gradient_sync",
     "shard_over_data_parallel",
-    "shard_range",
-    "split_sequence",
     "sum_flags",
     "sum_over",
     "sum_partial_gradients",

@@ -1,11 +1,11 @@
-"""The three collectives on activations, and how to start one and go on.
+"""Collectives: on activations (asynchronous and synchronous), and on small control values.
 
-All act on dim 0, the sequence. They need contiguous tensors and must not write into a tensor that
-autograd has saved, so each makes its own output.
+Those on activations act on dim 0, the sequence. Each allocates its output, because a collective
+must not write into a tensor that autograd has saved.
 
 [Note: agreement]
-A branch that some ranks take and others do not is a deadlock at the next collective. So what only
-one rank knows (a signal, a full disk) is first shared with `any_rank`, `sum_flags`, `gather_json`.
+A branch that only some ranks take deadlocks at the next collective. So facts that one rank knows
+(a signal, a full disk) are shared first: `any_rank`, `sum_flags`, `gather_json`.
 """
 
 import json
@@ -26,20 +26,20 @@ WAITING_FOR_RANKS = "waiting for ranks"  # in a trace of torch.profiler
 
 @dataclass(frozen=True)
 class Pending:
-    """A tensor that others may still be sending parts of."""
+    """The output of a collective that may still be running."""
 
     tensor: Tensor
-    work: dist.Work | None = None  # None: it is here
+    work: dist.Work | None = None  # None: complete
 
     def wait(self) -> Tensor:
-        """The tensor, complete."""
+        """Wait for the collective; returns its output."""
         if self.work is not None:
             await_work(self.work)
         return self.tensor
 
 
 def await_work(work: dist.Work) -> None:
-    """Wait for a collective that was started before."""
+    """Wait for an asynchronous collective."""
     with record_function(WAITING_FOR_RANKS):
         work.wait()
 
@@ -47,9 +47,9 @@ def await_work(work: dist.Work) -> None:
 def move_to(tensor: Tensor, device: torch.device | str) -> Tensor:
     """Copy between host and device memory; returns the tensor itself if it is there already.
 
-    A copy waits for all work queued on the device, including collectives: on a GPU those return at
-    once, and the host waits for the other ranks here. So training makes every such copy through
-    this function, for the watchdog to tell waiting from standing still.
+    A copy waits for all work queued on the device. On a GPU, collectives return at once and the
+    host waits for other ranks here. Training makes every such copy through this function, so that
+    the watchdog can tell waiting from hanging.
     """
     return tensor.to(device)
 
@@ -66,14 +66,14 @@ def is_blocking_frame(code: CodeType) -> bool:
 
 
 def start_all_gather(x: Tensor, axis: Axis) -> Pending:
-    """All positions from every rank's shard, `[s/t, ...]` to `[s, ...]`; x must not change."""
+    """Start gathering all ranks' positions, `[s/t, ...]` to `[s, ...]`; x must not change."""
     gathered = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
     work = dist.all_gather_single(gathered, x.contiguous(), group=axis.group, async_op=True)
     return Pending(gathered, work)
 
 
 def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
-    """The sum over ranks of this rank's positions, `[s, ...]` to `[s/t, ...]`."""
+    """Start summing over ranks into each rank's positions, `[s, ...]` to `[s/t, ...]`."""
     assert x.shape[0] % axis.size == 0, f"{x.shape[0]} positions over tp={axis.size}"
     scattered = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
     work = dist.reduce_scatter_single(scattered, x.contiguous(), group=axis.group, async_op=True)
@@ -81,13 +81,13 @@ def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
 
 
 def start_all_reduce(x: Tensor, axis: Axis) -> Pending:
-    """The sum over ranks of all positions, `[s, ...]`."""
+    """Start summing over ranks, `[s, ...]`."""
     reduced = x.clone(memory_format=torch.contiguous_format)
     return Pending(reduced, dist.all_reduce(reduced, group=axis.group, async_op=True))
 
 
-def start_tp_all_reduce(x: Tensor, mesh: Mesh) -> Pending:
-    """What every tp rank has of `[s, ...]`, summed: `[s/t, ...]`, or `[s, ...]` without sp."""
+def start_tp_reduce(x: Tensor, mesh: Mesh) -> Pending:
+    """Start summing `[s, ...]` over tp, to `[s/t, ...]` (or `[s, ...]`); leaves a tp region."""
     if mesh.tp.size == 1:
         return Pending(x)
     if mesh.sequence_parallel:
@@ -96,29 +96,28 @@ def start_tp_all_reduce(x: Tensor, mesh: Mesh) -> Pending:
 
 
 def all_gather(x: Tensor, axis: Axis) -> Tensor:
-    """All positions from every rank's shard, `[s/t, ...]` to `[s, ...]`."""
+    """Gather all ranks' positions, `[s/t, ...]` to `[s, ...]`."""
     return start_all_gather(x, axis).wait()
 
 
 def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
-    """The sum over ranks of this rank's positions, `[s, ...]` to `[s/t, ...]`."""
+    """Sum over ranks into each rank's positions, `[s, ...]` to `[s/t, ...]`."""
     return start_reduce_scatter(x, axis).wait()
 
 
 def all_reduce(x: Tensor, axis: Axis) -> Tensor:
-    """The sum over ranks of all positions, `[s, ...]`."""
+    """Sum over ranks, `[s, ...]`."""
     return start_all_reduce(x, axis).wait()
 
 
 def local_sequence_chunk(x: Tensor, axis: Axis) -> Tensor:
-    """This rank's positions, `[s, ...]` to `[s/t, ...]`."""
+    """Copy this rank's positions, `[s, ...]` to `[s/t, ...]`; a view would keep x in memory."""
     assert x.shape[0] % axis.size == 0, f"{x.shape[0]} positions over tp={axis.size}"
-    # A copy, or the whole of x would stay in memory for the sake of a part.
     return x.chunk(axis.size)[axis.rank].clone(memory_format=torch.contiguous_format)
 
 
-def sum_over(axis: Axis, values: torch.Tensor) -> torch.Tensor:
-    """The sum of `values` over the ranks of an axis, in place; one all-reduce."""
+def sum_over(axis: Axis, values: Tensor) -> Tensor:
+    """Sum `values` over the ranks of an axis, in place; one all-reduce."""
     if axis.size > 1:
         with record_function(WAITING_FOR_RANKS):
             dist.all_reduce(values, group=axis.group)
@@ -126,20 +125,20 @@ def sum_over(axis: Axis, values: torch.Tensor) -> torch.Tensor:
 
 
 def any_rank(mesh: Mesh, flag: bool) -> bool:
-    """Whether any rank says yes."""
+    """Whether the flag is true on any rank."""
     return sum_flags(mesh, [flag]) != [0]
 
 
 def sum_flags(mesh: Mesh, flags: Sequence[bool]) -> list[int]:
-    """How many ranks raise each flag; one all-reduce."""
+    """On how many ranks each flag is true; one all-reduce."""
     counts = move_to(torch.tensor(flags, dtype=torch.int32), mesh.device)
     return cast(list[int], move_to(sum_over(mesh.world, counts), "cpu").tolist())
 
 
 def gather_json(mesh: Mesh, report: Any) -> list[Any]:
-    """Every rank's report, in the order of ranks, on every rank.
+    """Gather every rank's report, in rank order, on every rank.
 
-    JSON rather than torch's own object collectives, which are pickle on the wire.
+    As JSON, because torch's own object collectives send pickle.
     """
     if mesh.world.size == 1:
         return [json.loads(json.dumps(report))]
@@ -149,8 +148,7 @@ def gather_json(mesh: Mesh, report: Any) -> list[Any]:
     lengths = [torch.empty_like(length) for _ in range(mesh.world.size)]
     dist.all_gather(lengths, length, group=mesh.world.group)
     sizes = move_to(torch.cat(lengths), "cpu").tolist()
-    longest = max(sizes)
-    padded = torch.zeros(longest, dtype=torch.uint8, device=mesh.device)
+    padded = encoded.new_zeros(max(sizes))
     padded[: len(encoded)] = encoded
     reports = [torch.empty_like(padded) for _ in range(mesh.world.size)]
     dist.all_gather(reports, padded, group=mesh.world.group)

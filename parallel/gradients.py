@@ -1,8 +1,6 @@
-"""Gradients after the backward pass: the sum of partial ones, the global norm, clipping.
+"""Gradients after the backward pass: sum the partial ones over tp, then clip by the global norm.
 
-FSDP2 sums every gradient over dp and leaves each rank its float32 shard; on a processor the last of
-these sums may still be under way. What remains is tp: see [Note: partial gradients] in
-parameters.py.
+FSDP2 has summed every gradient over dp and leaves each rank its float32 shard.
 """
 
 from collections.abc import Sequence
@@ -11,37 +9,30 @@ import torch
 from torch import Tensor, nn
 
 from parallel.collectives import move_to, sum_over
-from parallel.data_parallel import await_gradients
+from parallel.dp_overlap import await_gradients
 from parallel.mesh import Mesh
-from parallel.parameters import parameter_facts
-from parallel.sharding import tp_shard_dim
+from parallel.parameters import parameter_facts, tp_shard_dim
 
 
 def sum_partial_gradients(model: nn.Module, mesh: Mesh) -> None:
-    """Sum the gradients that are partial over tp: one all-reduce of all of them together.
-
-    First waits for the sums over dp.
-    """
+    """Sum over tp the gradients that are partial (see parameters.py); one all-reduce for all."""
     await_gradients(model)
     facts = parameter_facts(model)
     partial = [
-        parameter.grad.to_local()  # type: ignore[union-attr]
+        parameter.grad.to_local().view(-1)  # type: ignore[union-attr]
         for name, parameter in model.named_parameters()
         if facts[name].grad_is_partial
     ]
-    if not partial:
-        return
-    summed = sum_over(mesh.tp, torch.cat([grad.view(-1) for grad in partial]))
-    torch._foreach_copy_(
-        [grad.view(-1) for grad in partial], list(summed.split([g.numel() for g in partial]))
-    )
+    if partial:
+        summed = sum_over(mesh.tp, torch.cat(partial))
+        torch._foreach_copy_(partial, list(summed.split([grad.numel() for grad in partial])))
 
 
 def clip_gradients(model: nn.Module, largest_norm: float, mesh: Mesh) -> Tensor:
-    """Scale all gradients so that their global norm is at most `largest_norm`; 0 never scales.
+    """Scale all gradients so that their global norm is at most `largest_norm`; 0: never scale.
 
-    Returns the norm before scaling, a float64 scalar and the same on every rank. A gradient that
-    every tp rank has in full counts once. One all-reduce.
+    Returns the norm before scaling, a float64 scalar, the same on every rank. A gradient that is
+    replicated over tp counts once. One all-reduce.
     """
     gradients, counted = [], []
     for parameter in model.parameters():
@@ -57,14 +48,14 @@ def clip_gradients(model: nn.Module, largest_norm: float, mesh: Mesh) -> Tensor:
 
 
 def are_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether all elements of float32 tensors are finite numbers."""
+    """Whether all elements of float32 tensors are finite."""
     return bool(move_to(_norms(tensors), "cpu").isfinite().all())
 
 
 def _norms(tensors: Sequence[Tensor]) -> Tensor:
     """The norm of each float32 tensor, in float64.
 
-    In float32 the squares of large elements are infinite, and torch 2.13 sums a processor's one
-    after the other: the norm of 4 million elements is 8e-5 away, and so depends on the layout.
+    In float32, squares of large elements overflow, and torch 2.13 sums sequentially on a CPU: the
+    norm of 4 million elements is off by 8e-5, which makes it depend on the layout.
     """
     return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float64))

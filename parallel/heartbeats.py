@@ -1,8 +1,7 @@
-"""What each rank says of itself while it runs, for all ranks to read, beside the collectives.
+"""Heartbeats: small reports that ranks exchange next to the collectives.
 
-A rank that waits in a collective cannot ask its peers what they are doing through another one. So
-beats go through the store that the ranks of torchrun share, over a connection of their own and in a
-thread of their own: whoever reads the board never waits for the wire.
+A rank that waits in a collective cannot run another one. So heartbeats go through the store of the
+launcher, on their own connection and in their own thread, and reading them never blocks.
 """
 
 import json
@@ -17,37 +16,36 @@ from parallel.transport.rendezvous import connect_store
 
 logger = logging.getLogger("microtron")
 
-_LAST_WORD_S = 1.0  # for the last beat to get out, if the store still answers
+_CLOSE_TIMEOUT_S = 1.0  # for the last heartbeat to be sent
 
 
 class Heartbeats:
-    """The board of all ranks' beats, which are JSON; alone, or without torchrun, an empty one."""
+    """The newest heartbeat of each rank, a JSON value; none on one rank or without a launcher."""
 
     def __init__(self, mesh: Mesh, interval_s: float) -> None:
-        self.board: dict[int, Any] = {}  # the newest beat of each rank; replaced, never changed
+        self.board: dict[int, Any] = {}  # by rank; replaced as a whole, never changed
         self._interval_s = interval_s
         self._rank = mesh.world.rank
         self._keys = [f"rank_{rank}" for rank in range(mesh.world.size)]
         self._beat: Any = None
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
-        store = connect_store(mesh.attempt, "heartbeats") if mesh.world.size > 1 else None
-        if store is not None:
-            self._thread = threading.Thread(
-                target=self._exchange, args=(store,), name="heartbeats", daemon=True
-            )
+        self._store = connect_store(mesh.attempt, "heartbeats") if mesh.world.size > 1 else None
 
     def publish(self, beat: Any) -> None:
-        """Have this rank's beat on the board at the next exchange; the first call begins them."""
+        """Set this rank's heartbeat, which is sent at the next interval; starts the exchange."""
         self._beat = beat
-        if self._thread is not None and self._thread.ident is None:
+        if self._store is not None and self._thread is None:
+            self._thread = threading.Thread(
+                target=self._exchange, args=(self._store,), name="heartbeats", daemon=True
+            )
             self._thread.start()
 
     def close(self) -> None:
-        """Leave the last beat on the board, and read it no more."""
+        """Send the last heartbeat and stop."""
         self._closed.set()
-        if self._thread is not None and self._thread.ident is not None:
-            self._thread.join(_LAST_WORD_S)
+        if self._thread is not None:
+            self._thread.join(_CLOSE_TIMEOUT_S)
 
     def _exchange(self, store: Store) -> None:
         is_last = False
@@ -56,10 +54,10 @@ class Heartbeats:
                 is_last = self._closed.wait(self._interval_s)
                 store.set(self._keys[self._rank], json.dumps(self._beat))
                 if not is_last:
-                    # Waits until each rank has been here once.
+                    # Blocks until every rank has sent one.
                     beats = [json.loads(beat) for beat in store.multi_get(self._keys)]
                     self.board = dict(enumerate(beats))
         except DistError as error:
-            # The launcher, or rank 0's host, is gone; those who need it will say so.
+            # The store's host is gone; whoever depends on it will report that.
             if not is_last:
-                logger.debug("no more heartbeats: %s", error)
+                logger.debug("heartbeats stopped: %s", error)

@@ -1,4 +1,4 @@
-"""The head and its loss in one: logits are made, used and forgotten, a piece of them at a time.
+"""Vocab-parallel output head and cross-entropy in one function, a chunk of positions at a time.
 
 [Note: vocab-parallel loss]
 For one position with hidden state x, logits z = W x and target k:
@@ -8,13 +8,13 @@ For one position with hidden state x, logits z = W x and target k:
     objective = loss + c log_z^2
     d objective / dz_j = (1 + 2 c log_z) softmax(z)_j - [j = k]
 
-The second term of the objective is the z-loss, which keeps log_z near 0 (Chowdhery et al. 2022,
-section 5). Each rank has some of the j. For a piece of the positions it makes its logits and sends
-two float32 numbers a position: the log of its part of the sum, and z_k if k is one of its j. With
-those of the others it has log_z and the loss; then the gradient of its logits; then dX and its part
-of dW. As the objective is a sum over positions, forward can do all of this, and backward only
-scales the result by the gradient of the objective. So the logits `[s, b, v/t]`, which in float32
-are the largest tensor of a small model, never exist whole, and are made once.
+c log_z^2 is the z-loss, which keeps log_z near 0 (Chowdhery et al. 2022, section 5). Each rank has
+some of the j. For a chunk of positions it computes its logits and gathers two float32 numbers per
+position: the log of its part of the sum, and z_k if k is one of its j. From those of all ranks
+follow log_z, the loss, the gradient of its logits, dX and its part of dW. The objective is a sum
+over positions, so forward can compute all of this, and backward only scales by the upstream
+gradient. The full logits `[s, b, v/t]`, the largest tensor of a small model, are never stored.
+(Shoeybi et al. 2019, section 3, describe the vocab-parallel loss; the fused gradient is ours.)
 """
 
 from typing import Any, NamedTuple
@@ -22,42 +22,40 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ops.matmul import add_matmul_, matmul_fp32, widen, widen_exactly
-from parallel.collectives import all_gather, start_tp_all_reduce
+from ops.matmul import add_matmul_, matmul_fp32, widen, widen_for_fp32
+from parallel.collectives import all_gather, start_tp_reduce
 from parallel.mesh import Axis, Mesh
-from parallel.sharding import shard_range
+from parallel.parameters import shard_range
 
-# Logits at a time: as many as a processor's caches hold, or as keep a GPU busy.
-_PIECE_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
+# Logits per chunk: few enough for a CPU's caches, enough to keep a GPU busy.
+_CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
 
 
 class Losses(NamedTuple):
     """Sums over all targets of a micro-batch, float32 scalars, the same on all tp ranks."""
 
-    objective: Tensor  # cross_entropy + z_loss_coeff * log_z_squared; has the gradients
+    objective: Tensor  # cross_entropy + z_loss_coeff * log_z_squared; the differentiable one
     cross_entropy: Tensor  # -log p(target), in nats
-    log_z_squared: Tensor  # log^2 of the denominator of p
+    log_z_squared: Tensor  # log^2 of the softmax denominator
 
 
 class _Targets(NamedTuple):
     """Where the targets of n positions are among this rank's columns."""
 
-    column: Tensor  # [n, 1], 0 if it is another rank's
+    column: Tensor  # [n, 1], 0 if on another rank
     is_ours: Tensor  # [n]
     counts: Tensor  # [n], false where the target is ignored
 
-    def piece(self, positions: slice) -> "_Targets":
-        """Those of some of the positions."""
-        return _Targets(*(tensor[positions] for tensor in self))
-
 
 def _find_targets(targets: Tensor, first_id: int, num_columns: int) -> _Targets:
-    column = targets.reshape(-1) - first_id
+    column = targets - first_id
     is_ours = (column >= 0) & (column < num_columns)
-    return _Targets(column.masked_fill(~is_ours, 0).unsqueeze(1), is_ours, targets.reshape(-1) >= 0)
+    return _Targets(column.masked_fill(~is_ours, 0).unsqueeze(1), is_ours, targets >= 0)
 
 
 class _HeadLoss(torch.autograd.Function):
+    """See [Note: vocab-parallel loss]. Saves dX and dW, ready to be scaled in backward."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -72,32 +70,31 @@ class _HeadLoss(torch.autograd.Function):
         rows = all_gather(x, mesh.tp) if mesh.sequence_parallel else x  # [s, b, h]
         rows = rows.reshape(-1, x.shape[-1])  # [s b, h]
         matrix = widen(weight, "right")  # [v/t, h]
-        exact = widen_exactly(matrix, "right")
+        fp32_matrix = widen_for_fp32(matrix, "right")
         first_id, _ = shard_range(vocab_size, mesh.tp.size, mesh.tp.rank)
-        of_all = _find_targets(targets, first_id, len(matrix))
-        at_least_float32 = torch.promote_types(weight.dtype, torch.float32)
-        sums = torch.zeros(2, dtype=at_least_float32, device=x.device)
+        at_least_fp32 = torch.promote_types(weight.dtype, torch.float32)
+        sums = torch.zeros(2, dtype=at_least_fp32, device=x.device)
         if with_gradients:
             grad_rows = torch.empty_like(rows)
-            grad_weight = torch.zeros_like(weight, dtype=at_least_float32)
-        # By the largest shard and not by this rank's own, which may have a row less: all ranks must
-        # cut alike.
-        length = max(1, _PIECE_ELEMENTS[x.device.type] // -(-vocab_size // mesh.tp.size))
+            grad_weight = torch.zeros_like(weight, dtype=at_least_fp32)
+        # From the largest shard, as this rank's may have a row less: all ranks must chunk alike.
+        length = max(1, _CHUNK_ELEMENTS[x.device.type] // -(-vocab_size // mesh.tp.size))
         for start in range(0, len(rows), length):
-            piece = slice(start, start + length)
-            target, operand = of_all.piece(piece), widen(rows[piece], "left")
-            z = matmul_fp32(operand, exact.t())  # [n, v/t]
+            chunk = slice(start, start + length)
+            target = _find_targets(targets.flatten()[chunk], first_id, len(matrix))
+            operand = widen(rows[chunk], "left")
+            z = matmul_fp32(operand, fp32_matrix.t())  # [n, v/t]
             log_z, loss, softmax_scale = _log_sum_exp_and_loss_(z, target, mesh.tp)
-            of_positions = torch.stack([loss, log_z.square()])
-            sums += of_positions.masked_fill(~target.counts, 0.0).sum(dim=1)
+            per_position = torch.stack([loss, log_z.square()])
+            sums += per_position.masked_fill(~target.counts, 0.0).sum(dim=1)
             if with_gradients:
                 softmax_scale *= 1.0 + 2.0 * z_loss_coeff * log_z
                 grad_z = _logits_grad_(z, softmax_scale, target).to(matrix.dtype)
-                grad_rows[piece] = torch.mm(grad_z, matrix)
+                grad_rows[chunk] = torch.mm(grad_z, matrix)
                 add_matmul_(grad_weight, grad_z.t(), operand)
         if with_gradients:
             grad_rows = grad_rows.view(-1, *x.shape[1:])
-            grad_x = start_tp_all_reduce(grad_rows, mesh).wait()  # as x: [s/t, b, h]
+            grad_x = start_tp_reduce(grad_rows, mesh).wait()  # [s/t, b, h], as x
             ctx.gradients, ctx.weight_dtype = (grad_x, grad_weight), weight.dtype
         cross_entropy, log_z_squared = sums.unbind()
         ctx.mark_non_differentiable(cross_entropy, log_z_squared)
@@ -105,32 +102,31 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        # Scaled in place, once: a copy of dW is as large as the embedding, in float32.
+        # In place, and so only once: a copy of dW in float32 is as large as the embedding.
         assert ctx.gradients is not None, "the loss has been differentiated before"
         (grad_x, grad_weight), ctx.gradients = ctx.gradients, None
         grad_weight = grad_weight.mul_(grad).to(ctx.weight_dtype)
-        # In float32: times a bfloat16 tensor, a GPU would round the factor itself to bfloat16.
+        # In float32, because a GPU would round the factor to the bfloat16 of grad_x.
         grad_x = grad_x.to(grad.dtype).mul_(grad).to(grad_x.dtype)
         return grad_x, grad_weight, None, None, None, None, None
 
 
 def _log_sum_exp_and_loss_(z: Tensor, target: _Targets, tp: Axis) -> tuple[Tensor, Tensor, Tensor]:
-    """log_z and loss of n positions, ignored ones too; z becomes the softmax but for a factor.
+    """Compute log_z, the loss and a factor, `[n]` each, and overwrite the logits z `[n, v/t]`.
 
-    z: `[n, v/t]` logits, in whose place exp(z - their maximum) is left. The factor, `[n]`, is the
-    third result.
+    z becomes exp(z - max); times the factor, that is the softmax. Ignored targets are included.
     """
     target_logit = z.gather(1, target.column).squeeze(1).masked_fill(~target.is_ours, 0.0)
     maximum = z.amax(dim=1)
-    log_of_ours = z.sub_(maximum.unsqueeze(1)).exp_().sum(dim=1).log() + maximum
-    mine = torch.stack([log_of_ours, target_logit]).unsqueeze(0)  # [1, 2, n]
+    local_log_z = z.sub_(maximum.unsqueeze(1)).exp_().sum(dim=1).log() + maximum
+    mine = torch.stack([local_log_z, target_logit]).unsqueeze(0)  # [1, 2, n]
     all_ranks = all_gather(mine, tp) if tp.size > 1 else mine  # [t, 2, n]
     log_z, target_logit = all_ranks[:, 0].logsumexp(dim=0), all_ranks[:, 1].sum(dim=0)
     return log_z, log_z - target_logit, (maximum - log_z).exp()
 
 
 def _logits_grad_(z: Tensor, softmax_scale: Tensor, target: _Targets) -> Tensor:
-    """d objective / dz in place of z, of which `softmax_scale` makes the first of its two terms."""
+    """Overwrite z, of which `softmax_scale` makes the first term, with d objective / dz."""
     z.mul_(softmax_scale.masked_fill(~target.counts, 0.0).unsqueeze(1))
     at_target = -(target.is_ours & target.counts).to(z.dtype)
     return z.scatter_add_(1, target.column, at_target.unsqueeze(1))
@@ -144,11 +140,11 @@ def vocab_parallel_loss(
     mesh: Mesh,
     z_loss_coeff: float = 0.0,
 ) -> Losses:
-    """The losses of a head `weight` `[v/t, h]` on hidden states x `[s/t, b, h]`.
+    """Compute the losses of hidden states x `[s/t, b, h]` under a head `weight` `[v/t, h]`.
 
-    `targets` `[s, b]` global token ids, negative where ignored. Forward: all-gather of x (or
-    nothing), an all-gather of `[2, n]` float32 for each piece of n positions, and if there will be
-    a backward, the reduce-scatter (or all-reduce) of dX. Backward: nothing.
+    `targets` `[s, b]` are global token ids, negative where ignored.
+    Forward: all-gather of x (or nothing); an all-gather of `[2, n]` float32 for each chunk of n
+    positions; with gradients, reduce-scatter (or all-reduce) of dX. Backward: nothing.
     """
     first_id, end_id = shard_range(vocab_size, mesh.tp.size, mesh.tp.rank)
     assert len(weight) == end_id - first_id, "weight must be this rank's part of the vocabulary"

@@ -1,27 +1,27 @@
-"""The two linear layers of tensor parallelism as one function each: they send while they multiply.
+"""The two linear layers of tensor parallelism, each as one function that overlaps communication.
 
-[Note: what hides under what]
-Column-parallel, Y = X A^T where a rank has A in part and, with sequence parallelism, X in part:
+[Note: overlap]
+Column-parallel, Y = X A^T with A sharded by rows and, with sequence parallelism, X by positions:
 
-    forward     all-gather X                  product Y = X A^T
-    backward    all-gather X again            under the product dX = dY A
-                reduce-scatter dX             under the product dA = dY^T X
+    forward     all-gather X                  then Y = X A^T
+    backward    all-gather X again            under dX = dY A
+                reduce-scatter dX             under dA = dY^T X
 
-Only the rank's shard of X is kept for backward, 1/t of what the plain layer keeps; the second
-gather is what that costs. Without sequence parallelism X is whole and only dX crosses: an
-all-reduce, under the same product. Row-parallel, Y = X A^T where a rank has both in part:
+Only the shard of X is saved for backward, 1/t of what the plain layer saves, at the cost of the
+second gather. Without sequence parallelism only dX is communicated: an all-reduce under the same
+matmul. Row-parallel, Y = X A^T with A sharded by columns and X to match:
 
-    forward     product X A^T                 reduce-scatter Y
-    backward    all-gather dY                 products dX = dY A and dA = dY^T X
+    forward     X A^T                         then reduce-scatter Y
+    backward    all-gather dY                 then dX = dY A and dA = dY^T X
 
-Here each waits for the other, unless the positions are taken a piece at a time: then the gather of
-the next piece hides under the product of this one, and the reduce-scatter of a finished piece under
-the product of the next. Pieces are cut from every rank's shard alike, so a piece of the gathered
-tensor is a block of positions of each rank. This also serves the forward of the column-parallel
-layer. It costs smaller products and smaller messages, so it is for slow wires.
+Here nothing can overlap unless the positions are processed in chunks: then the gather of the next
+chunk hides under the matmul of this one, and the reduce-scatter of a finished chunk under the
+matmul of the next. Every rank's shard is chunked alike, so a chunk of the gathered tensor has some
+positions of each rank. `overlap="both"` does this in both layers, in both directions. It makes
+matmuls and messages smaller, so it is for slow networks.
 
-Sources: Korthikanti et al. 2022, section 4.2.2 (the shard that is gathered again); Wang et al.
-2023, "Overlap Communication with Dependent Computation via Decomposition" (pieces).
+Sources: Korthikanti et al. 2022, section 4.2.2 (gathering the shard again); Wang et al. 2023,
+"Overlap Communication with Dependent Computation via Decomposition" (chunks).
 """
 
 from collections.abc import Sequence
@@ -31,23 +31,24 @@ import torch
 from torch import Tensor
 
 from ops.matmul import matmul
-from ops.recompute import keep_now
+from ops.recompute import save_early
 from parallel.collectives import (
     Pending,
     all_gather,
     start_all_gather,
     start_reduce_scatter,
-    start_tp_all_reduce,
+    start_tp_reduce,
 )
 from parallel.mesh import Mesh
 
-# Pieces that a shard is cut into where both directions overlap.
-_NUM_PIECES = 4
+_NUM_CHUNKS = 4  # of each shard, where both directions overlap
 
 WeightAndBias = tuple[Tensor, Tensor | None]
 
 
 class _ColumnParallel(torch.autograd.Function):
+    """Y_w = X A_w^T + b_w.     dX = sum_w dY_w A_w.     dA_w = dY_w^T X.     db_w = sum_s dY_w."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, mesh: Mesh, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         weights = [tensor for tensor in tensors[::2] if tensor is not None]
@@ -66,26 +67,28 @@ class _ColumnParallel(torch.autograd.Function):
             grad_x += matmul(_rows(grad), weight)
         grad_x = grad_x.view(*grads[0].shape[:-1], -1)  # [s, b, in], a partial sum
         rows = _rows(gathering.wait())
-        summing = start_tp_all_reduce(grad_x, mesh)
-        of_tensors: list[Tensor | None] = []
+        summing = start_tp_reduce(grad_x, mesh)
+        weight_grads: list[Tensor | None] = []
         for number, grad in enumerate(grads):
             needs_weight, needs_bias = ctx.needs_input_grad[2 + 2 * number : 4 + 2 * number]
-            of_tensors.append(matmul(_rows(grad).t(), rows) if needs_weight else None)
-            of_tensors.append(_rows(grad).sum(dim=0) if needs_bias else None)
-        return summing.wait(), None, *of_tensors
+            weight_grads.append(matmul(_rows(grad).t(), rows) if needs_weight else None)
+            weight_grads.append(_rows(grad).sum(dim=0) if needs_bias else None)
+        return summing.wait(), None, *weight_grads
 
 
 class _RowParallel(torch.autograd.Function):
+    """Y = sum over ranks of X A^T.     dX = dY A.     dA = dY^T X."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, mesh: Mesh, weight: Tensor) -> Tensor:
         ctx.mesh = mesh
-        # In a block that is recomputed, what follows would only send the layer's output again.
-        ctx.kept = keep_now(x, weight)
+        # Before the communication, so that recomputing the block stops here and skips it.
+        ctx.saved = save_early(x, weight)
         return _multiply_and_sum(x, weight.t(), mesh)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), ctx.kept = ctx.kept(), None
+        (x, weight), ctx.saved = ctx.saved(), None
         (grad_x,), grad = _gather_and_multiply(grad, [weight], [None], ctx.mesh)
         grad_weight = matmul(_rows(grad).t(), _rows(x)) if ctx.needs_input_grad[2] else None
         return grad_x, None, grad_weight
@@ -96,15 +99,15 @@ def column_parallel_linear(
 ) -> tuple[Tensor, ...]:
     """`gather(x) A^T + b` for each `A` `[out/t, in]`; x `[s/t, b, in]`, results `[s, b, out/t]`.
 
-    The same as `enter_tensor_parallel_region` and a product for each weight.
+    Equal to `enter_tensor_parallel_region` followed by a matmul for each weight.
     """
     return _ColumnParallel.apply(x, mesh, *(tensor for pair in weights for tensor in pair))
 
 
 def row_parallel_linear(x: Tensor, weight: Tensor, mesh: Mesh) -> Tensor:
-    """The sum over ranks of `x A^T`; x `[s, b, in/t]`, `A` `[out, in/t]`, result `[s/t, b, out]`.
+    """Sum `x A^T` over ranks; x `[s, b, in/t]`, `A` `[out, in/t]`, result `[s/t, b, out]`.
 
-    The same as a product and `exit_tensor_parallel_region`.
+    Equal to a matmul followed by `exit_tensor_parallel_region`.
     """
     return _RowParallel.apply(x, mesh, weight)
 
@@ -112,51 +115,50 @@ def row_parallel_linear(x: Tensor, weight: Tensor, mesh: Mesh) -> Tensor:
 def _gather_and_multiply(
     x: Tensor, matrices: Sequence[Tensor], biases: Sequence[Tensor | None], mesh: Mesh
 ) -> tuple[list[Tensor], Tensor]:
-    """All positions of x `[s/t, b, k]`, times each matrix `[k, n]`; and all positions of x."""
-    num_pieces = _num_pieces(x.shape[0], mesh)
-    if num_pieces == 1:
+    """Gather x `[s/t, b, k]`; returns its products with each matrix `[k, n]`, and gathered x."""
+    num_chunks = _num_chunks(x.shape[0], mesh)
+    if num_chunks == 1:
         gathered = all_gather(x, mesh.tp) if mesh.sequence_parallel else x
         outputs = [
             matmul(_rows(gathered), matrix, bias).view(*gathered.shape[:-1], -1)
             for matrix, bias in zip(matrices, biases, strict=True)
         ]
         return outputs, gathered
-    # [t, pieces, positions of a piece, b, ...]; flattened it is [s, b, ...] in order.
-    shape = (mesh.tp.size, num_pieces, x.shape[0] // num_pieces, x.shape[1])
+    # [t, chunks, positions of a chunk, b, ...]; flattened, it is [s, b, ...] in order.
+    shape = (mesh.tp.size, num_chunks, x.shape[0] // num_chunks, x.shape[1])
     gathered = x.new_empty(*shape, x.shape[2])
     outputs = [x.new_empty(*shape, matrix.shape[1]) for matrix in matrices]
-    pieces = x.chunk(num_pieces)
-    gathering = start_all_gather(pieces[0], mesh.tp)
-    for number in range(num_pieces):
-        piece = gathering.wait()
-        if number + 1 < num_pieces:
-            gathering = start_all_gather(pieces[number + 1], mesh.tp)
-        gathered[:, number] = piece.view_as(gathered[:, number])
+    chunks = x.chunk(num_chunks)
+    gathering = start_all_gather(chunks[0], mesh.tp)
+    for number in range(num_chunks):
+        chunk = gathering.wait()
+        if number + 1 < num_chunks:
+            gathering = start_all_gather(chunks[number + 1], mesh.tp)
+        gathered[:, number] = chunk.view_as(gathered[:, number])
         for output, matrix, bias in zip(outputs, matrices, biases, strict=True):
-            product = matmul(_rows(piece), matrix, bias)
+            product = matmul(_rows(chunk), matrix, bias)
             output[:, number] = product.view_as(output[:, number])
     return [output.flatten(0, 2) for output in outputs], gathered.flatten(0, 2)
 
 
 def _multiply_and_sum(x: Tensor, matrix: Tensor, mesh: Mesh) -> Tensor:
-    """x `[s, b, k]` times the matrix `[k, n]`, summed over ranks: `[s/t, b, n]`, or `[s, b, n]`."""
-    num_pieces = _num_pieces(x.shape[0] // mesh.tp.size, mesh)
-    if num_pieces == 1:
+    """Multiply x `[s, b, k]` by the matrix `[k, n]` and sum over ranks, to `[s/t, b, n]`."""
+    num_chunks = _num_chunks(x.shape[0] // mesh.tp.size, mesh)
+    if num_chunks == 1:
         y = matmul(_rows(x), matrix).view(*x.shape[:-1], -1)
-        return start_tp_all_reduce(y, mesh).wait()
-    pieces = x.unflatten(0, (mesh.tp.size, num_pieces, -1))
+        return start_tp_reduce(y, mesh).wait()
+    chunks = x.unflatten(0, (mesh.tp.size, num_chunks, -1))
     summing = []
-    for number in range(num_pieces):
-        piece = pieces[:, number].flatten(0, 1)  # [positions, b, k]: a block of each rank's
-        y = matmul(_rows(piece), matrix).view(*piece.shape[:-1], -1)
+    for number in range(num_chunks):
+        chunk = chunks[:, number].flatten(0, 1)  # [positions, b, k], some of each rank's
+        y = matmul(_rows(chunk), matrix).view(*chunk.shape[:-1], -1)
         summing.append(start_reduce_scatter(y, mesh.tp))
-    return torch.cat([piece.wait() for piece in summing])
+    return torch.cat([chunk.wait() for chunk in summing])
 
 
-def _num_pieces(positions: int, mesh: Mesh) -> int:
-    """How many pieces to take a shard of so many positions in."""
-    can_cut = mesh.sequence_parallel and positions % _NUM_PIECES == 0
-    return _NUM_PIECES if mesh.overlap == "both" and can_cut else 1
+def _num_chunks(shard_size: int, mesh: Mesh) -> int:
+    can_split = mesh.sequence_parallel and shard_size % _NUM_CHUNKS == 0
+    return _NUM_CHUNKS if mesh.overlap == "both" and can_split else 1
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -1,50 +1,71 @@
-"""Parameters: what each one is, said once, where it is made.
+"""Parameters, the facts about them that layers declare, and which slice of each a rank holds.
 
 [Note: parameters]
-A parameter is a DTensor on the tp axis. The DTensor is a declaration (global shape, how it is cut)
-for those who need the whole picture: FSDP2, gradient clipping, checkpoints. Layers take
-`.to_local()` once and compute on plain tensors. What a DTensor cannot say is kept beside it on the
-module that owns the parameter (FSDP2 replaces the parameter object itself): how it is initialised,
-and whether its gradient is partial over the tp axis.
+A parameter is a DTensor on the tp axis. FSDP2, clipping and checkpoints read its global shape and
+its sharding; layers call `.to_local()` once and compute on plain tensors. The remaining facts are
+kept on the module, because FSDP2 replaces the parameter object: the initial distribution, and
+whether the gradient is partial over tp.
 
 [Note: partial gradients]
 With sequence parallelism a tp rank sees s/t of the positions. A replicated weight used there (a
-norm weight, the bias after a reduce-scatter, a position table) therefore gets a gradient summed
-over those positions only, and the true one is the sum over the tp axis. Sharded weights never need
-this.
+norm, a row-parallel bias, a position table) gets a gradient summed over those positions only; the
+true gradient is the sum over tp. The gradient of a tp-sharded weight is always complete.
+
+[Note: sharding]
+A weight is sharded over tp by rows, by columns or not at all, and each tp shard over dp by rows.
+Shards are those of torch.chunk: ceil(size / parts) rows each, the last ones fewer. Nothing is
+padded: a vocabulary of 603 rows over two ranks is 302 + 301.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from parallel.mesh import Mesh
+from configs.weights import WeightSpec
+from parallel.mesh import Axis, Mesh
 from parallel.randomness import fold_seed
-from parallel.sharding import local_slices, shard_range, tp_shard_dim
 
 
-@dataclass(frozen=True)
-class Normal:
-    """Start from a normal distribution of mean 0."""
+def shard_range(size: int, parts: int, index: int) -> tuple[int, int]:
+    """Start and end of shard `index` of `size` rows split into `parts`."""
+    chunk = -(-size // parts)
+    return min(index * chunk, size), min((index + 1) * chunk, size)
 
-    std: float
+
+def local_slices(
+    global_shape: Sequence[int], tp_dim: int | None, tp: Axis, dp: Axis
+) -> tuple[slice, ...]:
+    """A rank's part of a tensor sharded over tp (along `tp_dim`) and dp, as slices of the whole."""
+    starts, stops = [0] * len(global_shape), list(global_shape)
+    if tp_dim is not None:
+        starts[tp_dim], stops[tp_dim] = shard_range(global_shape[tp_dim], tp.size, tp.rank)
+    first, last = shard_range(stops[0] - starts[0], dp.size, dp.rank)
+    starts[0], stops[0] = starts[0] + first, starts[0] + last
+    return tuple(slice(start, stop) for start, stop in zip(starts, stops, strict=True))
 
 
-@dataclass(frozen=True)
-class Constant:
-    """Start from one value."""
+def tp_shard_dim(tensor: Tensor) -> int | None:
+    """The dim along which a parameter is sharded over tp, None if it is replicated."""
+    assert isinstance(tensor, DTensor), "create parameters with declare_parameter"
+    placement = tensor.placements[-1]  # tp is the last axis of the mesh
+    return placement.dim if placement.is_shard() else None  # type: ignore[attr-defined]
 
-    value: float
+
+def local_part(tensor: Tensor, mesh: Mesh) -> tuple[slice, ...]:
+    """The part of a parameter that this rank holds; split over dp only if FSDP2 has wrapped it."""
+    assert isinstance(tensor, DTensor), "create parameters with declare_parameter"
+    dp = mesh.dp if tensor.device_mesh.ndim > 1 else Axis(1, 0, mesh.dp.group)
+    return local_slices(tensor.shape, tp_shard_dim(tensor), mesh.tp, dp)
 
 
 @dataclass(frozen=True)
 class ParameterFacts:
     """What a parameter's DTensor cannot say."""
 
-    init: Normal | Constant
+    spec: WeightSpec
     grad_is_partial: bool  # over the tp axis, see [Note: partial gradients]
     mesh: Mesh
 
@@ -52,22 +73,16 @@ class ParameterFacts:
 def declare_parameter(
     module: nn.Module,
     name: str,
-    shape: Sequence[int],
+    spec: WeightSpec,
     mesh: Mesh,
     *,
-    init: Normal | Constant,
-    tp_dim: int | None = None,
     grad_is_partial: bool = False,
 ) -> None:
-    """Register `module.name`, cut along `tp_dim` over the tp axis (None: replicated).
-
-    The values are unset until `initialise_parameters`, and no memory is taken (meta device), so
-    that a model larger than a rank can be described before it is sharded.
-    """
-    local_shape = list(shape)
+    """Register `module.name` on the meta device: it has no memory and no values yet."""
+    local_shape, tp_dim = list(spec.shape), spec.tp_dim_at(mesh.tp.size)
     placement: Placement = Replicate()
     if tp_dim is not None:
-        start, stop = shard_range(shape[tp_dim], mesh.tp.size, mesh.tp.rank)
+        start, stop = shard_range(spec.shape[tp_dim], mesh.tp.size, mesh.tp.rank)
         local_shape[tp_dim] = stop - start
         placement = Shard(tp_dim)
     parameter = DTensor.from_local(
@@ -75,11 +90,11 @@ def declare_parameter(
         mesh.device_mesh["tp"],
         [placement],
         run_check=False,
-        shape=torch.Size(shape),
-        stride=torch.empty(tuple(shape), device="meta").stride(),
+        shape=torch.Size(spec.shape),
+        stride=torch.empty(spec.shape, device="meta").stride(),
     )
     module.register_parameter(name, nn.Parameter(parameter))
-    module.__dict__.setdefault("facts", {})[name] = ParameterFacts(init, grad_is_partial, mesh)
+    module.__dict__.setdefault("facts", {})[name] = ParameterFacts(spec, grad_is_partial, mesh)
 
 
 def parameter_facts(model: nn.Module) -> dict[str, ParameterFacts]:
@@ -91,36 +106,30 @@ def parameter_facts(model: nn.Module) -> dict[str, ParameterFacts]:
     }
 
 
-def _require_one_mesh(facts: dict[str, ParameterFacts], mesh: Mesh) -> None:
-    """Whether there is sequence parallelism is a fact of the mesh, so that layers cannot mix it."""
-    for name, fact in facts.items():
-        if fact.mesh is not mesh:
-            raise RuntimeError(
-                f"{name} was made for a mesh with sequence_parallel={fact.mesh.sequence_parallel} "
-                f"and tp={fact.mesh.tp.size}, the model has one with sequence_parallel="
-                f"{mesh.sequence_parallel} and tp={mesh.tp.size}; give all layers the same mesh"
-            )
-
-
 @torch.no_grad()
 def initialise_parameters(model: nn.Module, seed: int, mesh: Mesh) -> None:
-    """Give every parameter its initial values: a function of the seed and the parameter's name.
+    """Set initial values, a function of the seed and the parameter's name on every layout.
 
-    Each tensor is drawn in full on the CPU and the rank keeps its part, so the values do not depend
-    on the layout or the device, and no more than one full tensor is in memory.
-
-    Raises RuntimeError if a layer was made for another mesh than the model.
+    A tensor is drawn in full on the CPU, then sliced; only one full tensor is in memory at a time.
+    Raises RuntimeError if a layer was created for another mesh, as layers cannot mix sequence
+    parallelism on and off.
     """
     facts = parameter_facts(model)
-    _require_one_mesh(facts, mesh)
     for name, parameter in model.named_parameters():
-        assert isinstance(parameter, DTensor), f"{name} was not made by declare_parameter"
-        local, init = parameter.to_local(), facts[name].init
-        if isinstance(init, Constant):
-            local.fill_(init.value)
+        spec, of_layer = facts[name].spec, facts[name].mesh
+        if of_layer is not mesh:
+            raise RuntimeError(
+                f"{name} was created with tp={of_layer.tp.size}, sequence_parallel="
+                f"{of_layer.sequence_parallel}, but the model has tp={mesh.tp.size}, "
+                f"sequence_parallel={mesh.sequence_parallel}; give all layers the same mesh"
+            )
+        assert isinstance(parameter, DTensor), f"{name} was not created by declare_parameter"
+        local = parameter.to_local()
+        if spec.init_std == 0.0:
+            local.fill_(spec.init_mean)
             continue
         generator = torch.Generator().manual_seed(fold_seed(seed, name))
-        full = torch.empty(parameter.shape, dtype=torch.float32)
-        full.normal_(0.0, init.std, generator=generator)
-        mine = local_slices(parameter.shape, tp_shard_dim(parameter), mesh.tp, mesh.dp)
+        full = torch.empty(spec.shape, dtype=torch.float32)
+        full.normal_(spec.init_mean, spec.init_std, generator=generator)
+        mine = local_slices(spec.shape, tp_shard_dim(parameter), mesh.tp, mesh.dp)
         local.copy_(full[mine])

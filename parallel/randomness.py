@@ -1,9 +1,8 @@
-"""Randomness as a pure function: a mask is named, not drawn.
+"""Randomness as a pure function: nothing depends on the layout or on earlier draws.
 
-Nothing here depends on the layout or on what was drawn before. A dropout mask is a function of
-(seed, step, layer, site, global sample index, global position, channel): the first five are hashed
-on the host into a key per sample, `ops/dropout.py` hashes the last two. So every rank can make just
-its part of a mask.
+A dropout mask is a function of (seed, step, layer, site, global sample index, global position,
+channel). The host hashes the first five into a key per sample, `ops/dropout.py` hashes the rest, so
+every rank can compute its part of a mask alone.
 """
 
 import struct
@@ -30,10 +29,10 @@ class DropoutStream:
 
     seed: int
     step: int
-    sample_indices: tuple[int, ...]  # [b], counted over the whole run and over all ranks
+    sample_indices: tuple[int, ...]  # [b], counted over the whole run and all ranks
 
     def keys(self, layer: int, site: int, device: torch.device) -> Tensor:
-        """Two 32-bit words of key for each sample of the micro-batch, `[2, b]` int32."""
+        """A 64-bit key for each sample, `[2, b]` int32."""
         digests = (
             xxhash.xxh3_64_digest(struct.pack("<5q", self.seed, self.step, layer, site, sample))
             for sample in self.sample_indices
@@ -42,7 +41,7 @@ class DropoutStream:
         return move_to(torch.tensor(words, dtype=torch.int32), device).t()
 
     def attention_seed(self, layer: int, tp_rank: int) -> int:
-        """Seed of the attention dropout of one layer, the one that depends on the layout."""
+        """The seed of attention dropout, the only randomness that depends on the layout."""
         return fold_seed(self.seed, "attention", self.step, layer, self.sample_indices[0], tp_rank)
 
 
@@ -55,12 +54,9 @@ def dropout_add(
     site: int,
     mesh: Mesh,
 ) -> Tensor:
-    """`residual + dropout(x)` on the local sequence shard `[s/t, b, h]`; None adds nothing.
-
-    No stream (evaluation) or a rate of zero: no dropout.
-    """
+    """`residual + dropout(x)` for `[s/t, b, h]`; a `stream` of None or a rate of 0: no dropout."""
     if stream is None or rate == 0.0:
         return x if residual is None else x + residual
     first_position = mesh.tp.rank * x.shape[0] if mesh.sequence_parallel else 0
     keys = stream.keys(layer, site, x.device)
-    return hashed_dropout_add(x, residual, rate, keys, first_position, mesh.compiles)
+    return hashed_dropout_add(x, residual, rate, keys, first_position, mesh.compile)

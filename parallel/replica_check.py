@@ -1,17 +1,15 @@
-"""Replicas: what several ranks hold alike, compared by hash.
+"""Comparison, by hash, of tensors that several ranks should hold bit for bit alike.
 
 [Note: replicas]
-Over tp, a tensor that is not cut (a norm weight, a row-parallel bias, and the moments of each) is
-on every rank, and each rank updates its own copy. The copies stay equal because the gradients are:
-partial ones are summed by one collective, whose result is the same everywhere; others (a norm's
-without sequence parallelism) every rank computes alike. If a gradient is forgotten in that sum, a
-kernel adds in another order on one rank, or a bit flips in one memory, the copies part, and nothing
-fails; the loss only gets worse. Over dp no copy is kept: FSDP2 cuts every tensor. What dp ranks
-have alike is what they gather for a pass over a block, so that is gathered and compared.
+Over tp, a tensor that is not sharded (a norm weight, a row-parallel bias, and their moments) is
+updated by every rank on its own. The copies stay equal because their gradients are. A partial
+gradient that is not summed, a kernel that adds in another order on one rank, or a flipped bit makes
+them diverge; nothing fails, but the loss gets worse. Over dp FSDP2 shards every tensor, and the
+weights it gathers for a block are compared.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,17 +20,16 @@ from torch.distributed.tensor import DTensor
 
 from parallel.collectives import gather_json, move_to
 from parallel.mesh import Axis, Mesh
-from parallel.sharding import tp_shard_dim
+from parallel.parameters import tp_shard_dim
 
 
-@dataclass(frozen=True)
-class ReplicaMismatch:
-    """A tensor that ranks of one group should hold alike and don't."""
+class ReplicaMismatch(NamedTuple):
+    """A tensor that differs between ranks of a group."""
 
-    name: str
     axis: str  # tp or dp
-    ranks: tuple[int, ...]  # of the group, numbered over all ranks
-    odd_ranks: tuple[int, ...]  # those that differ from the most; all of them if there is no most
+    name: str
+    ranks: tuple[int, ...]  # of the group, as global ranks
+    odd_ranks: tuple[int, ...]  # those that differ from the majority; all if there is none
 
     def __str__(self) -> str:
         odd = ", ".join(map(str, self.odd_ranks))
@@ -42,10 +39,10 @@ class ReplicaMismatch:
 def compare_replicas(
     model: nn.Module, tensors: Mapping[str, DTensor], mesh: Mesh
 ) -> list[ReplicaMismatch]:
-    """Compare all replicas: `tensors` by their names over tp, the gathered weights over dp.
+    """Compare `tensors` (by name) over tp and the gathered weights over dp; empty if all agree.
 
-    Every rank calls this and gets the same answer, empty if all is well. Over tp one small
-    all-gather, over dp those of one forward pass and a small one for each block, and a report.
+    Every rank must call it and gets the same result. One small all-gather over tp; over dp the
+    gathers of a forward pass and a small one per block; then one gather of reports.
     """
     replicated = {
         name: tensor.to_local() for name, tensor in tensors.items() if tp_shard_dim(tensor) is None
@@ -53,18 +50,16 @@ def compare_replicas(
     found = _compare(replicated, "tp", mesh.tp)
     if mesh.dp.size > 1:
         found += _compare_gathered(model, mesh)
-    everywhere = {
-        ReplicaMismatch(
-            drift["name"], drift["axis"], tuple(drift["ranks"]), tuple(drift["odd_ranks"])
-        )
-        for drifts in gather_json(mesh, [asdict(drift) for drift in found])
-        for drift in drifts
-    }
-    return sorted(everywhere, key=lambda drift: (drift.axis, drift.name, drift.ranks))
+    return sorted(
+        {
+            ReplicaMismatch(axis, name, tuple(ranks), tuple(odd_ranks))
+            for of_rank in gather_json(mesh, found)
+            for axis, name, ranks, odd_ranks in of_rank
+        }
+    )
 
 
 def _compare_gathered(model: nn.Module, mesh: Mesh) -> list[ReplicaMismatch]:
-    """Gather the weights of one block after another, and compare what dp ranks have then."""
     found = []
     for prefix, module in model.named_modules():
         if not isinstance(module, FSDPModule):
@@ -81,31 +76,31 @@ def _compare_gathered(model: nn.Module, mesh: Mesh) -> list[ReplicaMismatch]:
     return found
 
 
-def _compare(tensors: Mapping[str, Tensor], name_of_axis: str, axis: Axis) -> list[ReplicaMismatch]:
+def _compare(tensors: Mapping[str, Tensor], axis_name: str, axis: Axis) -> list[ReplicaMismatch]:
     if axis.size == 1 or not tensors:
         return []
     device = next(iter(tensors.values())).device
     hashes = move_to(torch.tensor([_hash(tensor) for tensor in tensors.values()]), device)
-    of_ranks = hashes.new_empty((axis.size, len(hashes)))
-    dist.all_gather_single(of_ranks.view(-1), hashes, group=axis.group)
+    gathered = hashes.new_empty((axis.size, len(hashes)))
+    dist.all_gather_single(gathered.view(-1), hashes, group=axis.group)
     ranks = tuple(dist.get_process_group_ranks(axis.group))
-    found = []
-    for name, column in zip(tensors, move_to(of_ranks, "cpu").t().tolist(), strict=True):
-        if len(set(column)) > 1:
-            found.append(ReplicaMismatch(name, name_of_axis, ranks, _odd_ones(column, ranks)))
-    return found
+    return [
+        ReplicaMismatch(axis_name, name, ranks, _odd_ranks(column, ranks))
+        for name, column in zip(tensors, move_to(gathered, "cpu").t().tolist(), strict=True)
+        if len(set(column)) > 1
+    ]
 
 
-def _odd_ones(hashes: list[int], ranks: tuple[int, ...]) -> tuple[int, ...]:
-    most = max(hashes, key=hashes.count)
-    if 2 * hashes.count(most) <= len(hashes):
+def _odd_ranks(hashes: list[int], ranks: tuple[int, ...]) -> tuple[int, ...]:
+    majority = max(hashes, key=hashes.count)
+    if 2 * hashes.count(majority) <= len(hashes):
         return ranks
-    return tuple(rank for rank, value in zip(ranks, hashes, strict=True) if value != most)
+    return tuple(rank for rank, value in zip(ranks, hashes, strict=True) if value != majority)
 
 
 def _hash(tensor: Tensor) -> int:
-    """63 bits of xxh3 of a tensor's bytes."""
-    # A copy, because memory that numpy has seen cannot be freed by FSDP2 afterwards.
+    """63 bits of xxh3 over the tensor's bytes."""
+    # A copy, because FSDP2 cannot free memory that numpy has seen.
     copy = move_to(tensor.detach(), "cpu").clone(memory_format=torch.contiguous_format)
     data = copy.view(-1).view(torch.uint8).numpy()
     return xxhash.xxh3_64_intdigest(data.data) >> 1

@@ -1,8 +1,7 @@
-"""The oracle: a dense GPT in plain torch, one process, no parallel code.
+"""The reference: a dense GPT in plain torch, in one process, without parallel code.
 
-Written from the equations. It takes its weights by the names of ours, so that loss and every
-gradient can be compared name by name; dropout masks come as a function, since a mask is a fact
-about the run.
+Written from the equations. Its weights have the same names as ours, so that every gradient can be
+compared by name. Dropout masks are passed in as a function.
 """
 
 from collections.abc import Callable
@@ -93,7 +92,7 @@ def _attention(
     if config.qk_layernorm:
         q, k = _norm(q, w, "attention.q_norm", config), _norm(k, w, "attention.k_norm", config)
     if config.position_embedding_type == "rope":
-        q, k = _turn(q, positions, config), _turn(k, positions, config)
+        q, k = (_apply_rotary(x, positions, config) for x in (q, k))
     mine = torch.arange(a) * g // a  # the group of each head
     scores = torch.einsum("bqad,bkad->baqk", q, k[:, :, mine]) / d**0.5
     hidden = torch.ones(s, s, dtype=torch.bool).triu(1)
@@ -103,8 +102,8 @@ def _attention(
     return _linear(y, w, "attention.proj")
 
 
-def _turn(x: Tensor, positions: Tensor, config: ModelConfig) -> Tensor:
-    """Rope as the complex number that it is: channels i and i + d/2 are its two parts."""
+def _apply_rotary(x: Tensor, positions: Tensor, config: ModelConfig) -> Tensor:
+    """Rotation as a complex product: channels i and i + d/2 are real and imaginary part."""
     half = config.head_dim // 2
     frequencies = config.rotary_base ** -(torch.arange(half, dtype=torch.float64) / half)
     angles = positions[..., None].double() * frequencies  # [b, s, d/2]

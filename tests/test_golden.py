@@ -21,7 +21,7 @@ from checkpoints.manifest import FORMAT_VERSION, read_manifest
 from data.mixture import SampleOrder
 from data.packing import best_fit
 from data.sampler import sample_rows
-from model.generation.sampling import Sampling, draw
+from model.generation.sampling import Sampling, uniform_draw
 from ops.dropout import keep_mask
 from parallel import DropoutStream, Mesh, fold_seed
 from tests.distributed import ONE_RANK, Layout, distributed
@@ -98,7 +98,9 @@ def test_dropout_masks() -> None:
 
 def test_sampled_tokens() -> None:
     """Draws of two samples, each of two tokens, are fractions of 40 bits: exact."""
-    draws = [draw(Sampling(seed=1234), sample, number) for sample in (0, 1) for number in (0, 7)]
+    draws = [
+        uniform_draw(Sampling(seed=1234), sample, number) for sample in (0, 1) for number in (0, 7)
+    ]
     assert draws == [0.2578761531331111, 0.8454969594331487, 0.8542635076782972, 0.6253942208322769]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from configs import Config, read_config
 from data import TokenFile, Tokenizer, load_tokenizer
 from model import Sampling
-from model.generation.sampling import choose, draw
+from model.generation.sampling import sample_tokens, uniform_draw
 from tests.distributed import Layout
 from tests.lines import ROOT
 from tests.reference import reference_logits
@@ -76,7 +76,9 @@ class Dense:
             positions = torch.arange(context.shape[1]).unsqueeze(0)
             logits = reference_logits(self.weights, self.config.model, context, positions)[:, -1]
             logits = logits[:, : self.tokenizer.vocab_size]
-            tokens.append(int(choose(logits, sampling, [draw(sampling, sample, number)])))
+            tokens.append(
+                int(sample_tokens(logits, sampling, [uniform_draw(sampling, sample, number)]))
+            )
             if tokens[-1] == self.tokenizer.eos_id:
                 break
         return self.tokenizer.decode(tokens[len(prompt_ids) :])

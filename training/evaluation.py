@@ -9,7 +9,7 @@ import torch
 from configs import Config
 from data import Corpus, EvaluationSet, evaluation_batches
 from model import GPT, Sampling, generate
-from ops.matmul import scratch_scope
+from ops.scratch import scratch_scope
 from parallel import Mesh, fold_seed, free_gathered_weights, move_to, sum_over
 from training.state import Run, RunState
 

@@ -1,1 +1,1 @@
-"""Decoding with a cache of keys and values, and sampling."""
+"""KV cache, decoding, sampling and incremental detokenization."""

@@ -1,17 +1,17 @@
-"""The text of a continuation while its tokens come: nothing torn, nothing beyond where it stops."""
+"""Incremental detokenization: the text of a continuation while its tokens arrive."""
 
 from collections.abc import Sequence
 
 from data import Tokenizer
 
-_REPLACEMENT = "\ufffd"  # what the tokenizer makes of bytes that are no character, or not yet
+_REPLACEMENT = "\ufffd"  # decoded from bytes that are not, or not yet, a character
 
 
 class Continuation:
-    """What one sample adds to its prompt.
+    """The text that one sample adds to its prompt.
 
-    It ends before the first of `end_ids`, or before `stop` in its text. Text is held back while it
-    may be the first bytes of a character, or the beginning of `stop`.
+    It ends before the first of `end_ids` and before `stop` in its text. Text is held back while it
+    may be an incomplete character or the beginning of `stop`.
     """
 
     def __init__(
@@ -19,27 +19,26 @@ class Continuation:
     ) -> None:
         self.ended = False
         self._tokenizer, self._end_ids, self._stop = tokenizer, end_ids, stop
-        # Decoded along with what follows, since how a piece is written depends on the one before.
-        self._before = list(prompt)
+        # Decoded together with what follows, because a token's text depends on the one before it.
+        self._context = list(prompt)
         self._undecoded: list[int] = []
         self._held = ""
 
     def add(self, token: int) -> str:
-        """Take the next token; returns the text that is certain now, nothing once it has ended."""
+        """Add a token; returns the text that is now certain, nothing after the end."""
         if self.ended:
             return ""
         if token in self._end_ids:
             return self.finish()
         self._undecoded.append(token)
         text = self._decode()
-        # A character that comes byte by byte; at most four bytes, unless they are no character.
-        if text.endswith(_REPLACEMENT):
+        if text.endswith(_REPLACEMENT):  # perhaps an incomplete character
             return ""
-        self._before, self._undecoded = self._undecoded, []
+        self._context, self._undecoded = self._undecoded, []
         return self._release(text)
 
     def finish(self) -> str:
-        """There are no more tokens; returns the rest of the text."""
+        """Return the remaining text, as there are no more tokens."""
         if self.ended:
             return ""
         text = self._release(self._decode()) + self._held
@@ -47,11 +46,11 @@ class Continuation:
         return text
 
     def _decode(self) -> str:
-        before = self._tokenizer.decode(self._before)
-        return self._tokenizer.decode([*self._before, *self._undecoded])[len(before) :]
+        context = self._tokenizer.decode(self._context)
+        return self._tokenizer.decode([*self._context, *self._undecoded])[len(context) :]
 
     def _release(self, text: str) -> str:
-        """What can be shown of the text so far, now that so much has been added."""
+        """Append to the held text, cut it at `stop`, and return what cannot begin a `stop`."""
         text = self._held + text
         if not self._stop:
             return text

@@ -27,7 +27,8 @@ from checkpoints import (
     sweep_leftovers,
 )
 from checkpoints.full_tensors import read_full_tensor
-from parallel import Mesh, Normal, any_rank, declare_parameter, initialise_parameters
+from configs.weights import WeightSpec
+from parallel import Mesh, any_rank, declare_parameter, initialise_parameters
 from tests.distributed import EVERY_LAYOUT, ONE_RANK, Layout, distributed, run_on
 
 SHAPES = {"rows": ((13, 6), 0), "columns": ((5, 11), 1), "norm": ((7,), None), "bias": ((9,), 0)}
@@ -38,7 +39,7 @@ def make_tensors(mesh: Mesh, seed: int) -> dict[str, DTensor]:
     """Sharded tensors of uneven shapes; other values for each seed."""
     module = nn.Module()
     for name, (shape, tp_dim) in SHAPES.items():
-        declare_parameter(module, name, shape, mesh, init=Normal(1.0), tp_dim=tp_dim)
+        declare_parameter(module, name, WeightSpec(shape, tp_dim, init_std=1.0), mesh)
     fully_shard(module, mesh=mesh.device_mesh["dp"])
     module.to_empty(device="cpu")
     initialise_parameters(module, seed, mesh)

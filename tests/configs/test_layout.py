@@ -31,12 +31,12 @@ LAYOUTS = [
     (
         64,
         f"{TP}=1 model.qk_layernorm=true train.global_batch_size=256",
-        f"model.hidden_size=128 / model.num_attention_heads=4 (the norm of a head) = 32 leaves a rank without rows when cut over {TP}=1 x data parallel size 64; with 64 ranks, {TP}=2, 4 works",
+        f"blocks.0.attention.q_norm.weight [32] has too few rows to shard over {TP}=1 x data parallel size 64: a rank would have none; with 64 ranks, choose {TP}=2, 4",
     ),
     (
         64,
         f"{TP}=1 model.num_attention_heads=32 model.hidden_size=192 model.num_query_groups=1 model.seq_length=512 train.global_batch_size=256",
-        f"2 x 1 groups x model.hidden_size=192 / model.num_attention_heads=32 (keys and values) = 12 leaves a rank without rows when cut over {TP}=1 x data parallel size 64; with 64 ranks, {TP}=16, 32 works",
+        f"blocks.0.attention.qkv.kv.weight [12, 192] has too few rows to shard over {TP}=1 x data parallel size 64: a rank would have none; with 64 ranks, choose {TP}=16, 32",
     ),
     (
         4,
@@ -46,12 +46,12 @@ LAYOUTS = [
     (
         8,
         "model.seq_length=9",
-        f"model.seq_length=9 leaves a rank without rows when cut over {TP}=1 x data parallel size 8; with 8 ranks, {TP}=4 works",
+        f"positions [9, 128] has too few rows to shard over {TP}=1 x data parallel size 8: a rank would have none; with 8 ranks, choose {TP}=4",
     ),
     (
         8,
         "model.hidden_size=4",
-        f"model.hidden_size=4 leaves a rank without rows when cut over {TP}=1 x data parallel size 8; no layout of 8 ranks works, so use fewer ranks or a larger model.hidden_size",
+        f"blocks.0.attention_norm.weight [4] has too few rows to shard over {TP}=1 x data parallel size 8: a rank would have none; no layout of 8 ranks works; use fewer ranks or a larger model",
     ),
     (
         8,

@@ -1,4 +1,4 @@
-"""The text of a continuation as its tokens come: whole characters, and an end where it is due."""
+"""Incremental detokenization: whole characters, and an end at the right place."""
 
 import pytest
 
@@ -15,14 +15,14 @@ TEXTS = [
 
 
 def add_all(text: Continuation, tokens: list[int]) -> list[str]:
-    """What is shown after each token, and at the end."""
+    """The text released after each token and at the end."""
     return [*(text.add(token) for token in tokens), text.finish()]
 
 
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("cut", [0, 1, 5, 20])
 def test_pieces_are_the_text(text: str, cut: int) -> None:
-    """Joined they are the text, wherever the prompt ends; no piece ends inside a character."""
+    """Joined they are the text, wherever the prompt ends; none ends inside a character."""
     tokenizer = small_tokenizer()
     prompt = tokenizer.encode(text[:cut]) or [tokenizer.bos_id]
     pieces = add_all(Continuation(tokenizer, prompt, set(), None), tokenizer.encode(text[cut:]))
@@ -32,8 +32,8 @@ def test_pieces_are_the_text(text: str, cut: int) -> None:
         assert "\ufffd" not in "".join(pieces)
 
 
-def test_bytes_that_are_no_character_are_shown_as_such() -> None:
-    """When something else follows, or nothing."""
+def test_incomplete_characters_become_replacements() -> None:
+    """When another token follows, and at the end."""
     tokenizer = small_tokenizer()
     three_bytes = tokenizer.encode("漢")
     assert len(three_bytes) == 3
@@ -47,8 +47,8 @@ def test_bytes_that_are_no_character_are_shown_as_such() -> None:
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_words_are_apart_with_any_tokenizer(kind: str) -> None:
-    """sentencepiece's default puts a space before a text and takes it off; between two it stays."""
+def test_spaces_between_words_are_kept(kind: str) -> None:
+    """sentencepiece adds a space before a text and removes it; inside a text it stays."""
     tokenizer = Tokenizer(train_any(model_type=kind), "default")
     prompt, following = tokenizer.encode("def self"), tokenizer.encode("return value")
     pieces = add_all(Continuation(tokenizer, prompt, set(), None), following)
@@ -57,22 +57,22 @@ def test_words_are_apart_with_any_tokenizer(kind: str) -> None:
 
 @pytest.mark.parametrize("stop", ["\n", "return", "urn '", "n 'é"])
 def test_text_ends_before_the_stop(stop: str) -> None:
-    """However its tokens fall; nothing of it is shown, and nothing after it."""
+    """However it is tokenized; neither it nor anything after it is released."""
     tokenizer, whole = small_tokenizer(), "a r ret\treturn 'é' return\n"
     text = Continuation(tokenizer, [tokenizer.bos_id], set(), stop)
     assert "".join(add_all(text, tokenizer.encode(whole))) == whole[: whole.index(stop)]
     assert text.ended
 
 
-def test_a_stop_that_does_not_come_is_shown() -> None:
-    """What was held back as its beginning comes at the end."""
+def test_the_beginning_of_an_incomplete_stop_is_released() -> None:
+    """At the end."""
     tokenizer = small_tokenizer()
     text = Continuation(tokenizer, [tokenizer.bos_id], set(), "returned")
     assert "".join(add_all(text, tokenizer.encode("we return"))) == "we return"
 
 
 def test_an_end_token_ends_it() -> None:
-    """It has no text itself, and what comes after it in a batch has none either."""
+    """Neither it nor the tokens after it have text."""
     tokenizer = small_tokenizer()
     tokens = [*tokenizer.encode("so é"), tokenizer.eos_id, *tokenizer.encode("more")]
     text = Continuation(tokenizer, [tokenizer.bos_id], {tokenizer.eos_id}, None)

@@ -1,4 +1,4 @@
-"""Decoding with a cache gives the tokens of reading everything anew, on every layout."""
+"""Decoding with a KV cache gives the same tokens as without, on every layout."""
 
 import dataclasses
 import itertools
@@ -11,45 +11,48 @@ from torch import Tensor
 from configs.schema import Config, DataConfig, ModelConfig, TrainConfig
 from model import Sampling, build_inference_model, generate, generate_tokens
 from model.generation.cache import KeyValueCache
-from model.generation.sampling import choose, draw, filtered_probs
+from model.generation.sampling import filtered_probs, sample_tokens, uniform_draw
 from parallel import Mesh
 from tests.distributed import ONE_RANK, Layout, distributed
 from tests.model.test_gpt import OPTIONS, TINY, VOCAB, dense_weights, tiny_model
 from tests.reference import reference_logits
 
 GREEDY = Sampling(temperature=0.0)
-NUM_TOKENS = 14  # to beyond the table of positions, which has 12
+NUM_TOKENS = 14  # beyond the context length of 12
 NUM_IDS = VOCAB - 2
 
 
-def chosen_anew(
+def uncached_tokens(
     weights: dict[str, Tensor],
     config: ModelConfig,
     tokens: list[int],
     sampling: Sampling,
     sample: int,
 ) -> list[int]:
-    """What follows each part of the tokens from the third on, for the dense reference in float64.
+    """The next token after each prefix, from the third token on, by the float64 reference.
 
-    It reads the last 12 of the part anew, without a cache.
+    It computes the last 12 tokens of each prefix, without a cache.
     """
     parts = [tokens[max(0, end - 12) : end] for end in range(3, len(tokens))]
     rows = torch.tensor([part + [0] * (12 - len(part)) for part in parts])
     logits = reference_logits(weights, config, rows, torch.arange(12).expand(len(rows), -1))
     return [
-        int(choose(row[len(part) - 1, :NUM_IDS].unsqueeze(0), sampling, [place]))
+        int(sample_tokens(row[len(part) - 1, :NUM_IDS].unsqueeze(0), sampling, [place]))
         for row, part, place in zip(
-            logits, parts, (draw(sampling, sample, n) for n in range(len(parts))), strict=True
+            logits,
+            parts,
+            (uniform_draw(sampling, sample, n) for n in range(len(parts))),
+            strict=True,
         )
     ]
 
 
 @distributed(ONE_RANK, Layout(tp=2), Layout(tp=2, sp=False), Layout(tp=4), Layout(tp=2, dp=2))
 @pytest.mark.parametrize("options", OPTIONS)
-def test_cached_tokens_are_those_of_reading_anew(mesh: Mesh, options: str) -> None:
-    """Greedy and sampled, three at once and beyond the context: what the reference would choose.
+def test_cached_tokens_equal_uncached(mesh: Mesh, options: str) -> None:
+    """Greedy and sampled, three samples at once, beyond the context length.
 
-    With fewer ids than rows of the vocabulary, of which none beyond is ever chosen.
+    There are fewer ids than rows of the vocabulary; the others are never sampled.
     """
     config = dataclasses.replace(TINY, **OPTIONS[options])
     model = tiny_model(mesh, config)
@@ -59,14 +62,14 @@ def test_cached_tokens_are_those_of_reading_anew(mesh: Mesh, options: str) -> No
             model, [1, 2, 3], NUM_TOKENS, sampling, num_ids=NUM_IDS, num_samples=3
         )
         for sample, tokens in enumerate(zip(*decoded, strict=True)):
-            expected = chosen_anew(weights, config, [1, 2, 3, *tokens], sampling, sample)
+            expected = uncached_tokens(weights, config, [1, 2, 3, *tokens], sampling, sample)
             assert list(tokens) == expected, (sampling, sample)
 
 
 @distributed(ONE_RANK, Layout(tp=2), Layout(tp=4, sp=False))
 @pytest.mark.parametrize("options", OPTIONS)
-def test_cached_logits_are_those_of_reading_at_once(mesh: Mesh, options: str) -> None:
-    """Read in pieces of 4, 8 or fewer positions, to rounding."""
+def test_cached_logits_equal_uncached(mesh: Mesh, options: str) -> None:
+    """In pieces of 4 positions, up to rounding."""
     model = tiny_model(mesh, dataclasses.replace(TINY, **OPTIONS[options]))
     tokens = torch.randint(VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(12).repeat(2, 1)
@@ -82,8 +85,8 @@ def test_cached_logits_are_those_of_reading_at_once(mesh: Mesh, options: str) ->
 
 
 @distributed(ONE_RANK, Layout(tp=2), Layout(tp=2, dp=2))
-def test_a_sample_repeats_and_is_itself(mesh: Mesh) -> None:
-    """Its tokens follow from its seed and number, whatever is sampled beside it."""
+def test_samples_are_reproducible(mesh: Mesh) -> None:
+    """A sample depends on its seed and number, and not on the number of samples."""
     model = tiny_model(mesh)
 
     def sampled(seed: int, num_samples: int) -> list[tuple[int, ...]]:
@@ -99,8 +102,8 @@ def test_a_sample_repeats_and_is_itself(mesh: Mesh) -> None:
 
 
 @distributed(ONE_RANK, Layout(tp=2))
-def test_generation_ends_after_the_end_symbol(mesh: Mesh) -> None:
-    """And has the prompt before it."""
+def test_generation_ends_after_the_end_id(mesh: Mesh) -> None:
+    """The result includes the prompt."""
     model = tiny_model(mesh)
     whole = generate(model, [1, 2, 3], 8, GREEDY, num_ids=VOCAB)
     assert whole[:3] == [1, 2, 3]
@@ -112,8 +115,8 @@ def test_generation_ends_after_the_end_symbol(mesh: Mesh) -> None:
 
 @distributed(ONE_RANK, Layout(tp=2), Layout(tp=4))
 @pytest.mark.parametrize("options", ["gpt2", "llama"])
-def test_the_cache_takes_what_its_shape_says(mesh: Mesh, options: str) -> None:
-    """Keys and values of every position, of the groups that this rank computes, float32."""
+def test_cache_size(mesh: Mesh, options: str) -> None:
+    """Float32 keys and values of every position, for the groups that this rank computes."""
     config = dataclasses.replace(TINY, **OPTIONS[options])
     model = tiny_model(mesh, config)
     cache = KeyValueCache(capacity=12, batch=3)
@@ -125,8 +128,8 @@ def test_the_cache_takes_what_its_shape_says(mesh: Mesh, options: str) -> None:
 
 
 @distributed(Layout(tp=2), Layout(tp=2, dp=2))
-def test_a_bare_model_holds_its_shard_and_nothing_else(mesh: Mesh) -> None:
-    """In the precision of computation, without gradients: what load_tensors is to fill."""
+def test_an_inference_model_holds_only_its_shard(mesh: Mesh) -> None:
+    """In the compute dtype, without gradients, to be filled by load_tensors."""
     trained = tiny_model(mesh)
     config = Config(model=TINY, data=DataConfig(vocab_size=VOCAB), train=TrainConfig())
     bare = build_inference_model(config, mesh)
@@ -137,8 +140,8 @@ def test_a_bare_model_holds_its_shard_and_nothing_else(mesh: Mesh) -> None:
         assert local.untyped_storage().nbytes() == 2 * local.numel()
 
 
-def naive_likelihoods(row: list[float], sampling: Sampling) -> list[float]:
-    """From the definitions, one token after the other, likeliest first."""
+def naive_probs(row: list[float], sampling: Sampling) -> list[float]:
+    """From the definitions, token by token, likeliest first."""
     weights = [2.718281828459045 ** (logit / sampling.temperature) for logit in row]
     order = sorted(range(len(row)), key=lambda token: (-weights[token], token))
     kept = order[: sampling.top_k]
@@ -153,33 +156,37 @@ def naive_likelihoods(row: list[float], sampling: Sampling) -> list[float]:
 
 @pytest.mark.parametrize("top_k", [None, 1, 3, 8, 50])
 @pytest.mark.parametrize("top_p", [None, 1e-9, 0.3, 0.77, 1.0])
-def test_likelihoods_follow_the_definitions(top_k: int | None, top_p: float | None) -> None:
-    """Of top-k, top-p and temperature, ties included."""
+def test_filtered_probs_follow_the_definitions(top_k: int | None, top_p: float | None) -> None:
+    """Of top-k, top-p and temperature, also with equal logits."""
     rng = random.Random(3)
     rows = [[rng.gauss(0, 2) for _ in range(8)] for _ in range(5)]
     rows.append([1.0, 2.0, 2.0, 2.0, 0.0, 0.0, -1.0, 2.0])
     sampling = Sampling(0.8, top_k, top_p)
     found = filtered_probs(torch.tensor(rows, dtype=torch.float64), sampling)
     found /= found.sum(dim=-1, keepdim=True)
-    expected = torch.tensor([naive_likelihoods(row, sampling) for row in rows])
+    expected = torch.tensor([naive_probs(row, sampling) for row in rows])
     torch.testing.assert_close(found, expected.double(), rtol=1e-6, atol=1e-6)
 
 
-def test_tokens_are_chosen_as_often_as_they_are_likely() -> None:
-    """Draws spread evenly over [0, 1) choose each token so often; one without likelihood never."""
+def test_token_frequencies_equal_their_probabilities() -> None:
+    """For draws spread evenly over [0, 1); a removed token is never sampled."""
     logits = torch.tensor([[0.5, -1.0, 2.0, 0.0]])
     sampling = Sampling(top_k=3)
     draws = [number / 4000 for number in range(4000)]
-    chosen = choose(logits.expand(4000, -1), sampling, draws)
-    expected = naive_likelihoods(logits[0].tolist(), sampling)
+    chosen = sample_tokens(logits.expand(4000, -1), sampling, draws)
+    expected = naive_probs(logits[0].tolist(), sampling)
     counts = chosen.bincount(minlength=4) / 4000
     torch.testing.assert_close(counts, torch.tensor(expected), rtol=0, atol=1e-3)
     assert counts[1] == 0
 
 
-def test_draws_are_uniform_and_named() -> None:
-    """By seed, sample and number."""
-    draws = [draw(Sampling(seed=7), sample, number) for sample in range(40) for number in range(50)]
+def test_draws_are_uniform() -> None:
+    """Over samples and positions."""
+    draws = [
+        uniform_draw(Sampling(seed=7), sample, number)
+        for sample in range(40)
+        for number in range(50)
+    ]
     assert len(set(draws)) == 2000
     assert all(0 <= value < 1 for value in draws)
     counts = torch.histc(torch.tensor(draws), bins=10, min=0, max=1)

@@ -1,4 +1,4 @@
-"""The model equals the dense reference on every layout: weights, loss and every gradient."""
+"""The model equals the dense reference on every layout: loss and every gradient."""
 
 import dataclasses
 from typing import Any
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from configs.schema import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
+from configs.weights import model_weights
 from model import GPT, build_model, flops_per_token, num_parameters
 from ops.dropout import keep_mask
 from parallel import (
@@ -33,11 +34,11 @@ TINY = ModelConfig(
     num_attention_heads=4,
     seq_length=12,
     hidden_dropout=0.1,
-    # Ten times the usual: attention far from uniform, so that no gradient is all cancellation.
+    # Ten times the default: attention is far from uniform, so gradients do not cancel.
     init_method_std=0.2,
 )
-VOCAB = 23  # no multiple of 2 or 4
-# Every option of the model, in combinations that exercise each with and without its neighbours.
+VOCAB = 23  # not divisible by 2 or 4
+# Combinations that cover every option of the model.
 OPTIONS: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "exact gelu, untied": {"activation": "gelu", "untie_embeddings_and_output_weights": True},
@@ -67,7 +68,7 @@ STREAM = DropoutStream(seed=1, step=3, sample_indices=(7, 8))
 
 
 def tiny_model(mesh: Mesh, config: ModelConfig = TINY, recompute: str = "none") -> GPT:
-    """A float32 GPT whose biases and norms are random too: zeros and ones would hide mistakes."""
+    """A float32 GPT with random biases and norms too, as zeros and ones would hide mistakes."""
     model = build_model(
         Config(
             model=config,
@@ -119,7 +120,7 @@ def dropout_mask(
 def test_loss_and_gradients_equal_the_reference(
     mesh: Mesh, options: str, several_documents: bool
 ) -> None:
-    """With dropout, padding, an uneven vocabulary, random biases; float32: 2e-5 of the largest."""
+    """With dropout, padding, an uneven vocabulary and random biases; within 2e-5 in float32."""
     config = dataclasses.replace(TINY, **OPTIONS[options])
     model = tiny_model(mesh, config)
     dense = dense_weights(model)
@@ -154,7 +155,7 @@ def test_loss_and_gradients_equal_the_reference(
 @distributed(ONE_RANK, Layout(tp=2), Layout(dp=2))
 @pytest.mark.parametrize("largest", [1e-30, 3e19, 2e38])
 def test_gradients_of_any_size_have_a_norm(mesh: Mesh, largest: float) -> None:
-    """Finite elements whose squares are no float32, or whose norm is none."""
+    """Finite elements whose squares, or whose norm, overflow float32."""
     model = tiny_model(mesh)
     dense = []
     for number, parameter in enumerate(model.parameters()):
@@ -180,7 +181,7 @@ def test_gradients_of_any_size_have_a_norm(mesh: Mesh, largest: float) -> None:
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recompute_changes_nothing(mesh: Mesh, options: str, recompute: str) -> None:
-    """Recomputation gives every gradient bit for bit, masks included."""
+    """Every gradient is bit for bit equal, with dropout."""
     config = dataclasses.replace(TINY, **OPTIONS[options])
     plain, recomputed = tiny_model(mesh, config), tiny_model(mesh, config, recompute=recompute)
     for model in (plain, recomputed):
@@ -192,7 +193,7 @@ def test_recompute_changes_nothing(mesh: Mesh, options: str, recompute: str) -> 
 
 @distributed(ONE_RANK, Layout(tp=2), Layout(tp=4), Layout(tp=2, sp=False))
 def test_logits_equal_the_reference(mesh: Mesh) -> None:
-    """Without targets the model gives whole rows of logits, and no dropout."""
+    """Without targets the model returns full rows of logits, without dropout."""
     model = tiny_model(mesh)
     tokens, positions, _ = batch()
     with torch.no_grad():
@@ -203,7 +204,7 @@ def test_logits_equal_the_reference(mesh: Mesh) -> None:
 
 @distributed(ONE_RANK, Layout(tp=2))
 def test_padding_never_reaches_the_loss(mesh: Mesh) -> None:
-    """Other tokens in padded slots change neither loss nor any gradient, to the bit."""
+    """Tokens in padded slots change neither the loss nor any gradient, bit for bit."""
     gradients = []
     for filler in (0, 11):
         model = tiny_model(mesh)
@@ -216,7 +217,7 @@ def test_padding_never_reaches_the_loss(mesh: Mesh) -> None:
 
 @distributed(ONE_RANK, Layout(tp=2), Layout(tp=4))
 def test_attention_dropout_is_repeatable(mesh: Mesh) -> None:
-    """Its masks follow from the stream: alike under recomputation, other at another step."""
+    """Masks follow from the stream: equal when recomputed, different at another step."""
     config = dataclasses.replace(TINY, attention_dropout=0.2, hidden_dropout=0.0)
     plain, recomputed = tiny_model(mesh, config), tiny_model(mesh, config, recompute="full")
     for model in (plain, recomputed):
@@ -229,8 +230,8 @@ def test_attention_dropout_is_repeatable(mesh: Mesh) -> None:
 
 
 @distributed(Layout(tp=2), Layout(tp=2, sp=False))
-def test_ranks_drop_their_own_attention(mesh: Mesh) -> None:
-    """Heads of different ranks are different heads: their attention masks are drawn apart."""
+def test_attention_dropout_differs_between_ranks(mesh: Mesh) -> None:
+    """Heads of different ranks are different heads, so their masks must differ."""
     attention = (
         tiny_model(mesh, dataclasses.replace(TINY, attention_dropout=0.2)).blocks[0].attention
     )
@@ -243,13 +244,15 @@ def test_ranks_drop_their_own_attention(mesh: Mesh) -> None:
 @distributed(*EVERY_LAYOUT)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_every_parameter_is_declared_and_trained(mesh: Mesh, options: str) -> None:
-    """Facts for each, a gradient for each, and the count of the formula."""
+    """Parameters are those of `model_weights`, and each has facts and a gradient."""
     config = dataclasses.replace(TINY, **OPTIONS[options])
     model = tiny_model(mesh, config)
     model(*batch(), STREAM).objective.backward()
     names = [name for name, _ in model.named_parameters()]
     assert set(names) == set(parameter_facts(model))
     assert all(parameter.grad is not None for parameter in model.parameters())
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert shapes == {name: spec.shape for name, spec in model_weights(config, VOCAB).items()}
     assert sum(p.numel() for p in model.parameters()) == num_parameters(config, VOCAB)
 
 

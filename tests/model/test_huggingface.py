@@ -1,7 +1,6 @@
-"""A model of ours is one of Hugging Face's: logits, losses and every gradient, on every layout.
+"""Models equal those of Hugging Face: logits, losses and every gradient, on every layout.
 
-So is a training run: twenty steps of train.py's `train_step` against a loop written with
-transformers and torch alone.
+So does training: twenty steps of `train_step` against a loop of transformers and torch.
 """
 
 import math
@@ -48,7 +47,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_logits_and_gradients_equal_transformers(
     mesh: Mesh, name: str, files: dict[str, Path]
 ) -> None:
-    """Ours in float32 against theirs in float64: rounding of sums over tens of terms, 2e-5."""
+    """Ours in float32 against theirs in float64, within rounding of sums of tens of terms."""
     difference = measure(mesh, name, files[name])
     assert difference.loss < 2e-6, difference
     assert difference.logits < 2e-6, difference
@@ -64,7 +63,7 @@ LR, MIN_LR, WEIGHT_DECAY, LARGEST_NORM = 1e-2, 1e-3, 0.1, 1.0
 def rows_of_step(step: int) -> tuple[Tensor, Tensor]:
     """Tokens and targets `[4, 12]`: the next token, rows of different length, the rest ignored."""
     generator = torch.Generator().manual_seed(100 + step)
-    # Each token follows from the one before it, so that there is something to learn.
+    # Each token is a function of the previous one, so that there is something to learn.
     tokens = torch.randint(VOCAB, (ROWS, 1), generator=generator)
     for _ in range(LENGTH):
         tokens = torch.cat([tokens, (3 * tokens[:, -1:] + 1) % VOCAB], dim=1)
@@ -74,7 +73,7 @@ def rows_of_step(step: int) -> tuple[Tensor, Tensor]:
 
 
 def their_curve(name: str) -> list[dict[str, float]]:
-    """Loss and gradient norm of each step: their model, torch's AdamW, clipping and a cosine."""
+    """Loss and gradient norm per step of their model, torch's AdamW, clipping and a cosine."""
     theirs = their_model(CASES[name])
     parameters = list(theirs.parameters())
     optimizer = torch.optim.AdamW(

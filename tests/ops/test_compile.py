@@ -1,4 +1,4 @@
-"""What torch.compile makes of functions of single elements: the same as torch does step by step."""
+"""Compiled pointwise functions give the same results as eager ones."""
 
 import dataclasses
 import re
@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from configs import ModelConfig
+from model.context import apply_rotary
 from model.mlp import swiglu
 from model.norm import rms_norm
-from model.rotary import rotate
-from ops.compile import compile_obstacle, maybe_compile
+from ops.compile import compiler_problem, maybe_compile
 from ops.dropout import keep_mask
 from parallel import DropoutStream, Mesh, dropout_add
 from parallel.mesh import _all_can_compile
@@ -28,16 +28,16 @@ from tests.model.test_gpt import OPTIONS, STREAM, TINY, batch, tiny_model
 from tests.parallel.test_mappings import seeded
 from tests.runs import finish, rows, settings, start
 
-pytestmark = pytest.mark.timeout(300)  # compilers take their time, once on a machine
+pytestmark = pytest.mark.timeout(300)  # compiling is slow the first time on a machine
 
 CPU = torch.device("cpu")
 needs_a_compiler = pytest.mark.skipif(
-    compile_obstacle(CPU) is not None, reason=f"cannot compile: {compile_obstacle(CPU)}"
+    compiler_problem(CPU) is not None, reason=f"cannot compile: {compiler_problem(CPU)}"
 )
 FUNCTIONS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
     "rms_norm": (lambda x, weight: rms_norm(x, weight, 1e-5), ((6, 2, 48), (48,))),
     "swiglu": (swiglu, ((6, 2, 40), (6, 2, 40))),
-    "rotate": (rotate, ((6, 2, 4, 16), (6, 2, 1, 8), (6, 2, 1, 8))),
+    "apply_rotary": (apply_rotary, ((6, 2, 4, 16), (6, 2, 1, 8), (6, 2, 1, 8))),
 }
 
 
@@ -52,13 +52,13 @@ def outcome(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tenso
 @needs_a_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_kernel_equals_its_function(name: str, dtype: torch.dtype) -> None:
-    """Forward and every gradient against float64, no further away than one rounding or two."""
+def test_compiled_equals_eager(name: str, dtype: torch.dtype) -> None:
+    """Forward and every gradient against float64, within one or two roundings."""
     function, shapes = FUNCTIONS[name]
     generator = torch.Generator().manual_seed(1)
     inputs = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     expected = outcome(function, [tensor.double() for tensor in inputs])
-    compiled = maybe_compile(function, compiles=True)
+    compiled = maybe_compile(function, compile=True)
     assert compiled is not function
     got = outcome(compiled, inputs)
     assert len(got) == len(expected) == 1 + len(shapes)
@@ -74,28 +74,28 @@ def test_a_kernel_equals_its_function(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("has_residual", [True, False])
 @pytest.mark.parametrize("rate", [0.3, 0.1])
-def test_dropout_of_one_kernel_keeps_the_same(
+def test_compiled_dropout_has_the_same_mask(
     mesh: Mesh, dtype: torch.dtype, has_residual: bool, rate: float
 ) -> None:
-    """The mask is equal, and of this rate: torch takes a kernel that it has for another one.
+    """Also at a second rate, for which torch might reuse the first kernel.
 
     The sum may be rounded once less.
     """
     x, residual = torch.randn(2, 6, 2, 32).to(dtype).unbind()
     results = [
         outcome(
-            lambda x, residual, compiles=compiles: dropout_add(
+            lambda x, residual, compile=compile: dropout_add(
                 x,
                 residual if has_residual else None,
                 rate,
                 DropoutStream(1, 2, (3, 4)),
                 0,
                 1,
-                dataclasses.replace(mesh, compiles=compiles),
+                dataclasses.replace(mesh, compile=compile),
             ),
             [x, residual],
         )
-        for compiles in (False, True)
+        for compile in (False, True)
     ]
     for plain, compiled in zip(*results, strict=True):
         eps = torch.finfo(dtype).eps
@@ -110,11 +110,11 @@ def test_dropout_of_one_kernel_keeps_the_same(
 @distributed(ONE_RANK)
 @pytest.mark.parametrize("has_residual", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_dropout_has_the_right_gradient_from_any_thread(
+def test_compiled_dropout_gradient_is_right_in_any_thread(
     mesh: Mesh, has_residual: bool, dtype: torch.dtype
 ) -> None:
-    """On CUDA backward runs in a thread of autograd; settings of the compiler are per thread."""
-    mesh = dataclasses.replace(mesh, compiles=True)
+    """On CUDA, backward runs in autograd's thread; compiler settings are per thread."""
+    mesh = dataclasses.replace(mesh, compile=True)
     stream = DropoutStream(1, 2, (3, 4))
     for rate in (0.3, 0.1, 0.5):
         x, residual = torch.ones(2, 64, 2, 96, dtype=dtype).unbind()
@@ -130,9 +130,9 @@ def test_dropout_has_the_right_gradient_from_any_thread(
 
 @needs_a_compiler
 @distributed(ONE_RANK)
-def test_a_kernel_takes_each_epsilon_from_any_thread(mesh: Mesh) -> None:
-    """Full recomputation runs a norm's forward in autograd's thread."""
-    compiled = maybe_compile(rms_norm, compiles=True)
+def test_compiled_norm_uses_each_epsilon_in_any_thread(mesh: Mesh) -> None:
+    """Full recomputation runs the forward of a norm in autograd's thread."""
+    compiled = maybe_compile(rms_norm, compile=True)
     x, weight = seeded(1, 6, 2, 48), seeded(2, 48)
     for epsilon in (1e-5, 0.5, 1e-2):
         expected = outcome(partial(rms_norm, epsilon=epsilon), [x.double(), weight.double()])
@@ -155,9 +155,9 @@ def model_outcome(mesh: Mesh, config: ModelConfig, recompute: str) -> list[Tenso
     """The loss and all gradients."""
     model = tiny_model(mesh, config, recompute)
     block = model.blocks[0]
-    chains = (block.mlp.activation, block.attention.rotate, block.attention_norm.rms_norm)
-    for chain, plain in zip(chains, (swiglu, rotate, rms_norm), strict=True):
-        assert (chain is plain) != mesh.compiles
+    chains = (block.mlp.activation, block.attention.apply_rotary, block.attention_norm.rms_norm)
+    for chain, plain in zip(chains, (swiglu, apply_rotary, rms_norm), strict=True):
+        assert (chain is plain) != mesh.compile
     losses = model(*batch(), STREAM)
     losses.objective.backward()
     gradients = [parameter.grad.to_local() for parameter in model.parameters()]
@@ -170,7 +170,7 @@ def model_outcome(mesh: Mesh, config: ModelConfig, recompute: str) -> list[Tenso
 def test_a_compiled_model_has_the_same_gradients(mesh: Mesh, recompute: str) -> None:
     config = dataclasses.replace(TINY, **OPTIONS["llama"])
     plain = model_outcome(mesh, config, recompute)
-    compiled = model_outcome(dataclasses.replace(mesh, compiles=True), config, recompute)
+    compiled = model_outcome(dataclasses.replace(mesh, compile=True), config, recompute)
     for mine, reference in zip(compiled, plain, strict=True):
         scale = reference.abs().max().item()
         assert_close(mine, reference, rtol=1e-5, atol=1e-6 * scale)
@@ -180,42 +180,42 @@ def test_a_compiled_model_has_the_same_gradients(mesh: Mesh, recompute: str) -> 
 @pytest.mark.parametrize(
     ("compiler", "message"),
     [
-        ("/bin/false", r"/bin/false has failed in \S+, exit code 1: no message \(CXX names"),
-        ("/bin/true", r"/bin/true has failed in \S+, exit code 0"),  # it makes nothing
+        ("/bin/false", r"/bin/false failed in \S+, exit code 1: no message \(install a compiler"),
+        ("/bin/true", r"/bin/true failed in \S+, exit code 0"),  # it writes nothing
     ],
 )
 def test_a_compiler_that_does_not_work(
     compiler: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is tried, whatever kernels there are in the cache."""
-    assert compile_obstacle(CPU) is None
+    """It is run, whatever the cache contains."""
+    assert compiler_problem(CPU) is None
     monkeypatch.setenv("CXX", compiler)
-    assert re.match(message, compile_obstacle(CPU) or "")
+    assert re.match(message, compiler_problem(CPU) or "")
 
 
 @needs_a_compiler
 def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No folder, a device without room, and one with too little."""
+    """Not a directory, not writable, too little space."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file/cache"))
-    assert re.search(r"Not a directory.*TORCHINDUCTOR_CACHE_DIR", compile_obstacle(CPU) or "")
+    assert re.search(r"Not a directory.*TORCHINDUCTOR_CACHE_DIR", compiler_problem(CPU) or "")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/proc")  # root, too, can write nothing there
-    assert re.search(r"/proc/try_.*TORCHINDUCTOR_CACHE_DIR", compile_obstacle(CPU) or "")
+    assert re.search(r"/proc/try_.*TORCHINDUCTOR_CACHE_DIR", compiler_problem(CPU) or "")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     with mock.patch("shutil.disk_usage", return_value=SimpleNamespace(free=255 << 20)):
-        assert compile_obstacle(CPU) == f"{tmp_path} has only 255 of 256 MiB free"
-    assert compile_obstacle(CPU) is None
+        assert compiler_problem(CPU) == f"{tmp_path} has only 255 MiB free"
+    assert compiler_problem(CPU) is None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
 @distributed(Layout(dp=2))
 @pytest.mark.parametrize("broken", [None, 0, 1])
 def test_ranks_compile_together_or_not_at_all(mesh: Mesh, broken: int | None) -> None:
-    """The first that cannot says so, once."""
+    """Only the first rank that cannot logs a warning."""
     rank = mesh.world.rank
     problem = "broken" if rank == broken else None
     with (
-        mock.patch("parallel.mesh.compile_obstacle", return_value=problem),
+        mock.patch("parallel.mesh.compiler_problem", return_value=problem),
         mock.patch("parallel.mesh.logger.warning") as warning,
     ):
         assert _all_can_compile(CPU) == (broken is None)
@@ -223,21 +223,21 @@ def test_ranks_compile_together_or_not_at_all(mesh: Mesh, broken: int | None) ->
 
 
 def test_a_run_without_a_working_compiler(corpus: Path, tmp_path: Path) -> None:
-    """It trains as it would without train.compile."""
+    """It trains without compiling."""
     arguments = settings(
         corpus, tmp_path, "train.train_steps=2", "train.compile=true", "evaluate.interval=0"
     )
     with mock.patch.dict("os.environ", {"CXX": "/bin/false"}):
         output = finish(start(2, arguments))
     (warning,) = re.findall("train.compile has no effect.*", output)
-    assert "rank 0: /bin/false has failed" in warning
+    assert "rank 0: /bin/false failed" in warning
     assert [row["step"] for row in rows(tmp_path)] == [1, 2]
 
 
-def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert shutil.which("no-such-compiler") is None
-    problem = compile_obstacle(CPU)
+    problem = compiler_problem(CPU)
     assert problem is not None
     assert "no-such-compiler" in problem
     assert "CXX" in problem

@@ -1,4 +1,4 @@
-"""Products and attention in the precision in which the device is fast: equal to exact ones."""
+"""Matmuls and attention in the fast dtype of the device equal exact ones."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ ROWS, INNER, COLUMNS = 24, 40, 16
 
 
 def exact(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
-    """Numbers that are of the dtype, as float64."""
+    """Random numbers representable in the dtype, as float64."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator).to(dtype).double()
 
@@ -28,7 +28,7 @@ def bfloat16_units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 @pytest.mark.usefixtures("bfloat16_units")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_linear_is_exact_up_to_one_rounding(dtype: torch.dtype) -> None:
-    """Forward and every gradient, against float64: one rounding to the dtype, none between."""
+    """Forward and every gradient against float64, with a single rounding to the dtype."""
     x = exact(3, ROWS, INNER, seed=1, dtype=dtype).requires_grad_()
     weight = exact(COLUMNS, INNER, seed=2, dtype=dtype).requires_grad_()
     bias = exact(COLUMNS, seed=3, dtype=dtype).requires_grad_()
@@ -38,7 +38,7 @@ def test_linear_is_exact_up_to_one_rounding(dtype: torch.dtype) -> None:
     y = matmul.linear(*mine)
     y.backward(grad.to(dtype))
 
-    # Half a unit in the last place, and what a float32 sum of up to 72 terms is away.
+    # Half a unit in the last place, and the error of a float32 sum of up to 72 terms.
     close = {"rtol": torch.finfo(dtype).eps, "atol": 2e-5}
     expected = (x @ weight.t() + bias).detach()
     torch.testing.assert_close(y.double(), expected, **close)
@@ -49,7 +49,7 @@ def test_linear_is_exact_up_to_one_rounding(dtype: torch.dtype) -> None:
 
 
 def test_the_environment_does_not_lower_the_precision() -> None:
-    """NVIDIA's containers set the variable, and float32 would be multiplied as TF32."""
+    """NVIDIA's containers set the variable, which would multiply float32 as TF32."""
     program = (
         "import torch; from parallel import init_mesh; init_mesh(1, False);"
         "print(torch.get_float32_matmul_precision())"
@@ -61,7 +61,7 @@ def test_the_environment_does_not_lower_the_precision() -> None:
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v as it is written."""
+    """softmax(q k^T / sqrt(d)) v."""
     heads_per_group = q.shape[2] // k.shape[2]
     k, v = (heads.repeat_interleave(heads_per_group, dim=2) for heads in (k, v))
     scores = torch.einsum("ibad,jbad->baij", q, k) / q.shape[-1] ** 0.5

@@ -1,4 +1,4 @@
-"""FSDP2 on processors: gathers and sums go on under other layers' work, and change nothing."""
+"""FSDP2 on CPUs overlaps gathers and sums with compute, with the same results."""
 
 import dataclasses
 import os
@@ -36,17 +36,17 @@ def backward(model: GPT) -> None:
 @distributed(Layout(dp=2), Layout(dp=4), Layout(tp=2, dp=2))
 @pytest.mark.parametrize("recompute_granularity", ["none", "full"])
 def test_gradients_are_summed_under_backward(mesh: Mesh, recompute_granularity: str) -> None:
-    """The last two sums are still under way when backward is over; the result is the same bits."""
+    """The last two sums are still running when backward returns; results are bit for bit equal."""
     gradients, traffic = [], []
     for overlap in (False, True):
         model = build(mesh, overlap=overlap, recompute_granularity=recompute_granularity)
         with record_traffic() as sent:
             backward(model)
             if overlap:
-                assert len(model.awaited.under_way) == 2
+                assert len(model.deferred.pending) == 2
             sum_partial_gradients(model, mesh)
         if overlap:
-            assert not model.awaited.under_way
+            assert not model.deferred.pending
         gradients.append([parameter.grad.to_local() for parameter in model.parameters()])
         traffic.append(Counter(sent))
     for without, with_overlap in zip(*gradients, strict=True):
@@ -56,18 +56,18 @@ def test_gradients_are_summed_under_backward(mesh: Mesh, recompute_granularity: 
 
 @distributed(Layout(dp=2))
 @pytest.mark.parametrize("overlap", [False, True])
-def test_weights_are_gathered_ahead(mesh: Mesh, overlap: bool) -> None:
-    """While a block works, the weights of the next have been asked for; in backward, of the last.
+def test_weights_are_prefetched(mesh: Mesh, overlap: bool) -> None:
+    """While a block computes, the gather for the next one (in backward, the previous) is running.
 
-    FSDP2 says that a gather is under way by keeping its result apart.
+    FSDP2 keeps the result of a running gather in `_all_gather_result`.
     """
     model = build(mesh, overlap=overlap)
-    ahead = []
+    is_prefetched = []
 
     def look(number: int) -> None:
         (group,) = model.blocks[number]._get_fsdp_state()._fsdp_param_groups  # type: ignore[operator]
         result = group._all_gather_result
-        ahead.append(result is not None and result.all_gather_work is not None)
+        is_prefetched.append(result is not None and result.all_gather_work is not None)
 
     for number in range(LAYERS - 1):
         model.blocks[number].mlp_norm.register_forward_hook(  # type: ignore[union-attr,operator]
@@ -79,7 +79,7 @@ def test_weights_are_gathered_ahead(mesh: Mesh, overlap: bool) -> None:
         )
     backward(model)
     sum_partial_gradients(model, mesh)
-    assert ahead == [overlap] * 2 * (LAYERS - 1)
+    assert is_prefetched == [overlap] * 2 * (LAYERS - 1)
 
 
 @pytest.mark.parametrize(
@@ -89,11 +89,11 @@ def test_weights_are_gathered_ahead(mesh: Mesh, overlap: bool) -> None:
         (2, 2, "both", "8", "8"),
         (2, 2, "none", None, None),
         (1, 2, "backward", None, None),
-        (2, 4, "backward", None, None),  # FSDP2 sends on streams of its own
+        (2, 4, "backward", None, None),  # FSDP2 has its own streams
         (1, 1, "backward", None, None),
     ],
 )
-def test_a_gpu_queues_in_order_for_tensor_parallelism_alone(
+def test_a_gpu_starts_kernels_in_order_only_for_tensor_parallelism(
     monkeypatch: pytest.MonkeyPatch,
     tp: int,
     world_size: int,
@@ -101,7 +101,7 @@ def test_a_gpu_queues_in_order_for_tensor_parallelism_alone(
     chosen: str | None,
     expected: str | None,
 ) -> None:
-    """Before CUDA starts, which is where this test leaves."""
+    """The variable is set before CUDA starts, where this test stops."""
 
     class CudaStarts(Exception):  # noqa: N818
         pass
@@ -115,7 +115,7 @@ def test_a_gpu_queues_in_order_for_tensor_parallelism_alone(
         monkeypatch.delenv(variable)
     for name, value in {"RANK": 0, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": 1}.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # somebody's choice, left alone
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # set by the user, so left unchanged
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", start)
     monkeypatch.setattr("parallel.mesh.join_attempt", lambda *_: ("", None, "cuda", False))
@@ -125,8 +125,8 @@ def test_a_gpu_queues_in_order_for_tensor_parallelism_alone(
 
 
 @distributed(Layout(dp=2))
-def test_sums_of_every_micro_batch_are_awaited(mesh: Mesh) -> None:
-    """They are added up at once, so none may be under way."""
+def test_sums_of_every_micro_batch_are_not_deferred(mesh: Mesh) -> None:
+    """FSDP2 accumulates them at once, so none may still be running."""
     model = build(mesh, overlap=True, gradient_sync="micro_batch")
     backward(model)
-    assert not hasattr(model, "awaited")
+    assert not hasattr(model, "deferred")

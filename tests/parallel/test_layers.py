@@ -1,8 +1,8 @@
 """Every parallel layer equals the dense one: output, input gradient and every weight gradient.
 
-What each comparison would catch: the output, a bias added t times or a lost partial sum; the input
-gradient, a wrong conjugate mapping; the weight gradient, a shard of the sequence where all of it
-belongs; the bias gradient, a partial sum that nobody completes.
+The output shows a bias added t times or a lost partial sum; the input gradient, a wrong conjugate
+mapping; the weight gradient, a sequence shard in place of the full sequence; the bias gradient, a
+partial sum that is not completed.
 """
 
 import dataclasses
@@ -14,27 +14,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from ops import (
-    matmul as products,
-)
+from configs.weights import WeightSpec, column_weights, row_weights
+from ops import matmul
 from parallel import (
     MergedColumnParallelLinear,
     Mesh,
-    Normal,
     RowParallelLinear,
     VocabParallelEmbedding,
-    enter_tensor_parallel_region,
     initialise_parameters,
     lookup,
     parameter_facts,
     sequence_shard,
-    shard_range,
     sum_over,
     vocab_parallel_logits,
     vocab_parallel_loss,
 )
 from parallel import loss as loss_module
-from parallel.sharding import tp_shard_dim
+from parallel.mappings import enter_tensor_parallel_region
+from parallel.parameters import shard_range, tp_shard_dim
 from tests.distributed import ONE_RANK, OVERLAPPED, TENSOR_PARALLEL, Layout, distributed
 from tests.parallel.test_mappings import seeded
 
@@ -43,8 +40,18 @@ LINEAR_LAYOUTS = (*LAYOUTS, *OVERLAPPED)
 S, B, H = 16, 2, 12
 
 
+def column_linear(mesh: Mesh, **out_sizes: int) -> MergedColumnParallelLinear:
+    """A layer with a weight and a bias for each name."""
+    weights = {
+        f"{weight}.{name}": spec
+        for weight, out_size in out_sizes.items()
+        for name, spec in column_weights(out_size, H, 1.0).items()
+    }
+    return MergedColumnParallelLinear(weights, mesh)
+
+
 def fill(layer: nn.Module, mesh: Mesh) -> dict[str, Tensor]:
-    """Give a layer random float64 weights; return the dense ones, ready for gradients."""
+    """Set random float64 weights; returns the dense ones, which require gradients."""
     layer.to_empty(device="cpu").double()
     dense = {}
     for number, (name, parameter) in enumerate(layer.named_parameters()):
@@ -64,7 +71,7 @@ def shard_of(full: Tensor, dim: int | None, mesh: Mesh) -> Tensor:
 
 
 def assert_gradients(layer: nn.Module, dense: dict[str, Tensor], mesh: Mesh) -> None:
-    """Each weight gradient, summed over tp where it is declared partial, is this rank's part."""
+    """Each weight gradient, summed over tp if declared partial, is this rank's part."""
     facts = parameter_facts(layer)
     for name, parameter in layer.named_parameters():
         gradient = parameter.grad.to_local().clone()
@@ -76,8 +83,8 @@ def assert_gradients(layer: nn.Module, dense: dict[str, Tensor], mesh: Mesh) -> 
 
 @distributed(*LINEAR_LAYOUTS)
 def test_column_equals_dense(mesh: Mesh) -> None:
-    """Two weights that share a gather give their own outputs and a summed input gradient."""
-    layer = MergedColumnParallelLinear(H, {"a": 8, "b": 20}, mesh, Normal(1.0))
+    """Two weights that share a gather have separate outputs; their input gradients add up."""
+    layer = column_linear(mesh, a=8, b=20)
     dense = fill(layer, mesh)
     x_dense = seeded(1, S, B, H).requires_grad_()
     x = sequence_shard(x_dense.detach(), mesh).clone().requires_grad_()
@@ -99,22 +106,17 @@ def test_column_equals_dense(mesh: Mesh) -> None:
 @distributed(*LINEAR_LAYOUTS)
 @pytest.mark.parametrize("num_row_groups", [1, 2])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_shared_blocks_equal_dense(mesh: Mesh, num_row_groups: int, has_bias: bool) -> None:
-    """Ranks that share a block of rows compute the same columns, and their gradients add up."""
-    layer = MergedColumnParallelLinear(
-        H,
-        {"kv": 6 * num_row_groups},
-        mesh,
-        Normal(1.0),
-        has_bias=has_bias,
-        num_row_groups={"kv": num_row_groups},
-    )
+def test_shared_row_groups_equal_dense(mesh: Mesh, num_row_groups: int, has_bias: bool) -> None:
+    """Ranks that share a row group compute the same columns, and their gradients add up."""
+    weights = column_weights(6 * num_row_groups, H, 1.0, has_bias, num_row_groups)
+    weights = {f"kv.{name}": spec for name, spec in weights.items()}
+    layer = MergedColumnParallelLinear(weights, mesh)
     dense = fill(layer, mesh)
     x_dense = seeded(1, S, B, H).requires_grad_()
     x = sequence_shard(x_dense.detach(), mesh).clone().requires_grad_()
 
     (y,) = layer(x)
-    width = y.shape[-1]  # one block, or several where there are fewer ranks than blocks
+    width = y.shape[-1]  # one group, or several if there are fewer ranks than groups
     y.backward(seeded(50 + mesh.tp.rank, S, B, width))
 
     y_dense = F.linear(x_dense, dense["kv.weight"], dense.get("kv.bias"))
@@ -131,8 +133,8 @@ def test_shared_blocks_equal_dense(mesh: Mesh, num_row_groups: int, has_bias: bo
 @distributed(*LINEAR_LAYOUTS)
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_row_equals_dense(mesh: Mesh, has_bias: bool) -> None:
-    """Splitting A by columns changes neither Y nor any gradient, the bias's included."""
-    layer = RowParallelLinear(8, H, mesh, Normal(1.0), has_bias=has_bias)
+    """Sharding A by columns changes neither Y nor any gradient, including the bias's."""
+    layer = RowParallelLinear(row_weights(H, 8, 1.0, has_bias), mesh)
     dense = fill(layer, mesh)
     x_dense = seeded(1, S, B, 8).requires_grad_()
     x = shard_of(x_dense.detach(), 2, mesh).clone().requires_grad_()
@@ -150,9 +152,9 @@ def test_row_equals_dense(mesh: Mesh, has_bias: bool) -> None:
 
 @distributed(*LINEAR_LAYOUTS)
 def test_column_then_row_equals_dense(mesh: Mesh) -> None:
-    """The pair is an MLP: nothing between the two layers crosses the wire."""
-    column = MergedColumnParallelLinear(H, {"up": 16}, mesh, Normal(1.0))
-    row = RowParallelLinear(16, H, mesh, Normal(1.0))
+    """The pair is an MLP, without communication between the two layers."""
+    column = column_linear(mesh, up=16)
+    row = RowParallelLinear(row_weights(H, 16, 1.0), mesh)
     up, down = fill(column, mesh), fill(row, mesh)
     x_dense = seeded(1, S, B, H).requires_grad_()
     x = sequence_shard(x_dense.detach(), mesh).clone().requires_grad_()
@@ -173,8 +175,8 @@ def test_column_then_row_equals_dense(mesh: Mesh) -> None:
 @distributed(*LAYOUTS)
 @pytest.mark.parametrize("vocab_size", [20, 23])
 def test_embedding_equals_dense(mesh: Mesh, vocab_size: int) -> None:
-    """Each id finds its row wherever it is, repeated ids add up, 23 rows need no padding."""
-    layer = VocabParallelEmbedding(vocab_size, H, mesh, Normal(1.0))
+    """Ids on any rank, repeated ids, and a vocabulary of 23 rows without padding."""
+    layer = VocabParallelEmbedding(WeightSpec((vocab_size, H), tp_dim=0), mesh)
     dense = fill(layer, mesh)
     tokens = torch.randint(vocab_size, (S, B), generator=torch.Generator().manual_seed(5))
     tokens[0] = torch.tensor([0, vocab_size - 1])
@@ -190,7 +192,7 @@ def test_embedding_equals_dense(mesh: Mesh, vocab_size: int) -> None:
 
 
 def test_lookup_sums_in_float32() -> None:
-    """A row looked up 4,096 times in bfloat16 has a gradient right to bfloat16's eight bits."""
+    """The gradient of a row looked up 4,096 times in bfloat16 is rounded once."""
     table = torch.ones(3, 5, dtype=torch.bfloat16).requires_grad_()
     ids = torch.zeros(4096, dtype=torch.int64)
     upstream = seeded(1, 4096, 5).bfloat16()
@@ -205,7 +207,7 @@ def test_lookup_sums_in_float32() -> None:
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 @pytest.mark.parametrize("rows_at_a_time", [4, 1000])
 def test_loss_equals_dense(mesh: Mesh, vocab_size: int, scale: float, rows_at_a_time: int) -> None:
-    """Loss, z-loss, dX and dW; ignored targets, logits of 1e4, in one piece or several."""
+    """Loss, z-loss, dX and dW, with ignored targets, logits of 1e4, in one chunk or several."""
     z_loss_coeff, upstream = 0.1 / scale, 0.3
     table_dense = seeded(1, vocab_size, H).requires_grad_()
     x_dense = (scale * seeded(2, S, B, H)).requires_grad_()
@@ -218,9 +220,9 @@ def test_loss_equals_dense(mesh: Mesh, vocab_size: int, scale: float, rows_at_a_
     expected = F.cross_entropy(logits, targets.flatten(), reduction="sum")
     expected_z = (logits.logsumexp(-1) * (targets.flatten() >= 0)).square().sum()
     (upstream * (expected + z_loss_coeff * expected_z)).backward()
-    # A smaller shard would have room for a row more, but all ranks must cut alike.
+    # A smaller shard would have room for one more row, but all ranks must chunk alike.
     largest = -(-vocab_size // mesh.tp.size)
-    with patch.dict(loss_module._PIECE_ELEMENTS, cpu=(rows_at_a_time + 1) * largest - 1):
+    with patch.dict(loss_module._CHUNK_ELEMENTS, cpu=(rows_at_a_time + 1) * largest - 1):
         losses = vocab_parallel_loss(x, table, targets, vocab_size, mesh, z_loss_coeff)
         with torch.no_grad():
             scored = vocab_parallel_loss(x, table, targets, vocab_size, mesh, z_loss_coeff)
@@ -237,8 +239,8 @@ def test_loss_equals_dense(mesh: Mesh, vocab_size: int, scale: float, rows_at_a_
 
 
 @distributed(ONE_RANK)
-def test_the_gradient_of_the_head_is_not_copied(mesh: Mesh) -> None:
-    """It is as large as the embedding; forward makes it and backward scales it in place."""
+def test_head_gradient_is_not_copied(mesh: Mesh) -> None:
+    """It is as large as the embedding; forward computes it and backward scales it in place."""
     table, x = seeded(1, 23, H).float().requires_grad_(), seeded(2, S, B, H).float()
     objective = vocab_parallel_loss(x, table, torch.zeros(S, B).long(), 23, mesh).objective
     address = objective.grad_fn.gradients[1].data_ptr()
@@ -250,7 +252,7 @@ def test_the_gradient_of_the_head_is_not_copied(mesh: Mesh) -> None:
 
 @distributed(*LAYOUTS)
 def test_logits_equal_dense(mesh: Mesh) -> None:
-    """The gather is before the head; its backward sums what every vocabulary shard says of x."""
+    """The gather is before the head; its backward sums dX over the vocabulary shards."""
     table_dense = seeded(1, 23, H).requires_grad_()
     table = shard_of(table_dense.detach(), 0, mesh).clone().requires_grad_()
     x_dense = seeded(2, S, B, H).requires_grad_()
@@ -269,10 +271,7 @@ def test_logits_equal_dense(mesh: Mesh) -> None:
 @distributed(ONE_RANK, Layout(tp=2))
 @pytest.mark.parametrize("has_units", [True, False])
 def test_logits_of_bfloat16_are_float32(mesh: Mesh, has_units: bool) -> None:
-    """Loss and logits of a bfloat16 head, against float64 ones of the same bfloat16 numbers.
-
-    A logit of 20 rounded to bfloat16 is up to 0.06 away. The gradients are rounded to it once.
-    """
+    """Loss and logits of a bfloat16 head equal float64 ones; gradients are rounded once."""
     h, vocab_size = 64, 23
     x_dense = seeded(2, S, B, h).bfloat16()
     table_dense = (0.7 * seeded(1, vocab_size, h)).bfloat16()
@@ -285,8 +284,8 @@ def test_logits_of_bfloat16_are_float32(mesh: Mesh, has_units: bool) -> None:
     x = sequence_shard(x_dense, mesh).requires_grad_()
     table = shard_of(table_dense, 0, mesh).clone().requires_grad_()
     with (
-        patch.object(products, "_has_bfloat16_units", lambda: has_units),
-        patch.dict(loss_module._PIECE_ELEMENTS, cpu=5 * vocab_size),
+        patch.object(matmul, "_has_bfloat16_units", lambda: has_units),
+        patch.dict(loss_module._CHUNK_ELEMENTS, cpu=5 * vocab_size),
     ):
         logits = vocab_parallel_logits(x, table, mesh)
         losses = vocab_parallel_loss(x, table, targets, vocab_size, mesh)
@@ -303,21 +302,21 @@ def test_logits_of_bfloat16_are_float32(mesh: Mesh, has_units: bool) -> None:
 
 @distributed(Layout(tp=2), Layout(tp=4, sp=False))
 def test_sequence_parallelism_cannot_be_mixed(mesh: Mesh) -> None:
-    """A layer made for a mesh that differs in this one fact is refused by the model, by name."""
+    """Initialisation names a layer that was created for a mesh with another setting."""
     other = dataclasses.replace(mesh, sequence_parallel=not mesh.sequence_parallel)
     model = nn.ModuleDict(
         {
-            "column": MergedColumnParallelLinear(H, {"up": 16}, mesh, Normal(1.0)),
-            "row": RowParallelLinear(16, H, other, Normal(1.0)),
+            "column": column_linear(mesh, up=16),
+            "row": RowParallelLinear(row_weights(H, 16, 1.0), other),
         }
     )
     model.to_empty(device="cpu")
-    with pytest.raises(RuntimeError, match=r"row\.weight was made for a mesh with sequence_para"):
+    with pytest.raises(RuntimeError, match=r"row\.weight was created with tp=\d, sequence_para"):
         initialise_parameters(model, 1, mesh)
 
 
 @distributed(*TENSOR_PARALLEL)
-def test_regions_are_identities_of_value(mesh: Mesh) -> None:
-    """Entering gives every rank all positions, in the order of the sequence."""
+def test_entering_a_region_restores_the_sequence(mesh: Mesh) -> None:
+    """Every rank gets all positions in order."""
     x = seeded(1, S, B, H)
     assert torch.equal(enter_tensor_parallel_region(sequence_shard(x, mesh), mesh), x)

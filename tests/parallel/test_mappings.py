@@ -1,4 +1,4 @@
-"""The mappings equal their one-rank formulas, and each backward is its forward transposed."""
+"""The mappings equal their formulas, and each backward is the transpose of its forward."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing import assert_close
 
-from parallel import Axis, Mesh, gather_vocabulary, sequence_shard, shard_range
+from parallel import Mesh, gather_vocabulary, sequence_shard
 from parallel.mappings import (
     copy_to_ranks,
     enter_tensor_parallel_region,
@@ -19,6 +19,8 @@ from parallel.mappings import (
     replicate_sequence,
     split_sequence,
 )
+from parallel.mesh import Axis
+from parallel.parameters import shard_range
 from tests.distributed import ONE_RANK, Layout, distributed
 
 TWO_AND_FOUR = (Layout(tp=2), Layout(tp=4))
@@ -37,14 +39,14 @@ def seeded(seed: int, *shape: int) -> Tensor:
 
 
 def every_ranks(seed: int, mesh: Mesh, *shape: int) -> list[Tensor]:
-    """What each tp rank holds, known to all: different on each."""
+    """The tensor of each tp rank, all different."""
     return [seeded(100 * seed + rank, *shape) for rank in range(mesh.tp.size)]
 
 
 @distributed(*TWO_AND_FOUR)
 @pytest.mark.parametrize("name", MAPPINGS)
 def test_forward_and_backward_equal_the_formulas(mesh: Mesh, name: str) -> None:
-    """Forward is what the name says; backward is the forward of the conjugate."""
+    """Backward is the forward of the conjugate mapping."""
     t, rank = mesh.tp.size, mesh.tp.rank
 
     def formula(kind: str, inputs: list[Tensor]) -> Tensor:
@@ -74,10 +76,9 @@ def test_forward_and_backward_equal_the_formulas(mesh: Mesh, name: str) -> None:
 @distributed(*TWO_AND_FOUR)
 @pytest.mark.parametrize("name", MAPPINGS)
 def test_pairs_are_conjugate(mesh: Mesh, name: str) -> None:
-    """<A x, y> = <x, A' y> for the mapping A and its partner A'.
+    """<A x, y> = <x, A' y> for the mapping A and its conjugate A'.
 
-    What the ranks hold together is one vector: the ranks' pieces one after the other, or, where a
-    mapping starts from or ends in the same value on all ranks, that value once.
+    The tensors of all ranks form one vector: concatenated if they differ, else counted once.
     """
 
     def inner(a: Tensor, b: Tensor, same_on_all_ranks: bool) -> Tensor:
@@ -100,9 +101,9 @@ def test_pairs_are_conjugate(mesh: Mesh, name: str) -> None:
 
 @distributed(*TWO_AND_FOUR)
 def test_what_follows_a_gather_decides_its_backward(mesh: Mesh) -> None:
-    """Compute that all ranks repeat needs the split, compute that differs the reduce-scatter.
+    """Duplicated compute needs the split, tensor-parallel compute the reduce-scatter.
 
-    The other one is wrong by a factor of t, or lacks what the other ranks say.
+    The wrong one is off by a factor of t, or lacks the other ranks' contributions.
     """
     t, rank = mesh.tp.size, mesh.tp.rank
     whole = seeded(1, 2 * t, 3)
@@ -137,7 +138,7 @@ def test_inputs_are_not_written_to(mesh: Mesh, name: str) -> None:
 
 @distributed(ONE_RANK)
 def test_one_rank_is_the_identity(mesh: Mesh) -> None:
-    """At t = 1 no mapping makes a copy, so nothing is spent."""
+    """At t = 1 mappings return their input."""
     x = seeded(1, 4, 3)
     assert not mesh.sequence_parallel
     assert enter_tensor_parallel_region(x, mesh) is x
@@ -147,7 +148,7 @@ def test_one_rank_is_the_identity(mesh: Mesh) -> None:
 
 @distributed(*TWO_AND_FOUR)
 def test_vocabulary_gather_undoes_uneven_shards(mesh: Mesh) -> None:
-    """Seven columns over two or four ranks come back in order, without padding."""
+    """Seven columns over two or four ranks are gathered in order, without padding."""
     logits = seeded(3, 2, 5, 7)
     start, stop = shard_range(7, mesh.tp.size, mesh.tp.rank)
     assert torch.equal(gather_vocabulary(logits[..., start:stop], mesh, 7), logits)

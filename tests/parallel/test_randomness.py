@@ -1,4 +1,4 @@
-"""Dropout masks are functions of their names, and look random."""
+"""Dropout masks are pure functions, and pass statistical tests."""
 
 import pytest
 import torch
@@ -17,22 +17,22 @@ def mask(stream: DropoutStream, layer: int = 0, site: int = 1, positions: int = 
 
 
 def test_a_shard_of_the_mask_is_the_mask_of_the_shard() -> None:
-    """Rows made from their global position on equal the rows of the whole mask."""
+    """Rows computed from their global position equal those of the full mask."""
     stream = DropoutStream(seed=1, step=2, sample_indices=(5, 6))
     whole = mask(stream)
     part = keep_mask(torch.Size((16, 2, 96)), 48, RATE, stream.keys(0, 1, CPU))
     assert torch.equal(part, whole[48:])
 
 
-def test_a_sample_has_its_mask_in_any_batch() -> None:
-    """The mask of sample 6 is the same beside 5 and beside 9, in either place."""
+def test_a_mask_does_not_depend_on_the_batch() -> None:
+    """Sample 6 has the same mask next to 5 and next to 9, in either place."""
     first = mask(DropoutStream(1, 2, (5, 6)))[:, 1]
     second = mask(DropoutStream(1, 2, (6, 9)))[:, 0]
     assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9])
-def test_the_rate_is_kept(rate: float) -> None:
+def test_the_dropout_rate_is_right(rate: float) -> None:
     """Within four standard deviations of the binomial over a million elements."""
     keys = DropoutStream(3, 4, tuple(range(8))).keys(1, 1, CPU)
     kept = keep_mask(torch.Size((256, 8, 512)), 0, rate, keys).double().mean().item()
@@ -40,8 +40,8 @@ def test_the_rate_is_kept(rate: float) -> None:
     assert abs(kept - (1 - rate)) <= 4 * deviation + 1e-9
 
 
-def test_masks_with_other_names_are_independent() -> None:
-    """Changing any one part of the name, or shifting along any dim, leaves no correlation."""
+def test_different_masks_are_uncorrelated() -> None:
+    """After changing any one argument, or shifting along any dim."""
     base = DropoutStream(1, 2, (5,))
     x = mask(base, positions=512).double() - (1 - RATE)
     others = {
@@ -60,7 +60,7 @@ def test_masks_with_other_names_are_independent() -> None:
 
 
 def test_every_channel_and_position_drops_alike() -> None:
-    """No row or column of the mask is favoured: chi-squared of counts within five deviations."""
+    """Chi-squared of the counts per row and per column is within five deviations."""
     x = (~mask(DropoutStream(7, 7, tuple(range(16))), positions=256)).double()
     for dims, cells in (((0, 1), 96), ((1, 2), 256)):
         counts = x.sum(dims)
@@ -71,7 +71,7 @@ def test_every_channel_and_position_drops_alike() -> None:
 
 @distributed(ONE_RANK, *TENSOR_PARALLEL)
 def test_dropout_add_equals_the_formula(mesh: Mesh) -> None:
-    """Forward and both gradients, on the shard, from the mask of the whole sequence."""
+    """Forward and both gradients on the shard, from the mask of the full sequence."""
     stream = DropoutStream(1, 2, (5, 6))
     whole = keep_mask(torch.Size((8, 2, 6)), 0, RATE, stream.keys(3, 1, CPU)).double()
     scaled = sequence_shard(whole / (1 - RATE), mesh)
@@ -90,7 +90,7 @@ def test_dropout_add_equals_the_formula(mesh: Mesh) -> None:
 
 
 def test_fold_seed_separates_its_parts() -> None:
-    """("ab", "c") and ("a", "bc") are different names."""
+    """("ab", "c") and ("a", "bc") give different seeds."""
     assert fold_seed(1, "ab", "c") != fold_seed(1, "a", "bc")
     assert fold_seed(1, "x") != fold_seed(2, "x")
     assert 0 <= fold_seed(2**62, "x") < 2**63

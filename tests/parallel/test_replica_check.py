@@ -1,4 +1,4 @@
-"""Copies that part are found, tensor and ranks named; copies that agree are left alone."""
+"""Replica mismatches are found, with tensor and ranks; equal replicas are left unchanged."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ TP = (Layout(tp=2), Layout(tp=4), Layout(tp=2, sp=False), Layout(tp=2, dp=2))
 
 
 def flip_a_bit(tensor: torch.Tensor) -> None:
-    """The smallest change there is: the lowest bit of the first element."""
+    """Flip the lowest bit of the first element."""
     tensor.detach().view(-1)[:1].view(torch.int32).bitwise_xor_(1)
 
 
@@ -39,8 +39,8 @@ def update(model: GPT, mesh: Mesh) -> dict[str, torch.Tensor]:
 
 @distributed(*EVERY_LAYOUT)
 @pytest.mark.parametrize("options", OPTIONS)
-def test_a_right_step_leaves_copies_alike(mesh: Mesh, options: str) -> None:
-    """Every kind of replica, of weights and moments, on every layout."""
+def test_replicas_agree_after_a_step(mesh: Mesh, options: str) -> None:
+    """Weights and moments, on every layout; the check changes nothing."""
     model = tiny_model(mesh, dataclasses.replace(TINY, **OPTIONS[options]))
     tensors = update(model, mesh)
     before = {name: tensor.to_local().clone() for name, tensor in tensors.items()}
@@ -55,23 +55,23 @@ def test_a_right_step_leaves_copies_alike(mesh: Mesh, options: str) -> None:
     "name", ["parameters.blocks.1.mlp_norm.weight", "exp_avg_sq.blocks.0.attention.proj.bias"]
 )
 def test_one_flipped_bit_is_found(mesh: Mesh, name: str) -> None:
-    """In a weight or a moment of the last rank; with two copies nobody can say which is right."""
+    """In a weight or a moment of the last rank; of two copies either may be the wrong one."""
     model = tiny_model(mesh)
     tensors = update(model, mesh)
     last = mesh.world.size - 1
     if mesh.world.rank == last:
         flip_a_bit(tensors[name].to_local())
 
-    (drift,) = compare_replicas(model, tensors, mesh)
+    (mismatch,) = compare_replicas(model, tensors, mesh)
 
     row = tuple(range(mesh.world.size - mesh.tp.size, mesh.world.size))
-    assert (drift.name, drift.axis, drift.ranks) == (name, "tp", row)
-    assert drift.odd_ranks == ((last,) if mesh.tp.size > 2 else row)
+    assert (mismatch.name, mismatch.axis, mismatch.ranks) == (name, "tp", row)
+    assert mismatch.odd_ranks == ((last,) if mesh.tp.size > 2 else row)
 
 
 @distributed(Layout(dp=2), Layout(dp=4), Layout(tp=2, dp=2))
-def test_a_wrong_gathered_copy_is_found(mesh: Mesh) -> None:
-    """A bit that flips on the way to one dp rank: the copy is named, and left to be made anew."""
+def test_a_wrong_gathered_weight_is_found(mesh: Mesh) -> None:
+    """A bit flips on the way to one dp rank: the weight is named and then gathered again."""
     model = tiny_model(mesh)
     tensors = update(model, mesh)
     block = model.blocks[1]
@@ -85,25 +85,25 @@ def test_a_wrong_gathered_copy_is_found(mesh: Mesh) -> None:
 
     block.unshard = gather_badly
 
-    (drift,) = compare_replicas(model, tensors, mesh)
+    (mismatch,) = compare_replicas(model, tensors, mesh)
 
-    assert (drift.name, drift.axis) == ("gathered blocks.1.mlp.down.weight", "dp")
+    assert (mismatch.name, mismatch.axis) == ("gathered blocks.1.mlp.down.weight", "dp")
     column = tuple(range(0, mesh.world.size, mesh.tp.size))
-    assert drift.ranks == column
-    assert drift.odd_ranks == ((0,) if mesh.dp.size > 2 else column)
+    assert mismatch.ranks == column
+    assert mismatch.odd_ranks == ((0,) if mesh.dp.size > 2 else column)
     block.unshard = gather
     assert compare_replicas(model, tensors, mesh) == []
 
 
 @distributed(Layout(tp=2), Layout(tp=2, dp=2))
-def test_a_forgotten_sum_is_found_after_one_step(mesh: Mesh) -> None:
-    """The mistake the audit is for: a norm whose partial gradient nobody sums."""
+def test_an_unsummed_partial_gradient_is_found_after_one_step(mesh: Mesh) -> None:
+    """The gradient of a norm is partial but declared complete."""
     model = tiny_model(mesh)
     facts = model.blocks[0].mlp_norm.__dict__["facts"]
     facts["bias"] = dataclasses.replace(facts["bias"], grad_is_partial=False)
-    drifts = compare_replicas(model, update(model, mesh), mesh)
+    mismatches = compare_replicas(model, update(model, mesh), mesh)
     names = {f"{kind}.blocks.0.mlp_norm.bias" for kind in ("parameters", "exp_avg", "exp_avg_sq")}
-    assert {drift.name for drift in drifts} == names
+    assert {mismatch.name for mismatch in mismatches} == names
 
 
 @pytest.fixture
@@ -113,8 +113,8 @@ def config(corpus: object, tmp_path: object) -> Config:
 
 
 @distributed(Layout(tp=2))
-def test_a_run_whose_copies_part_ends(mesh: Mesh, config: Config) -> None:
-    """All ranks leave together; exit.json has code 6, the tensor and the ranks."""
+def test_a_replica_mismatch_ends_the_run(mesh: Mesh, config: Config) -> None:
+    """On all ranks; exit.json has code 6, the tensors and the ranks."""
     parallel = dataclasses.replace(config.parallel, tensor_model_parallel_size=2)
     config = dataclasses.replace(config, parallel=parallel)
     with pytest.raises(ReplicaMismatchError) as caught, RunFolder(config, mesh) as folder:  # noqa: PT012

@@ -1,27 +1,27 @@
-"""Who owns which part of a tensor agrees with torch's own chunking and with FSDP2's placements."""
+"""Shards agree with torch.chunk and with FSDP2's placements."""
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+from configs.weights import WeightSpec
 from parallel import (
     Mesh,
-    Normal,
     declare_parameter,
     fold_seed,
     initialise_parameters,
     local_slices,
-    shard_range,
     tp_shard_dim,
 )
+from parallel.parameters import shard_range
 from tests.distributed import EVERY_LAYOUT, distributed
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 8, 603, 16384])
 @pytest.mark.parametrize("parts", [1, 2, 3, 4, 6, 8])
 def test_shard_range_is_torch_chunk(size: int, parts: int) -> None:
-    """Every row belongs to one piece; where torch makes fewer pieces, ours are empty."""
+    """Every row is in one shard; where torch returns fewer chunks, ours are empty."""
     rows = torch.arange(size)
     chunks = [chunk.tolist() for chunk in rows.chunk(parts)]
     ours = [rows[slice(*shard_range(size, parts, index))].tolist() for index in range(parts)]
@@ -31,9 +31,9 @@ def test_shard_range_is_torch_chunk(size: int, parts: int) -> None:
 @distributed(*EVERY_LAYOUT)
 @pytest.mark.parametrize(("shape", "tp_dim"), [((13, 6), 0), ((5, 11), 1), ((7,), None), ((9,), 0)])
 def test_slices_are_what_fsdp_keeps(mesh: Mesh, shape: tuple[int, ...], tp_dim: int | None) -> None:
-    """After FSDP2 a rank's shard is the slice that our table names, uneven shapes included."""
+    """FSDP2's shard of a rank is the slice of `local_slices`, also for uneven shapes."""
     layer = nn.Module()
-    declare_parameter(layer, "weight", shape, mesh, init=Normal(1.0), tp_dim=tp_dim)
+    declare_parameter(layer, "weight", WeightSpec(shape, tp_dim, init_std=1.0), mesh)
     fully_shard(layer, mesh=mesh.device_mesh["dp"])
     layer.to_empty(device="cpu")
     initialise_parameters(layer, 7, mesh)
@@ -49,9 +49,9 @@ def test_slices_are_what_fsdp_keeps(mesh: Mesh, shape: tuple[int, ...], tp_dim: 
 
 @distributed(*EVERY_LAYOUT)
 def test_initial_weights_do_not_depend_on_the_layout(mesh: Mesh) -> None:
-    """Drawn from seed and name: the same numbers, to the bit, wherever they land."""
+    """They are a function of seed and name, bit for bit."""
     layer = nn.Module()
-    declare_parameter(layer, "weight", (6, 4), mesh, init=Normal(0.5), tp_dim=1)
+    declare_parameter(layer, "weight", WeightSpec((6, 4), 1, init_std=0.5), mesh)
     fully_shard(layer, mesh=mesh.device_mesh["dp"])
     layer.to_empty(device="cpu")
     initialise_parameters(layer, 1234, mesh)

@@ -1,7 +1,7 @@
-"""What crosses the wire, counted and compared with the formulas; no number here is from an output.
+"""Recorded communication equals the formulas; no number here was copied from an output.
 
-M is the bytes of a full `[s, b, h]` activation. What is expected is in Korthikanti et al. 2022,
-section 4.2.2 (arXiv 2205.05198).
+M is the bytes of a full `[s, b, h]` activation. The expected collectives are those of Korthikanti
+et al. 2022, section 4.2.2 (arXiv 2205.05198).
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ every_option = pytest.mark.parametrize("options", OPTIONS)
 
 
 def over_tp(mesh: Mesh, kind: str, *shape: int, dtype: torch.dtype = torch.float32) -> Collective:
-    """What a collective of a full tensor of that shape must look like where dp is 1."""
+    """The collective of a full tensor of that shape, where dp is 1."""
     return Collective(kind, tuple(range(mesh.tp.size)), dtype, math.prod(shape) * dtype.itemsize)
 
 
@@ -54,7 +54,7 @@ def block_traffic(
     dtype: torch.dtype = torch.float32,
     s: int = S,
 ) -> tuple[list[Collective], list[Collective]]:
-    """The collectives of one block, in forward and in backward."""
+    """The collectives of one block in forward and in backward."""
     block = Block(config, 0, mesh, recompute)
     block.to_empty(device="cpu")
     initialise_parameters(block, 1, mesh)
@@ -81,9 +81,9 @@ def total_sent(traffic: list[Collective]) -> float:
 def test_block_traffic(mesh: Mesh, options: str, dtype: torch.dtype) -> None:
     """With sequence parallelism 2 AG + 2 RS forward, 2 AG + 2 RS backward; without, 2 AR and 2 AR.
 
-    The paper counts 4 AG + 2 RS in backward: it keeps a rank's shard of the input of a
-    column-parallel layer and gathers that again for dW, unless the gathered input is kept. Here it
-    is kept. So each way sends 4 (t - 1) / t M, whatever the options.
+    The paper counts 4 AG + 2 RS in backward: it saves the shard of a column-parallel layer's input
+    and gathers it again for dW. Without overlap we save the gathered input. So each direction sends
+    4 (t - 1) / t M, whatever the options.
     """
     config = dataclasses.replace(WITH_DROPOUT, **OPTIONS[options])
     forward, backward = block_traffic(mesh, config, dtype=dtype)
@@ -99,10 +99,10 @@ def test_block_traffic(mesh: Mesh, options: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 @every_option
 def test_overlapped_block_traffic(mesh: Mesh, options: str, recompute: Recompute) -> None:
-    """The paper's count: 2 AG + 2 RS forward, 4 AG + 2 RS backward, as the shard is what is kept.
+    """The paper's count: 2 AG + 2 RS forward, 4 AG + 2 RS backward, as the shard is saved.
 
-    In pieces there are four times as many, a quarter as large. Without sequence parallelism there
-    is nothing to gather again: 2 AR and 2 AR. Selective recomputation sends nothing.
+    In chunks there are four times as many, a quarter as large. Without sequence parallelism there
+    is nothing to gather again: 2 AR and 2 AR. Selective recomputation does not communicate.
     """
     config = dataclasses.replace(WITH_DROPOUT, **OPTIONS[options])
     forward, backward = block_traffic(mesh, config, recompute=recompute, s=16)
@@ -123,10 +123,10 @@ def test_overlapped_block_traffic(mesh: Mesh, options: str, recompute: Recompute
 def test_recomputed_block_traffic(mesh: Mesh, options: str) -> None:
     """Full recomputation adds the forward's collectives to the backward, all but the last one.
 
-    torch stops a recomputation once it has every tensor that backward has saved. The last of them
-    is the input of the MLP's second matrix. What follows it, the reduce-scatter (or all-reduce),
-    the bias and the dropout, saves no tensor, so it is not run again. Without that early stop it
-    is. Backward starts with what needs no saved tensor: dropout, and the gather of its gradient.
+    torch stops recomputing once it has every tensor that forward saved. The last one is the input
+    of the MLP's second matrix. The reduce-scatter (or all-reduce), the bias and the dropout after
+    it save no tensor, so they are not run again, except without that early stop. Backward starts
+    with operations that need no saved tensor: dropout, and the gather of its gradient.
     """
     config = dataclasses.replace(WITH_DROPOUT, **OPTIONS[options])
     plain_forward, plain_backward = block_traffic(mesh, config)
@@ -135,8 +135,8 @@ def test_recomputed_block_traffic(mesh: Mesh, options: str) -> None:
         _, whole_backward = block_traffic(mesh, config, recompute="full")
 
     assert forward == plain_forward
-    # The exit of the MLP is undone before anything is recomputed; without sequence parallelism
-    # that crosses no wire.
+    # The backward of the MLP's exit comes before any recomputation; without sequence parallelism
+    # it does not communicate.
     before = activations(mesh, GATHER) if mesh.sequence_parallel else []
     after = plain_backward[len(before) :]
     assert plain_backward == [*before, *after]
@@ -147,7 +147,7 @@ def test_recomputed_block_traffic(mesh: Mesh, options: str) -> None:
 @distributed(*(layout for layout in OVERLAPPED if layout.tp > 1))
 @every_option
 def test_overlapped_and_recomputed_block_traffic(mesh: Mesh, options: str) -> None:
-    """As without overlap: the forward's collectives come again but for the MLP's last sum."""
+    """As without overlap: the forward's collectives are repeated except the MLP's last sum."""
     config = dataclasses.replace(WITH_DROPOUT, **OPTIONS[options])
     _, plain_backward = block_traffic(mesh, config, s=16)
     forward, backward = block_traffic(mesh, config, recompute="full", s=16)
@@ -161,10 +161,10 @@ def test_overlapped_and_recomputed_block_traffic(mesh: Mesh, options: str) -> No
 @distributed(*TENSOR_PARALLEL)
 @pytest.mark.parametrize("options", ["gpt2", "exact gelu, untied", "llama"])
 def test_model_traffic(mesh: Mesh, options: str) -> None:
-    """Embedding RS / AG, blocks, head AG / RS, and one small float32 AG in the loss; all of it.
+    """Embedding RS / AG, blocks, head AG / RS, one small float32 AG in the loss, and nothing else.
 
-    Without sequence parallelism AR / nothing, blocks, nothing / AR. The loss's backward, and so the
-    RS (or AR) of the gradient that the head gives to x, is done in forward.
+    Without sequence parallelism AR / nothing, blocks, nothing / AR. Forward computes the gradients
+    of the loss, and so includes the RS (or AR) of the head's dX.
     """
     model = tiny_model(mesh, dataclasses.replace(TINY, **OPTIONS[options]))
     with record_traffic() as forward:
@@ -186,7 +186,7 @@ def test_model_traffic(mesh: Mesh, options: str) -> None:
 
 
 def num_partial(config: ModelConfig, mesh: Mesh) -> int:
-    """Elements whose gradient is a partial sum, from the equations of the model."""
+    """Number of elements whose gradient is partial, from the equations of the model."""
     h, d, g = config.hidden_size, config.head_dim, config.num_groups
     per_channel = 2 if config.normalization == "LayerNorm" else 1
     count = 0
@@ -204,7 +204,7 @@ def num_partial(config: ModelConfig, mesh: Mesh) -> int:
 @distributed(*TENSOR_PARALLEL)
 @every_option
 def test_gradient_traffic(mesh: Mesh, options: str) -> None:
-    """One AR a step for all partial gradients, one of a single float64 for the norm."""
+    """One AR per step for all partial gradients, and one of a single float64 for the norm."""
     config = dataclasses.replace(TINY, **OPTIONS[options])
     model = tiny_model(mesh, config)
     model(*batch(), STREAM).objective.backward()
@@ -223,7 +223,7 @@ def test_gradient_traffic(mesh: Mesh, options: str) -> None:
 @distributed(ONE_RANK)
 @every_option
 def test_one_rank_has_no_traffic(mesh: Mesh, options: str) -> None:
-    """A mesh of one is silent: forward, backward, gradients; recomputed or not."""
+    """In forward, backward and gradient sums, with any recomputation."""
     for recompute in ("none", "selective", "full"):
         model = tiny_model(mesh, dataclasses.replace(WITH_DROPOUT, **OPTIONS[options]), recompute)
         with record_traffic() as traffic:
@@ -234,7 +234,7 @@ def test_one_rank_has_no_traffic(mesh: Mesh, options: str) -> None:
 
 @distributed(Layout(dp=2), Layout(tp=2, dp=2))
 def test_fsdp_traffic(mesh: Mesh) -> None:
-    """FSDP2's own collectives are counted, on dp; a tp axis of one rank is silent.
+    """FSDP2's collectives are recorded, on dp; a tp axis of one rank has none.
 
     It gathers a block's weights in forward and again in backward, the root's once, and
     reduce-scatters every gradient once. Rows are padded to a multiple of dp.
@@ -266,8 +266,8 @@ def test_fsdp_traffic(mesh: Mesh) -> None:
 
 
 @distributed(Layout(tp=2), Layout(tp=4), Layout(tp=2, dp=2))
-def test_agreement_and_dtensors_are_counted(mesh: Mesh) -> None:
-    """Lists of tensors, and the functional collectives by which a DTensor becomes whole."""
+def test_control_and_dtensor_collectives_are_recorded(mesh: Mesh) -> None:
+    """Those of flags and JSON, and the functional ones that DTensor issues."""
     world = mesh.world.size
     with record_traffic() as agreement:
         any_rank(mesh, False)
@@ -285,7 +285,7 @@ def test_agreement_and_dtensors_are_counted(mesh: Mesh) -> None:
     with record_traffic() as traffic:
         total = whole.sum().full_tensor()
         whole.full_tensor()
-        whole.softmax(0)  # over the dim that is cut: it gathers inside the operation
+        whole.softmax(0)  # over the sharded dim: it gathers inside the operation
     assert total == 15 * mesh.tp.size
     gather = (GATHER, mesh.tp.size * 3 * 5 * 4)
     assert [(c.kind, c.full_bytes) for c in traffic] == [(REDUCE, 4), gather, gather]
@@ -294,7 +294,7 @@ def test_agreement_and_dtensors_are_counted(mesh: Mesh) -> None:
 @distributed(ONE_RANK, Layout(tp=2), Layout(tp=2, sp=False), Layout(tp=2, dp=2))
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_recording_changes_nothing(mesh: Mesh, recompute: str) -> None:
-    """The loss and every gradient are the same to the bit."""
+    """The loss and every gradient are bit for bit equal."""
     seen, unseen = (tiny_model(mesh, WITH_DROPOUT, recompute) for _ in range(2))
     with record_traffic():
         loss = seen(*batch(), STREAM).objective
@@ -321,13 +321,12 @@ def test_recording_changes_nothing(mesh: Mesh, recompute: str) -> None:
     ],
 )
 def test_bytes_on_a_ring(kind: str, num_ranks: int, sent: int) -> None:
-    """Rounds and pieces counted by hand."""
+    """Counted by hand."""
     collective = Collective(kind, tuple(range(num_ranks)), torch.float32, 48)
-    assert collective.group_size == num_ranks
     assert collective.sent_bytes == sent
 
 
 def test_other_kinds_have_no_formula() -> None:
-    """A broadcast is recorded, but ranks send different amounts."""
+    """A broadcast is recorded, but its ranks send different amounts."""
     with pytest.raises(ValueError, match="kind=broadcast has no formula"):
         _: Any = Collective("broadcast", (0, 1), torch.float32, 48).sent_bytes

@@ -19,9 +19,7 @@ from model import build_model
 from model.build import COMPUTE_DTYPE
 from model.context import make_attention_context
 from model.gpt import Block
-from ops.matmul import (
-    scratch_scope,
-)
+from ops.scratch import scratch_scope
 from parallel import (
     DropoutStream,
     Mesh,

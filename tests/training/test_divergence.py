@@ -17,7 +17,7 @@ import torch
 from configs import Config, parse_config
 from data import MicroBatch
 from parallel import DropoutStream, Mesh
-from parallel.data_parallel import await_gradients
+from parallel.dp_overlap import await_gradients
 from tests.distributed import ONE_RANK, Layout, distributed
 from tests.runs import rows, settings
 from train import train

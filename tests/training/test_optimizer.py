@@ -9,7 +9,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from configs import Config, OptimizerConfig, TrainConfig
-from parallel import Mesh, Normal, declare_parameter, initialise_parameters, local_slices
+from configs.weights import WeightSpec
+from parallel import Mesh, declare_parameter, initialise_parameters, local_slices
 from parallel import tp_shard_dim as cut_dim
 from tests.distributed import EVERY_LAYOUT, distributed
 from training.optimizer import (
@@ -106,7 +107,7 @@ def test_updates_equal_adamw_on_dense_weights(mesh: Mesh) -> None:
     """Three updates of a matrix (decayed) and a vector (not) from given gradients."""
     module, shapes = nn.Module(), {"matrix": (13, 6), "vector": (9,)}
     for name, shape in shapes.items():
-        declare_parameter(module, name, shape, mesh, init=Normal(1.0), tp_dim=0)
+        declare_parameter(module, name, WeightSpec(shape, 0, init_std=1.0), mesh)
     fully_shard(module, mesh=mesh.device_mesh["dp"])
     module.to_empty(device="cpu")
     initialise_parameters(module, 1, mesh)
