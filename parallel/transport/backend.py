@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import (
+from torch._C._distributed_c10d import (  # type: ignore[attr-defined]  # one is not declared
     AllreduceOptions,
     ProcessGroupGloo,
     _create_work_from_future,

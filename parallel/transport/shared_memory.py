@@ -72,6 +72,13 @@ class SharedMemory:
         self._pids, self._global_ranks = pids, global_ranks
         self._timeout_s = timeout.total_seconds()
         self._step, self._failure = 0, ""
+        self._ended = select.poll()
+        self._peer_of: dict[int, int] = {}
+        for peer in self.peers:
+            pidfd = os.pidfd_open(pids[peer])
+            weakref.finalize(self, os.close, pidfd)
+            self._peer_of[pidfd] = peer
+            self._ended.register(pidfd, select.POLLIN)
         # A semaphore for each sender and receiver; then each rank's call in the even and the odd
         # steps, and the rank that it has lost.
         num_lines = self.ranks * (self.ranks + 3)
@@ -84,13 +91,6 @@ class SharedMemory:
         slots = torch.frombuffer(memory, dtype=torch.uint8, offset=slots_at)
         self._slots = slots.view(self.ranks, 2, SLOT_BYTES)
         self._typed_slots: dict[tuple[torch.dtype, int], Sequence[Tensor]] = {}
-        self._ended = select.poll()
-        self._peer_of: dict[int, int] = {}
-        for peer in self.peers:
-            pidfd = os.pidfd_open(pids[peer])
-            weakref.finalize(self, os.close, pidfd)
-            self._peer_of[pidfd] = peer
-            self._ended.register(pidfd, select.POLLIN)
         self._all.add(self)
 
     def _map(self, store: Store, slots_at: int) -> mmap.mmap:
