@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import (  # type: ignore[attr-defined]  # one is not declared
-    AllreduceOptions,
     ProcessGroupGloo,
     _create_work_from_future,
     _resolve_process_group,
@@ -121,9 +120,8 @@ class _SharedMemoryGroup(dist.ProcessGroup):
     def getBackendName(self) -> str:  # noqa: N802  # torch's name
         return _NAME
 
-    def allreduce(  # type: ignore[override]  # the overload that torch.distributed calls
-        self, tensors: list[Tensor], opts: AllreduceOptions
-    ) -> dist.Work:
+    # The overload that torch.distributed calls.
+    def allreduce(self, tensors: list[Tensor], opts: Any) -> dist.Work:  # type: ignore[override]
         reduction = _REDUCTIONS.get(opts.reduceOp.op)
         if reduction is None or tensors[0].dtype not in _REDUCIBLE:
             return self.inner.allreduce(tensors, opts)
@@ -212,10 +210,10 @@ def _all_reduce(tensor: Tensor, reduction: str, group_name: str) -> None:
     memory, whole = _memory_of(group_name, tensor), tensor.view(-1)
     call, me = f"all_reduce {reduction} of {tensor.nbytes} bytes", memory.rank
     if tensor.nbytes <= _SMALL_BYTES:
-        slots = [slot[: len(whole)] for slot in memory.next_slots(tensor.dtype)]
-        slots[me].copy_(whole)
+        terms = [slot[: len(whole)] for slot in memory.next_slots(tensor.dtype)]
+        terms[me].copy_(whole)
         memory.exchange(call)
-        _reduce(reduction, slots, whole)
+        _reduce(reduction, terms, whole)
         return
     for part in whole.split(SLOT_BYTES // tensor.itemsize):
         pieces = part.tensor_split(memory.ranks)
@@ -242,7 +240,7 @@ def _reduce_own_piece(
 
 def _reduce(reduction: str, terms: Sequence[Tensor], result: Tensor) -> None:
     """Reduce the terms in order; `result` may be one of them."""
-    combine = {"sum": torch.add, "max": torch.maximum}[reduction]
+    combine: Any = {"sum": torch.add, "max": torch.maximum}[reduction]
     first, second, *others = terms
     if not others:
         combine(first, second, out=result)
