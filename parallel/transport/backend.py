@@ -8,6 +8,7 @@ A sum adds the ranks in order, for bfloat16 and float16 in float32 with one roun
 every rank computes the same bits. This is the only file of the folder with private torch APIs.
 """
 
+import itertools
 import json
 import logging
 import os
@@ -229,12 +230,13 @@ def _reduce_own_piece(
     memory: SharedMemory, call: str, reduction: str, pieces: Sequence[Tensor], result: Tensor
 ) -> None:
     """One step: reduce over ranks the piece with this rank's number; `result` may be that piece."""
-    me, sizes = memory.rank, [len(piece) for piece in pieces]
-    slots = [slot[: sum(sizes)].split(sizes) for slot in memory.next_slots(result.dtype)]
+    me, slots = memory.rank, memory.next_slots(result.dtype)
+    ends = [*itertools.accumulate(map(len, pieces), initial=0)]
     for peer in memory.peers:
-        slots[me][peer].copy_(pieces[peer])
+        slots[me][ends[peer] : ends[peer + 1]].copy_(pieces[peer])
     memory.exchange(call)
-    terms = [pieces[me] if rank == me else slot[me] for rank, slot in enumerate(slots)]
+    own = slice(ends[me], ends[me + 1])
+    terms = [pieces[me] if rank == me else slot[own] for rank, slot in enumerate(slots)]
     _reduce(reduction, terms, result)
 
 

@@ -38,7 +38,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 SLOT_BYTES = 1 << 20
 _LINE_BYTES = 128  # for a semaphore or a text: two cache lines, which processors fetch together
 # A waiting rank first polls, then yields the processor, then sleeps for a growing time.
-_NUM_POLLS = 50
+_NUM_POLLS = 15
 _YIELD_FOR_S, _SLEEP_FRACTION, _MAX_SLEEP_S = 1e-3, 0.05, 1e-3
 _CHECK_PEERS_EVERY_S = 5e-3
 
@@ -82,25 +82,23 @@ class SharedMemory:
         # A semaphore for each sender and receiver; then each rank's call in the even and the odd
         # steps, and the rank that it has lost.
         num_lines = self.ranks * (self.ranks + 3)
-        slots_at = -(-num_lines * _LINE_BYTES // mmap.PAGESIZE) * mmap.PAGESIZE
-        memory = self._map(store, slots_at)
-        lines = [_Line.from_buffer(memory, number * _LINE_BYTES) for number in range(num_lines)]
+        self._slots_at = -(-num_lines * _LINE_BYTES // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._memory = self._map(store)
+        lines = [_Line.from_buffer(self._memory, i * _LINE_BYTES) for i in range(num_lines)]
         rows = [lines[first : first + self.ranks] for first in range(0, num_lines, self.ranks)]
         *self._semaphores, even_calls, odd_calls, self._lost = rows
         self._calls = (even_calls, odd_calls)
-        slots = torch.frombuffer(memory, dtype=torch.uint8, offset=slots_at)
-        self._slots = slots.view(self.ranks, 2, SLOT_BYTES)
-        self._typed_slots: dict[tuple[torch.dtype, int], Sequence[Tensor]] = {}
+        self._slots: dict[tuple[torch.dtype, int], list[Tensor]] = {}
         self._all.add(self)
 
-    def _map(self, store: Store, slots_at: int) -> mmap.mmap:
+    def _map(self, store: Store) -> mmap.mmap:
         """Map the memory and reserve the own part of it."""
         own_bytes = 2 * SLOT_BYTES
-        own_at = slots_at + self.rank * own_bytes
+        own_at = self._slots_at + self.rank * own_bytes
         if self.rank == 0:
             descriptor = os.memfd_create("microtron")
-            os.ftruncate(descriptor, slots_at + self.ranks * own_bytes)
-            own_bytes, own_at = slots_at + own_bytes, 0
+            os.ftruncate(descriptor, self._slots_at + self.ranks * own_bytes)
+            own_bytes, own_at = self._slots_at + own_bytes, 0
         else:
             path = f"/proc/{self._pids[0]}/fd/{store.get('memory').decode()}"
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -114,15 +112,19 @@ class SharedMemory:
             store.set("memory", str(descriptor))
         return memory
 
-    def next_slots(self, dtype: torch.dtype) -> Sequence[Tensor]:
+    def next_slots(self, dtype: torch.dtype) -> list[Tensor]:
         """Begin a step; return the slot of each rank, of which this rank may write its own."""
         if self._failure:
             raise dist.DistBackendError(f"an earlier collective has failed: {self._failure}")
         self._step += 1
-        parity = self._step % 2
-        if (dtype, parity) not in self._typed_slots:
-            self._typed_slots[dtype, parity] = self._slots[:, parity].view(dtype).unbind()
-        return self._typed_slots[dtype, parity]
+        key = dtype, self._step % 2
+        if key not in self._slots:
+            count, first = SLOT_BYTES // dtype.itemsize, self._slots_at + key[1] * SLOT_BYTES
+            self._slots[key] = [
+                torch.frombuffer(self._memory, dtype=dtype, count=count, offset=offset)
+                for offset in range(first, len(self._memory), 2 * SLOT_BYTES)
+            ]
+        return self._slots[key]
 
     def exchange(self, call: str) -> None:
         """Declare the own slot written, and wait until the slots of all ranks may be read.
