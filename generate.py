@@ -34,9 +34,8 @@ class Settings:
 
     run: str  # the folder of a run, such as runs/gpt_debug
     prompt: Text | None = None  # the text to continue; omitted: lines are read from stdin
-    bos: bool = (
-        True  # start the prompt with bos, as training documents do; an empty one always does
-    )
+    # Start the prompt with bos, as training documents do; an empty prompt always starts with it.
+    bos: bool = True
     max_new_tokens: int = 100
     temperature: float = 1.0  # 0: greedy
     top_k: int | None = None  # sample from the k most likely tokens; null: all
