@@ -39,8 +39,8 @@ class Settings:
     path: str | None = None  # file, folder, glob or hub name; required unless source=held_out
     text_field: str = "text"  # name of the text column in jsonl, parquet, arrow and hub rows
     hub_config: str | None = None  # configuration of a hub dataset
-    hub_split: str = "train"
-    hub_revision: str | None = None
+    hub_split: str = "train"  # split of a hub dataset
+    hub_revision: str | None = None  # revision of a hub dataset
     # Tokens scored per window after a document's first. Fewer is slower but gives each token more
     # context. null: model.seq_length.
     stride: int | None = None
