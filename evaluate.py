@@ -1,12 +1,11 @@
 """Score text with the model of a run: `python evaluate.py run=runs/NAME source=text path=FILE`.
 
-Under torchrun the model is cut over tensor-parallel ranks and the text dealt to the others.
+Under torchrun the model is split over tensor-parallel ranks, and the text over data-parallel ones.
 """
 
 import json
 import logging
 import math
-import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,6 @@ from configs import (
     Range,
     UserError,
     exit_on_config_error,
-    exit_with_error,
     load_settings,
     machine_errors_as_user_errors,
     run_config,
@@ -29,29 +27,29 @@ from configs.inputs import check_inputs
 
 @dataclass(frozen=True)
 class Settings:
-    """Loss, perplexity and bits per byte of text, by the model of a run.
+    """Report loss, perplexity and bits per byte of text, by the model of a run.
 
-    Each document is predicted token by token from its beginning, as lm-evaluation-harness does:
-    neither bos nor eos count, and text beyond model.seq_length is read in windows.
+    Each document is scored from its beginning, as lm-evaluation-harness does: bos and eos are not
+    scored, and text beyond model.seq_length is read in rolling windows.
     """
 
     run: str  # the folder of a run, such as runs/gpt_debug
-    # held_out: the documents that the run evaluates itself on.
+    # held_out: the validation documents of the run.
     source: Literal["held_out", "text", "jsonl", "parquet", "arrow", "hub"] = "held_out"
-    path: str | None = None  # file, folder, glob or hub name; of all sources but held_out
-    text_field: str = "text"  # the column of jsonl, parquet, arrow and hub rows that holds the text
-    hub_config: str | None = None  # of a hub dataset, as are the next two
-    hub_split: str = "train"
-    hub_revision: str | None = None
-    # Tokens that each window after a document's first scores, having seen those before: fewer is
-    # slower and sees more. null: model.seq_length.
+    path: str | None = None  # file, folder, glob or hub name; required unless source=held_out
+    text_field: str = "text"  # name of the text column in jsonl, parquet, arrow and hub rows
+    hub_config: str | None = None  # configuration of a hub dataset
+    hub_split: str = "train"  # split of a hub dataset
+    hub_revision: str | None = None  # revision of a hub dataset
+    # Tokens scored per window after a document's first. Fewer is slower but gives each token more
+    # context. null: model.seq_length.
     stride: int | None = None
-    # Rows of text at most; null: of held_out as many as in training, of other text all.
+    # Maximum number of rows; null: as in training for held_out, else all.
     max_sequences: int | None = None
-    output: str | None = None  # a file to write the result to, as JSON
-    step: int | None = None  # of the checkpoint; null: the newest
-    micro_batch_size: int | None = None  # rows at once; null: as in training
-    # Of computation; null: of held_out as in training, of other text fp32, as export.py writes.
+    output: str | None = None  # JSON file to write the result to
+    step: int | None = None  # step of the checkpoint; null: the newest
+    micro_batch_size: int | None = None  # rows per forward pass; null: as in training
+    # Precision of computation; null: as in training for held_out, else fp32, as in an export.
     precision: Literal["fp32", "bf16"] | None = None
     tensor_model_parallel_size: int | None = None  # null: the number of ranks
 
@@ -66,21 +64,23 @@ class Settings:
     def __post_init__(self) -> None:
         if self.source == "held_out" and self.path is not None:
             raise ConfigError(
-                f"path={self.path} has no meaning for source=held_out; say what it holds: "
+                f"path={self.path} is not used with source=held_out; choose its format: "
                 "source=text, jsonl, parquet, arrow or hub",
                 "source",
             )
         if self.source != "held_out" and self.path is None:
             what = "the name of a dataset" if self.source == "hub" else "a file, a folder or a glob"
             raise ConfigError(f"path is missing: source={self.source} needs {what}", "path")
-        if self.output is not None and not Path(self.output).expanduser().parent.is_dir():
-            raise ConfigError(f"output={self.output} is in no folder that exists", "output")
-        if self.output is not None and Path(self.output).expanduser().is_dir():
-            raise ConfigError(f"output={self.output} is a folder; give a file", "output")
+        if self.output is not None:
+            output = Path(self.output).expanduser()
+            if not output.parent.is_dir():
+                raise ConfigError(f"output={output}: its parent directory does not exist", "output")
+            if output.is_dir():
+                raise ConfigError(f"output={output} is a directory; give a file", "output")
 
 
 def parse(arguments: list[str]) -> tuple[Settings, Config]:
-    """The settings, and the run's configuration with what they change; or ends the process."""
+    """Return the settings and the run's configuration, changed accordingly, or exit."""
     settings = load_settings(Settings, arguments)
     precision = settings.precision or (None if settings.source == "held_out" else "fp32")
     changes = {"precision": precision, "micro_batch_size": settings.micro_batch_size}
@@ -90,8 +90,8 @@ def parse(arguments: list[str]) -> tuple[Settings, Config]:
         longest = config.model.seq_length
         if settings.stride is not None and settings.stride > longest:
             raise ConfigError(
-                f"stride={settings.stride} is more than a window holds; choose "
-                f"model.seq_length={longest} or less",
+                f"stride={settings.stride} is larger than a window; choose at most "
+                f"model.seq_length={longest}",
                 "stride",
             )
         if settings.source != "held_out":
@@ -109,7 +109,7 @@ def parse(arguments: list[str]) -> tuple[Settings, Config]:
 
 
 if __name__ == "__main__":
-    # Before torch is imported, which takes seconds, so that a mistyped key is answered at once.
+    # Importing torch takes seconds; report a mistyped key before that.
     SETTINGS, CONFIG = parse(sys.argv[1:])
 
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -118,7 +118,12 @@ from data import Corpus, load_eval_corpus, prepare_corpus
 from parallel import close_mesh
 from tracking.console import set_up_logging
 from training.evaluation import Score, eval_batches, score
-from training.inference import LoadedModel, load_for_inference, require_fingerprint
+from training.inference import (
+    LoadedModel,
+    exit_on_error,
+    load_for_inference,
+    require_fingerprint,
+)
 from training.run_folder import require_same_on_all_ranks
 from training.state import mesh_from_config
 from training.stopping import StopSignals
@@ -127,7 +132,7 @@ logger = logging.getLogger("microtron")
 
 
 def text_to_score(trained: LoadedModel, settings: Settings) -> tuple[Corpus, int | None]:
-    """The documents, as those that a corpus holds out, and how many rows of them at most."""
+    """Return the documents as the validation part of a corpus, and the maximum number of rows."""
     config, mesh, tokenizer = trained.config, trained.mesh, trained.tokenizer
     with machine_errors_as_user_errors("read the text"):
         if settings.source != "held_out":
@@ -140,14 +145,14 @@ def text_to_score(trained: LoadedModel, settings: Settings) -> tuple[Corpus, int
     require_fingerprint(trained.checkpoint, "data", corpus.fingerprint)
     if corpus.validation.num_documents == 0:
         raise UserError(
-            "the run holds out no text (data.validation_fraction=0, or text too short to be cut); "
-            "give source= and path="
+            "the run has no validation text (data.validation_fraction=0, or a text too short to "
+            "split); give source= and path="
         )
     return corpus, settings.max_sequences or config.evaluate.max_sequences
 
 
 def report(result: Score, output: str | None) -> None:
-    """Print the result, and write it to a file as JSON, in full precision."""
+    """Print the result, and write it to a JSON file in full precision."""
     numbers = {
         "loss": result.loss,
         "perplexity": result.perplexity,
@@ -165,7 +170,7 @@ def report(result: Score, output: str | None) -> None:
         f"{result.num_bytes:,} bytes\n"
     )
     if output is not None:
-        # JSON has no word for what is not finite.
+        # JSON has no infinity and no NaN.
         row = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
         Path(output).expanduser().write_text(json.dumps(row, indent=1) + "\n")
 
@@ -176,27 +181,23 @@ def main(settings: Settings, config: Config) -> int:
     StopSignals()
     mesh = mesh_from_config(config)
     set_up_logging(mesh.world.rank)
-    try:
-        trained = load_for_inference(
-            config, Path(os.path.expanduser(settings.run)), mesh, settings.step
-        )
+    with exit_on_error():
+        trained = load_for_inference(config, Path(settings.run).expanduser(), mesh, settings.step)
         corpus, max_sequences = text_to_score(trained, settings)
         documents = eval_batches(
             corpus, config, mesh, max_sequences=max_sequences, stride=settings.stride
         )
+        if documents.num_targets == 0:
+            raise UserError("the text has no token to score; give more text")
         logger.info(
             "scoring %d documents with the model of %s",
             documents.num_documents,
             trained.checkpoint.directory,
         )
-        if documents.num_targets == 0:
-            raise UserError("the text has no token to score; give more of it")
         result = score(trained.model, documents)
         if mesh.world.rank == 0:
             with machine_errors_as_user_errors(f"write output={settings.output}"):
                 report(result, settings.output)
-    except UserError as error:
-        exit_with_error(str(error))
     close_mesh()
     return 0
 

@@ -69,7 +69,7 @@ from interop.model_card import model_card
 from interop.tokenizer_json import tokenizer_config, tokenizer_json
 from parallel import DeviceError, Mesh, close_mesh, init_mesh
 from tracking.console import set_up_logging
-from training.inference import require_fingerprint
+from training.inference import exit_on_error, require_fingerprint
 from training.optimizer import WEIGHTS
 
 # What float32 sums of another order may differ by, as a fraction of the largest logit.
@@ -200,11 +200,8 @@ def main(settings: Settings, config: Config) -> int:
     except DeviceError as error:
         exit_with_error(str(error))
     set_up_logging(mesh.world.rank)
-    try:
-        with machine_errors_as_user_errors(f"write output={settings.output}"):
-            comparison = export(settings, config, mesh)
-    except UserError as error:
-        exit_with_error(str(error))
+    with exit_on_error(), machine_errors_as_user_errors(f"write output={settings.output}"):
+        comparison = export(settings, config, mesh)
     if mesh.world.rank == 0:
         checked = f"with transformers: {comparison}" if comparison else "not loaded to check it"
         sys.stdout.write(f"{settings.output}: written, {checked}\n")

@@ -1,6 +1,6 @@
 """Continue a prompt: `python generate.py run=runs/NAME prompt="def " max_new_tokens=100`.
 
-Under torchrun the model is cut over the ranks. Only the text goes to stdout, all else to stderr.
+Under torchrun the model is split over the ranks. Text goes to stdout, all messages to stderr.
 """
 
 import logging
@@ -28,24 +28,26 @@ from configs import (
 class Settings:
     """Continue a prompt with the model of a run, and print both.
 
-    The prompt is fed as it is given, and an empty one as the beginning of a document. Without a
-    prompt, each line of stdin is one. The model sees the last model.seq_length tokens.
+    Without prompt=, each line of stdin is a prompt. The model sees at most the last
+    model.seq_length tokens.
     """
 
     run: str  # the folder of a run, such as runs/gpt_debug
-    prompt: Text | None = None  # left out: lines are read from stdin
+    prompt: Text | None = None  # the text to continue; omitted: lines are read from stdin
+    # Start the prompt with bos, as training documents do; an empty prompt always starts with it.
+    bos: bool = True
     max_new_tokens: int = 100
-    temperature: float = 1.0  # 0: always the likeliest token
-    top_k: int | None = None  # choose among so many of the likeliest tokens; null: all
-    top_p: float | None = None  # and of those the fewest that have this probability; null: all
-    num_samples: int = 1  # generate_tokens of each prompt, all at once
-    seed: int = 1234  # the same seed, the same text
-    stop: Text | None = None  # end before this text
-    stop_id: int | None = None  # end at this token, beside the tokenizer's end of document
-    stop_at_end: bool = True  # false: go on past the end of a document
-    step: int | None = None  # of the checkpoint; null: the newest
-    # Of weights and computation. bf16 takes half the memory, and is as training computes; but
-    # likely tokens are then near enough to change places with the layout.
+    temperature: float = 1.0  # 0: greedy
+    top_k: int | None = None  # sample from the k most likely tokens; null: all
+    top_p: float | None = None  # sample from the smallest set with this probability; null: all
+    num_samples: int = 1  # samples per prompt, generated as one batch
+    seed: int = 1234  # the same seed gives the same text
+    stop: Text | None = None  # stop before this text
+    stop_id: int | None = None  # stop at this token, in addition to the tokenizer's eos
+    stop_at_end: bool = True  # false: continue after eos
+    step: int | None = None  # step of the checkpoint; null: the newest
+    # Precision of weights and computation. bf16 takes half the memory, but the chosen tokens then
+    # depend more on the layout.
     precision: Literal["fp32", "bf16"] = "fp32"
     tensor_model_parallel_size: int | None = None  # null: the number of ranks
 
@@ -63,11 +65,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.stop == "":
-            raise ConfigError("stop is empty; leave it out to stop at no text", "stop")
+            raise ConfigError("stop is empty; omit it to stop at no text", "stop")
 
 
 def parse(arguments: list[str]) -> tuple[Settings, Config]:
-    """The settings and the configuration of the run; or ends the process."""
+    """Return the settings and the configuration of the run, or exit."""
     settings = load_settings(Settings, arguments)
     with exit_on_config_error():
         config = run_config(
@@ -75,24 +77,29 @@ def parse(arguments: list[str]) -> tuple[Settings, Config]:
             settings.tensor_model_parallel_size,
             precision=settings.precision,
         )
+        num_ids = config.data.vocab_size
+        if settings.stop_id is not None and settings.stop_id >= num_ids:
+            raise ConfigError(
+                f"stop_id={settings.stop_id} is not in the vocabulary; choose 0 to {num_ids - 1}",
+                "stop_id",
+            )
     return settings, config
 
 
 if __name__ == "__main__":
-    # Before torch is imported, which takes seconds, so that a mistyped key is answered at once.
+    # Importing torch takes seconds; report a mistyped key before that.
     SETTINGS, CONFIG = parse(sys.argv[1:])
-    # Weights in huge pages where Linux lends them: each token reads all of them once.
+    # Put the weights in huge pages where Linux has them: each token reads all weights once.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from configs import exit_with_error
 from model import Sampling, generate_tokens
 from model.generation.continuation import Continuation
 from parallel import Mesh, close_mesh, gather_json
 from tracking.console import printable, set_up_logging
-from training.inference import LoadedModel, load_for_inference
+from training.inference import LoadedModel, exit_on_error, load_for_inference
 from training.state import mesh_from_config
 from training.stopping import StopSignals
 
@@ -100,7 +107,7 @@ logger = logging.getLogger("microtron")
 
 
 def prompts(settings: Settings, mesh: Mesh) -> Iterator[str]:
-    """The prompt, or those that rank 0 reads from stdin, until it ends; on every rank."""
+    """Yield the prompts on every rank: the given one, or the lines of rank 0's stdin."""
     if settings.prompt is not None:
         yield settings.prompt
         return
@@ -109,7 +116,7 @@ def prompts(settings: Settings, mesh: Mesh) -> Iterator[str]:
 
 
 def read_line() -> str | None:
-    """The next line of stdin without its end; None: there are no more."""
+    """Read a line of stdin without its line end; None at the end of stdin."""
     if sys.stdin.isatty():
         sys.stderr.write("> ")
         sys.stderr.flush()
@@ -117,23 +124,33 @@ def read_line() -> str | None:
     try:
         return line.decode().rstrip("\r\n") if line else None
     except UnicodeDecodeError as error:
-        raise UserError(f"a prompt on stdin is not UTF-8: {error}") from error
+        raise UserError(f"a prompt on stdin is not UTF-8 text: {error}") from error
+
+
+def encode(trained: LoadedModel, settings: Settings, prompt: str) -> list[int]:
+    """Return the tokens of a prompt; log how many of them the model sees if not all."""
+    tokens, longest = trained.tokenizer.encode(prompt), trained.config.model.seq_length
+    if settings.bos or not tokens:
+        tokens = [trained.tokenizer.bos_id, *tokens]
+    if len(tokens) > longest:
+        text = "the prompt has %d tokens; the model sees only the last %d (model.seq_length)"
+        logger.warning(text, len(tokens), longest)
+    return tokens
 
 
 @torch.inference_mode()
 def write(trained: LoadedModel, settings: Settings, prompt: str) -> None:
-    """Print a prompt and its generate_tokens; a single one as it comes."""
+    """Print a prompt and its continuations; a single one while it is generated."""
     tokenizer, is_writer = trained.tokenizer, trained.mesh.world.rank == 0
-    tokens = tokenizer.encode(prompt) or [tokenizer.bos_id]
-    end_ids = {settings.stop_id} if settings.stop_id is not None else set()
-    end_ids |= {tokenizer.eos_id} if settings.stop_at_end else set()
-    texts = [
+    tokens = encode(trained, settings, prompt)
+    ends = (settings.stop_id, tokenizer.eos_id if settings.stop_at_end else None)
+    end_ids = {end for end in ends if end is not None}
+    samples = [
         Continuation(tokenizer, tokens, end_ids, settings.stop) for _ in range(settings.num_samples)
     ]
-    streams = is_writer and len(texts) == 1
-    printed = [prompt] * len(texts)
-    if streams:
-        show(prompt)
+    texts = [[prompt] for _ in samples]
+    show_now = show if is_writer and len(samples) == 1 else lambda _: None
+    show_now(prompt)
     started_at, num_tokens = time.perf_counter(), 0
     for new in generate_tokens(
         trained.model,
@@ -144,38 +161,34 @@ def write(trained: LoadedModel, settings: Settings, prompt: str) -> None:
         num_samples=settings.num_samples,
     ):
         num_tokens += 1
-        for number, (text, token) in enumerate(zip(texts, new, strict=True)):
-            printed[number] += (piece := text.add(token))
-            if streams:
-                show(piece)
-        if all(text.ended for text in texts):
+        for sample, text, token in zip(samples, texts, new, strict=True):
+            text.append(sample.add(token))
+        show_now(texts[0][-1])
+        if all(sample.ended for sample in samples):
             break
-    rest = [text.finish() for text in texts]
     elapsed_s = time.perf_counter() - started_at
-    if streams:
-        show(rest[0] + line_end(settings))
-    elif is_writer:
-        show("".join(f"{text}{end}\n" for text, end in zip(printed, rest, strict=True)))
+    for number, (sample, text) in enumerate(zip(samples, texts, strict=True), start=1):
+        text.append(sample.finish())
+        if is_writer and len(samples) > 1:
+            show(f"--- sample {number} of {len(samples)} ---\n{''.join(text)}\n")
+    # A newline where more follows: another text, or the prompt of a terminal.
+    has_more = settings.prompt is None or sys.stdout.isatty()
+    show_now(texts[0][-1] + "\n" * has_more)
     logger.info(
-        "%d tokens after %d of the prompt%s in %.2f s, %.1f tokens/s",
+        "generated %s%d tokens after a prompt of %d in %.2f s, %.1f tokens/s",
+        f"{len(samples)} x " if len(samples) > 1 else "",
         num_tokens,
         len(tokens),
-        f", {len(texts)} times" if len(texts) > 1 else "",
         elapsed_s,
-        num_tokens * len(texts) / elapsed_s,
+        num_tokens * len(samples) / elapsed_s,
     )
 
 
 def show(text: str) -> None:
-    """Print a piece of text as it is, now; a terminal is not to do what a model writes."""
+    """Print a piece of text at once, unchanged except for control characters on a terminal."""
     text = printable(text) if sys.stdout.isatty() else text
     sys.stdout.buffer.write(text.encode())
     sys.stdout.buffer.flush()
-
-
-def line_end(settings: Settings) -> str:
-    """A newline where something else follows: another text, or the prompt of a terminal."""
-    return "\n" if settings.prompt is None or sys.stdout.isatty() else ""
 
 
 @record
@@ -185,15 +198,14 @@ def main(settings: Settings, config: Config) -> int:
     mesh = mesh_from_config(config, decoding=True)
     set_up_logging(mesh.world.rank)
     try:
-        trained = load_for_inference(
-            config, Path(os.path.expanduser(settings.run)), mesh, settings.step
-        )
-        logger.info("continuing with the model of %s", trained.checkpoint.directory)
-        for prompt in prompts(settings, mesh):
-            write(trained, settings, prompt)
-    except UserError as error:
-        exit_with_error(str(error))
-    except BrokenPipeError:  # nobody reads on, as with `| head`
+        with exit_on_error():
+            trained = load_for_inference(
+                config, Path(settings.run).expanduser(), mesh, settings.step
+            )
+            logger.info("using the model of %s", trained.checkpoint.directory)
+            for prompt in prompts(settings, mesh):
+                write(trained, settings, prompt)
+    except BrokenPipeError:  # the reader has ended, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     close_mesh()

@@ -1,56 +1,42 @@
-"""Will it fit, and what crosses the wire? `python plan.py config=NAME.yaml section.key=value ...`.
-
-Needs no GPU, no other ranks and no memory for the model: one step is rehearsed with tensors that
-have shapes and no contents.
-"""
+"""Plan memory and traffic: `python plan.py config=NAME.yaml section.key=value ...`."""
 
 import sys
+from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
-from configs import Config, ConfigError, exit_with_error, load_config
+from configs import Config, ConfigError, Range, load_config, load_settings
 
-USAGE = """\
-Usage: python plan.py config=NAME.yaml [section.key=value ...] [nproc=N] [memory_gib=N]
 
-What each rank of `torchrun ... train.py config=NAME.yaml ...` would hold and send, per layer and in
-all. Needs no GPU and no torchrun.
+@dataclass(frozen=True)
+class Settings:
+    """Report the memory and the traffic of each rank of `torchrun ... train.py ...`.
 
-  nproc       ranks, those of all nodes; default: parallel.tensor_model_parallel_size
-  memory_gib  memory of a device in GiB, to say whether it fits; default: 80
+    Runs one training step on fake tensors: it needs no GPU, no torchrun, and no memory for the
+    weights. All settings of train.py are accepted, config=NAME.yaml included; see python train.py
+    --help.
+    """
 
-Settings are those of train.py: python train.py --help
-"""
-DEVICE_GIB = 80.0
+    nproc: int | None = None  # ranks on all nodes; null: parallel.tensor_model_parallel_size
+    memory_gib: float = 80.0  # memory of a device in GiB, to report whether the step fits
+
+    RANGES: ClassVar = {"nproc": Range(1), "memory_gib": Range(0, open_low=True)}
 
 
 def parse(arguments: list[str]) -> tuple[Config, int, float]:
-    """The configuration, the number of ranks, a device's memory in GiB; or ends the process."""
-    if {"--help", "-h", "help"} & set(arguments):
-        sys.stdout.write(USAGE)
-        raise SystemExit(0)
-    own, settings = {"nproc": "", "memory_gib": ""}, []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if equals and key in own:
-            own[key] = value
-        else:
-            settings.append(argument)
-    ranks = partial(num_ranks, own["nproc"])
-    config = load_config(settings, ranks)
-    try:
-        return config, ranks(config), device_memory(own["memory_gib"])
-    except ConfigError as error:
-        exit_with_error(f"config error: {error}")
+    """Return the configuration, the number of ranks and a device's memory in GiB, or exit."""
+    keys = ("nproc", "memory_gib", "--help", "-h", "help")
+    own = [argument for argument in arguments if argument.partition("=")[0] in keys]
+    settings = load_settings(Settings, own)
+    ranks = partial(num_ranks, settings.nproc)
+    config = load_config([argument for argument in arguments if argument not in own], ranks)
+    return config, ranks(config), settings.memory_gib
 
 
-def num_ranks(text: str, config: Config) -> int:
-    """What nproc= says, or as many as tensor parallelism needs."""
+def num_ranks(nproc: int | None, config: Config) -> int:
+    """Return nproc, by default the tensor-parallel size, if that divides it."""
     key, t = "parallel.tensor_model_parallel_size", config.parallel.tensor_model_parallel_size
-    if not text:
-        return t
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"nproc={text} is no number of ranks; choose a multiple of {key}={t}")
-    n = int(text)
+    n = nproc or t
     if n % t:
         nearest = [multiple for multiple in (n // t * t, n // t * t + t) if multiple]
         raise ConfigError(
@@ -60,28 +46,17 @@ def num_ranks(text: str, config: Config) -> int:
     return n
 
 
-def device_memory(text: str) -> float:
-    """What memory_gib= says."""
-    try:
-        gib = float(text or DEVICE_GIB)
-    except ValueError:
-        gib = 0.0
-    if not 0 < gib < float("inf"):
-        raise ConfigError(f"memory_gib={text} is no size; give a device's memory in GiB, like 80")
-    return gib
-
-
 if __name__ == "__main__":
-    # Before torch is imported, which takes seconds, so that a mistyped key is answered at once.
+    # Importing torch takes seconds; report a mistyped key before that.
     CONFIG, NUM_RANKS, MEMORY_GIB = parse(sys.argv[1:])
 
-from planning.accounting import account
+from planning.dry_run import dry_run
 from planning.page import page
 
 
 def main(config: Config, num_ranks: int, memory_gib: float) -> int:
-    """Rehearse a step, count, and print the page."""
-    sys.stdout.write(page(config, account(config, num_ranks), memory_gib))
+    """Run one step on fake tensors, and print the page."""
+    sys.stdout.write(page(config, dry_run(config, num_ranks), memory_gib))
     return 0
 
 

@@ -1,5 +1,5 @@
-"""Ours beside other trainers on one workload, timed in turn: `make bench`, docs/benchmarks.md.
+"""Benchmarks of our trainer beside others on one workload: `make bench`, docs/benchmarks.md.
 
-May import everything of ours; nothing of ours imports it. `workload.py`, `timing.py`,
-`activations.py` and `peers/` run in the peers' environments too, and import nothing of ours.
+bench may import everything of ours; nothing of ours imports bench. `workload.py`, `timing.py`,
+`activations.py` and `peers/` also run in the peers' environments, and import nothing of ours.
 """

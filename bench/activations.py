@@ -1,9 +1,9 @@
-"""Bytes that autograd keeps for backward in one layer of one rank, over s b h.
+"""Bytes that autograd saves for backward in one layer of one rank, over s b h.
 
-Every tensor that is saved passes a hook. Each piece of memory counts once however many views of it
-are saved, and weights don't count. What the embedding, the head and the loss keep is the same in a
-model of two layers and in one of one, so the difference is a layer's, exactly. Each model has had a
-forward and a backward before, so that what is compiled or cached at the first use is there.
+A hook sees every saved tensor. Each storage counts once however many views of it are saved, and
+weights do not count. The embedding, the head and the loss save the same in models of one and of two
+layers, so the difference is exactly one layer. Each model first runs a forward and a backward, so
+that everything compiled or cached at first use exists.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ MakeForward = Callable[[int], tuple[nn.Module, Callable[[], Tensor]]]
 
 
 def saved_per_layer(make: MakeForward, workload: Workload) -> dict[str, Any]:
-    """`make` takes a number of layers and gives the model, and its forward, which returns a loss.
+    """Measure one layer; `make` builds a model of n layers and a forward that returns its loss.
 
     Returns the bytes of a layer, and those over s b h of the whole micro-batch (Korthikanti et al.
     2022, table 2: 34 + 5 a s / h at t = 1, in 16 bits with dropout).
@@ -38,7 +38,7 @@ def _saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     kept: dict[int, Tensor] = {}
 
     def note_weights(module: nn.Module, _: Any) -> None:
-        # In the forward, because FSDP2 hands out its gathered copies there.
+        # In the forward, where FSDP2 provides its gathered copies.
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
                 weights[_storage(tensor)] = tensor
@@ -66,5 +66,5 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _storage(tensor: Tensor) -> int:
-    """Which piece of memory a tensor is a view of."""
+    """Identify the storage of a tensor."""
     return _local(tensor).untyped_storage()._cdata

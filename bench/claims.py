@@ -1,7 +1,7 @@
-"""What we want to be true of the figures, and whether it is: ratios with the bound they must keep.
+"""Claims about the results: ratios, and the bounds that they must keep.
 
-A bound is a promise to ourselves, set before it was measured. A ratio is of medians, and the best
-peer is the fastest of those that were measured in the same run.
+A bound is set before it is measured. A ratio is of medians, and the best peer is the fastest one
+measured in the same run.
 """
 
 from collections.abc import Iterator
@@ -20,9 +20,9 @@ class Claim:
 
     what: str
     bound: float
-    value: float | None  # None: something that it needs was not measured
+    value: float | None  # None: a figure that it needs was not measured
     at_least: bool = True  # else at most
-    beside: str = ""  # who the best peer was
+    beside: str = ""  # the best peer
 
     @property
     def verdict(self) -> str:
@@ -34,7 +34,7 @@ class Claim:
 
 
 def claims(results: Results) -> Iterator[Claim]:
-    """All of them, measured or not."""
+    """Return all claims, measured or not."""
     against_peers = (
         ("TP=1, bf16: ours over the best peer", "tp1", "tp1", "bf16", 1.15),
         ("TP=2 + SP, bf16: ours over the best peer with SP", "tp2+sp", "tp2+sp", "bf16", 1.6),
@@ -70,7 +70,7 @@ def claims(results: Results) -> Iterator[Claim]:
 
 
 def _of_layout(results: Results, layout: str, name: str) -> Iterator[Claim]:
-    """Dropout, and what is kept for backward."""
+    """Claims about dropout, and about saved activations."""
     plain = tokens_per_second(results, "speed", "ours", Workload(layout))
     dropping = tokens_per_second(results, "dropout", "ours", Workload(layout, dropout=0.1))
     what = f"ours, {name}, bf16: hidden dropout 0.1 over 0, speed"

@@ -1,11 +1,11 @@
-"""Tokens a second of decoding, ours beside transformers', with one model in one process, in turn.
+"""Decoding speed in tokens per second, ours beside transformers', in turn in one process.
 
     python export.py run=runs/NAME output=DIR
     OMP_NUM_THREADS=1 THP_MEM_ALLOC_ENABLE=1 python -m bench.decoding run=runs/NAME exported=DIR
 
-Both are greedy, in float32, with a cache and the same number of threads, and must give the same
-tokens. The time includes reading the prompt. generate.py sets the second variable by itself; here
-both have what it brings. Seconds are those of the processor, as others may use the machine.
+Both decode greedily in float32, with a KV cache and the same number of threads, and must give the
+same tokens. The time includes the prefill. generate.py sets the second variable itself; here both
+benefit from it. Seconds are CPU time, as others may use the machine.
 """
 
 import os
@@ -32,7 +32,7 @@ class Settings:
     """Time decoding, ours and transformers', with a run and what export.py has made of it."""
 
     run: str  # the folder of a run
-    exported: str  # what export.py has written
+    exported: str  # folder written by export.py
     prompt_tokens: int = 32
     new_tokens: int = 64
     rounds: int = 7  # of both in turn, after one that is not counted
@@ -44,7 +44,7 @@ class Settings:
 
 
 def timed(decode: Callable[[], list[int]]) -> tuple[float, list[int]]:
-    """Seconds of the processor, and the tokens."""
+    """Return CPU seconds and the tokens."""
     started_at = time.process_time()
     tokens = decode()
     return time.process_time() - started_at, tokens
@@ -57,7 +57,7 @@ def main(settings: Settings, config: Config) -> int:
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         os.path.expanduser(settings.exported), dtype=torch.float32, local_files_only=True
     )
-    theirs.generation_config.eos_token_id = None  # neither stops early
+    theirs.generation_config.eos_token_id = None  # so that neither stops early
     num_ids, n = trained.tokenizer.vocab_size, settings.new_tokens
     generator = torch.Generator().manual_seed(1)
     prompt = torch.randint(num_ids, (1, settings.prompt_tokens), generator=generator)

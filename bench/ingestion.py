@@ -1,9 +1,9 @@
-"""Times making a corpus: its rate beside sentencepiece's own, its memory, and what a kill costs.
+"""Speed of building a corpus, beside sentencepiece alone; its memory, and the cost of a kill.
 
-    python -m bench.ingestion [PATTERN ...]      besides the standard library, these files of text
+    python -m bench.ingestion [PATTERN ...]      these text files besides the standard library
 
-By default the Python files of all installed packages. Each measurement is a process of its own with
-an empty cache; prints a table for docs/data.md.
+By default it reads the Python files of all installed packages. Each measurement is a process of its
+own with an empty cache. Prints a table for docs/data.md.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def config_of(patterns: list[str], cache: Path) -> DataConfig:
 
 
 def encode_plainly(patterns: list[str], model: Path) -> tuple[int, int, float]:
-    """Encodes all texts as sentencepiece alone does, on all cores: (bytes, tokens, seconds)."""
+    """Encodes all texts with sentencepiece alone, on all cores: (bytes, tokens, seconds)."""
     texts = []
     for source in config_of(patterns, Path("unused")).mixture.values():
         for file in source_files(source):
@@ -68,7 +68,7 @@ class TimesToTokenize(logging.Handler):
 
 
 def launch(task: str, *arguments: str) -> "subprocess.Popen[str]":
-    """Starts this file in a process of its own."""
+    """Starts this file in another process."""
     command = [sys.executable, "-m", "bench.ingestion", f"--task={task}", *arguments]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 

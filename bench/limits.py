@@ -1,8 +1,8 @@
-"""What the machine can do at most: matrix products of the workload's shapes, and nothing else.
+"""Upper limit of the machine: matrix products of the workload's shapes, and nothing else.
 
-The rate that MFU is a fraction of in docs/benchmarks.md: each product of a step, forward and both
-of backward, timed by itself, best of a few; weighted by how often a step has it. Two ranks do their
-halves at once, and their rates are added.
+docs/benchmarks.md reports MFU relative to this rate. Each product of a step, forward and both of
+backward, is timed alone, best of a few, and weighted by how often a step runs it. Two ranks run
+their halves at the same time, and their rates are added.
 """
 
 import sys
@@ -32,7 +32,7 @@ def shapes(shape: Workload) -> list[tuple[int, int, int, int]]:
 
 
 def flops_per_second(shape: Workload, dtype: torch.dtype) -> float:
-    """Operations per second of this rank, over all products of a step."""
+    """Measure the operations per second of this rank over all products of a step."""
     operations = seconds = 0.0
     for times, m, k, n in shapes(shape):
         x, weight, grad = (

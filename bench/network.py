@@ -1,11 +1,11 @@
-"""Two hosts on one machine, joined by a slow link: how much of what is sent overlap hides.
+"""Two hosts on one machine, joined by a slow link: how much communication overlap hides.
 
     python -m bench.network [--mbit 1000 4000] [--warmup 1 --steps 2] [section.key=value ...]
 
-Needs Linux, root and iproute2. A network namespace for each host, a veth pair between them, and a
-token bucket (tc tbf) at both ends; one rank in each, on a core of its own. Ours alone, bench-gpt,
-bf16, over gloo. For each rate the settings take turns. `hidden` is the share of the time that the
-link costs without overlap, against a link without a limit, that is gone with it.
+Needs Linux, root and iproute2. Each host is a network namespace with one rank on its own core; a
+veth pair joins them, with a token bucket (tc tbf) at both ends. Runs our trainer only, on bench-gpt
+in bf16 over gloo. The settings take turns at each rate. `hidden` is the fraction of the link's cost
+without overlap, relative to a link without a limit, that overlap removes.
 """
 
 import argparse
@@ -23,7 +23,7 @@ _HOSTS = ("microtron-a", "microtron-b")
 _ENDS = ("mt-a", "mt-b")
 _ADDRESSES = ("10.77.0.1", "10.77.0.2")
 _UNLIMITED = 0
-_LEAST_COST = 0.05  # of a step; a share of less than this says nothing
+_LEAST_COST = 0.05  # of a step; fractions of smaller costs are noise
 # What is compared on a layout; the first is without overlap.
 _SETTINGS = {
     "tp2+sp": [f"parallel.tp_comm_overlap={value}" for value in ("none", "backward", "both")],
@@ -56,7 +56,7 @@ def two_hosts() -> Iterator[None]:
 
 
 def limit(mbit: int) -> None:
-    """Let so much through in each direction, or all."""
+    """Limit the rate in each direction; None: no limit."""
     for host, end in zip(_HOSTS, _ENDS, strict=True):
         tc = ["ip", "netns", "exec", host, "tc", "qdisc"]
         subprocess.run([*tc, "del", "dev", end, "root"], check=False, capture_output=True)
@@ -66,7 +66,7 @@ def limit(mbit: int) -> None:
 
 
 def visit(layout: str, overrides: Sequence[str], steps: Sequence[str]) -> dict[str, Any]:
-    """Two ranks, one in each host; what rank 0 reports."""
+    """Run two ranks, one in each host; return the report of rank 0."""
     processes = []
     for number, (host, end) in enumerate(zip(_HOSTS, _ENDS, strict=True)):
         command = [
@@ -76,7 +76,7 @@ def visit(layout: str, overrides: Sequence[str], steps: Sequence[str]) -> dict[s
             *("--master-addr", _ADDRESSES[0], "--master-port", "29511", "-m", "bench.ours"),
             *Workload(layout).flags(),
             *steps,
-            # They are two hosts by their network only, and would find that they can share memory.
+            # Only their networks are separate; they would find that they can share memory.
             "parallel.shared_memory=false",
             *overrides,
         ]

@@ -1,10 +1,10 @@
-"""Our own trainer on the workload, through the code that train.py runs: its `train_step`.
+"""Our own trainer on the workload, through train.py's `train_step`.
 
     python -m bench.ours [--layout=dp2 --steps=3 ...] [section.key=value ...]
 
-Model, optimizer and loader are the real ones. Only the corpus is made up, of random tokens like the
-other sides', and nothing is saved or logged. Settings after the flags are ours alone, so that
-variants of us can be compared with each other.
+Model, optimizer and loader are the real ones. The corpus consists of random tokens, as on the other
+sides, and nothing is saved or logged. Settings after the flags apply to our side only, to compare
+variants of it.
 """
 
 import dataclasses
@@ -43,12 +43,12 @@ from training.state import Run, RunState, mesh_from_config, training_batches
 from training.step import train_step
 
 _CONFIG = Path(__file__).with_name("bench_gpt.yaml")
-_ROWS = 64  # of random tokens; an epoch more or less is all one
+_ROWS = 64  # of random tokens; the number of epochs does not matter
 _PIECES = 262  # of a tokenizer that nothing is encoded with: the loader asks it for eos
 
 
 def settings(workload: Workload) -> list[str]:
-    """The workload as our settings, with those that leave out all but training."""
+    """Return the workload as our settings, with everything but training switched off."""
     return [
         f"config={_CONFIG}",
         f"run.seed={SEED}",
@@ -90,7 +90,7 @@ def random_corpus(config: Config) -> Corpus:
 
 
 def build_run(config: Config, mesh: Mesh, folder: RunFolder) -> Run:
-    """What train.py's `start` makes, of random tokens."""
+    """Create what train.py's `start` creates, from random tokens."""
     set_up_allocator(mesh, num_parameters(config.model, config.data.vocab_size))
     model = build_model(config, mesh)
     optimizer = build_optimizer(model, config.optimizer)
@@ -124,7 +124,7 @@ def time_training(config: Config, mesh: Mesh, arguments: Arguments) -> dict[str,
 
 
 def count_activations(config: Config, mesh: Mesh, workload: Workload) -> dict[str, Any]:
-    """What one layer keeps for backward."""
+    """Measure what one layer saves for backward."""
 
     def make(num_layers: int) -> tuple[nn.Module, Callable[[], Tensor]]:
         shape = dataclasses.replace(config.model, num_layers=num_layers)

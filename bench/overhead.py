@@ -1,8 +1,8 @@
-"""What a step of ours costs beside training: making its batch, and logging it.
+"""Cost of one of our steps besides training: making its batch, and logging it.
 
-Batches are made by a thread ahead of time, so a step seldom waits for one; what it takes to make
-one is counted in full. Logging is what train.py does with a step: the row of metrics.jsonl and the
-line on the console, while a thread hands the rows before it to wandb.
+A thread makes batches ahead of time, so a step seldom waits for one; the whole time to make one is
+reported. Logging is what train.py does after a step: the row of metrics.jsonl and the console line,
+while a thread passes earlier rows to wandb.
 """
 
 import statistics

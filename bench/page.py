@@ -1,4 +1,4 @@
-"""The tables of docs/benchmarks.md, made of raw results; no number in them is written by hand."""
+"""The tables of docs/benchmarks.md, generated from raw results."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

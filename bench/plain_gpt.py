@@ -1,9 +1,9 @@
-"""A GPT and its training loop as one would write them without us: one file of plain PyTorch.
+"""A GPT and its training loop in one file of plain PyTorch, as one would write them without us.
 
-The shape of nanoGPT: learned positions, pre-norm blocks, one projection for q, k and v, attention
-by scaled_dot_product_attention, exact GELU, a tied head, autocast to bf16 over float32 weights,
-fused AdamW, clipping. Two ranks are DistributedDataParallel. `--variant compile`: the model goes
-through torch.compile first. The anchor that anybody can check by reading it.
+The architecture of nanoGPT: learned positions, pre-norm blocks, one projection for q, k and v,
+attention by scaled_dot_product_attention, exact GELU, a tied head, autocast to bf16 over float32
+weights, fused AdamW, clipping. Two ranks use DistributedDataParallel. `--variant compile` passes
+the model through torch.compile. This is the baseline that anybody can check by reading it.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ class Attention(nn.Module):
         self.qkv, self.proj = nn.Linear(h, 3 * h), nn.Linear(h, h)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns what the heads have attended to, projected."""
+        """Attend and project."""
         heads = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # [b, s, 3, a, d]
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # each [b, a, s, d]
         y = F.scaled_dot_product_attention(
@@ -138,7 +138,7 @@ def autocast_loss(model: nn.Module, rows: Tensor, shape: Workload) -> Tensor:
 
 
 def run(arguments: Arguments, rank: int) -> dict[str, Any]:
-    """What `arguments.measure` asks for."""
+    """Measure what `arguments.measure` names."""
     shape = arguments.workload
     if arguments.measure == "activations":
         rows = batches(shape, rank)(0)[0]

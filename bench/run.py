@@ -1,12 +1,12 @@
 """Times all sides in turn and writes the tables of docs/benchmarks.md; `make bench`.
 
-    make bench                               three rounds of everything but scaling
-    make bench ARGS="--only tp1 bf16"        visits that have all of these words; --list shows them
+    make bench                               three rounds of everything except scaling
+    make bench ARGS="--only tp1 bf16"        visits that have all these words; --list shows them
     make bench ARGS="--scaling"              sequence length, micro-batch, model size instead
-    make bench ARGS="--results FILE --rounds 0"      the tables of results that are there
+    make bench ARGS="--results FILE --rounds 0"      the tables of existing results
 
-Raw results go to runs/bench/, a JSON object a line, and the tables are of one such file: a run, or
-several that were told to add to it.
+Raw results go to runs/bench/, one JSON object per line. The tables show one such file, from one run
+or from several that appended to it.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from bench.timing import find_report
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "benchmarks.md"
-# For all sides: freed memory stays with the process, or each large tensor costs page faults anew.
+# For all sides: keep freed memory in the process, so that large tensors cost no page faults.
 ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(32 << 30),
@@ -67,14 +67,14 @@ def make_visit(visit: Visit, steps: list[str], limit_s: float) -> dict[str, Any]
 
 
 def _why(errors: str, code: int) -> str:
-    """The line of stderr that says most, of a launch that has failed."""
+    """Pick the most informative line of stderr of a failed launch."""
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
     told = [line for line in lines if "rror:" in line and "ChildFailed" not in line]
     return (told[:1] or lines[-1:] or [f"exit code {code}"])[0][:_LINE_OF_FAILURE]
 
 
 def machine() -> dict[str, str]:
-    """What the figures depend on."""
+    """Describe what the figures depend on."""
     info = Path("/proc/cpuinfo").read_text()
     names = [line.partition(":")[2].strip() for line in info.splitlines() if "model name" in line]
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -153,7 +153,7 @@ def main() -> int:
     for line in run_rounds(visits, arguments) if arguments.rounds else ():
         sys.stdout.write(f"{line}\n")
         sys.stdout.flush()
-    # A part of a run does not replace the whole of another one.
+    # Do not replace a whole run by a part of another.
     page = arguments.page or (None if arguments.only else PAGE)
     told = write_page(page, read_results(arguments.results))
     sys.stdout.write(f"\n{told}\n\nwrote {page}; raw results in {arguments.results}\n")

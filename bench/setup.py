@@ -1,7 +1,7 @@
-"""Makes the environments of the peers, about 6 GB in all; `make bench-setup`.
+"""Creates the environments of the peers, about 6 GB in all; `make bench-setup`.
 
-One for each, under $PEERS/v (default ~/.cache/peers/v), because their requirements exclude each
-other. torch is our own version in all, installed first, so that none brings another build of it.
+Each peer has its own under $PEERS/v (default ~/.cache/peers/v), as their requirements exclude each
+other. Our version of torch is installed first in all of them, so that no peer installs another.
 """
 
 import subprocess
@@ -15,7 +15,7 @@ ROOT = SHIPPED[0].parent.parent
 
 
 def main() -> int:
-    """Those that are there already are brought up to date."""
+    """Update existing environments."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     (torch,) = (wanted for wanted in project["dependencies"] if wanted.startswith("torch=="))
     for name, packages in ENVIRONMENTS.items():

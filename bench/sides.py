@@ -1,7 +1,7 @@
-"""Who is compared with whom on what: sides, the environments of peers, and all visits of a run.
+"""The sides of the comparison, the environments of the peers, and the visits of a run.
 
-A visit is one launch of one side on one workload. `make bench` makes all visits of a round one
-after the other, then the next round, so that a machine which slows down does so for every side.
+A visit is one launch of one side on one workload. `make bench` makes all visits of a round before
+the next round, so that a machine that slows down does so for every side.
 """
 
 import itertools
@@ -34,7 +34,7 @@ class Side:
     key: str  # for --only, and in results
     name: str  # in tables
     module: str
-    environment: str | None = None  # of ENVIRONMENTS; None: ours
+    environment: str | None = None  # one of ENVIRONMENTS; None: ours
     variant: str = ""
     layouts: tuple[str, ...] = LAYOUTS
 

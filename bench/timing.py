@@ -1,9 +1,9 @@
-"""Times a side's steps, and knows which of them something else on the machine has disturbed.
+"""Times the steps of a side, and detects those that other jobs on the machine have disturbed.
 
 [Note: undisturbed steps]
-A machine that others use, or a virtual one, gives a step less than its cores. From /proc/stat: the
-seconds that all cores were busy, less those of our own ranks, are other jobs'; those that a
-hypervisor took away are counted there too. A step in which either took more than 5% of the cores is
+On a shared or virtual machine a step may get less than its cores. /proc/stat gives the seconds that
+all cores were busy; less those of our own ranks, they belong to other jobs. Seconds that a
+hypervisor took away are counted there too. A step in which either exceeds 5% of the cores is
 disturbed. Before each timed step the ranks wait, up to a limit, for other jobs to stop.
 """
 
@@ -85,7 +85,7 @@ def report_speed(
 
 
 def find_report(output: str) -> dict[str, Any] | None:
-    """The result in what a side has written; None if there is none."""
+    """Find the result in the output of a side; None if there is none."""
     for line in output.splitlines():
         if line.startswith(_MARK):
             return dict(json.loads(line.removeprefix(_MARK)))
@@ -93,7 +93,7 @@ def find_report(output: str) -> dict[str, Any] | None:
 
 
 def leave() -> None:
-    """Leaves the process group, if there is one."""
+    """Leaves the process group, if any."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,8 +1,8 @@
-"""What every side trains: the shape, the layout, the batches and the optimizer's settings.
+"""The workload of every side: model shape, layout, batches and optimizer settings.
 
 "bench-gpt" is the default: GPT-2's architecture, 8 layers of 512 channels, 34.1 million parameters,
-4,096 tokens a step. Small enough for two cores, and a third of a step is matrix products, as in
-larger models. Knows only torch, because peers' environments have nothing of ours.
+4,096 tokens per step. It is small enough for two cores, and a third of a step is matrix products,
+as in larger models. Imports only torch, because the peers' environments have nothing of ours.
 """
 
 import argparse
@@ -40,7 +40,7 @@ class Workload:
 
     @property
     def num_ranks(self) -> int:
-        """Processes that share the work."""
+        """Number of ranks."""
         return 1 if self.layout == "tp1" else 2
 
     @property
@@ -80,7 +80,7 @@ class Workload:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What matrices are multiplied in."""
+        """The dtype of matrix products."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     def flops_per_token(self, weights_per_layer: int | None = None) -> int:
@@ -91,7 +91,7 @@ class Workload:
         return 6 * matrices + 12 * self.num_layers * h * self.seq_length
 
     def flags(self) -> list[str]:
-        """The command line that `parse` reads back."""
+        """Return the command line that `parse` reads back."""
         return [f"--{name}={value}" for name, value in dataclasses.asdict(self).items()]
 
 

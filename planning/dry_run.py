@@ -1,234 +1,301 @@
-"""One training step as rank 0 would do it, without the other ranks and without memory.
+"""One training step as rank 0 would run it, without the other ranks and without memory.
 
-The code that runs is train.py's own: model, FSDP2, loss, gradients, AdamW. Tensors have shapes and
-no contents (torch's FakeTensorMode, on a processor), collectives return at once, and numbers that
-the step reads from tensors are 0. So what it holds and sends follows, whatever the code is.
+The code is train.py's own: model, FSDP2, loss, gradients, optimizer. Its tensors have shapes but no
+contents (torch's FakeTensorMode on a CPU), and its collectives return at once. The memory that the
+step takes and the collectives that it issues are recorded, not derived.
+
+M is the bytes of a full tensor, see [Note: bytes on a ring] in parallel/traffic.py.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.distributed.tensor import DTensor
-from torch.optim import AdamW
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from configs import Config
 from data import BatchLoader, MicroBatch, StepBatch
 from model import GPT, build_meta_model
 from parallel import Mesh
 from parallel.traffic import Collective, fake_mesh, record_traffic
-from planning.memory_log import MemoryLog, Piece
-from training.optimizer import build_optimizer, training_tensors
+from planning.memory_log import Allocation, MemoryLog
+from training.optimizer import WEIGHTS, build_optimizer, training_tensors
 from training.state import Run, RunState
 from training.step import train_step
 
-# Where a step is: before its micro-batches, in forward or backward of one, or after all of them.
+# The micro-batches of a step are alike except the last, so two represent any number.
+_NUM_TRACED = 2
 BEFORE, FORWARD, BACKWARD, AFTER = "before", "forward", "backward", "after"
 
 
-@dataclass(frozen=True)
-class Sent:
-    """A collective, and where in the step it was issued."""
+class StateSize(NamedTuple):
+    """Bytes that a rank holds of the weights, the gradients or the optimizer state."""
 
-    collective: Collective
-    micro_batch: int  # from 0
-    phase: str
-    layer: int | None  # None: outside of the layers
+    total: int
+    of_layer: int  # each layer
 
 
-@dataclass(frozen=True)
-class Tensors:
-    """Those of one kind that a rank has all the time, or when it updates its weights."""
+class SavedTensors(NamedTuple):
+    """Tensors of one shape that a module saves for backward."""
 
-    of_rank: int  # bytes
-    of_layer: int  # bytes, of each layer
-    pieces: frozenset[Piece]  # of the log
+    module: str  # relative to its layer
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    number: int
+    num_bytes: int  # all of them
 
 
 @dataclass(frozen=True)
-class DryRun:
-    """What was seen of a step of `num_rehearsed` micro-batches."""
+class StepReport:
+    """Memory and traffic of rank 0 in one step; where shards are uneven, no rank has more."""
 
-    tp: tuple[int, ...]  # the ranks of this rank's axes
+    tp: tuple[int, ...]  # the ranks on each of this rank's axes
     dp: tuple[int, ...]
     sequence_parallel: bool
-    num_rehearsed: int
-    sent: list[Sent]
-    memory: MemoryLog
-    weights: Tensors
-    moments: Tensors
-    gradients: Tensors  # as AdamW is given them
-    started_at: int  # an instant of the log
-    ends: dict[tuple[int, str], int]  # those at which (micro-batch, phase) ended
+    num_micro_batches: int
+    state: dict[str, StateSize]  # of weights, gradients (as the optimizer gets them), moments
+    saved_in_layer: list[SavedTensors]
+    saved_elsewhere: list[SavedTensors]
+    saved_bytes: int  # of one micro-batch, in all
+    peak: dict[str, int]  # bytes of each kind when most memory is allocated
+    peak_phase: str
+    traffic: dict[str, Counter[Collective]]  # by axis and part of a step, in its order
+    step: Counter[Collective]  # the whole step
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes allocated at the peak."""
+        return sum(self.peak.values())
 
 
-class _Watch:
-    """Follows a model through a step by hooks: what is sent where, what is held when."""
+class _Sent(NamedTuple):
+    collective: Collective
+    micro_batch: int
+    phase: str
+    layer: int | None  # None: outside layers
+
+
+class _Span(NamedTuple):
+    phase: str  # of one micro-batch
+    begin: int  # instants of the memory log
+    end: int
+
+
+class StepTracer:
+    """Hooks that record where in a step each collective and each allocation belongs."""
 
     def __init__(self, model: GPT, memory: MemoryLog, traffic: list[Collective]) -> None:
-        self.memory, self.traffic = memory, traffic
-        self.sent: list[Sent] = []
-        self.ends: dict[tuple[int, str], int] = {}
-        self.micro_batch, self.phase = 0, BEFORE
-        self.layer: int | None = None
+        self.memory, self._traffic = memory, traffic
+        self.sent: list[_Sent] = []
+        self.spans: list[_Span] = []
+        self._micro_batch, self._phase, self._layer = 0, BEFORE, cast(int | None, None)
+        self._span_begin = memory.now
         for name, module in model.named_modules():
-            module.register_forward_pre_hook(partial(self.enter, name))
-            # Also if the forward is broken off, as torch does with a recomputation.
-            module.register_forward_hook(self.leave, always_call=True)
+            module.register_forward_pre_hook(partial(self._enter, name))
+            # Always: torch ends a recomputed forward early with an exception.
+            module.register_forward_hook(self._leave, always_call=True)
         for number, block in enumerate(model.blocks):
-            block.register_forward_pre_hook(partial(self.enter_layer, number))
-            block.register_forward_hook(partial(self.leave_layer, number))
-        model.register_forward_hook(lambda *_: self.end(FORWARD, then=BACKWARD))
+            block.register_forward_pre_hook(partial(self._enter_layer, number))
+            block.register_forward_hook(partial(self._leave_layer, number))
+        model.register_forward_hook(lambda *_: self._end_span(FORWARD, BACKWARD))
 
-    def go_to(self, phase: str, layer: int | None = None) -> None:
-        """What was sent since the last call belongs to where the step was until now."""
-        new = self.traffic[len(self.sent) :]
-        self.sent += [Sent(one, self.micro_batch, self.phase, self.layer) for one in new]
-        self.phase, self.layer = phase, layer
+    def trace(self, micro_batches: Sequence[MicroBatch]) -> Iterator[MicroBatch]:
+        """Yield the micro-batches of a step, and follow their forward and backward."""
+        for number, micro_batch in enumerate(micro_batches):
+            self.move_to(FORWARD)
+            self._micro_batch = number
+            yield micro_batch
+            self._end_span(BACKWARD, AFTER)
 
-    def begin(self, micro_batch: int) -> None:
-        """A micro-batch begins."""
-        self.go_to(FORWARD)
-        self.micro_batch = micro_batch
+    def move_to(self, phase: str, layer: int | None = None) -> None:
+        """Record the collectives since the last call, then enter another part of the step."""
+        new = self._traffic[len(self.sent) :]
+        self.sent += [_Sent(one, self._micro_batch, self._phase, self._layer) for one in new]
+        self._phase, self._layer = phase, layer
 
-    def end(self, phase: str, then: str) -> None:
-        """A phase of a micro-batch is done."""
-        self.go_to(then)
-        self.ends[self.micro_batch, phase] = self.memory.now
+    def _end_span(self, phase: str, next_phase: str) -> None:
+        self.move_to(next_phase)
+        self.spans.append(_Span(phase, self._span_begin, self.memory.now))
+        self._span_begin = self.memory.now
 
-    def enter(self, name: str, *_: Any) -> None:
-        """A forward pre-hook of a module."""
-        self.memory.places.append(name)
+    def _enter(self, name: str, *_: Any) -> None:
+        self.memory.modules.append(name)
 
-    def leave(self, *_: Any) -> None:
-        """A forward hook of a module."""
-        self.memory.places.pop()
+    def _leave(self, *_: Any) -> None:
+        self.memory.modules.pop()
 
-    def enter_layer(self, number: int, _: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """A forward pre-hook of a block."""
-        self.go_to(FORWARD, number)
-        # The gradient of a layer's input is the last thing that its backward works out.
-        inputs[0].register_hook(lambda _: self.go_to(BACKWARD))
+    def _enter_layer(self, number: int, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.move_to(FORWARD, number)
+        # Backward computes the gradient of a layer's input last.
+        inputs[0].register_hook(lambda _: self.move_to(BACKWARD))
 
-    def leave_layer(self, number: int, _: nn.Module, __: Any, output: Tensor) -> None:
-        """A forward hook of a block."""
-        self.go_to(FORWARD)
-        output.register_hook(lambda _: self.go_to(BACKWARD, number))
+    def _leave_layer(self, number: int, _: nn.Module, __: Any, output: Tensor) -> None:
+        self.move_to(FORWARD)
+        output.register_hook(lambda _: self.move_to(BACKWARD, number))
 
 
-class _Watched(list[MicroBatch]):
-    """Micro-batches of which a watch is told when a step takes one up and when it is done."""
+class _TracedList(list[MicroBatch]):
+    """Micro-batches whose iteration a tracer follows."""
 
-    def __init__(self, micro_batches: Sequence[MicroBatch], watch: _Watch) -> None:
-        super().__init__(micro_batches)
-        self.watch = watch
+    tracer: StepTracer
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        for number, micro_batch in enumerate(super().__iter__()):
-            self.watch.begin(number)
-            yield micro_batch
-            self.watch.end(BACKWARD, then=AFTER)
+        return self.tracer.trace(list(super().__iter__()))
 
 
-class _Zeros(TorchDispatchMode):
-    """Numbers that are read from pretended tensors are 0."""
+def dry_run(config: Config, num_ranks: int, num_traced: int = _NUM_TRACED) -> StepReport:
+    """Run one step of at most `num_traced` micro-batches as rank 0 of `num_ranks`.
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        reads = func is torch.ops.aten._local_scalar_dense.default
-        if reads and isinstance(args[0], FakeTensor):
-            return 0.0 if args[0].is_floating_point() else 0
-        return func(*args, **(kwargs or {}))
-
-
-@dataclass(frozen=True)
-class _Trainee:
-    """All that a step asks of a Run; there is no run folder and no text."""
-
-    config: Config
-    mesh: Mesh
-    model: GPT
-    optimizer: AdamW
-
-
-@contextmanager
-def _without_memory() -> Iterator[FakeTensorMode]:
-    """Tensors made inside have no contents; what would be compiled runs as it is written."""
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with torch.compiler.set_stance("force_eager"), fake, _Zeros():
-        yield fake
-
-
-def dry_run(config: Config, num_ranks: int, num_micro_batches: int) -> DryRun:
-    """One step of rank 0 of `num_ranks`; where pieces are uneven, no other rank has more."""
-    parallel = config.parallel
+    Raises RuntimeError if this process has joined a process group.
+    """
+    parallel, train = config.parallel, config.train
     size = parallel.tensor_model_parallel_size
-    layout = (size, parallel.sequence_parallel, parallel.tp_comm_overlap)
-    with fake_mesh(num_ranks, *layout) as mesh:
-        # On the meta device: FSDP2 looks its mesh up, which tensors without contents cannot tell.
-        model = build_meta_model(config, mesh)
-        with _without_memory() as fake, record_traffic() as traffic, MemoryLog(fake) as memory:
-            model.to_empty(device=mesh.device)
-            optimizer = build_optimizer(model, config.optimizer)
-            state = training_tensors(model, optimizer)
-            gradients: dict[str, Tensor | None] = {}
-            optimizer.register_step_pre_hook(
-                lambda *_: gradients.update({n: p.grad for n, p in model.named_parameters()})
-            )
-            watch, started_at = _Watch(model, memory, traffic), memory.now
-            micro_batch = _full_micro_batch(config)
-            micro_batches = _Watched([micro_batch] * num_micro_batches, watch)
-            batches = iter([StepBatch(micro_batches, micro_batch.num_targets * num_micro_batches)])
-            run = cast(Run, _Trainee(config, mesh, model, optimizer))
-            train_step(run, RunState(wandb_id=""), cast(BatchLoader, batches))
-            watch.go_to(AFTER)
-            of_weights = {n: t for n, t in state.items() if n.startswith("parameters.")}
-            of_moments = {n: t for n, t in state.items() if n not in of_weights}
-            return DryRun(
-                tp=tuple(range(size)),
-                dp=tuple(range(0, num_ranks, size)),
-                sequence_parallel=mesh.sequence_parallel,
-                num_rehearsed=num_micro_batches,
-                sent=watch.sent,
-                memory=memory,
-                weights=_tensors(of_weights, memory),
-                moments=_tensors(of_moments, memory),
-                gradients=_tensors(gradients, memory),
-                started_at=started_at,
-                ends=watch.ends,
-            )
+    tp, dp = tuple(range(size)), tuple(range(0, num_ranks, size))
+    num_micro_batches = train.global_batch_size // (train.micro_batch_size * len(dp))
+    num_traced = min(num_traced, num_micro_batches)
+    with fake_mesh(num_ranks, size, parallel.sequence_parallel, parallel.tp_comm_overlap) as mesh:
+        tracer, tensors = _trace_step(config, mesh, num_traced)
+    memory, first_forward = tracer.memory, tracer.spans[0]
+    kinds, state = dict[Allocation, str](), dict[str, StateSize]()
+    for kind, named in tensors.items():
+        local = {name: tensor.to_local() for name, tensor in named.items()}
+        kinds |= {memory.allocation_of(tensor): kind for tensor in local.values()}
+        of_layer = sum(t.nbytes for name, t in local.items() if "blocks.0." in name)
+        state[kind] = StateSize(sum(t.nbytes for t in local.values()), of_layer)
+    layer = config.model.num_layers // 2  # FSDP2 treats the first and the last one differently
+    saved = {
+        allocation: num_bytes
+        for allocation, num_bytes in memory.live(first_forward.end).items()
+        if allocation.begin >= first_forward.begin
+        and not (allocation in kinds or allocation.was_emptied)
+    }
+    peak, peak_phase = _peak(tracer, kinds)
+    step: Counter[Collective] = Counter()
+    for one in tracer.sent:
+        is_repeated = one.phase in (FORWARD, BACKWARD) and one.micro_batch == 0
+        step[one.collective] += num_micro_batches - num_traced + 1 if is_repeated else 1
+    return StepReport(
+        tp=tp,
+        dp=dp,
+        sequence_parallel=mesh.sequence_parallel,
+        num_micro_batches=num_micro_batches,
+        state=state,
+        saved_in_layer=_by_shape(saved, f"blocks.{layer}."),
+        saved_elsewhere=_by_shape({a: n for a, n in saved.items() if "blocks." not in a.module}),
+        saved_bytes=sum(saved.values()),
+        peak=peak,
+        peak_phase=peak_phase,
+        traffic=_traffic(tracer.sent, tp, dp, layer, num_traced - 1),
+        step=step,
+    )
+
+
+def _trace_step(
+    config: Config, mesh: Mesh, num_traced: int
+) -> tuple[StepTracer, dict[str, dict[str, Any]]]:
+    """Run the step; return its tracer and the tensors of each kind of state, by name."""
+    model = build_meta_model(config, mesh)  # not on fake tensors, of which FSDP2 cannot read a mesh
+    with (
+        torch.compiler.set_stance("force_eager"),
+        FakeTensorMode(allow_non_fake_inputs=True) as fake,
+        record_traffic() as traffic,
+        MemoryLog(fake) as memory,
+    ):
+        model.to_empty(device=mesh.device)
+        optimizer = build_optimizer(model, config.optimizer)
+        tensors: dict[str, dict[str, Any]] = {"weights": {}, "gradients": {}, "moments": {}}
+        for name, tensor in training_tensors(model, optimizer).items():
+            tensors["weights" if name.startswith(WEIGHTS) else "moments"][name] = tensor
+        optimizer.register_step_pre_hook(
+            lambda *_: tensors["gradients"].update((n, p.grad) for n, p in model.named_parameters())
+        )
+        tracer = StepTracer(model, memory, traffic)
+        micro_batch = _full_micro_batch(config)
+        micro_batches = _TracedList([micro_batch] * num_traced)
+        micro_batches.tracer = tracer
+        batch = StepBatch(micro_batches, micro_batch.num_targets * num_traced)
+        run = SimpleNamespace(config=config, mesh=mesh, model=model, optimizer=optimizer)
+        train_step(cast(Run, run), RunState(wandb_id=""), cast(BatchLoader, iter([batch])))
+        tracer.move_to(AFTER)
+    return tracer, tensors
 
 
 def _full_micro_batch(config: Config) -> MicroBatch:
-    """Rows as long as the data makes them, all of whose targets count."""
+    """Make rows as long as the data's, with a target at every position."""
     t, b = config.parallel.tensor_model_parallel_size, config.train.micro_batch_size
     width = config.model.seq_length + -config.model.seq_length % t
     tokens = torch.zeros(b, width, dtype=torch.int64)
-    keeps_apart = config.data.inter_document_masking and config.data.sequence_mode == "pack"
+    masks_documents = config.data.inter_document_masking and config.data.sequence_mode == "pack"
     return MicroBatch(
         tokens=tokens,
         targets=tokens,
         positions=tokens,
         sample_indices=torch.arange(b),
         num_targets=b * width,
-        documents=tokens if keeps_apart else None,
+        documents=tokens if masks_documents else None,
     )
 
 
-def _tensors(named: dict[str, Any], memory: MemoryLog) -> Tensors:
-    """Tensors by name, some of them those of layers, `blocks.N.`."""
-    local: dict[str, Tensor] = {}
-    for name, tensor in named.items():
-        assert isinstance(tensor, DTensor), f"{name} is {type(tensor)}"
-        local[name] = tensor.to_local()
-    of_layer = sum(tensor.nbytes for name, tensor in local.items() if "blocks.0." in name)
-    return Tensors(
-        sum(tensor.nbytes for tensor in local.values()),
-        of_layer,
-        frozenset(memory.piece_of(tensor) for tensor in local.values()),
-    )
+def _by_shape(saved: dict[Allocation, int], prefix: str = "") -> list[SavedTensors]:
+    """Group the allocations of the modules below a prefix by module, dtype and shape."""
+    groups: dict[tuple[str, torch.dtype, tuple[int, ...]], list[int]] = {}
+    for allocation, num_bytes in saved.items():
+        if f"{allocation.module}.".startswith(prefix):
+            key = allocation.module[len(prefix) :], allocation.dtype, allocation.shape
+            groups.setdefault(key, []).append(num_bytes)
+    return [SavedTensors(*key, len(sizes), sum(sizes)) for key, sizes in groups.items()]
+
+
+def _peak(tracer: StepTracer, kinds: dict[Allocation, str]) -> tuple[dict[str, int], str]:
+    """Return the bytes of each kind when most is allocated, and the phase of that instant."""
+    memory, instant = tracer.memory, tracer.memory.peak()
+    left_behind: dict[str, set[Allocation]] = {FORWARD: set(), BACKWARD: set()}
+    for span in tracer.spans:
+        left_behind[span.phase] |= {a for a in memory.live(span.end) if a.begin >= span.begin}
+    order = ("weights", "moments", "gradients", "gathered weights", "unsharded gradients")
+    peak = dict.fromkeys((*order, "saved activations", "temporary"), 0)
+    for allocation, num_bytes in memory.live(instant).items():
+        if allocation in kinds:
+            kind = kinds[allocation]
+        elif allocation.was_emptied:
+            kind = "gathered weights"
+        elif allocation in left_behind[BACKWARD]:
+            kind = "unsharded gradients"
+        else:
+            kind = "saved activations" if allocation in left_behind[FORWARD] else "temporary"
+        peak[kind] += num_bytes
+    return peak, next((span.phase for span in tracer.spans if instant <= span.end), AFTER)
+
+
+def _traffic(
+    sent: Iterable[_Sent], tp: tuple[int, ...], dp: tuple[int, ...], layer: int, last: int
+) -> dict[str, Counter[Collective]]:
+    """Split the traffic into what one micro-batch sends over each axis, and the rest."""
+
+    def count(
+        ranks: tuple[int, ...], *place: str | int, of: tuple[Any, ...]
+    ) -> Counter[Collective]:
+        return Counter(
+            one.collective
+            for one in sent
+            if (one.collective.ranks, one.phase, one.micro_batch) == (ranks, *place)
+            and (one.layer in of or not of)
+        )
+
+    parts = {
+        f"tp  {where}, {phase}": count(tp, phase, 0, of=(number,))
+        for where, number in (("one layer", layer), ("outside layers", None))
+        for phase in (FORWARD, BACKWARD)
+    }
+    for phase in (FORWARD, BACKWARD):
+        parts[f"dp  one micro-batch, {phase}"] = count(dp, phase, 0, of=())
+    last_backward = count(dp, BACKWARD, last, of=())
+    if last_backward != parts[f"dp  one micro-batch, {BACKWARD}"]:
+        parts[f"dp  the last one, {BACKWARD}"] = last_backward
+    once = Counter(one.collective for one in sent if one.phase in (BEFORE, AFTER))
+    return parts | {"any once per step": once}

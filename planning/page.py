@@ -1,52 +1,79 @@
-"""The page that plan.py prints: an account in columns, for a person to read."""
+"""The page that plan.py prints: a step report beside the published formulas."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
 from configs import Config
 from model import flops_per_token, num_parameters
 from parallel.traffic import Collective
-from planning.accounting import Account, Kept, Traffic, paper_formula
+from planning.dry_run import AFTER, BEFORE, SavedTensors, StepReport
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-_NAME, _CELL = 55, 14  # widths
-_SMALL = 0.005  # of all that a layer keeps: below, shapes share a line
-_LEAST = 1024  # bytes of a kind that get a line; a loss is a scalar
-_SCORES_DIMS = 3  # scores have heads or sequences besides s x s
+_NAME_WIDTH, _CELL_WIDTH = 55, 14
+_SMALL_FRACTION = 0.005  # saved tensors that are smaller share a row
+_MIN_BYTES = 1024  # kinds of memory that take less have no row; a loss is a scalar
 _KINDS = {
     "weights": "weights",
     "moments": "AdamW's moments",
     "gradients": "gradients, summed and sharded",
-    "waiting gradients": "gradients, whole, waiting for the last micro-batch",
-    "gathered weights": "weights that FSDP2 has gathered for now",
-    "activations": "activations kept for backward",
-    "in work": "in work: the loss, gradients of activations, buffers",
+    "unsharded gradients": "gradients, unsharded, until the last micro-batch",
+    "gathered weights": "weights gathered by FSDP2",
+    "saved activations": "activations saved for backward",
+    "temporary": "temporary: loss, activation gradients, buffers",
 }
+_PHASES = {BEFORE: "before the first micro-batch", AFTER: "during the optimizer step"}
 
 
-def page(config: Config, plan: Account, memory_gib: float) -> str:
-    """The whole page, its answer last."""
+class Formula(NamedTuple):
+    """Bytes of one layer's activations, at 2 bytes per number: Korthikanti et al. 2022, table 2."""
+
+    text: str
+    num_bytes: float
+    scores_text: str  # what s x s attention scores add unless they are recomputed
+    scores_bytes: float
+
+
+def paper_formula(config: Config, sequence_parallel: bool) -> Formula:
+    """Choose the row of table 2 for a configuration."""
+    model, t = config.model, config.parallel.tensor_model_parallel_size
+    h, a, s = model.hidden_size, model.num_attention_heads, model.seq_length
+    sbh = s * config.train.micro_batch_size * h
+    if config.parallel.recompute_granularity == "full":
+        return Formula("full recomputation: 2 sbh", 2 * sbh, "", 0)
+    if t == 1:
+        text, factor = "no parallelism: 34 sbh", 34.0
+    elif sequence_parallel:
+        text, factor = "tensor and sequence parallelism: 34 sbh / t", 34 / t
+    else:
+        text, factor = "tensor parallelism: (10 + 24/t) sbh", 10 + 24 / t
+    scores = "5 a s^2 b" if t == 1 else "5 a s^2 b / t"
+    return Formula(text, factor * sbh, scores, 5 * a * s / (h * t) * sbh)
+
+
+def page(config: Config, report: StepReport, memory_gib: float) -> str:
+    """Format the whole page; its last line answers whether the step fits."""
     sections = (
-        _heading(config, plan),
-        _memory(config, plan),
-        _peak(plan),
-        _kept(config, plan),
-        _wire(plan),
-        _operations(config, plan),
-        _answer(config, plan, memory_gib),
+        _heading(config, report),
+        _memory(config, report),
+        _peak(report),
+        _saved(config, report),
+        _communication(report),
+        _operations(config, report),
+        _answer(config, report, memory_gib),
     )
     return "\n".join("\n".join(section) + "\n" for section in sections)
 
 
-def _heading(config: Config, plan: Account) -> Iterator[str]:
-    model, train, seen = config.model, config.train, plan.rehearsal
-    t, n = len(seen.tp), len(seen.tp) * len(seen.dp)
-    how = " + sequence parallel" if seen.sequence_parallel else ""
+def _heading(config: Config, report: StepReport) -> Iterator[str]:
+    model, train, parallel = config.model, config.train, config.parallel
+    t, n = len(report.tp), len(report.tp) * len(report.dp)
+    sequence = " + sequence parallel" if report.sequence_parallel else ""
     yield (
         f"{config.run.name}: {num_parameters(model, config.data.vocab_size):,} parameters on "
-        f"{n} rank{'s' * (n > 1)}: tensor parallel {t}{how} x data parallel {len(seen.dp)}"
+        f"{n} rank{'s' * (n > 1)}: tensor parallel {t}{sequence} x data parallel {len(report.dp)}"
     )
     yield (
         f"s {model.seq_length}, b {train.micro_batch_size}, h {model.hidden_size}, "
@@ -54,139 +81,113 @@ def _heading(config: Config, plan: Account) -> Iterator[str]:
         f"v {config.data.vocab_size}; {train.precision}"
     )
     yield (
-        f"recompute_granularity {config.parallel.recompute_granularity}, "
-        f"gradient_sync {config.parallel.gradient_sync}, {plan.num_micro_batches:,} micro-batches "
-        "of a rank in a step"
+        f"recompute_granularity {parallel.recompute_granularity}, gradient_sync "
+        f"{parallel.gradient_sync}, {report.num_micro_batches:,} micro-batches per rank and step"
     )
 
 
-def _memory(config: Config, plan: Account) -> Iterator[str]:
-    layers, seen = config.model.num_layers, plan.rehearsal
-    yield _row("Memory of a rank", "a layer", f"{layers} layers", "all")
-    for name, held in (
-        ("weights, fp32", seen.weights),
-        ("gradients, fp32", seen.gradients),
-        ("AdamW's two moments, fp32", seen.moments),
-    ):
-        yield _row(
-            f"  {name}", size(held.of_layer), size(layers * held.of_layer), size(held.of_rank)
-        )
-    of_layer = sum(kept.num_bytes for kept in plan.kept_in_layer)
-    yield _row(
-        "  activations kept for backward, of a micro-batch",
-        size(of_layer),
-        size(layers * of_layer),
-        size(plan.kept_in_all),
-    )
+def _memory(config: Config, report: StepReport) -> Iterator[str]:
+    layers, state = config.model.num_layers, report.state
+    rows = [
+        (f"{_KINDS[kind].partition(',')[0]}, fp32", state[kind].of_layer, state[kind].total)
+        for kind in ("weights", "gradients", "moments")
+    ]
+    of_layer = sum(saved.num_bytes for saved in report.saved_in_layer)
+    rows.append(("activations saved for backward, per micro-batch", of_layer, report.saved_bytes))
+    yield _row("Memory per rank", "one layer", f"{layers} layers", "total")
+    for name, layer_bytes, total in rows:
+        yield _row(f"  {name}", size(layer_bytes), size(layers * layer_bytes), size(total))
 
 
-def _peak(plan: Account) -> Iterator[str]:
-    moment = {"after": "the update of the weights"}.get(plan.peak.phase, plan.peak.phase)
-    yield f"When a rank holds most, in {moment}"
-    for kind, num_bytes in plan.peak.by_kind.items():
-        if num_bytes >= _LEAST:
+def _peak(report: StepReport) -> Iterator[str]:
+    yield f"Peak memory ({_PHASES.get(report.peak_phase, f'during {report.peak_phase}')})"
+    for kind, num_bytes in report.peak.items():
+        if num_bytes >= _MIN_BYTES:
             yield _row(f"  {_KINDS[kind]}", "", "", size(num_bytes))
-    yield _row("  all", "", "", size(plan.peak.num_bytes))
+    yield _row("  total", "", "", size(report.peak_bytes))
 
 
-def _kept(config: Config, plan: Account) -> Iterator[str]:
-    model = config.model
-    s, sbh = model.seq_length, model.seq_length * config.train.micro_batch_size * model.hidden_size
-    yield _row("What a layer keeps for backward, and who makes it", "", "", "/ sbh")
-    yield from _kept_rows(plan.kept_in_layer, "the block", sbh)
-    yield _kept_row("  all", sum(kept.num_bytes for kept in plan.kept_in_layer), sbh)
-    paper = paper_formula(config, plan.rehearsal.sequence_parallel)
-    yield _kept_row(f"  paper, {paper.variant}: {paper.text}", paper.num_bytes, sbh)
-    if paper.bytes_of_scores:
-        whole = paper.num_bytes + paper.bytes_of_scores
-        yield _kept_row(f"  paper, with scores of s x s: + {paper.text_of_scores}", whole, sbh)
-    scores = sum(
-        kept.num_bytes
-        for kept in plan.kept_in_layer
-        if len(kept.shape) >= _SCORES_DIMS and kept.shape[-2:] == (s, s)
-    )
-    if scores:
-        yield _kept_row("  of ours, scores of s x s", scores, sbh)
-    else:
-        yield "  ours keeps no scores of s x s: attention works them out again in backward"
-    yield "  paper: Korthikanti et al. 2022, table 2, for two bytes a number and dropout masks kept"
-    yield "What the rest of the model keeps"
-    yield from _kept_rows(plan.kept_outside, "the model", sbh)
+def _saved(config: Config, report: StepReport) -> Iterator[str]:
+    model, saved = config.model, report.saved_in_layer
+    sbh = model.seq_length * config.train.micro_batch_size * model.hidden_size
+    yield _row("Tensors that one layer saves for backward, by module", "", "", "/ sbh")
+    yield from _saved_rows(saved, "the block", sbh)
+    yield _saved_row("  total", sum(tensors.num_bytes for tensors in saved), sbh)
+    paper = paper_formula(config, report.sequence_parallel)
+    yield _saved_row(f"  paper, {paper.text}", paper.num_bytes, sbh)
+    if paper.scores_bytes:
+        total = paper.num_bytes + paper.scores_bytes
+        yield _saved_row(f"  paper, with s x s scores: + {paper.scores_text}", total, sbh)
+    yield "  Paper: Korthikanti et al. 2022, table 2; 2 bytes per number, dropout masks are saved."
+    yield "Tensors that the rest of the model saves"
+    yield from _saved_rows(report.saved_elsewhere, "the model", sbh)
 
 
-def _kept_rows(kept: list[Kept], whole: str, sbh: int) -> Iterator[str]:
-    least = _SMALL * sum(one.num_bytes for one in kept)
-    for one in kept:
-        if one.num_bytes >= least:
-            times = f"{one.number} x " if one.number > 1 else ""
-            name = f"  {one.place or whole:<20}{times}{_dtype(one.dtype)} {list(one.shape)}"
-            yield _kept_row(name, one.num_bytes, sbh)
-    small = sum(one.num_bytes for one in kept if one.num_bytes < least)
-    if small:
-        yield _kept_row("  smaller ones", small, sbh)
+def _saved_rows(saved: list[SavedTensors], root: str, sbh: int) -> Iterator[str]:
+    least = _SMALL_FRACTION * sum(tensors.num_bytes for tensors in saved)
+    for tensors in saved:
+        if tensors.num_bytes >= least:
+            times = f"{tensors.number} x " if tensors.number > 1 else ""
+            text = f"{times}{_dtype(tensors.dtype)} {list(tensors.shape)}"
+            yield _saved_row(f"  {tensors.module or root:<20}{text}", tensors.num_bytes, sbh)
+    if small := sum(tensors.num_bytes for tensors in saved if tensors.num_bytes < least):
+        yield _saved_row("  smaller ones", small, sbh)
 
 
-def _kept_row(name: str, num_bytes: float, sbh: int) -> str:
+def _saved_row(name: str, num_bytes: float, sbh: int) -> str:
     return _row(name, "", size(num_bytes), f"{num_bytes / sbh:.2f}")
 
 
-def _wire(plan: Account) -> Iterator[str]:
-    seen = plan.rehearsal
-    yield _row("On the wire", "number", "full tensor M", "a rank sends")
-    for part in plan.traffic:
-        yield from _part(part)
-    if not plan.step:
-        yield "  nothing: there is one rank"
+def _communication(report: StepReport) -> Iterator[str]:
+    yield _row("Communication", "count", "full tensor M", "sent per rank")
+    for part, collectives in report.traffic.items():
+        title = f"  {part}"
+        for one, count in collectives.items():
+            kind = f"{one.kind.replace('_', '-')} {_dtype(one.dtype)}"
+            sent = size(count * one.sent_bytes)
+            yield _row(f"{title:<34}{kind}", f"{count:,}", size(one.full_bytes), sent)
+            title = ""
+    if not report.step:
+        yield "  none: there is one rank"
         return
-    yield f"A step, {plan.num_micro_batches:,} micro-batches of a rank"
-    of_axis: dict[str, Counter[Collective]] = {}
-    for one, number in plan.step.items():
-        axis = {seen.tp: f"tp {len(seen.tp)}", seen.dp: f"dp {len(seen.dp)}"}
-        of_axis.setdefault(axis.get(one.ranks, "all ranks"), Counter())[one] += number
-    for axis_name, collectives in sorted(of_axis.items(), reverse=True):
-        whole = Traffic("", "", collectives)
-        yield _row(f"  over {axis_name}", f"{collectives.total():,}", "", size(whole.sent_bytes))
+    yield f"One step, {report.num_micro_batches:,} micro-batches per rank"
+    axes = {report.tp: f"tp {len(report.tp)}", report.dp: f"dp {len(report.dp)}"}
+    by_axis: dict[str, Counter[Collective]] = {}
+    for one, count in report.step.items():
+        by_axis.setdefault(axes.get(one.ranks, "all ranks"), Counter())[one] = count
+    for axis, collectives in sorted(by_axis.items(), reverse=True):
+        sent = size(sum(one.sent_bytes * count for one, count in collectives.items()))
+        yield _row(f"  over {axis}", f"{collectives.total():,}", "", sent)
 
 
-def _part(part: Traffic) -> Iterator[str]:
-    title = f"  {part.axis or 'any':<4}{part.part}"
-    for one, number in part.collectives.items():
-        kind = f"{one.kind.replace('_', '-')} {_dtype(one.dtype)}"
-        sent = size(number * one.sent_bytes)
-        yield _row(f"{title:<34}{kind}", f"{number:,}", size(one.full_bytes), sent)
-        title = ""
-
-
-def _operations(config: Config, plan: Account) -> Iterator[str]:
+def _operations(config: Config, report: StepReport) -> Iterator[str]:
     model = config.model
     per_token = flops_per_token(model, config.data.vocab_size)
     attention = 12 * model.num_layers * model.hidden_size * model.seq_length
+    weights = (per_token - attention) // 6
     tokens = config.train.global_batch_size * model.seq_length
-    num_ranks = len(plan.rehearsal.tp) * len(plan.rehearsal.dp)
-    yield "Operations, forward and backward"
-    yield (
-        f"  a token: {per_token:.4g} = 6 x {(per_token - attention) // 6:,} (weights of matrices) "
-        "+ 12 L h s"
-    )
-    yield f"  a step:  {per_token * tokens:.4g} = that x {tokens:,} tokens"
-    yield f"  MFU = tokens/s x {per_token:.4g} / ({num_ranks} x peak operations/s of a device)"
-    yield "  The causal mask does not halve 12 L h s, and recomputation does not count."
+    num_ranks = len(report.tp) * len(report.dp)
+    yield "Floating-point operations, forward and backward"
+    yield f"  per token: {per_token:.4g} = 6 x {weights:,} (weights of matrices) + 12 L h s"
+    yield f"  per step:  {per_token * tokens:.4g} = that x {tokens:,} tokens"
+    yield f"  MFU = tokens/s x {per_token:.4g} / ({num_ranks} x peak FLOP/s of a device)"
+    yield "  The causal mask does not halve 12 L h s, and recomputation is not counted."
 
 
-def _answer(config: Config, plan: Account, memory_gib: float) -> Iterator[str]:
-    spare = memory_gib * 2**30 - plan.peak.num_bytes
-    yield "Counted are tensors. The device's own context, buffers of its communication library,"
-    yield "workspace of kernels and what an allocator cannot use come on top."
+def _answer(config: Config, report: StepReport, memory_gib: float) -> Iterator[str]:
+    spare = memory_gib * 2**30 - report.peak_bytes
+    yield "Only tensors are counted. The device's context, buffers of its communication library,"
+    yield "kernel workspaces and allocator fragmentation add to this."
     if config.model.attention_dropout:
-        yield "Attention with dropout is counted as on a processor, where it keeps s x s tensors."
+        yield "Attention dropout is counted as on a CPU, where it saves s x s tensors."
     if config.train.compile and config.model.has_chains:
-        yield "Counted without train.compile, with which RMSNorm and SwiGLU keep less."
+        yield "train.compile is not counted; with it RMSNorm and SwiGLU save less."
     verdict = (
         f"fits in {memory_gib:g} GiB, {size(spare)} to spare"
         if spare >= 0
         else f"does not fit in {memory_gib:g} GiB, {size(-spare)} too much"
     )
-    yield f"A rank needs {size(plan.peak.num_bytes)} for its tensors: {verdict}."
+    yield f"A rank needs {size(report.peak_bytes)} for its tensors: {verdict}."
 
 
 def _dtype(dtype: torch.dtype) -> str:
@@ -194,13 +195,13 @@ def _dtype(dtype: torch.dtype) -> str:
 
 
 def _row(name: str, *cells: str) -> str:
-    """A name, and cells in columns to its right."""
-    texts: Iterable[str] = (f"{cell:>{_CELL}}" for cell in cells)
-    return f"{name:<{_NAME}}{''.join(texts)}".rstrip()
+    """Format a name and right-aligned cells."""
+    texts = [f"{cell:>{_CELL_WIDTH}}" for cell in cells]
+    return f"{name:<{_NAME_WIDTH}}{''.join(texts)}".rstrip()
 
 
 def size(num_bytes: float) -> str:
-    """Bytes with a unit, three digits at least."""
+    """Format bytes with a unit and at least three digits."""
     for unit, scale in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if num_bytes >= scale:
             digits = 2 if num_bytes < 10 * scale else 1

@@ -1,4 +1,4 @@
-"""evaluate.py: the score of training for held-out text, and the reference's for any other."""
+"""evaluate.py gives the score of training on held-out text, the reference's on other text."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from tests.training.test_evaluation import reference_score
 from training.evaluation import eval_batches, score
 from training.inference import load_for_inference
 
-# The second one is there twice, and counts twice.
+# A text that occurs twice is scored twice.
 TEXTS = ["while True:\n    é = '漢'\n" * 9, "def f", "def f"]
 
 
@@ -26,7 +26,7 @@ TEXTS = ["while True:\n    é = '漢'\n" * 9, "def f", "def f"]
 def test_held_out_text_has_the_score_of_training(
     mesh: Mesh, runs: dict[str, Path], family: str
 ) -> None:
-    """On the layout that trained to the last bit, on others to 2e-6."""
+    """Exactly on the layout that trained, within 2e-6 on others."""
     run = runs[family]
     config = run_config(str(run))
     trained = load_for_inference(config, run, mesh, None)
@@ -44,7 +44,7 @@ def test_held_out_text_has_the_score_of_training(
 def test_any_text_has_the_score_of_the_reference(
     runs: dict[str, Path], tmp_path: Path, family: str, ranks: int, stride: int | None
 ) -> None:
-    """Of jsonl; every document counts, with its bytes; the file has all of it."""
+    """Every document of a jsonl file counts with its bytes; the output file has all numbers."""
     run, output, path = runs[family], tmp_path / "result.json", tmp_path / "texts.jsonl"
     path.write_text("\n".join(json.dumps({"content": text}) for text in TEXTS))
     arguments = [f"run={run}", "source=jsonl", f"path={path}"]
@@ -63,8 +63,8 @@ def test_any_text_has_the_score_of_the_reference(
     assert f"{result['bits_per_byte']:.4f} bits/byte" in written.decode()
 
 
-def test_unknown_tokens_are_told_while_training_and_after(tmp_path: Path) -> None:
-    """Of a single input.txt, whose end is held out: at the start, at each evaluation, after."""
+def test_unknown_tokens_are_reported_in_training_and_after(tmp_path: Path) -> None:
+    """At the start, at each evaluation and in evaluate.py, for one file whose end is held out."""
     lines = [f"{line} {chr(0x4E00 + number)}" for number, line in enumerate(random_lines())]
     (tmp_path / "input.txt").write_text("\n".join(lines))
     model = lossy_model(tmp_path, random_lines())
@@ -86,21 +86,21 @@ def test_unknown_tokens_are_told_while_training_and_after(tmp_path: Path) -> Non
 
 
 def random_lines() -> list[str]:
-    """Lines of words that a small tokenizer knows."""
+    """Lines of words in the vocabulary of a small tokenizer."""
     return random_text(1, 400).split("\n")
 
 
-def test_what_does_not_go_together_is_one_line(
+def test_invalid_settings_are_one_line(
     runs: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Found before anything is started."""
+    """Each is reported before torch is imported."""
     run = f"run={runs['gpt']}"
     for arguments, message in (
-        (["path=x"], "path=x has no meaning for source=held_out; say what it holds"),
+        (["path=x"], "path=x is not used with source=held_out; choose its format"),
         (["source=text"], "path is missing: source=text needs a file, a folder or a glob"),
         (["source=text", "path=/nowhere"], "data.path=/nowhere does not exist"),
-        (["stride=38"], "stride=38 is more than a window holds; choose model.seq_length=37"),
-        (["output=/nowhere/x.json"], "output=/nowhere/x.json is in no folder that exists"),
+        (["stride=38"], "stride=38 is larger than a window; choose at most model.seq_length=37"),
+        (["output=/nowhere/x.json"], "output=/nowhere/x.json: its parent directory does not exist"),
         (["windows=3"], "there is no key windows; "),
     ):
         with pytest.raises(SystemExit) as ended:

@@ -1,4 +1,4 @@
-"""generate.py: the text of the dense reference, from a checkpoint of any layout on any other."""
+"""generate.py writes the dense reference's text, from a checkpoint of any layout on any other."""
 
 from pathlib import Path
 
@@ -8,16 +8,17 @@ import torch
 from configs import UserError, run_config
 from model import Sampling
 from parallel import Mesh, local_part
+from parallel.transport.shared_memory import PeerLostError
 from tests.data_corpora import small_tokenizer
 from tests.distributed import EVERY_LAYOUT, ONE_RANK, distributed
 from tests.trained_runs import FAMILIES, Dense, start_program
-from training.inference import load_for_inference
+from training.inference import exit_on_error, load_for_inference
 
 
 @distributed(*EVERY_LAYOUT)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_any_layout_reads_weights_alone(mesh: Mesh, runs: dict[str, Path], family: str) -> None:
-    """Each rank has its tensor-parallel shard of each weight, in memory of its size."""
+def test_any_layout_loads_only_weights(mesh: Mesh, runs: dict[str, Path], family: str) -> None:
+    """Each rank has its tensor-parallel shard of each weight, and no memory beyond it."""
     run = runs[family]
     trained = load_for_inference(run_config(str(run), precision="fp32"), run, mesh, step=3)
     dense = Dense(run, step=3)
@@ -31,10 +32,8 @@ def test_any_layout_reads_weights_alone(mesh: Mesh, runs: dict[str, Path], famil
 
 
 @distributed(ONE_RANK)
-def test_what_is_not_there_is_one_message(
-    mesh: Mesh, runs: dict[str, Path], tmp_path: Path
-) -> None:
-    """A step without a checkpoint, a damaged one, no checkpoint at all, another tokenizer."""
+def test_missing_files_are_one_message(mesh: Mesh, runs: dict[str, Path], tmp_path: Path) -> None:
+    """A step without a checkpoint, no checkpoint at all, no tokenizer, another tokenizer."""
     config = run_config(str(runs["gpt"]))
 
     def message(run: Path, step: int | None) -> str:
@@ -54,15 +53,28 @@ def test_what_is_not_there_is_one_message(
 
 
 def test_stdout_is_prompt_and_continuation(runs: dict[str, Path]) -> None:
-    """And nothing else, to the byte; beyond the context of 37 tokens too."""
+    """And nothing else, to the byte, also beyond the context of 37 tokens."""
     run, prompt = runs["gpt"], "if é = 漢 "
     text = Dense(run).continuation(prompt, 40, Sampling(temperature=0.0))
     arguments = (f"run={run}", f"prompt={prompt}", "max_new_tokens=40", "temperature=0")
     assert start_program(1, "generate.py", *arguments) == (0, (prompt + text).encode())
 
 
+def test_bos_is_optional(runs: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    """A prompt has one token less without bos; one longer than the context is reported."""
+    run, long = runs["gpt"], "def " * 99
+    tokenizer = Dense(run).tokenizer
+    for prompt, bos, is_cut in (("def", True, False), ("def", False, False), (long, True, True)):
+        num_tokens = len(tokenizer.encode(prompt)) + bos
+        arguments = (f"run={run}", f"prompt={prompt}", f"bos={str(bos).lower()}")
+        assert start_program(1, "generate.py", *arguments, "max_new_tokens=3")[0] == 0
+        error = capfd.readouterr().err
+        assert f"generated 3 tokens after a prompt of {num_tokens} in" in error
+        assert ("the model sees only the last 37 (model.seq_length)" in error) == is_cut
+
+
 def test_lines_of_stdin_are_prompts_on_two_ranks(runs: dict[str, Path]) -> None:
-    """Sampled by two, each line of its own; the tokens are those of one rank."""
+    """Two samples each, under a separator; the tokens are those of one rank."""
     run, prompts = runs["llama"], ["while True", "", "def é"]
     code, written = start_program(
         2,
@@ -73,6 +85,7 @@ def test_lines_of_stdin_are_prompts_on_two_ranks(runs: dict[str, Path]) -> None:
     )
     dense, sampling = Dense(run), Sampling(0.8, 40, 0.95, seed=3)
     expected = [
+        f"--- sample {sample + 1} of 2 ---\n"
         f"{prompt}{dense.continuation(prompt, 12, sampling, sample)}\n"
         for prompt in prompts
         for sample in range(2)
@@ -80,12 +93,23 @@ def test_lines_of_stdin_are_prompts_on_two_ranks(runs: dict[str, Path]) -> None:
     assert (code, written.decode()) == (0, "".join(expected))
 
 
+def test_a_lost_peer_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """In programs that use a model, as in training; other errors keep their traceback."""
+    with pytest.raises(SystemExit) as ended, exit_on_error():
+        raise PeerLostError("connection lost: rank 1 (process 7) has ended")
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "[rank 0] connection lost: rank 1 (process 7) has ended\n"
+    with pytest.raises(RuntimeError, match="a defect"), exit_on_error():
+        raise RuntimeError("a defect")
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
         ("max_tokens=3", "there is no key max_tokens; did you mean max_new_tokens?"),
         ("top_p=1.5", "top_p=1.5 is out of range; it must be more than 0 and at most 1"),
-        ("stop=", "stop is empty; leave it out to stop at no text"),
+        ("stop=", "stop is empty; omit it to stop at no text"),
+        ("stop_id=999999", "stop_id=999999 is not in the vocabulary; choose 0 to "),
         ("run=/nowhere", "run=/nowhere is not a run: there is no /nowhere/config.yaml"),
         ("tensor_model_parallel_size=2", "parallel.tensor_model_parallel_size=2 needs 2 ranks"),
     ],
@@ -93,6 +117,6 @@ def test_lines_of_stdin_are_prompts_on_two_ranks(runs: dict[str, Path]) -> None:
 def test_a_wrong_key_is_one_line(
     runs: dict[str, Path], argument: str, message: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """On stderr, before torch is loaded, and nothing on stdout."""
+    """On stderr, before torch is imported, and nothing on stdout."""
     assert start_program(1, "generate.py", f"run={runs['gpt']}", argument) == (2, b"")
     assert message in capfd.readouterr().err

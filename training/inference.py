@@ -1,13 +1,15 @@
 """The model of a run for programs that use it: weights alone, of any checkpoint on any layout."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoints import Checkpoint, held_checkpoint, load_tensors
-from configs import Config, UserError
+from configs import Config, UserError, exit_with_error
 from data import Tokenizer, load_tokenizer
 from model import GPT, build_inference_model
-from parallel import Mesh
+from parallel import Mesh, lost_connection
 from training.optimizer import WEIGHTS, weight_tensors
 
 
@@ -38,6 +40,19 @@ def load_for_inference(config: Config, folder: Path, mesh: Mesh, step: int | Non
         model = build_inference_model(config, mesh)
         load_tensors(checkpoint, weight_tensors(model), mesh, prefix=WEIGHTS, converts=True)
     return LoadedModel(config, mesh, checkpoint, tokenizer, model)
+
+
+@contextmanager
+def exit_on_error() -> Iterator[None]:
+    """Exit with one line instead of a traceback on a UserError, or if another rank has ended."""
+    try:
+        yield
+    except UserError as error:
+        exit_with_error(str(error))
+    except RuntimeError as error:
+        if (loss := lost_connection(error)) is None:
+            raise
+        exit_with_error(loss, 1, only_here=True)
 
 
 def require_fingerprint(checkpoint: Checkpoint, what: str, fingerprint: str) -> None:

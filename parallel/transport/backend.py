@@ -1,21 +1,19 @@
-"""A backend of torch.distributed for the ranks of one host: gloo, with a short cut.
+"""A torch.distributed backend for CPU ranks on one host: gloo with a path through shared memory.
 
-Gloo hands bytes to the kernel and takes them back, also between processes that could look at the
-same page. Here all-gather, reduce-scatter and all-reduce of tensors on processors go through memory
-that the ranks share (shared_memory.py says how, and why it is safe). All else is gloo's, and so is
-a group whose ranks cannot share memory. Who communicates, our mappings or FSDP2, sees no difference
-but one: a collective that was asked for without waiting is done when the call returns.
+All-gather, reduce-scatter and all-reduce of CPU tensors go through memory that the ranks share, see
+shared_memory.py. All other collectives use gloo, and so do groups whose ranks cannot share memory.
+Callers see one difference: a collective that is started with async_op=True is complete at once.
 
-Sums are taken in the order of ranks, of bfloat16 and float16 in float32 with one rounding at the
-end, so they depend on nothing but the inputs, and all ranks see the same ones.
+A sum adds the ranks in order, for bfloat16 and float16 in float32 with one rounding at the end, so
+every rank computes the same bits. This is the only file of the folder with private torch APIs.
 """
 
+import itertools
 import json
 import logging
 import os
-import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from types import CodeType
 from typing import Any
@@ -23,9 +21,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import (
-    AllreduceOptions,
+from torch._C._distributed_c10d import (  # type: ignore[attr-defined]  # one is not declared
     ProcessGroupGloo,
+    _create_work_from_future,
+    _resolve_process_group,
 )
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import GroupName
@@ -37,33 +36,24 @@ from parallel.transport.shared_memory import SLOT_BYTES, PeerLostError, SharedMe
 logger = logging.getLogger("microtron")
 
 _NAME = "shared_memory"
-# An all-reduce of at most this is done in full by every rank: one meeting instead of two.
-_SMALL_BYTES = 1 << 15
-_ALIGNED = 64  # elements; pieces of that many begin where vector instructions like it
-
-_TWO = 2  # ranks, for whom a sum is one operation
+_SMALL_BYTES = 1 << 15  # up to here, each rank reduces the whole tensor: one exchange, not two
 _HALVES = (torch.bfloat16, torch.float16)
-_SUMMED = (*_HALVES, torch.float32, torch.float64, torch.int32, torch.int64)
-_REDUCTIONS: dict[str, Callable[..., Tensor]] = {"sum": torch.add, "max": torch.maximum}
+_REDUCIBLE = (*_HALVES, torch.float32, torch.float64, torch.int32, torch.int64)
+_REDUCTIONS: dict[Any, str] = {dist.ReduceOp.SUM: "sum", dist.ReduceOp.MAX: "max"}
 
 
 def cpu_backend(share_memory: bool) -> str:
-    """The name of torch's backend for tensors on this machine's processors.
-
-    Shared memory needs Linux, and x86 for the order in which it is written; else gloo.
-    """
-    if share_memory and sys.platform == "linux" and platform.machine() == "x86_64":
-        return _NAME
-    return "gloo"
+    """Return the name of the backend for CPU tensors; shared memory needs Linux."""
+    return _NAME if share_memory and sys.platform == "linux" else "gloo"
 
 
 def is_transport_frame(code: CodeType) -> bool:
-    """Whether a function is of this backend: to be inside is to wait, on whatever line."""
+    """Whether a function belongs to this backend, where a rank waits for its peers."""
     return code.co_filename in (__file__, shared_memory.__file__)
 
 
 def lost_connection(error: RuntimeError) -> str | None:
-    """One line about a peer that has ended or cannot be reached; None if the error is another."""
+    """Describe a peer that has ended or is unreachable in one line; None for other errors."""
     if isinstance(error, PeerLostError):
         return str(error)
     # torch has no type for it: RuntimeError "[.../gloo/transport/tcp/pair.cc:553] Connection ...".
@@ -74,14 +64,14 @@ def lost_connection(error: RuntimeError) -> str | None:
 
 
 def _make_backend(options: Any, _: object) -> dist.ProcessGroup | ProcessGroupGloo:
-    """What torch calls for each group, on all its ranks."""
+    """Create a group; torch calls this on all its ranks."""
     store, rank, size = options.store, options.group_rank, options.group_size
     gloo = ProcessGroupGloo(store, rank, size, options.timeout)
     if size == 1:
         return gloo
-    global_ranks = options.global_ranks_in_group or list(range(size))  # none: all of them
-    store_here = PrefixStore(_NAME, store)
-    memory, problem = _share_memory(store_here, rank, global_ranks, options.timeout)
+    global_ranks = options.global_ranks_in_group or list(range(size))  # empty: all ranks
+    own_store = PrefixStore(_NAME, store)
+    memory, problem = _share_memory(own_store, rank, global_ranks, options.timeout)
     if memory is None:
         if rank == 0:
             logger.info("a group of %d ranks uses gloo, not shared memory: %s", size, problem)
@@ -97,219 +87,179 @@ def _make_backend(options: Any, _: object) -> dist.ProcessGroup | ProcessGroupGl
 def _share_memory(
     store: Store, rank: int, global_ranks: Sequence[int], timeout: timedelta
 ) -> tuple[SharedMemory | None, str]:
-    """The group's memory; or none, on all ranks, and why one of them cannot have it."""
-    size = len(global_ranks)
-    store.set(f"process_{rank}", json.dumps([machine_id(), os.getpid()]))
-    places = [json.loads(store.get(f"process_{peer}")) for peer in range(size)]
-    # On another host or in another container, a process of that number is another one.
-    if any(machine != places[0][0] for machine, _ in places):
+    """Return the group's memory; or, on all ranks, None and why a rank does not have it."""
+
+    def share(name: str, value: Any) -> list[Any]:
+        store.set(f"{name}_{rank}", json.dumps(value))
+        return [json.loads(store.get(f"{name}_{peer}")) for peer in range(len(global_ranks))]
+
+    machines, pids = zip(*share("process", [machine_id(), os.getpid()]), strict=True)
+    if len(set(machines)) > 1:  # where the same number may be another process
         return None, "not all ranks are on one host and in one container"
-    pids = [pid for _, pid in places]
     memory, problem = None, ""
     try:
         memory = SharedMemory(store, rank, pids, timeout, global_ranks)
     except OSError as error:
         problem = f"rank {global_ranks[rank]}: {error}"
-    store.set(f"problem_{rank}", problem)
-    problems = [store.get(f"problem_{peer}").decode() for peer in range(size)]
-    problem = next(filter(None, problems), "")
+        if rank == 0:  # the others wait for its name, and fail to open one that is empty
+            store.set("memory", "")
+    problem = next(filter(None, share("problem", problem)), "")
     return (None if problem else memory), problem
 
 
-class _Done(dist.Work):
-    """The handle of a collective that is over."""
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        super().__init__()
-        self._tensors = tensors
-
-    def wait(self, timeout: timedelta | None = None) -> bool:
-        return True
-
-    def is_completed(self) -> bool:
-        return True
-
-    def is_success(self) -> bool:
-        return True
-
-    def result(self) -> list[Tensor]:
-        return self._tensors
-
-    def get_future(self) -> Any:
-        future: Any = torch.futures.Future()
-        future.set_result(self._tensors)
-        return future
-
-
 class _SharedMemoryGroup(dist.ProcessGroup):
-    """A process group: gloo's `inner` one, and around it what goes through memory.
+    """A process group that shares memory, around gloo's `inner` one.
 
-    Each of its own methods passes torch's dispatcher on its way to the memory, as any backend's
-    does, so that record_traffic sees it.
+    Its own collectives are operators, so that torch's dispatcher, and with it record_traffic, sees
+    them like those of any other backend.
     """
 
     def __init__(self, inner: dist.ProcessGroup, memory: SharedMemory) -> None:
-        super().__init__(memory.rank, memory.ranks)  # type: ignore[call-arg]  # what 2.13 has
+        super().__init__(memory.rank, memory.ranks)  # type: ignore[call-arg]  # exists in 2.13
         self.inner, self.memory = inner, memory
 
     def getBackendName(self) -> str:  # noqa: N802  # torch's name
         return _NAME
 
-    def allreduce(  # type: ignore[override]  # of several forms, the one that torch.distributed calls
-        self, tensors: list[Tensor], opts: AllreduceOptions
-    ) -> dist.Work:
-        reduction = _name(opts.reduceOp)
-        if reduction is None or tensors[0].dtype not in _SUMMED:
+    # The overload that torch.distributed calls.
+    def allreduce(self, tensors: list[Tensor], opts: Any) -> dist.Work:  # type: ignore[override]
+        reduction = _REDUCTIONS.get(opts.reduceOp.op)
+        if reduction is None or tensors[0].dtype not in _REDUCIBLE:
             return self.inner.allreduce(tensors, opts)
-        torch.ops.microtron.all_reduce(*tensors, reduction, self.group_name)
-        return _Done(tensors)
+        torch.ops.microtron.all_reduce(tensors[0], reduction, self.group_name)
+        return _completed(tensors)
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> dist.Work:
         torch.ops.microtron.all_gather(output, input, self.group_name)
-        return _Done([output])
+        return _completed([output])
 
     def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> dist.Work:
-        if _name(opts.reduceOp) != "sum" or input.dtype not in _SUMMED:
+        if _REDUCTIONS.get(opts.reduceOp.op) != "sum" or input.dtype not in _REDUCIBLE:
             return self.inner.reduce_scatter_single(output, input, opts)
         torch.ops.microtron.reduce_scatter(output, input, self.group_name)
-        return _Done([output])
+        return _completed([output])
 
 
-def _pass_on(method: str) -> None:
-    def passed_on(self: _SharedMemoryGroup, *args: Any, **kwargs: Any) -> Any:
+def _completed(tensors: list[Tensor]) -> dist.Work:
+    future: Any = torch.futures.Future()
+    future.set_result(tensors)
+    return _create_work_from_future(future)
+
+
+def _use_gloo(method: str) -> None:
+    def call_gloo(self: _SharedMemoryGroup, *args: Any, **kwargs: Any) -> Any:
         return getattr(self.inner, method)(*args, **kwargs)
 
-    setattr(_SharedMemoryGroup, method, passed_on)
+    setattr(_SharedMemoryGroup, method, call_gloo)
 
 
-# Inherited, these would reach gloo too, but from C++ that holds the interpreter's lock: a deadlock
-# if a thread of gloo's needs it to drop a tensor. Other methods don't pass through such code.
+# The inherited methods would reach gloo from C++ that holds the interpreter's lock: a deadlock if a
+# thread of gloo needs that lock to free a tensor.
 for _method in (
-    "allgather",
-    "all_gather_single_coalesced",
-    "all_to_all_single",
-    "allreduce_coalesced",
-    "barrier",
-    "broadcast",
-    "recv",
-    "reduce_scatter",
-    "reduce_scatter_single_coalesced",
-    "send",
+    *("allgather", "all_gather_single_coalesced", "all_to_all_single", "allreduce_coalesced"),
+    *("barrier", "broadcast", "reduce_scatter", "reduce_scatter_single_coalesced", "recv", "send"),
 ):
-    _pass_on(_method)
+    _use_gloo(_method)
 
 
-def _name(operation: Any) -> str | None:
-    return {dist.ReduceOp.SUM: "sum", dist.ReduceOp.MAX: "max"}.get(operation.op)
-
-
-def _memory_of(group_name: str, *tensors: Tensor) -> SharedMemory:
-    if not all(tensor.is_contiguous() for tensor in tensors):
+def _memory_of(group_name: str, whole: Tensor, part: Tensor | None = None) -> SharedMemory:
+    """Return the group's memory after a check of the tensors: `whole` has a part per rank."""
+    group: Any = _resolve_process_group(GroupName(group_name))
+    memory: SharedMemory = group.memory
+    if not all(tensor.is_contiguous() for tensor in (whole, part) if tensor is not None):
         raise ValueError("a collective needs contiguous tensors")
-    group: Any = torch._C._distributed_c10d._resolve_process_group(GroupName(group_name))
-    return group.memory
-
-
-def _check(whole: Tensor, piece: Tensor, ranks: int) -> None:
-    if whole.numel() != ranks * piece.numel() or whole.dtype != piece.dtype:
+    if part is None:
+        return memory
+    if whole.numel() != memory.ranks * part.numel() or whole.dtype != part.dtype:
         raise ValueError(
-            f"{ranks} ranks' pieces of {piece.numel()} elements of {piece.dtype} don't make "
+            f"{memory.ranks} ranks' parts of {part.numel()} elements of {part.dtype} don't make "
             f"{whole.numel()} of {whole.dtype}"
         )
+    return memory
 
 
 def _all_gather(output: Tensor, input_tensor: Tensor, group_name: str) -> None:
-    """The parts of all ranks, in their order; a part may be its own place in the output."""
+    """Concatenate the inputs of all ranks; an input may lie at its place in the output."""
     memory = _memory_of(group_name, output, input_tensor)
-    _check(output, input_tensor, memory.ranks)
     row = input_tensor.view(-1).view(torch.uint8)
     rows = output.view(-1).view(torch.uint8).view(memory.ranks, len(row))
+    call = f"all_gather of {len(row)} bytes"
     for begin in range(0, len(row), SLOT_BYTES):
         piece = row[begin : begin + SLOT_BYTES]
         slots = memory.next_slots(torch.uint8)
         slots[memory.rank][: len(piece)].copy_(piece)
-        memory.meet("all_gather", len(row))
-        for rank, slot in enumerate(slots):
-            if rank != memory.rank:
-                rows[rank, begin : begin + len(piece)].copy_(slot[: len(piece)])
+        memory.exchange(call)
+        for peer in memory.peers:
+            rows[peer, begin : begin + len(piece)].copy_(slots[peer][: len(piece)])
     if rows[memory.rank].data_ptr() != row.data_ptr():
         rows[memory.rank].copy_(row)
 
 
 def _reduce_scatter(output: Tensor, input_tensor: Tensor, group_name: str) -> None:
-    """The sum over ranks of the piece of the input that has this rank's number."""
-    memory = _memory_of(group_name, output, input_tensor)
-    ranks, me, dtype = memory.ranks, memory.rank, input_tensor.dtype
-    _check(input_tensor, output, ranks)
-    scattered, rows = output.view(-1), input_tensor.view(ranks, output.numel())
-    width = SLOT_BYTES // dtype.itemsize // ranks // _ALIGNED * _ALIGNED
-    for begin in range(0, len(scattered), width):
-        pieces = rows[:, begin : begin + width]
-        length = pieces.shape[1]
-        slots = [slot[: ranks * length].view(ranks, -1) for slot in memory.next_slots(dtype)]
-        if ranks == _TWO:
-            slots[me][1 - me].copy_(pieces[1 - me])
-        else:
-            slots[me].copy_(pieces)
-        memory.meet("reduce_scatter", input_tensor.nbytes)
-        terms = [slot[me] for slot in slots]
-        if ranks == _TWO:  # among more, the output may lie in the input, and not be written yet
-            terms[me] = pieces[me]
-        _reduce("sum", terms, scattered[begin : begin + length])
+    """Sum over ranks the piece of the input that has this rank's number."""
+    memory = _memory_of(group_name, input_tensor, output)
+    result, rows = output.view(-1), input_tensor.view(memory.ranks, output.numel())
+    width = SLOT_BYTES // output.itemsize // memory.ranks
+    call = f"reduce_scatter of {input_tensor.nbytes} bytes"
+    for begin in range(0, len(result), width):
+        end = begin + width
+        _reduce_own_piece(memory, call, "sum", rows[:, begin:end].unbind(), result[begin:end])
 
 
 def _all_reduce(tensor: Tensor, reduction: str, group_name: str) -> None:
-    """The sum, or another reduction, over ranks, in place."""
-    memory = _memory_of(group_name, tensor)
-    whole, call, me = tensor.view(-1), f"all_reduce {reduction}", memory.rank
+    """Reduce over ranks in place: by a reduce-scatter and an all-gather unless it is small."""
+    memory, whole = _memory_of(group_name, tensor), tensor.view(-1)
+    call, me = f"all_reduce {reduction} of {tensor.nbytes} bytes", memory.rank
     if tensor.nbytes <= _SMALL_BYTES:
-        slots = [slot[: len(whole)] for slot in memory.next_slots(tensor.dtype)]
-        slots[me].copy_(whole)
-        memory.meet(call, tensor.nbytes)
-        _reduce(reduction, slots, whole)
+        terms = [slot[: len(whole)] for slot in memory.next_slots(tensor.dtype)]
+        terms[me].copy_(whole)
+        memory.exchange(call)
+        _reduce(reduction, terms, whole)
         return
-    for part in whole.split(SLOT_BYTES // tensor.dtype.itemsize):
-        # Each rank reduces its piece, and all gather the pieces. The last ranks may have none.
-        share = -(-len(part) // memory.ranks)
-        pieces = part.split(-(-share // _ALIGNED) * _ALIGNED)
-        given = [slot[: len(part)] for slot in memory.next_slots(tensor.dtype)]
-        terms = [slot.split(len(pieces[0])) for slot in given]
-        for rank, piece in enumerate(pieces):
-            if rank != me:
-                terms[me][rank].copy_(piece)
-        memory.meet(call, tensor.nbytes)
-        reduced = memory.next_slots(tensor.dtype)
-        if me < len(pieces):
-            own = [pieces[me] if rank == me else term[me] for rank, term in enumerate(terms)]
-            _reduce(reduction, own, reduced[me][: len(pieces[me])])
-        memory.meet(call, tensor.nbytes)
-        for piece, slot in zip(pieces, reduced, strict=False):
-            piece.copy_(slot[: len(piece)])
+    for part in whole.split(SLOT_BYTES // tensor.itemsize):
+        pieces = part.tensor_split(memory.ranks)
+        _reduce_own_piece(memory, call, reduction, pieces, pieces[me])
+        slots = memory.next_slots(tensor.dtype)
+        slots[me][: len(pieces[me])].copy_(pieces[me])
+        memory.exchange(call)
+        for peer in memory.peers:
+            pieces[peer].copy_(slots[peer][: len(pieces[peer])])
 
 
-def _reduce(reduction: str, terms: list[Tensor], result: Tensor) -> None:
-    """Of two terms either may be the result; of more, none."""
-    combine = _REDUCTIONS[reduction]
-    if len(terms) > _TWO and result.dtype in _HALVES:
-        total = terms[0].float()
-        for term in terms[1:]:
-            combine(total, term, out=total)
-        result.copy_(total)
+def _reduce_own_piece(
+    memory: SharedMemory, call: str, reduction: str, pieces: Sequence[Tensor], result: Tensor
+) -> None:
+    """One step: reduce over ranks the piece with this rank's number; `result` may be that piece."""
+    me, slots = memory.rank, memory.next_slots(result.dtype)
+    ends = [*itertools.accumulate(map(len, pieces), initial=0)]
+    for peer in memory.peers:
+        slots[me][ends[peer] : ends[peer + 1]].copy_(pieces[peer])
+    memory.exchange(call)
+    own = slice(ends[me], ends[me + 1])
+    terms = [pieces[me] if rank == me else slot[own] for rank, slot in enumerate(slots)]
+    _reduce(reduction, terms, result)
+
+
+def _reduce(reduction: str, terms: Sequence[Tensor], result: Tensor) -> None:
+    """Reduce the terms in order; `result` may be one of them."""
+    combine: Any = {"sum": torch.add, "max": torch.maximum}[reduction]
+    first, second, *others = terms
+    if not others:
+        combine(first, second, out=result)
         return
-    combine(terms[0], terms[1], out=result)
-    for term in terms[2:]:
-        combine(result, term, out=result)
+    total = first.float() if result.dtype in _HALVES else first.clone()
+    for term in (second, *others):
+        combine(total, term, out=total)
+    result.copy_(total)
 
 
-# torch's dispatcher and its list of backends are global; this is where we enter them.
+# torch keeps its operators and backends in global tables; these are our entries.
 _LIBRARY = torch.library.Library("microtron", "FRAGMENT")
-for _schema, _function in (
-    ("all_gather(Tensor(a!) output, Tensor input_tensor, str group_name) -> ()", _all_gather),
-    (
-        "reduce_scatter(Tensor(a!) output, Tensor input_tensor, str group_name) -> ()",
-        _reduce_scatter,
-    ),
-    ("all_reduce(Tensor(a!) tensor, str reduction, str group_name) -> ()", _all_reduce),
+for _name, _operator, _output in (
+    ("all_gather", _all_gather, "output"),
+    ("reduce_scatter", _reduce_scatter, "output"),
+    ("all_reduce", _all_reduce, "tensor"),
 ):
-    _LIBRARY.impl(_LIBRARY.define(_schema), _function, "CPU")
+    _schema = torch.library.infer_schema(_operator, mutates_args={_output}, op_name=_name)
+    _LIBRARY.impl(_LIBRARY.define(_schema), _operator, "CPU")
 dist.Backend.register_backend(_NAME, _make_backend, extended_api=True, devices=["cpu"])

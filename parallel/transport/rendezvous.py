@@ -1,17 +1,17 @@
-"""Meeting the other ranks over the launcher's store, before there is a process group.
+"""Rendezvous of all ranks over the launcher's store, before there is a process group.
 
 [Note: attempts]
-torchrun keeps one store for all attempts of --max-restarts, and torch 2.13 does not tell them
-apart: an attempt would read the addresses of the one before, whose processes are dead. Numbers of
-attempts do not help, as the agent of a node that was replaced counts from 0 again. So the ranks of
-an attempt agree on a random name, with which all their keys begin:
+torchrun keeps one store for all attempts of --max-restarts, and torch 2.13 does not separate them:
+an attempt would read the addresses of dead processes. The restart count does not separate them
+either, as the agent of a replaced node counts from 0 again. So the ranks of an attempt agree on a
+random name, with which all their keys start:
 
     rank r                                      rank 0, until it has the facts of all
     sets hello_r to a random nonce              sets reply_(nonce) to the name, for each hello
     waits for reply_(nonce), the name           sets (name)/decision
     sets (name)/facts_r
 
-It may answer a hello of an earlier attempt too, but nobody waits for that reply.
+Rank 0 may also answer a hello of an earlier attempt; nobody waits for that reply.
 """
 
 import json
@@ -28,74 +28,23 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-TIMEOUT_S = 1800.0  # until all ranks have arrived; importing may be slow
+TIMEOUT_S = 1800.0  # until all ranks have arrived; imports may be slow
 _POLL_INTERVAL_S = 0.05
 
 
 class DeviceError(ValueError):
-    """Ranks that cannot all have the device that is asked for; raised on all ranks."""
+    """Not all ranks can have the requested device; raised on all ranks."""
 
 
 def machine_id() -> str:
-    """Equal for processes that know each other by number; hosts may have the same name."""
-    boot, processes = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
-    return f"{boot.read_text()} {processes.readlink()}" if boot.exists() else socket.gethostname()
+    """Identify the processes that share process numbers; host names need not be unique."""
+    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    return f"{boot.read_text()} {namespace.readlink()}" if boot.exists() else socket.gethostname()
 
 
 def connect_store(attempt: str, purpose: str) -> Store | None:
-    """A connection of its own to the store of all ranks of an attempt; None without a launcher."""
+    """Open a new connection to the store of an attempt's ranks; None without a launcher."""
     return PrefixStore(f"{attempt}/{purpose}", _connect()) if "RANK" in os.environ else None
-
-
-def join_attempt(device: str, num_gpus: int, gpu: int) -> tuple[str, Store | None, str, bool]:
-    """Meet all ranks; returns the attempt's name, its store, the type of device, if it restarts.
-
-    The store must be kept: in a launcher without one rank 0 serves it, as long as it is kept there.
-    `device` is train.device, and `gpu` is of the `num_gpus` that this rank sees. Raises DeviceError
-    on all ranks if they cannot have the same type, DistError if a rank does not arrive in time.
-    """
-    facts = {
-        "choice": device,
-        "host": socket.gethostname(),
-        "num_gpus": num_gpus,
-        # A launcher may show all GPUs of a host to each of its ranks, or one to each.
-        "gpu": [machine_id(), os.environ.get("CUDA_VISIBLE_DEVICES"), gpu],
-        "restarts": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
-    }
-    name, store, decision = "", None, _decide([facts])
-    if "RANK" in os.environ:
-        store = _connect()
-        name, decision = _agree(store, int(os.environ["RANK"]), facts)
-    if decision["problem"]:
-        raise DeviceError(decision["problem"])
-    return name, store, decision["device"], decision["restarts"] > 0
-
-
-def _agree(store: Store, rank: int, facts: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The name of the attempt, and what rank 0 decides from the facts of all ranks."""
-    nonce = name = secrets.token_hex(8)
-    if rank == 0:
-        others = _welcome(store, name, int(os.environ["WORLD_SIZE"]))
-        store.set(f"{name}/decision", json.dumps(_decide([facts, *others])))
-    else:
-        store.set(f"hello_{rank}", nonce)
-        name = store.get(f"reply_{nonce}").decode()
-        store.set(f"{name}/facts_{rank}", json.dumps(facts))
-    return name, json.loads(store.get(f"{name}/decision"))
-
-
-def _welcome(store: Store, name: str, world_size: int) -> list[Any]:
-    """Tell all other ranks the name of the attempt; returns their facts."""
-    missing, started_at = list(range(1, world_size)), time.monotonic()
-    while missing:
-        for rank in missing:
-            if store.check([f"hello_{rank}"]):
-                store.set(f"reply_{store.get(f'hello_{rank}').decode()}", name)
-        missing = [rank for rank in missing if not store.check([f"{name}/facts_{rank}"])]
-        if time.monotonic() - started_at > TIMEOUT_S:
-            raise dist.DistNetworkError(f"ranks {missing} have not arrived in {TIMEOUT_S:g} s")
-        time.sleep(_POLL_INTERVAL_S)
-    return [json.loads(store.get(f"{name}/facts_{rank}")) for rank in range(1, world_size)]
 
 
 def _connect() -> Store:
@@ -103,24 +52,74 @@ def _connect() -> Store:
     return store
 
 
+def join_attempt(device: str, num_gpus: int, gpu: int) -> tuple[str, Store | None, str, bool]:
+    """Meet all ranks; return the attempt's name, its store, the device type, if it is a restart.
+
+    The caller must keep the store: without one of the launcher, rank 0 serves it while it exists.
+    `device` is train.device; `gpu` is this rank's choice among the `num_gpus` that it sees. Raises
+    DeviceError on all ranks if they cannot agree, DistError if a rank does not arrive in time.
+    """
+    facts = {
+        "choice": device,
+        "host": socket.gethostname(),
+        "num_gpus": num_gpus,
+        # A launcher may show each rank all GPUs of its host, or only one.
+        "gpu": [machine_id(), os.environ.get("CUDA_VISIBLE_DEVICES"), gpu],
+        "restarts": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+    }
+    name, store = secrets.token_hex(8), None
+    if "RANK" not in os.environ:
+        decision = _decide([facts])
+    else:
+        store, rank = _connect(), int(os.environ["RANK"])
+        if rank == 0:
+            others = _welcome(store, name, int(os.environ["WORLD_SIZE"]))
+            store.set(f"{name}/decision", json.dumps(_decide([facts, *others])))
+        else:
+            nonce = name
+            store.set(f"hello_{rank}", nonce)
+            name = store.get(f"reply_{nonce}").decode()
+            store.set(f"{name}/facts_{rank}", json.dumps(facts))
+        decision = json.loads(store.get(f"{name}/decision"))
+    if decision["problem"]:
+        raise DeviceError(decision["problem"])
+    return name, store, decision["device"], decision["restarts"] > 0
+
+
+def _welcome(store: Store, name: str, world_size: int) -> list[Any]:
+    """Give all other ranks the name of the attempt; return their facts."""
+    missing, started_at = list(range(1, world_size)), time.monotonic()
+    while missing:
+        for rank in missing:
+            if store.check([f"hello_{rank}"]):
+                store.set(f"reply_{store.get(f'hello_{rank}').decode()}", name)
+        missing = [rank for rank in missing if not store.check([f"{name}/facts_{rank}"])]
+        if time.monotonic() - started_at > TIMEOUT_S:
+            raise dist.DistNetworkError(f"ranks {missing} did not arrive within {TIMEOUT_S:g} s")
+        time.sleep(_POLL_INTERVAL_S)
+    return [json.loads(store.get(f"{name}/facts_{rank}")) for rank in range(1, world_size)]
+
+
 def _decide(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """For all ranks: the type of device, what is wrong with it, and the number of restarts."""
-    choice, lacking, taken = ranks[0]["choice"], list[int](), list[Any]()
-    for rank, facts in enumerate(ranks):
-        if facts["choice"] != choice or not facts["num_gpus"] or facts["gpu"] in taken:
-            lacking.append(rank)
-        taken.append(facts["gpu"])
-    is_cpu = all(facts["choice"] == choice for facts in ranks) and (
-        choice == "cpu" or (choice == "auto" and not any(facts["num_gpus"] for facts in ranks))
-    )
+    """Choose the device type for all ranks, or describe the problem; count the restarts."""
+    choice = ranks[0]["choice"]
+    agree = all(facts["choice"] == choice for facts in ranks)
+    no_gpus = not any(facts["num_gpus"] for facts in ranks)
+    is_cpu = agree and (choice == "cpu" or (choice == "auto" and no_gpus))
+    lacking = [
+        rank
+        for rank, facts in enumerate(ranks)
+        if facts["choice"] != choice
+        or not facts["num_gpus"]
+        or facts["gpu"] in [earlier["gpu"] for earlier in ranks[:rank]]
+    ]
     hosts = ", ".join(sorted({ranks[rank]["host"] for rank in lacking}))
     problem = (
         f"train.device={choice} on rank 0, but ranks {lacking} (host {hosts}) have no GPU of their "
-        "own, or another train.device; start one rank for each GPU, or set train.device=cpu for all"
+        "own or another train.device; start one rank per GPU, or set train.device=cpu for all ranks"
     )
     return {
         "device": "cpu" if is_cpu else "cuda",
         "problem": problem if lacking and not is_cpu else None,
-        # The agent of a node that was replaced counts from 0 again.
         "restarts": max(facts["restarts"] for facts in ranks),
     }

@@ -1,34 +1,26 @@
-"""Memory that the ranks of a group on one host share, and how they meet over it.
+"""Memory that the ranks of a group on one host share, and the semaphores that order its use.
 
-[Note: two slots, one meeting]
-Each rank has two slots, which it alone writes, and a counter. A collective is a row of steps, cut
-so that what a rank gives in one fits into a slot; the steps of a group are numbered from 1 on and
-step k uses slot k mod 2 of every rank. In each, a rank
+[Note: two slots, one wait]
+Each rank has two slots, which only it writes, and a semaphore for each peer. A collective is a
+series of steps, cut so that a rank's part of a step fits into a slot. In step k a rank writes its
+slot k mod 2, posts its semaphore for each peer, waits for each peer's post, and reads the slots.
+It may write slot k mod 2 again in step k + 2: it has then waited for all peers in step k + 1, and a
+peer posts in step k + 1 only after it has read in step k.
 
-    writes its slot    sets its counter to k    waits until all counters are at least k    reads
+The semaphores are POSIX semaphores inside the shared memory, called through ctypes. sem_post and
+sem_trywait synchronize memory, so this is correct on processors that reorder loads and stores too,
+such as ARM.
 
-The counters say that all slots are full. Nothing has to say that they are read, that is, may be
-written again: slot k mod 2 was last used in step k - 2. Who writes it in step k has met the others
-in k - 1, and each of them had set its counter to k - 1 only after it had read in k - 2.
-
-Between setting a counter and seeing it stands no lock and no fence, so what was written before must
-be visible to who sees the counter, and what was read before must have been read. x86 keeps the
-order of stores and of loads, no store overtakes a load, and an aligned word is written at once.
-Other processors promise less. Beside its counter a rank says what it calls, so that ranks that call
-different things get an error and not each other's bytes.
-
-[Note: nothing is left, nobody waits in vain]
-The memory has no name in any file system: rank 0 makes it (memfd_create), the others open it
-through rank 0's /proc entry, and it ends with the last process that maps it, however that ends. So
-/dev/shm, which is small in many containers, does not matter. Each rank reserves its own slots, so
-that a lack of memory is an error at the start and not a fault later. A process that waits looks
-every few milliseconds whether a peer has ended: its pidfd says so from the moment of death, reaped
-or not. A peer that is only stopped is waited for, up to the timeout.
-
-A rank that finds a peer ended writes that peer's number into its own line of all its groups before
-it ends too. Ranks that share no group with the first one read it there, and name it.
+[Note: lifetime]
+The memory has no name in any file system and does not use /dev/shm, which is small in many
+containers: rank 0 creates it with memfd_create, the others open it through rank 0's /proc entry,
+and the kernel frees it with the last process that maps it. Each rank reserves its slots first, so
+that a lack of memory is an error then and not a fault later. A waiting rank checks every few
+milliseconds through pidfds whether a peer has ended. Before it ends too, it leaves that peer's
+number in all its groups, so that ranks which share no group with that peer can name it.
 """
 
+import ctypes
 import mmap
 import os
 import select
@@ -44,29 +36,25 @@ from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 SLOT_BYTES = 1 << 20
-_LINE_BYTES = 128  # two cache lines, as processors fetch neighbours together
-_LINE_WORDS = _LINE_BYTES // 8
-# Waiting: look at once again, then let others have the processor, then sleep ever longer.
-_SPINS = 50
-_YIELD_FOR_S, _SLEEP_SHARE, _LONGEST_SLEEP_S = 1e-3, 0.05, 1e-3
-_LOOK_AT_PEERS_EVERY_S = 5e-3
-# What ranks can be found to call; in the order of their numbers in memory.
-CALLS = ("all_gather", "reduce_scatter", "all_reduce sum", "all_reduce max")
+_LINE_BYTES = 128  # for a semaphore or a text: two cache lines, which processors fetch together
+# A waiting rank first polls, then yields the processor, then sleeps for a growing time.
+_NUM_POLLS = 15
+_YIELD_FOR_S, _SLEEP_FRACTION, _MAX_SLEEP_S = 1e-3, 0.05, 1e-3
+_CHECK_PEERS_EVERY_S = 5e-3
 
-
-_COUNTER, _SAYS, _LOST = 0, 1, 3  # words of a rank's line; the second is two words
+_libc = ctypes.PyDLL(None)  # without releasing the interpreter's lock: its calls here never block
+_Line = ctypes.c_char * _LINE_BYTES
 
 
 class PeerLostError(dist.DistBackendError):
-    """The process of another rank has ended in the middle of the run."""
+    """The process of another rank has ended during the run."""
 
 
 class SharedMemory:
-    """The memory of a group, as its rank number `rank` sees it; `pids` are the ranks' processes.
+    """A group's shared memory, seen by its rank `rank`; every rank creates it at the same time.
 
-    `global_ranks` are their numbers in the whole run, for messages. Every rank of the group makes
-    one at the same time. Raises OSError where it cannot be had; then it is of no use to the others
-    either.
+    `pids` are the processes of the group's ranks, `global_ranks` their ranks in the whole run, for
+    messages. Raises OSError if the memory is not available; it is then useless to the other ranks.
     """
 
     _all: ClassVar["weakref.WeakSet[SharedMemory]"] = weakref.WeakSet()  # of this process
@@ -80,131 +68,113 @@ class SharedMemory:
         global_ranks: Sequence[int],
     ) -> None:
         self.rank, self.ranks = rank, len(pids)
-        self._global_ranks = global_ranks
-        self._pids, self._timeout_s = pids, timeout.total_seconds()
+        self.peers = [peer for peer in range(self.ranks) if peer != rank]
+        self._pids, self._global_ranks = pids, global_ranks
+        self._timeout_s = timeout.total_seconds()
         self._step, self._failure = 0, ""
-        self._descriptors: list[int] = []
-        weakref.finalize(self, _close, self._descriptors)
-        self._slots_at = -(-self.ranks * _LINE_BYTES // mmap.PAGESIZE) * mmap.PAGESIZE
-        # Kept open, as the others open it through our /proc entry.
-        descriptor = self._make(store) if rank == 0 else self._open(store)
-        own_bytes = 2 * SLOT_BYTES
-        os.posix_fallocate(descriptor, self._slots_at + rank * own_bytes, own_bytes)
-        self._memory = mmap.mmap(descriptor, self._slots_at + self.ranks * own_bytes)
-        self._words = memoryview(self._memory)[: self._slots_at].cast("q")
-        self._slots: dict[torch.dtype, list[list[Tensor]]] = {}
-        self._peers = [peer for peer in range(self.ranks) if peer != rank]
-        self._ends = select.poll()
+        self._ended = select.poll()
         self._peer_of: dict[int, int] = {}
-        for peer in self._peers:
+        for peer in self.peers:
             pidfd = os.pidfd_open(pids[peer])
-            self._descriptors.append(pidfd)
+            weakref.finalize(self, os.close, pidfd)
             self._peer_of[pidfd] = peer
-            self._ends.register(pidfd, select.POLLIN)
+            self._ended.register(pidfd, select.POLLIN)
+        # A semaphore for each sender and receiver; then each rank's call in the even and the odd
+        # steps, and the rank that it has lost.
+        num_lines = self.ranks * (self.ranks + 3)
+        self._slots_at = -(-num_lines * _LINE_BYTES // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._memory = self._map(store)
+        lines = [_Line.from_buffer(self._memory, i * _LINE_BYTES) for i in range(num_lines)]
+        rows = [lines[first : first + self.ranks] for first in range(0, num_lines, self.ranks)]
+        *self._semaphores, even_calls, odd_calls, self._lost = rows
+        self._calls = (even_calls, odd_calls)
+        self._slots: dict[tuple[torch.dtype, int], list[Tensor]] = {}
         self._all.add(self)
 
-    def _make(self, store: Store) -> int:
-        offer = ""
-        try:
+    def _map(self, store: Store) -> mmap.mmap:
+        """Map the memory and reserve the own part of it."""
+        own_bytes = 2 * SLOT_BYTES
+        own_at = self._slots_at + self.rank * own_bytes
+        if self.rank == 0:
             descriptor = os.memfd_create("microtron")
-            self._descriptors.append(descriptor)
-            os.ftruncate(descriptor, self._slots_at + 2 * self.ranks * SLOT_BYTES)
-            os.posix_fallocate(descriptor, 0, self._slots_at)
-            offer = str(descriptor)
-        finally:
-            store.set("memory", offer)
-        return descriptor
-
-    def _open(self, store: Store) -> int:
-        offer = store.get("memory").decode()
-        if not offer:
-            raise OSError("rank 0 has none to share")
-        descriptor = os.open(f"/proc/{self._pids[0]}/fd/{offer}", os.O_RDWR | os.O_CLOEXEC)
-        self._descriptors.append(descriptor)
-        return descriptor
+            os.ftruncate(descriptor, self._slots_at + self.ranks * own_bytes)
+            own_bytes, own_at = self._slots_at + own_bytes, 0
+        else:
+            path = f"/proc/{self._pids[0]}/fd/{store.get('memory').decode()}"
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, descriptor)
+        os.posix_fallocate(descriptor, own_at, own_bytes)
+        memory = mmap.mmap(descriptor, 0)
+        if self.rank == 0:
+            for pair in range(self.ranks**2):
+                is_shared, value = 1, 0
+                _libc.sem_init(_Line.from_buffer(memory, pair * _LINE_BYTES), is_shared, value)
+            store.set("memory", str(descriptor))
+        return memory
 
     def next_slots(self, dtype: torch.dtype) -> list[Tensor]:
-        """Begin a step; returns the slot of each rank, of which only the own one is free yet."""
+        """Begin a step; return the slot of each rank, of which this rank may write its own."""
         if self._failure:
             raise dist.DistBackendError(f"an earlier collective has failed: {self._failure}")
         self._step += 1
-        if dtype not in self._slots:
-            self._slots[dtype] = [
-                [self._slot(dtype, rank, parity) for rank in range(self.ranks)] for parity in (0, 1)
+        key = dtype, self._step % 2
+        if key not in self._slots:
+            count, first = SLOT_BYTES // dtype.itemsize, self._slots_at + key[1] * SLOT_BYTES
+            self._slots[key] = [
+                torch.frombuffer(self._memory, dtype=dtype, count=count, offset=offset)
+                for offset in range(first, len(self._memory), 2 * SLOT_BYTES)
             ]
-        return self._slots[dtype][self._step % 2]
+        return self._slots[key]
 
-    def _slot(self, dtype: torch.dtype, rank: int, parity: int) -> Tensor:
-        offset = self._slots_at + (2 * rank + parity) * SLOT_BYTES
-        count = SLOT_BYTES // dtype.itemsize
-        return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=offset)
+    def exchange(self, call: str) -> None:
+        """Declare the own slot written, and wait until the slots of all ranks may be read.
 
-    def meet(self, call: str, num_bytes: int) -> None:
-        """Say that the own slot is full, and wait until those of all are, to be read now.
-
-        `call` and the `num_bytes` of its tensor must be the same on all ranks. Raises
-        DistBackendError if they aren't, if a peer has ended and after the timeout.
+        `call` describes the collective. Raises DistBackendError if a peer's differs, if a peer has
+        ended, and after the timeout.
         """
-        words, step, line = self._words, self._step, self.rank * _LINE_WORDS
-        says = num_bytes * len(CALLS) + CALLS.index(call)
-        said_at = _SAYS + step % 2  # a peer may be one step ahead, and says what it calls there
-        words[line + said_at] = says
-        words[line] = step
+        calls = self._calls[self._step % 2]
+        calls[self.rank].value = call.encode()
+        for peer in self.peers:
+            _libc.sem_post(self._semaphores[self.rank][peer])
         self._wait()
-        for peer in self._peers:
-            if (theirs := words[peer * _LINE_WORDS + said_at]) != says:
-                their_bytes, their_call = divmod(theirs, len(CALLS))
-                self._fail(
-                    f"rank {self._global_ranks[self.rank]} calls {call} of {num_bytes} bytes, and "
-                    f"rank {self._global_ranks[peer]} calls {CALLS[their_call]} of {their_bytes} "
-                    "bytes"
-                )
+        for peer in self.peers:
+            if (other := calls[peer].value.decode()) != call:
+                ours, theirs = self._global_ranks[self.rank], self._global_ranks[peer]
+                self._fail(f"rank {ours} calls {call}, and rank {theirs} calls {other}")
 
     def _wait(self) -> None:
-        words, step = self._words, self._step
-        counters = [peer * _LINE_WORDS for peer in self._peers]
-        for _ in range(_SPINS):
-            if all(words[counter] >= step for counter in counters):
-                return
-        began, look_after_s = time.monotonic(), 0.0
-        while not all(words[counter] >= step for counter in counters):
+        waiting, ended, num_polls = self.peers, list[int](), 0
+        began, check_after_s = time.monotonic(), 0.0
+        while waiting := [p for p in waiting if _libc.sem_trywait(self._semaphores[p][self.rank])]:
+            # Tried once more after the end, as the peer may have posted before it.
+            if lost := [peer for peer in waiting if peer in ended]:
+                self._lose(lost[0])
+            num_polls += 1
+            if num_polls < _NUM_POLLS:
+                continue
             waited_s = time.monotonic() - began
             if waited_s < _YIELD_FOR_S:
                 os.sched_yield()
             else:
-                time.sleep(min(waited_s * _SLEEP_SHARE, _LONGEST_SLEEP_S))
-            if waited_s > look_after_s:
-                self._look_at_peers(waited_s)
-                look_after_s = waited_s + _LOOK_AT_PEERS_EVERY_S
-
-    def _look_at_peers(self, waited_s: float) -> None:
-        for pidfd, _ in self._ends.poll(0):
-            peer = self._peer_of[pidfd]
-            # Read after its end: it may have done its part before.
-            if self._words[peer * _LINE_WORDS] < self._step:
-                self._lose(peer)
-        if waited_s > self._timeout_s:
-            words, ranks = self._words, enumerate(self._global_ranks)
-            late = [rank for index, rank in ranks if words[index * _LINE_WORDS] < self._step]
-            self._fail(f"no answer from ranks {late} in {self._timeout_s:g} s")
+                time.sleep(min(waited_s * _SLEEP_FRACTION, _MAX_SLEEP_S))
+            if waited_s > check_after_s:
+                ended = [self._peer_of[pidfd] for pidfd, _ in self._ended.poll(0)]
+                check_after_s = waited_s + _CHECK_PEERS_EVERY_S
+            if waited_s > self._timeout_s:
+                late = [self._global_ranks[peer] for peer in waiting]
+                self._fail(f"no answer from ranks {late} in {self._timeout_s:g} s")
 
     def _lose(self, peer: int) -> NoReturn:
         ended = self._global_ranks[peer]
-        first = self._words[peer * _LINE_WORDS + _LOST] - 1  # which that peer has lost, if any
-        lost = first if first >= 0 else ended
+        first = int(self._lost[peer].value or ended)  # that peer may have ended because of another
         for memory in list(self._all):
-            memory._words[memory.rank * _LINE_WORDS + _LOST] = lost + 1
-        self._failure = (
-            f"connection lost: rank {ended} (process {self._pids[peer]}) has ended"
-            f"{f', after rank {lost} had' if lost != ended else ''}"
-        )
-        raise PeerLostError(self._failure)
+            memory._lost[memory.rank].value = str(first).encode()
+        cause = f", after rank {first} had" if first != ended else ""
+        failure = f"connection lost: rank {ended} (process {self._pids[peer]}) has ended{cause}"
+        self._fail(failure, PeerLostError)
 
-    def _fail(self, failure: str) -> NoReturn:
+    def _fail(
+        self, failure: str, error: type[dist.DistBackendError] = dist.DistBackendError
+    ) -> NoReturn:
         self._failure = failure
-        raise dist.DistBackendError(failure)
-
-
-def _close(descriptors: list[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)
+        raise error(failure)

@@ -1,4 +1,4 @@
-"""Ranks that meet over a store that earlier attempts have used, and agree on their device."""
+"""Ranks meet over a store that earlier attempts have used, and agree on their device."""
 
 import multiprocessing
 import os
@@ -24,7 +24,7 @@ def _join(rank: int, world_size: int, port: int, has_agent_store: bool, answers:
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": str(has_agent_store),
-        # The agent of rank 0 has been replaced, and counts from 0.
+        # As if the agent of rank 0 had been replaced: it counts from 0 again.
         "TORCHELASTIC_RESTART_COUNT": str(rank),
     }
     name, store, device, is_restart = join_attempt("auto", 0, 0)
@@ -32,14 +32,14 @@ def _join(rank: int, world_size: int, port: int, has_agent_store: bool, answers:
     if answers is not None:
         if rank == 1:
             store.set("late", "")
-        store.wait(["late"])  # whoever serves the store still does
+        store.wait(["late"])  # the store is still served
         answers.put((rank, name, device, is_restart))
         answers.close()
         answers.join_thread()
 
 
-def test_every_attempt_has_a_name_of_its_own() -> None:
-    """Whatever the agents count, and whatever attempts that were killed have left in the store."""
+def test_every_attempt_has_its_own_name() -> None:
+    """Whatever the agents count, and whatever killed attempts have left in the store."""
     context, world_size = multiprocessing.get_context("fork"), 3
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     answers: Queue[tuple[int, str, str, bool]] = context.Queue()
@@ -50,7 +50,7 @@ def test_every_attempt_has_a_name_of_its_own() -> None:
         process.start()
         return process
 
-    # An attempt in which rank 2 never comes, and the others are killed while they meet.
+    # In a first attempt rank 2 never comes, and the others are killed while they wait.
     broken_off = [begin(rank, None) for rank in (0, 1)]
     deadline = time.monotonic() + 60
     while not store.check(["hello_1"]):
@@ -72,8 +72,8 @@ def test_every_attempt_has_a_name_of_its_own() -> None:
     assert len(names) == 2
 
 
-def test_ranks_meet_without_a_store_of_the_launcher() -> None:
-    """Rank 0 serves the store then, and goes on doing so when it has met the others."""
+def test_ranks_meet_without_a_launcher_store() -> None:
+    """Rank 0 then serves the store, and still does after the rendezvous."""
     context = multiprocessing.get_context("fork")
     answers: Queue[tuple[int, str, str, bool]] = context.Queue()
     with socket.socket() as free:
@@ -108,12 +108,12 @@ def _rank(
         ([_rank(2), _rank(2, 1)], "cuda"),
         ([_rank(2, choice="cpu"), _rank(0, choice="cpu")], "cpu"),
         ([_rank(1), _rank(1, host="b")], "cuda"),
-        # Slurm may show each rank one GPU of its own.
+        # Slurm may show each rank only its own GPU.
         ([_rank(1, visible="0"), _rank(1, visible="1")], "cuda"),
     ],
 )
-def test_devices_that_ranks_can_have(ranks: list[dict[str, Any]], device: str) -> None:
-    """A GPU for each, or the CPU if none has any or the CPU is asked for."""
+def test_device_for_all_ranks(ranks: list[dict[str, Any]], device: str) -> None:
+    """A GPU for each rank; the CPU if no rank has a GPU or if requested."""
     assert _decide(ranks) == {"device": device, "problem": None, "restarts": 0}
 
 
@@ -127,18 +127,16 @@ def test_devices_that_ranks_can_have(ranks: list[dict[str, Any]], device: str) -
         ([_rank(0, choice="cpu"), _rank(0, host="b")], "cpu", "ranks [0, 1] (host a, b)"),
     ],
 )
-def test_devices_that_ranks_cannot_have(
-    ranks: list[dict[str, Any]], setting: str, lacking: str
-) -> None:
+def test_no_device_for_all_ranks(ranks: list[dict[str, Any]], setting: str, lacking: str) -> None:
     """One line that names the setting, the ranks and their hosts."""
     assert _decide(ranks)["problem"] == (
-        f"train.device={setting} on rank 0, but {lacking} have no GPU of their own, or another "
-        "train.device; start one rank for each GPU, or set train.device=cpu for all"
+        f"train.device={setting} on rank 0, but {lacking} have no GPU of their own or another "
+        "train.device; start one rank per GPU, or set train.device=cpu for all ranks"
     )
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_gpu_that_is_not_there_is_one_line(corpus: Path, tmp_path: Path, ranks: int) -> None:
+def test_a_missing_gpu_is_one_line(corpus: Path, tmp_path: Path, ranks: int) -> None:
     """Before the process group is formed, with the exit code of errors before training."""
     process = start(ranks, settings(corpus, tmp_path, "train.device=cuda"))
     output = finish(process, expected=2 if ranks == 1 else 1)

@@ -1,4 +1,4 @@
-"""Collectives through shared memory: exact, and an error where gloo would give one."""
+"""Collectives through shared memory are exact, and fail where those of gloo fail."""
 
 import errno
 import gc
@@ -27,7 +27,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 DTYPES = (*FLOATS, torch.int32, torch.int64)
 RAISED_WITHIN_S = 2.0
 
-pytestmark = pytest.mark.skipif(cpu_backend(True) == "gloo", reason="Linux on x86-64 alone")
+pytestmark = pytest.mark.skipif(cpu_backend(True) == "gloo", reason="needs Linux")
 
 
 def is_shared(group: dist.ProcessGroup | None) -> bool:
@@ -35,11 +35,11 @@ def is_shared(group: dist.ProcessGroup | None) -> bool:
 
 
 def sizes(dtype: torch.dtype) -> list[int]:
-    """Elements of a rank: none, one, odd ones, a small message, more than two slots and a bit."""
+    """Numbers of elements: none, one, odd numbers, a small message, more than two slots."""
     return [0, 1, 7, 4096, 20001, 2 * SLOT_BYTES // dtype.itemsize + 13]
 
 
-def of_rank(rank: int, size: int, dtype: torch.dtype) -> Tensor:
+def values_of_rank(rank: int, size: int, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(1000 * rank + size)
     if dtype.is_floating_point:
         return torch.randn(size, generator=generator).to(dtype)
@@ -47,7 +47,7 @@ def of_rank(rank: int, size: int, dtype: torch.dtype) -> Tensor:
 
 
 def summed(terms: list[Tensor]) -> Tensor:
-    """In the order of ranks; of halves in float32, and rounded once."""
+    """Add in the order of ranks; 16-bit floats in float32, rounded once."""
     dtype = terms[0].dtype
     wide = torch.float32 if dtype.itemsize == 2 else dtype
     total = terms[0].to(wide)
@@ -59,16 +59,16 @@ def summed(terms: list[Tensor]) -> Tensor:
 @distributed(TWO, THREE, FOUR)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sums_are_exact(mesh: Mesh, dtype: torch.dtype) -> None:
-    """All-reduce and reduce-scatter equal the formula to the bit, whatever is cut where."""
+    """All-reduce and reduce-scatter equal the formula to the bit, at every size."""
     ranks, me, group = mesh.tp.size, mesh.tp.rank, mesh.tp.group
     assert is_shared(group)
     for size in sizes(dtype):
-        terms = [of_rank(rank, size, dtype) for rank in range(ranks)]
+        terms = [values_of_rank(rank, size, dtype) for rank in range(ranks)]
         reduced = terms[me].clone()
         dist.all_reduce(reduced, group=group)
         assert_close(reduced, summed(terms), rtol=0, atol=0)
 
-        wholes = [of_rank(rank, ranks * size, dtype) for rank in range(ranks)]
+        wholes = [values_of_rank(rank, ranks * size, dtype) for rank in range(ranks)]
         piece = wholes[me].new_empty(size)
         dist.reduce_scatter_single(piece, wholes[me], group=group)
         expected = summed(wholes).view(ranks, size)[me]
@@ -80,11 +80,11 @@ def test_sums_are_exact(mesh: Mesh, dtype: torch.dtype) -> None:
 
 @distributed(TWO, THREE, FOUR)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.uint8, torch.bool], ids=str)
-def test_what_is_gathered_is_what_was_there(mesh: Mesh, dtype: torch.dtype) -> None:
-    """All-gather, also where a rank's part already lies in the output."""
+def test_all_gather_is_exact(mesh: Mesh, dtype: torch.dtype) -> None:
+    """Also if a rank's part already lies in the output."""
     ranks, me, group = mesh.tp.size, mesh.tp.rank, mesh.tp.group
     for size in sizes(dtype):
-        parts = [of_rank(rank, size, torch.int32).to(dtype) for rank in range(ranks)]
+        parts = [values_of_rank(rank, size, torch.int32).to(dtype) for rank in range(ranks)]
         gathered = parts[me].new_empty(ranks, size)
         dist.all_gather_single(gathered, parts[me], group=group)
         assert torch.equal(gathered, torch.stack(parts))
@@ -95,12 +95,12 @@ def test_what_is_gathered_is_what_was_there(mesh: Mesh, dtype: torch.dtype) -> N
 
 
 @distributed(TWO, FOUR)
-def test_the_same_as_gloo(mesh: Mesh) -> None:
-    """What goes through memory, up to rounding, and what is passed on to gloo."""
+def test_results_equal_those_of_gloo(mesh: Mesh) -> None:
+    """Up to rounding for shared memory, and exactly for what gloo does itself."""
     theirs, ours = dist.new_group(backend="gloo"), mesh.world.group
     assert not is_shared(theirs)
     assert is_shared(ours)
-    x = of_rank(mesh.world.rank, 600, torch.float32)
+    x = values_of_rank(mesh.world.rank, 600, torch.float32)
     for operation in (dist.ReduceOp.SUM, dist.ReduceOp.MAX, dist.ReduceOp.MIN):
         results = [x.clone(), x.clone()]
         for result, group in zip(results, (ours, theirs), strict=True):
@@ -115,7 +115,7 @@ def test_the_same_as_gloo(mesh: Mesh) -> None:
 
 @distributed(TWO)
 def test_a_maximum_keeps_nan(mesh: Mesh) -> None:
-    """On any rank; gloo's loses it on some."""
+    """A NaN of any rank; gloo loses it on some."""
     for rank in range(mesh.tp.size):
         x = torch.ones(100)
         if mesh.tp.rank == rank:
@@ -126,8 +126,8 @@ def test_a_maximum_keeps_nan(mesh: Mesh) -> None:
 
 
 @distributed(TWO)
-def test_a_handle_is_done(mesh: Mesh) -> None:
-    """FSDP2 asks for handles and waits for them later."""
+def test_async_work_is_complete(mesh: Mesh) -> None:
+    """FSDP2 starts collectives and waits for them later."""
     x = torch.ones(5)
     work = dist.all_reduce(x, group=mesh.tp.group, async_op=True)
     assert work is not None
@@ -138,15 +138,15 @@ def test_a_handle_is_done(mesh: Mesh) -> None:
 
 
 @distributed(TWO)
-def test_gloo_beside_it_does_not_deadlock(mesh: Mesh) -> None:
-    """Collectives that gloo's threads finish, right after each other, while Python runs."""
+def test_gloo_collectives_do_not_deadlock(mesh: Mesh) -> None:
+    """Many collectives in a row that gloo's threads finish while Python runs."""
     for number in range(300):
         assert gather_json(mesh, [number, mesh.world.rank])[1] == [number, 1]
 
 
 @distributed(TWO)
-def test_ranks_that_call_different_things_are_told(mesh: Mesh) -> None:
-    """An error on each, and from then on."""
+def test_different_calls_are_an_error(mesh: Mesh) -> None:
+    """On every rank, and in every later collective of the group."""
     group = dist.new_group(backend=cpu_backend(True))
     x = torch.ones(4 + mesh.world.rank)
     with pytest.raises(RuntimeError, match="calls all_reduce sum of 20 bytes"):
@@ -160,8 +160,8 @@ def test_ranks_that_call_different_things_are_told(mesh: Mesh) -> None:
 
 
 @distributed(TWO)
-def test_who_does_not_come_is_waited_for_so_long(mesh: Mesh) -> None:
-    """The timeout of the group, as with gloo."""
+def test_timeout(mesh: Mesh) -> None:
+    """A missing rank is an error after the timeout of the group, as with gloo."""
     group = dist.new_group(backend=cpu_backend(True), timeout=timedelta(seconds=0.5))
     dist.barrier(group=mesh.world.group)
     if mesh.world.rank == 0:
@@ -171,8 +171,8 @@ def test_who_does_not_come_is_waited_for_so_long(mesh: Mesh) -> None:
 
 
 @distributed(Layout(tp=2, dp=2, shared_memory=True))
-def test_messages_have_ranks_of_the_whole_run(mesh: Mesh) -> None:
-    """Of the group of ranks 2 and 3, not 0 and 1."""
+def test_messages_name_global_ranks(mesh: Mesh) -> None:
+    """The group of ranks 2 and 3 does not call them 0 and 1."""
     pairs = [dist.new_group([first, first + 1], backend=cpu_backend(True)) for first in (0, 2)]
     me = mesh.world.rank
     other = me + 1 if me % 2 == 0 else me - 1
@@ -182,8 +182,8 @@ def test_messages_have_ranks_of_the_whole_run(mesh: Mesh) -> None:
 
 @distributed(TWO)
 @pytest.mark.parametrize("rank", [0, 1])
-def test_without_memory_it_is_gloo(mesh: Mesh, rank: int) -> None:
-    """If one rank cannot reserve its slots, all fall back, say why, and work."""
+def test_without_memory_all_ranks_use_gloo(mesh: Mesh, rank: int) -> None:
+    """If one rank cannot reserve its slots, all fall back to gloo and log why."""
     messages: list[str] = []
     handler, logger = logging.Handler(), logging.getLogger("microtron")
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
@@ -213,7 +213,7 @@ def test_without_memory_it_is_gloo(mesh: Mesh, rank: int) -> None:
 @distributed(TWO)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_of_two_containers_use_gloo(mesh: Mesh, rank: int) -> None:
-    """There the same process number is another process; nothing of it is opened."""
+    """A process number means another process there, so no process is opened."""
     with pytest.MonkeyPatch.context() as patch:
         if mesh.world.rank == rank:
             patch.setattr("parallel.transport.backend.machine_id", lambda: "another")
@@ -228,7 +228,7 @@ def test_ranks_of_two_containers_use_gloo(mesh: Mesh, rank: int) -> None:
 
 
 def held() -> tuple[int, int]:
-    """Descriptors of memory and of processes, and mappings."""
+    """Count this process's descriptors and mappings of shared memory."""
     links = [
         os.readlink(entry) if entry.is_symlink() else ""
         for entry in Path("/proc/self/fd").iterdir()
@@ -240,8 +240,8 @@ def held() -> tuple[int, int]:
 
 
 @distributed(TWO)
-def test_nothing_is_left(mesh: Mesh) -> None:
-    """No name in a file system at any time; memory and descriptors end with the group."""
+def test_nothing_is_left_behind(mesh: Mesh) -> None:
+    """The memory never has a name in /dev/shm, and it ends with the group."""
     before = held()
     group = dist.new_group(backend=cpu_backend(True))
     dist.all_reduce(torch.ones(3), group=group)
@@ -253,7 +253,7 @@ def test_nothing_is_left(mesh: Mesh) -> None:
     assert held() == before
 
 
-def _wait_for_one_that_ends(
+def _lose_last_rank(
     rank: int, ranks: int, rendezvous: str, how: str, answers: "Queue[tuple[float, str]]"
 ) -> None:
     dist.init_process_group(
@@ -272,20 +272,20 @@ def _wait_for_one_that_ends(
         answers.put((time.monotonic() - began, str(error)))
         answers.close()
         answers.join_thread()
-    # Its own end must not be what tells the others.
+    # The end of this rank must not be what the others notice.
     time.sleep(RAISED_WITHIN_S)
     os._exit(0)
 
 
 @pytest.mark.parametrize("how", ["kill", "exit"])
-def test_a_rank_that_ends_is_noticed_by_all(how: str, tmp_path: Path) -> None:
-    """At once, by each that waits, before anybody has collected the dead process."""
+def test_all_ranks_notice_a_lost_peer(how: str, tmp_path: Path) -> None:
+    """Every waiting rank, at once, before the dead process is reaped."""
     ranks = 3
     context = multiprocessing.get_context("spawn")
     answers: Queue[tuple[float, str]] = context.Queue()
     processes = [
         context.Process(
-            target=_wait_for_one_that_ends,
+            target=_lose_last_rank,
             args=(rank, ranks, str(tmp_path / "rendezvous"), how, answers),
         )
         for rank in range(ranks)
