@@ -58,7 +58,7 @@ from checkpoints import Checkpoint, held_checkpoint
 from checkpoints.full_tensors import TensorInfo, read_full_tensor, write_tensors
 from data import Tokenizer, load_tokenizer
 from interop.check import Comparison, checkpoint_logits, compare, random_tokens
-from interop.huggingface import to_huggingface
+from interop.huggingface import shapes_of, to_huggingface
 from interop.huggingface_config import family_of, to_huggingface_config
 from interop.model_card import model_card
 from interop.tokenizer_json import tokenizer_config, tokenizer_json
@@ -131,10 +131,7 @@ def write_weights(folder: Path, settings: Settings, config: Config, checkpoint: 
     }
     makers = to_huggingface(shapes, family_of(config.model), config.model)
     dtype: torch.dtype = getattr(torch, settings.dtype)
-    infos = {
-        name: TensorInfo(dtype, make(lambda ours: torch.empty(shapes[ours], device="meta")).shape)
-        for name, make in makers.items()
-    }
+    infos = {name: TensorInfo(dtype, shape) for name, shape in shapes_of(makers, shapes).items()}
 
     def make(name: str) -> Tensor:
         tensor = makers[name](lambda ours: read_full_tensor(checkpoint, f"{WEIGHTS}{ours}"))

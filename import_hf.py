@@ -61,7 +61,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from checkpoints.full_tensors import TensorInfo, write_full_checkpoint
 from data import Tokenizer, load_tokenizer
-from interop.huggingface import Family, from_huggingface, to_huggingface
+from interop.huggingface import Family, from_huggingface, shapes_of, to_huggingface
 from interop.huggingface_config import ARCHITECTURES, from_huggingface_config, unknown_options
 from interop.source import Source, download, open_source
 from model import GPT
@@ -156,13 +156,8 @@ def write_checkpoint(
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     makers = to_huggingface(shapes, family, config.model)
     is_tied = not config.model.untie_embeddings_and_output_weights
-    source.require(
-        {
-            name: tuple(make(lambda ours: torch.empty(shapes[ours], device="meta")).shape)
-            for name, make in makers.items()
-        },
-        ignored="lm_head.weight" if is_tied else None,
-    )
+    ignored = "lm_head.weight" if is_tied else None
+    source.require(shapes_of(makers, shapes), ignored=ignored)
     if is_tied and "lm_head.weight" in source.files:
         require_equal_head(source, family, config.model)
     infos = {

@@ -7,12 +7,12 @@ GPT-2 stores its matrices as [in, out], and q, k and v as one tensor. Llama stor
 Here k and v are one tensor, group by group: the rows of a group's key, then those of its value.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from configs.schema import ModelConfig
 
@@ -63,6 +63,14 @@ def to_huggingface(names: Iterable[str], family: Family, config: ModelConfig) ->
         for index, their_name in enumerate(theirs):
             made[their_name] = partial(_make, ours, config, to_theirs, index)
     return made
+
+
+def shapes_of(makers: Mapping[str, Make], shapes: Mapping[str, Sequence[int]]) -> dict[str, Size]:
+    """The shapes of their tensors, from those of ours."""
+    return {
+        name: make(lambda ours: torch.empty(tuple(shapes[ours]), device="meta")).shape
+        for name, make in makers.items()
+    }
 
 
 def _make(
