@@ -1,7 +1,7 @@
-"""Begin a run with a published model: `python import_hf.py source=DIR_OR_NAME run=runs/NAME`.
+"""Start a run from a Hugging Face model: `python import_hf.py source=DIR_OR_NAME run=runs/NAME`.
 
 A GPT2LMHeadModel or LlamaForCausalLM becomes a run folder with a checkpoint at step 0, which
-train.py takes up on any layout. No more than one tensor is in memory, or two to compare them.
+train.py resumes on any layout. Holds one tensor in memory at a time, or two to compare them.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import sys
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from configs import (
     Config,
@@ -30,27 +30,27 @@ from configs import (
     read_config,
     to_yaml,
 )
-from interop.atomic_directory import new_folder, require_new
+from interop.atomic_directory import atomic_directory, require_new
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Make a run of a model of Hugging Face, for train.py to go on with.
+    """Start a run from a Hugging Face model.
 
     Reads config.json, safetensors and tokenizer.model of a GPT2LMHeadModel or a LlamaForCausalLM;
     see docs/interop.md.
     """
 
-    source: str  # a folder with a model, or the name of one on the hub
+    source: str  # the folder of a model, or its name on the hub
     run: str  # the folder of the new run, such as runs/mine
     revision: str | None = None  # of a model on the hub; null: the newest
-    tokenizer: str | None = None  # a sentencepiece model file; null: the source's tokenizer.model
-    seq_length: int | None = None  # positions in a row; null: as many as the model was made for
+    tokenizer: str | None = None  # a sentencepiece model; null: tokenizer.model of the source
+    seq_length: int | None = None  # positions per row; null: the maximum of the source
     RANGES: ClassVar = {"seq_length": Range(1)}
 
 
 if __name__ == "__main__":
-    # Before torch is imported, which takes seconds, so that a mistyped key is answered at once.
+    # Before the slow import of torch, so that invalid settings are reported at once.
     SETTINGS = load_settings(Settings, sys.argv[1:])
     with exit_on_config_error():
         require_new(Path(SETTINGS.run).expanduser(), "run")
@@ -61,7 +61,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from checkpoints.full_tensors import TensorInfo, write_full_checkpoint
 from data import Tokenizer, load_tokenizer
-from interop.huggingface import Family, from_huggingface, to_huggingface
+from interop.huggingface import Family, from_huggingface, shapes_of, to_huggingface
 from interop.huggingface_config import ARCHITECTURES, from_huggingface_config, unknown_options
 from interop.source import Source, download, open_source
 from model import GPT
@@ -72,32 +72,39 @@ from training.state import RunState
 
 logger = logging.getLogger("microtron")
 
-# A peak rate for weights that have learned something, and a warm-up for moments that have not.
+# A low peak rate because the weights are trained; warm-up because the moments are not.
 _OPTIMIZER = OptimizerConfig(lr=1e-4, min_lr=1e-5, lr_warmup_steps=100)
-
-_SHOWN = 60  # characters of a value in a warning
+_MAX_SHOWN = 60  # characters of a value in a warning
 
 
 def import_model(settings: Settings, mesh: Mesh) -> Config:
-    """Make the run folder on this rank; returns its configuration."""
+    """Write the run folder on this rank; returns its configuration."""
     folder, run = Path(settings.source).expanduser(), Path(settings.run).expanduser()
-    if not folder.is_dir():
-        folder = download(settings.source, settings.revision)
-    source = open_source(folder)
-    family, vocab_size, options = from_huggingface_config(source.config)
+    source = open_source(
+        folder if folder.is_dir() else download(settings.source, settings.revision)
+    )
+    family, vocab_size, model = from_huggingface_config(source.config)
     if unknown := unknown_options(source.config):
         logger.warning(
-            "config.json sets %s, which %s of transformers does not have and which is not used; "
-            "if the model was trained with other code that uses it, it computes something else",
-            ", ".join(f"{key}={json.dumps(value)[:_SHOWN]}" for key, value in unknown.items()),
+            "config.json sets %s, which %s of transformers does not have; ignored, but other code "
+            "that uses these options computes another function",
+            ", ".join(f"{key}={json.dumps(value)[:_MAX_SHOWN]}" for key, value in unknown.items()),
             ARCHITECTURES[family],
         )
     tokenizer = find_tokenizer(settings, source, vocab_size)
-    with new_folder(run, "run") as work:
+    if settings.seq_length is not None:
+        if settings.seq_length != model["seq_length"] and family == "gpt2":
+            raise ConfigError(
+                f"seq_length={settings.seq_length} differs from the {model['seq_length']} learned "
+                "positions of the source; leave it out",
+                "seq_length",
+            )
+        model["seq_length"] = settings.seq_length
+    with atomic_directory(run, "run") as work:
         (work / "tokenizer.model").write_bytes(tokenizer.model)
         config = Config(
             run=RunConfig(name=run.name, directory=str(run.parent)),
-            model=ModelConfig(**options | seq_length_of(settings, options)),
+            model=ModelConfig(**model),
             data=DataConfig(vocab_size=vocab_size, tokenizer=str(run / "tokenizer.model")),
             optimizer=_OPTIMIZER,
         )
@@ -107,54 +114,36 @@ def import_model(settings: Settings, mesh: Mesh) -> Config:
     return config
 
 
-def seq_length_of(settings: Settings, options: dict[str, Any]) -> dict[str, int]:
-    """What seq_length= changes, if it may."""
-    length, table = settings.seq_length, options["seq_length"]
-    if length is None:
-        return {}
-    if options["position_embedding_type"] == "learned_absolute" and length != table:
-        raise ConfigError(
-            f"seq_length={length} is not the length of the source's table of positions, {table}; "
-            "leave it out",
-            "seq_length",
-        )
-    return {"seq_length": length}
-
-
 def find_tokenizer(settings: Settings, source: Source, vocab_size: int) -> Tokenizer:
-    """The sentencepiece model that is given, or that of the source."""
+    """Load the sentencepiece model given in the settings, otherwise that of the source."""
     if settings.tokenizer is not None:
         tokenizer = load_tokenizer(Path(settings.tokenizer).expanduser(), "tokenizer")
     elif (source.folder / "tokenizer.model").is_file():
         tokenizer = load_tokenizer(source.folder / "tokenizer.model", "the source's tokenizer")
     else:
         raise UserError(
-            f"{source.folder} has no tokenizer.model: its tokenizer is not one of sentencepiece, "
-            "which ours are; if it has one elsewhere, give tokenizer=FILE"
+            f"{source.folder} has no tokenizer.model: only sentencepiece tokenizers are supported; "
+            "give tokenizer=FILE if the model has one"
         )
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} pieces and the model {vocab_size} rows of "
-            "its vocabulary; give the model's own with tokenizer=FILE"
+            f"the tokenizer has {tokenizer.vocab_size} pieces but the model has only {vocab_size} "
+            "embeddings; give the tokenizer of the model with tokenizer=FILE"
         )
-    for name, verb, ours in (
+    for key, verb, token_id in (
         ("bos_token_id", "begins", tokenizer.bos_id),
         ("eos_token_id", "ends", tokenizer.eos_id),
     ):
-        theirs = source.config.get(name)
-        if theirs not in (None, ours, [ours]):
-            hint = (
-                "of these, training and generation use only the tokenizer's"
-                if isinstance(theirs, list) and ours in theirs
-                else "is it the model's own?"
-            )
+        stored = source.config.get(key)
+        if stored not in (None, token_id, [token_id]):
+            is_one_of_several = isinstance(stored, list) and token_id in stored
             logger.warning(
-                "config.json has %s=%s, and the tokenizer %s texts with %d: %s",
-                name,
-                json.dumps(theirs),
+                "config.json has %s=%s, but the tokenizer %s texts with %d: %s",
+                key,
+                json.dumps(stored),
                 verb,
-                ours,
-                hint,
+                token_id,
+                "only that one is used" if is_one_of_several else "is it the model's tokenizer?",
             )
     return tokenizer
 
@@ -162,23 +151,18 @@ def find_tokenizer(settings: Settings, source: Source, vocab_size: int) -> Token
 def write_checkpoint(
     folder: Path, config: Config, source: Source, family: Family, tokenizer: Tokenizer, mesh: Mesh
 ) -> None:
-    """The checkpoint of step 0: their weights in float32, moments of zeros, no text read yet."""
-    model = GPT(config.model, config.data.vocab_size, mesh)  # takes no memory
+    """Write the checkpoint of step 0: float32 weights, zero moments, nothing consumed."""
+    model = GPT(config.model, config.data.vocab_size, mesh)  # on the meta device
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    theirs = to_huggingface(shapes, family, config.model)
+    makers = to_huggingface(shapes, family, config.model)
     is_tied = not config.model.untie_embeddings_and_output_weights
-    source.require(
-        {
-            name: tuple(make(lambda ours: torch.empty(shapes[ours], device="meta")).shape)
-            for name, make in theirs.items()
-        },
-        ignored="lm_head.weight" if is_tied else None,
-    )
+    ignored = "lm_head.weight" if is_tied else None
+    source.require(shapes_of(makers, shapes), ignored=ignored)
     if is_tied and "lm_head.weight" in source.files:
         require_equal_head(source, family, config.model)
     infos = {
-        f"{kind}{name}": TensorInfo(torch.float32, shape)
-        for kind in (WEIGHTS, *(f"{moment}." for moment in MOMENTS))
+        f"{prefix}{name}": TensorInfo(torch.float32, shape)
+        for prefix in (WEIGHTS, *(f"{moment}." for moment in MOMENTS))
         for name, shape in shapes.items()
     }
 
@@ -197,7 +181,7 @@ def write_checkpoint(
 
 
 def require_equal_head(source: Source, family: Family, config: ModelConfig) -> None:
-    """Refuse a stored head that a tied model would drop; transformers 5 uses it."""
+    """Raise UserError if a tied model has a separate head, which transformers 5 would use."""
     embedding = from_huggingface("embedding.weight", family, config, source.read)
     head = source.read("lm_head.weight")
     if head.shape != embedding.shape or not (head == embedding).all():
@@ -209,7 +193,7 @@ def require_equal_head(source: Source, family: Family, config: ModelConfig) -> N
 
 @record
 def main(settings: Settings) -> int:
-    """Import on rank 0; any others, of torchrun, have nothing to do."""
+    """Import on rank 0; other ranks have nothing to do."""
     mesh = init_mesh(1, sequence_parallel=False)
     set_up_logging(mesh.world.rank)
     if mesh.world.rank == 0:
@@ -220,7 +204,7 @@ def main(settings: Settings) -> int:
             exit_with_error(str(error))
         sys.stdout.write(to_yaml(config))
         logger.info(
-            "imported %s; go on with\n  torchrun train.py config=%s/config.yaml data.source=...",
+            "imported %s; train it with\n  torchrun train.py config=%s/config.yaml data.source=...",
             settings.source,
             settings.run,
         )

@@ -1,6 +1,6 @@
-"""Sharded tensors to files and back, on any layout, surviving a kill at any moment.
+"""Sharded tensors to files and back: on any layout, atomic, and with damage always detected.
 
-Programs that handle whole tensors and no model import `checkpoints.full_tensors`.
+Programs that convert full tensors without a model import `checkpoints.full_tensors`.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ from checkpoints.save import (
 
 
 def is_file_access(code: CodeType) -> bool:
-    """Whether a function is of this package, where a wait is one for the file system."""
+    """Whether a function belongs to this package, so that it may be waiting for the file system."""
     return Path(code.co_filename).parent == Path(__file__).parent
 
 

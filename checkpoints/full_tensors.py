@@ -1,7 +1,6 @@
-"""Whole tensors, one at a time: for programs that make something of a checkpoint, or a checkpoint.
+"""Full tensors, one at a time, for programs that convert checkpoints without building a model.
 
-They hold no model. A tensor is read from whatever pieces some layout has left, and a file gets its
-header first and then each tensor as it is made, so that no more than one is in memory.
+Only one tensor is in memory: a file gets its header first, then each tensor as it is produced.
 """
 
 import json
@@ -11,66 +10,43 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from checkpoints.manifest import (
-    Checkpoint,
-    CheckpointError,
-    file_checksums,
-    fsync,
-    step_directory,
-    write_manifest,
-)
+from checkpoints.load import read_slices
+from checkpoints.manifest import Checkpoint, describe_file, fsync, step_directory, write_manifest
 
-# What the format calls them.
+# Names in the safetensors format.
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _ALIGNMENT = 8  # of the header, in bytes
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor before it is there."""
+    """The dtype and shape of a tensor that does not exist yet."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @property
     def num_bytes(self) -> int:
-        """Its size in a file."""
+        """Size in a file."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 def read_full_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
-    """One tensor of a verified checkpoint, in full; raises CheckpointError if a part is missing."""
+    """Read a tensor of a verified checkpoint, assembled from all its shards."""
     stored = checkpoint.tensors[name]
-    whole = torch.empty(stored["shape"], dtype=getattr(torch, stored["dtype"]))
-    filled = 0
-    for shard in stored["shards"]:
-        if shard["file"] not in checkpoint.files:
-            raise CheckpointError(
-                f"{checkpoint.directory}: {name} is in {shard['file']}, which was not verified"
-            )
-        sides = zip(shard["offsets"], shard["shape"], strict=True)
-        target = tuple(slice(offset, offset + size) for offset, size in sides)
-        # Opened for each tensor: what has been read of a mapped file is memory until it is closed.
-        with safe_open(checkpoint.path(shard["file"]), "pt") as file:
-            piece = file.get_tensor(name)
-            whole[target].copy_(piece)
-            filled += piece.numel()
-    if filled != whole.numel():
-        raise CheckpointError(
-            f"{checkpoint.directory}: {name} has {filled} of its {whole.numel()} elements"
-        )
-    return whole
+    tensor = torch.empty(stored["shape"], dtype=getattr(torch, stored["dtype"]))
+    read_slices(checkpoint, {name: (tensor, tuple(slice(0, size) for size in tensor.shape))})
+    return tensor
 
 
 def write_tensors(
     path: Path, infos: Mapping[str, TensorInfo], make: Callable[[str], Tensor | None]
 ) -> None:
-    """Write a safetensors file of these tensors, each made when its turn comes, and fsync it.
+    """Write and fsync a safetensors file, calling `make` for each tensor in turn.
 
-    None stands for zeros, which take no room on the disk.
+    If it returns None the tensor is all zeros, and takes no space on disk (a sparse file).
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -93,7 +69,7 @@ def write_tensors(
             assert tensor.shape == info.shape, f"{name}: {tuple(tensor.shape)} is not {info.shape}"
             data = tensor.to(info.dtype).contiguous().flatten().view(torch.uint8)
             file.write(data.numpy().data)
-        file.truncate()  # to where it stands: zeros at the end are bytes too
+        file.truncate()  # extends the file over zeros at its end
     fsync(path)
 
 
@@ -104,28 +80,21 @@ def write_full_checkpoint(
     infos: Mapping[str, TensorInfo],
     make: Callable[[str], Tensor | None],
 ) -> None:
-    """Write what one rank with all of these tensors would have saved at `step`.
+    """Write the checkpoint that a single rank with these tensors would save.
 
-    Into a folder that nobody reads yet: unlike a save it is not there whole or not at all.
+    This is not atomic: use it in a folder that nobody reads yet.
     """
     directory = step_directory(folder, step)
     directory.mkdir(parents=True)
     path = directory / "rank_00000.safetensors"
     write_tensors(path, infos, make)
-    file, checksums = file_checksums(path)
-    tensors = {
+    shards = {
         name: {
-            "shape": list(info.shape),
+            "global_shape": list(info.shape),
             "dtype": str(info.dtype).removeprefix("torch."),
-            "shards": [
-                {
-                    "file": path.name,
-                    "offsets": [0] * len(info.shape),
-                    "shape": list(info.shape),
-                    "checksum": checksums[name],
-                }
-            ],
+            "offsets": [0] * len(info.shape),
+            "shape": list(info.shape),
         }
         for name, info in infos.items()
     }
-    write_manifest(directory, step, state, tensors, {path.name: file})
+    write_manifest(directory, step, state, [describe_file(path, shards)])

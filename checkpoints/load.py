@@ -1,94 +1,87 @@
-"""Finding the newest whole checkpoint, and reading it into today's layout.
+"""Finding the newest intact checkpoint, and reading it on any layout.
 
-[Note: beside a run]
-A run deletes its old checkpoints. Programs that read them meanwhile hold the one they have found:
-its files are opened at once, and stay readable until they are closed. One that vanishes before that
-is not damaged, and the newest of those that are there now is taken.
+[Note: concurrent pruning]
+A run deletes its old checkpoints. Programs that read one meanwhile hold it: they open its files at
+once, and open files stay readable. A checkpoint that vanishes before that is not damaged; the
+search continues with those that are there now.
 
-For each local shard that today's layout wants, the overlapping pieces of the stored shards are
-read, so resuming on another number of ranks is no special case. No rank reads more than it keeps.
+Each rank reads the parts of the stored shards that overlap its own shards, so loading on another
+number of ranks is no special case.
 """
 
 import logging
+import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import safe_open
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from checkpoints.manifest import (
     Checkpoint,
     CheckpointError,
     checkpoint_directories,
-    foreign_entries,
+    read_header,
     read_manifest,
     step_directory,
+    step_entries,
+    step_of,
+    tensor_ranges,
     verify_file,
 )
 from parallel import Mesh, gather_json, local_part
 
-_MAPPED_BYTES = 256 << 20  # read of mapped files until they are closed
+_CHUNK_BYTES = 16 << 20
 # A network file system may list for a while what another host has deleted.
-_LOOKS_AT_VANISHED, _LOOK_EVERY_S = 300, 0.1
+_MAX_RETRIES, _RETRY_INTERVAL_S = 300, 0.1
+
+Slices = tuple[slice, ...]
 
 logger = logging.getLogger("microtron")
 
 
 def find_checkpoint(
-    folder: Path, mesh: Mesh, step: int | None = None, *, up_to: int | None = None
-) -> Checkpoint | None:
-    """The newest checkpoint of a folder that is whole; None if there are none at all.
-
-    Every rank calls this; the files are verified in shares. A damaged checkpoint is named and
-    passed over. Raises CheckpointError if there are checkpoints and all of them are damaged:
-    starting from scratch is for a person to decide. With a `step` that one is meant, and it is an
-    error if it is damaged or not there. Later ones than `up_to` are as if not there.
-    """
-    return _find(folder, mesh, step, up_to, prefix="", stack=None)
-
-
-@contextmanager
-def held_checkpoint(
-    folder: Path, mesh: Mesh, step: int | None = None, *, prefix: str = ""
-) -> Iterator[Checkpoint | None]:
-    """As `find_checkpoint`, readable until the end of the block whatever a run deletes meanwhile.
-
-    Of its tensors only those are verified whose names begin with `prefix`.
-    """
-    with ExitStack() as stack:
-        yield _find(folder, mesh, step, None, prefix=prefix, stack=stack)
-
-
-def _find(
     folder: Path,
     mesh: Mesh,
-    step: int | None,
-    up_to: int | None,
+    step: int | None = None,
     *,
-    prefix: str,
-    stack: ExitStack | None,
+    up_to: int | None = None,
+    prefix: str = "",
+    hold_until: ExitStack | None = None,
 ) -> Checkpoint | None:
+    """The newest intact checkpoint of a folder, or that of `step`; None if there is none at all.
+
+    Every rank calls this and verifies its share of the files: of their tensors those whose names
+    begin with `prefix`. Checkpoints after step `up_to` are ignored. Files stay open until
+    `hold_until` closes, if given. A damaged checkpoint is reported and skipped. Raises
+    CheckpointError if all are damaged, because only a person should decide to start from scratch,
+    and if the checkpoint of `step` is damaged or missing.
+    """
     damaged: set[str] = set()
-    vanished: Counter[str] = Counter()
-    while (name := _candidate(folder, mesh, step, up_to, damaged)) is not None:
-        checkpoint, problem = _examine(folder / name, mesh, prefix, stack)
-        if checkpoint is not None:
-            return checkpoint
-        if problem is None and vanished[name] < _LOOKS_AT_VANISHED:
-            vanished[name] += 1
-            time.sleep(_LOOK_EVERY_S)
+    retries: Counter[str] = Counter()
+    while names := [n for n in _list(folder, mesh, step, up_to) if n not in damaged]:
+        directory = folder / names[0]
+        with ExitStack() as stack:
+            checkpoint, problem = _verify(directory, mesh, prefix, stack if hold_until else None)
+            if checkpoint is not None:
+                if hold_until is not None:
+                    hold_until.push(stack.pop_all())
+                return checkpoint
+        if problem is None and retries[directory.name] < _MAX_RETRIES:
+            retries[directory.name] += 1
+            time.sleep(_RETRY_INTERVAL_S)
             continue
         problem = problem or "some ranks do not see it"
         if step is not None:
-            raise CheckpointError(f"checkpoint {folder / name} is damaged: {problem}")
+            raise CheckpointError(f"checkpoint {directory} is damaged: {problem}")
         if mesh.world.rank == 0:
-            logger.warning("checkpoint %s is damaged, passed over: %s", folder / name, problem)
-        damaged.add(name)
+            logger.warning("checkpoint %s is damaged, skipped: %s", directory, problem)
+        damaged.add(directory.name)
     if damaged:
         raise CheckpointError(
             f"all {len(damaged)} checkpoints in {folder} are damaged; "
@@ -97,66 +90,56 @@ def _find(
     return None
 
 
-def _candidate(
-    folder: Path, mesh: Mesh, step: int | None, up_to: int | None, damaged: set[str]
-) -> str | None:
-    """The name of the next checkpoint to examine, of those that are there now."""
-    names = _listed(folder, mesh, up_to)
-    if step is not None:
-        names = [_of_step(step, folder, names)]
-    return next((name for name in names if name not in damaged), None)
+@contextmanager
+def held_checkpoint(
+    folder: Path, mesh: Mesh, step: int | None = None, *, prefix: str = ""
+) -> Iterator[Checkpoint | None]:
+    """`find_checkpoint`, readable until the end of the block even if the run deletes it."""
+    with ExitStack() as stack:
+        yield find_checkpoint(folder, mesh, step, prefix=prefix, hold_until=stack)
 
 
-def _examine(
-    directory: Path, mesh: Mesh, prefix: str, stack: ExitStack | None
-) -> tuple[Checkpoint | None, str | None]:
-    """The checkpoint if it is whole, else what is wrong with it; neither if it has vanished.
-
-    All ranks come to the same result, each of a share of the files.
-    """
-    with ExitStack() as opened:
-        checkpoint, problem = None, None
-        try:
-            checkpoint = read_manifest(directory)
-            if stack is not None:
-                checkpoint = checkpoint.hold(opened)
-            mine = sorted(checkpoint.files)[mesh.world.rank :: mesh.world.size]
-            found = (verify_file(checkpoint, name, prefix) for name in mine)
-            problem = next((text for text in found if text), None)
-        except CheckpointError as error:
-            problem = str(error)
-        is_gone = problem is not None and not directory.exists()
-        reports = gather_json(mesh, [problem, is_gone])
-        if any(is_gone for _, is_gone in reports):
-            return None, None
-        if problem := next((text for text, _ in reports if text is not None), None):
-            return None, problem
-        if stack is not None:
-            stack.push(opened.pop_all())
-    return checkpoint, None
-
-
-def _listed(folder: Path, mesh: Mesh, up_to: int | None) -> list[str]:
-    """The names of the checkpoints, newest first: the same on all ranks, whatever each one sees."""
+def _list(folder: Path, mesh: Mesh, step: int | None, up_to: int | None) -> list[str]:
+    """The names of the checkpoints to try, newest first: those that rank 0 sees, on every rank."""
+    found = checkpoint_directories(folder)
     if mesh.world.rank == 0:
-        for path in foreign_entries(folder):
+        for path in sorted({*step_entries(folder)} - {*found}):
             logger.warning("%s is not a directory, ignored", path)
-    last = None if up_to is None else step_directory(folder, up_to)
-    directories = reversed(checkpoint_directories(folder))
-    names = [path.name for path in directories if last is None or path <= last]
-    result: list[str] = gather_json(mesh, names)[0]
-    return result
-
-
-def _of_step(step: int, folder: Path, names: list[str]) -> str:
+    names = [path.name for path in reversed(found) if up_to is None or step_of(path) <= up_to]
+    names = gather_json(mesh, names)[0]
+    if step is None:
+        return names
     name = step_directory(folder, step).name
     if name not in names:
-        steps = ", ".join(str(int(other.removeprefix("step_"))) for other in reversed(names))
+        steps = ", ".join(str(step_of(folder / other)) for other in reversed(names))
         raise CheckpointError(
             f"there is no checkpoint of step {step} in {folder}; "
-            f"{f'there are those of steps {steps}' if names else 'there is none at all'}"
+            f"{f'there are checkpoints of steps {steps}' if names else 'there are none at all'}"
         )
-    return name
+    return [name]
+
+
+def _verify(
+    directory: Path, mesh: Mesh, prefix: str, stack: ExitStack | None
+) -> tuple[Checkpoint | None, str | None]:
+    """The checkpoint if it is intact, otherwise the problem; neither if it has vanished.
+
+    Every rank verifies a share of the files and gets the same result.
+    """
+    checkpoint, problem = None, None
+    try:
+        checkpoint = read_manifest(directory)
+        if stack is not None:
+            checkpoint = checkpoint.hold(stack)
+        for name in sorted(checkpoint.files)[mesh.world.rank :: mesh.world.size]:
+            verify_file(checkpoint, name, prefix)
+    except CheckpointError as error:
+        problem = str(error)
+    reports = gather_json(mesh, [problem, problem is not None and not directory.exists()])
+    if any(is_gone for _, is_gone in reports):
+        return None, None
+    problem = next((text for text, _ in reports if text is not None), None)
+    return (checkpoint, None) if problem is None else (None, problem)
 
 
 @torch.no_grad()
@@ -170,103 +153,76 @@ def load_tensors(
 ) -> None:
     """Fill the local shards of `tensors` from a verified checkpoint.
 
-    Of the checkpoint's tensors those count whose names begin with `prefix`. Raises CheckpointError
-    if names, shapes or (unless it `converts`) dtypes differ from theirs, or a part is missing.
+    Raises CheckpointError unless `tensors` has the names, shapes and (unless it `converts`) dtypes
+    of all stored tensors whose names begin with `prefix`.
     """
-    _require_same_names(checkpoint, tensors, prefix)
-    with _MappedFiles(checkpoint) as files:
-        for name, tensor in tensors.items():
-            stored = checkpoint.tensors[name]
-            dtype = stored["dtype"] if converts else str(tensor.dtype).removeprefix("torch.")
-            ours = (list(tensor.shape), dtype)
-            if ours != (stored["shape"], stored["dtype"]):
-                raise CheckpointError(
-                    f"{checkpoint.directory}: {name} is {stored['dtype']} {stored['shape']}, "
-                    f"the model has {ours[1]} {ours[0]}"
-                )
-            local = tensor.to_local()
-            wanted = local_part(tensor, mesh)
-            filled = 0
-            for shard in stored["shards"]:
-                source, target = _overlap(wanted, shard["offsets"], shard["shape"])
-                if target is None:
-                    continue
-                if shard["file"] not in checkpoint.files:
-                    raise CheckpointError(
-                        f"{checkpoint.directory}: {name} is in {shard['file']}, not verified"
-                    )
-                piece = files.of(shard["file"]).get_slice(name)[source]
-                local[target].copy_(piece)
-                filled += piece.numel()
-                files.count(piece.nbytes)
-                del piece
-            if filled != local.numel():
-                raise CheckpointError(
-                    f"{checkpoint.directory}: {name} has {filled} of the "
-                    f"{local.numel()} elements wanted"
-                )
-
-
-class _MappedFiles:
-    """Files of a checkpoint, opened as they are asked for.
-
-    Opening one reads the names of all its tensors, so they stay open; but what was read of a mapped
-    file counts as memory until it is closed, so after much reading all are.
-    """
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        self._stack = ExitStack()
-        self._files: dict[str, Any] = {}
-        self._read_bytes = 0
-
-    def __enter__(self) -> "_MappedFiles":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def of(self, name: str) -> Any:
-        """The open file of a name."""
-        if self._read_bytes > _MAPPED_BYTES:
-            self._files.clear()
-            self._stack.close()
-            self._read_bytes = 0
-        if name not in self._files:
-            file = safe_open(self._checkpoint.path(name), "pt")
-            self._files[name] = self._stack.enter_context(file)
-        return self._files[name]
-
-    def count(self, num_bytes: int) -> None:
-        """So much was read."""
-        self._read_bytes += num_bytes
-
-
-def _require_same_names(
-    checkpoint: Checkpoint, tensors: Mapping[str, DTensor], prefix: str
-) -> None:
-    stored = {name for name in checkpoint.tensors if name.startswith(prefix)}
-    missing = sorted(set(tensors) - stored)
-    unknown = sorted(stored - set(tensors))
+    stored_names = {name for name in checkpoint.tensors if name.startswith(prefix)}
+    missing, unknown = sorted(tensors.keys() - stored_names), sorted(stored_names - tensors.keys())
     if missing or unknown:
         raise CheckpointError(
             f"{checkpoint.directory} is of another model: "
-            f"lacks {missing[:3]}, has unknown {unknown[:3]}"
+            f"it lacks {missing[:3]} and has unknown {unknown[:3]}"
         )
+    for name, tensor in tensors.items():
+        stored = checkpoint.tensors[name]
+        dtype = stored["dtype"] if converts else str(tensor.dtype).removeprefix("torch.")
+        if (list(tensor.shape), dtype) != (stored["shape"], stored["dtype"]):
+            raise CheckpointError(
+                f"{checkpoint.directory}: {name} is {stored['dtype']} {stored['shape']}, "
+                f"the model has {dtype} {list(tensor.shape)}"
+            )
+    parts = {name: (t.to_local(), local_part(t, mesh)) for name, t in tensors.items()}
+    read_slices(checkpoint, parts)
 
 
-def _overlap(
-    wanted: tuple[slice, ...], offsets: list[int], shape: list[int]
-) -> tuple[tuple[slice, ...], tuple[slice, ...] | None]:
-    """Where `wanted` and a stored shard meet: as slices of the shard, and of the wanted part.
+def read_slices(checkpoint: Checkpoint, targets: Mapping[str, tuple[Tensor, Slices]]) -> None:
+    """Fill each target with the given slices of the stored tensor of that name, file by file."""
+    pieces: dict[str, list[tuple[str, dict[str, Any], Slices, Tensor]]] = defaultdict(list)
+    for name, (target, wanted) in targets.items():
+        num_found = 0
+        for shard in checkpoint.tensors[name]["shards"]:
+            if (overlap := _overlap(wanted, shard["offsets"], shard["shape"])) is not None:
+                in_shard, in_target = overlap
+                piece = target[in_target]
+                pieces[shard["file"]].append((name, shard, in_shard, piece))
+                num_found += piece.numel()
+        if num_found != target.numel():
+            raise CheckpointError(
+                f"{checkpoint.directory}: {name} has {num_found} of the "
+                f"{target.numel()} elements wanted"
+            )
+    for file_name, parts in pieces.items():
+        with checkpoint.open(file_name) as file:
+            ranges = tensor_ranges(read_header(file))
+            for name, shard, in_shard, piece in parts:
+                dtype = getattr(torch, checkpoint.tensors[name]["dtype"])
+                _read_piece(file, ranges[name][0], shard["shape"], dtype, in_shard, piece)
 
-    The second is None where they do not meet.
-    """
-    source, target = [], []
+
+def _read_piece(
+    file: BinaryIO, begin: int, shape: list[int], dtype: torch.dtype, part: Slices, target: Tensor
+) -> None:
+    """Read `part` of the tensor stored at byte `begin` into `target`, a chunk of rows at a time."""
+    row_bytes = math.prod(shape[1:]) * dtype.itemsize
+    step = max(1, _CHUNK_BYTES // row_bytes)
+    rows, *columns = part
+    for first in range(rows.start, rows.stop, step):
+        last = min(first + step, rows.stop)
+        file.seek(begin + first * row_bytes)
+        data = bytearray((last - first) * row_bytes)
+        if file.readinto(data) != len(data):  # type: ignore[attr-defined]
+            raise CheckpointError("a checkpoint file was truncated while it was read")
+        chunk = torch.frombuffer(data, dtype=dtype).view(-1, *shape[1:])
+        target[first - rows.start : last - rows.start].copy_(chunk[(slice(None), *columns)])
+
+
+def _overlap(wanted: Slices, offsets: list[int], shape: list[int]) -> tuple[Slices, Slices] | None:
+    """The overlap of `wanted` and a stored shard: as slices of the shard, and of the target."""
+    in_shard, in_target = [], []
     for want, offset, size in zip(wanted, offsets, shape, strict=True):
         start, stop = max(want.start, offset), min(want.stop, offset + size)
         if start >= stop:
-            return (), None
-        source.append(slice(start - offset, stop - offset))
-        target.append(slice(start - want.start, stop - want.start))
-    return tuple(source), tuple(target)
+            return None
+        in_shard.append(slice(start - offset, stop - offset))
+        in_target.append(slice(start - want.start, stop - want.start))
+    return tuple(in_shard), tuple(in_target)

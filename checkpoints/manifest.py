@@ -1,157 +1,110 @@
-"""The format: what a checkpoint directory holds, and how one is known to be whole.
+"""The on-disk format, and how damage is found.
 
     step_00001000/
-        rank_00000.safetensors ...   each rank's shards, a tensor's replicas once
-        manifest.json                for every tensor its global shape, dtype, and of each shard the
-                                     place and the checksum; for every file its size and the
-                                     checksum of its header; the state of the run; the manifest's
-                                     own checksum
+        rank_00000.safetensors ...   the shards of each rank; replicated tensors are stored once
+        manifest.json                of each tensor its global shape, dtype and shards (file,
+                                     offsets, shape, checksum); of each file its size and the
+                                     checksum of its header; the state of the run; the checksum of
+                                     the manifest itself
 
-The manifest is written last and the directory is renamed into place after it, so a directory of
-that name without a right manifest is damaged. Nothing in it depends on the layout that wrote it,
-beyond where the cuts are. Nothing is pickled. Checksums (xxh3_128) find damage; they are no defence
-against an attacker.
+The manifest is written last and the directory is renamed into place afterwards, so a directory with
+such a name but no valid manifest is damaged. The layout of the ranks only shows in where tensors
+are cut. Nothing is pickled. Checksums (xxh3_128) detect damage; they do not stop an attacker.
 
-Version 1 had one checksum for each file instead, so that reading the weights alone meant reading
-the moments too.
+Version 1 has one checksum per file and none per tensor.
 """
 
-import errno
 import json
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import xxhash
 
 from configs import UserError, os_error_text
 
 FORMAT_VERSION = 2
+MANIFEST = "manifest.json"
 _READABLE_VERSIONS = (1, FORMAT_VERSION)
 _CHUNK_BYTES = 1 << 20
-MANIFEST = "manifest.json"
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be written, or cannot be read as what it should be."""
+    """A checkpoint cannot be written, or cannot be read as asked."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk whose manifest has been read and whose files have been verified."""
+    """A checkpoint on disk whose manifest has been read."""
 
     directory: Path
     step: int
-    state: dict[str, Any]  # what decides the next step, as the run gave it
-    # name -> shape, dtype, shards: file, offsets, shape, checksum
-    tensors: dict[str, dict[str, Any]]
+    state: dict[str, Any]  # all that determines the next step besides tensors, as the run gave it
+    tensors: dict[str, dict[str, Any]]  # name -> shape, dtype, shards
     files: dict[str, dict[str, Any]]  # name -> size in bytes, checksum of the header
-    # Of a checkpoint that is held: its files, open, so that they can be read when it is deleted.
-    descriptors: dict[str, int] = field(default_factory=dict)
+    held: Mapping[str, BinaryIO] = field(default_factory=dict)  # open files, see `hold`
 
     @cached_property
     def checksums(self) -> dict[str, dict[str, str]]:
-        """Those of each file: of its tensors by their names, and of its header by ""."""
-        found = {name: {"": file["header"]} for name, file in self.files.items()}
+        """For each file, the checksums of its tensors by name, and of its header by ""."""
+        checksums = {name: {"": file["header"]} for name, file in self.files.items()}
         for name, entry in self.tensors.items():
             for shard in entry["shards"]:
-                found[shard["file"]][name] = shard["checksum"]
-        return found
+                checksums[shard["file"]][name] = shard["checksum"]
+        return checksums
 
-    def path(self, name: str) -> str:
-        """Where to open one of its files."""
-        held = self.descriptors.get(name)
-        return str(self.directory / name) if held is None else f"/dev/fd/{held}"
-
-    def open(self, name: str) -> IO[bytes]:
-        """Open one of its files at its beginning; OSError with ELOOP if it is a link."""
-        held = self.descriptors.get(name)
-        if held is None:
-            return os.fdopen(_open_file(self.directory / name), "rb")
-        os.lseek(held, 0, os.SEEK_SET)
-        return os.fdopen(held, "rb", closefd=False)
+    def open(self, name: str) -> BinaryIO:
+        """Open a file at its start, without following links."""
+        with _read_errors(name):
+            if name in self.held:
+                file = os.fdopen(os.dup(self.held[name].fileno()), "rb")
+                file.seek(0)
+                return file
+            return os.fdopen(os.open(self.directory / name, os.O_RDONLY | os.O_NOFOLLOW), "rb")
 
     def hold(self, stack: ExitStack) -> "Checkpoint":
-        """The same with all files open for as long as `stack`; CheckpointError if one cannot be."""
-        descriptors: dict[str, int] = {}
-        for name in self.files:
-            try:
-                descriptors[name] = _open_file(self.directory / name)
-            except OSError as error:
-                raise CheckpointError(_cannot_read(name, error)) from None
-            stack.callback(os.close, descriptors[name])
-        return replace(self, descriptors=descriptors)
+        """Keep all files open until `stack` closes, so that they are readable after deletion."""
+        return replace(
+            self, held={name: stack.enter_context(self.open(name)) for name in self.files}
+        )
+
+
+@contextmanager
+def _read_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise CheckpointError(f"{name} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{name} cannot be read: {os_error_text(error)}") from None
 
 
 def step_directory(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """The directory of the checkpoint of a step."""
     return folder / f"step_{step:08d}"
 
 
-def checkpoint_directories(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, oldest first, links to directories included.
-
-    Everything else in the folder is someone else's.
-    """
-    return [path for path in _named_as_checkpoints(folder) if path.is_dir()]
+def step_of(directory: Path) -> int:
+    """The step in the name of a checkpoint directory."""
+    return int(directory.name.removeprefix("step_"))
 
 
-def foreign_entries(folder: Path) -> list[Path]:
-    """Files and dangling links with the name of a checkpoint."""
-    return [path for path in _named_as_checkpoints(folder) if not path.is_dir()]
-
-
-def _named_as_checkpoints(folder: Path) -> list[Path]:
+def step_entries(folder: Path) -> list[Path]:
+    """All entries that are named like a checkpoint, whatever they are, oldest step first."""
     return sorted(folder.glob(f"step_{'[0-9]' * 8}"))
 
 
-def file_checksums(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """What the manifest says of a safetensors file, and the checksum of each tensor in it."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        checksums = dict(_checksums(file, size))
-    return {"size": size, "header": checksums.pop("")}, checksums
-
-
-def _checksums(file: IO[bytes], size: int, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """The checksum of the header, by the name "", and of each tensor whose name has the prefix."""
-    length = file.read(8)
-    header = file.read(min(int.from_bytes(length, "little"), size))
-    yield "", xxhash.xxh3_128_hexdigest(length + header)
-    start, entries = file.tell(), json.loads(header)
-    for name, entry in entries.items():
-        if name.startswith(prefix) and name != "__metadata__":
-            begin, end = entry["data_offsets"]
-            file.seek(start + begin)
-            yield name, _digest(file, end - begin)
-
-
-def _digest(file: IO[bytes], num_bytes: int) -> str:
-    hasher, buffer = xxhash.xxh3_128(), memoryview(bytearray(min(_CHUNK_BYTES, num_bytes)))
-    while num_bytes and (count := file.readinto(buffer[:num_bytes])):  # type: ignore[attr-defined]
-        hasher.update(buffer[:count])
-        num_bytes -= count
-    return hasher.hexdigest()
-
-
-def _open_file(path: Path) -> int:
-    return os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-
-
-def _cannot_read(name: str, error: OSError) -> str:
-    if error.errno == errno.ELOOP:
-        return f"{name} is not a plain file of the checkpoint"
-    if isinstance(error, FileNotFoundError):
-        return f"{name} is missing"
-    return f"{name} cannot be read: {os_error_text(error)}"
+def checkpoint_directories(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, oldest first, links to directories included."""
+    return [path for path in step_entries(folder) if path.is_dir()]
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file's bytes, or a directory's names, are on the disk."""
+    """Flush the contents of a file, or the entries of a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         os.fsync(descriptor)
@@ -159,79 +112,127 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _checksum(content: dict[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+def read_header(file: BinaryIO) -> bytes:
+    """The header of a safetensors file, with the eight bytes of its length."""
+    length, size = file.read(8), os.fstat(file.fileno()).st_size
+    return length + file.read(min(int.from_bytes(length, "little"), size))
+
+
+def tensor_ranges(header: bytes) -> dict[str, tuple[int, int]]:
+    """The first byte of each tensor in a safetensors file, and the one after its last."""
+    entries = json.loads(header[8:])
+    entries.pop("__metadata__", None)
+    shift = len(header)
+    return {
+        name: (shift + entry["data_offsets"][0], shift + entry["data_offsets"][1])
+        for name, entry in entries.items()
+    }
+
+
+def _checksums(file: BinaryIO, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The checksum of the header, named "", then of each tensor whose name has the prefix."""
+    header = read_header(file)
+    yield "", xxhash.xxh3_128_hexdigest(header)
+    for name, (begin, end) in tensor_ranges(header).items():
+        if name.startswith(prefix):
+            file.seek(begin)
+            yield name, _digest(file, end - begin)
+
+
+def _digest(file: BinaryIO, num_bytes: int) -> str:
+    hasher = xxhash.xxh3_128()
+    while num_bytes and (chunk := file.read(min(_CHUNK_BYTES, num_bytes))):
+        hasher.update(chunk)
+        num_bytes -= len(chunk)
+    return hasher.hexdigest()
+
+
+def describe_file(path: Path, shards: Mapping[str, Any]) -> dict[str, Any]:
+    """All that the manifest records of a safetensors file.
+
+    `shards` has offsets, shape, global_shape and dtype of each tensor in the file.
+    """
+    with path.open("rb") as file:
+        checksums = dict(_checksums(file))
+    return {
+        "name": path.name,
+        "file": {"size": path.stat().st_size, "header": checksums.pop("")},
+        "shards": {name: {**shard, "checksum": checksums[name]} for name, shard in shards.items()},
+    }
 
 
 def write_manifest(
-    directory: Path,
-    step: int,
-    state: dict[str, Any],
-    tensors: dict[str, Any],
-    files: dict[str, Any],
+    directory: Path, step: int, state: dict[str, Any], descriptions: list[dict[str, Any]]
 ) -> None:
-    """Write the manifest of a directory whose other files are complete, and fsync both."""
+    """Write the manifest of files described by `describe_file`; fsync it and the directory."""
+    tensors: dict[str, Any] = {}
+    for description in descriptions:
+        for name, shard in description["shards"].items():
+            entry = {"shape": shard["global_shape"], "dtype": shard["dtype"], "shards": []}
+            piece = {key: shard[key] for key in ("offsets", "shape", "checksum")}
+            tensors.setdefault(name, entry)["shards"].append({"file": description["name"], **piece})
     content = {
         "format": "microtron",
         "version": FORMAT_VERSION,
         "step": step,
         "state": state,
-        "files": files,
+        "files": {description["name"]: description["file"] for description in descriptions},
         "tensors": tensors,
     }
-    content["checksum"] = _checksum(content)
+    content["checksum"] = _manifest_checksum(content)
     path = directory / MANIFEST
     path.write_text(json.dumps(content))
     fsync(path)
     fsync(directory)
 
 
+def _manifest_checksum(content: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+
+
 def read_manifest(directory: Path) -> Checkpoint:
     """Read and check a manifest, without looking at the other files.
 
-    Raises CheckpointError if it is missing, torn, altered, of another version or of another step.
+    Raises CheckpointError if it is missing, damaged, or of another version or step.
     """
+    with _read_errors(MANIFEST):
+        data = (directory / MANIFEST).read_bytes()
     try:
-        content = json.loads((directory / MANIFEST).read_bytes())
+        content = json.loads(data)
         checksum = content.pop("checksum")
-        if checksum != _checksum(content):
-            raise CheckpointError(f"{MANIFEST} does not match its own checksum")
-        if content["version"] not in _READABLE_VERSIONS:
-            raise CheckpointError(
-                f"{MANIFEST} has format version {content['version']}, this program reads "
-                f"{' and '.join(map(str, _READABLE_VERSIONS))}"
-            )
-        if directory.name != step_directory(directory, content["step"]).name:
-            raise CheckpointError(f"{MANIFEST} is that of step {content['step']}")
-    except OSError as error:
-        raise CheckpointError(_cannot_read(MANIFEST, error)) from None
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{MANIFEST} is not a manifest: {error!r}") from None
-    return Checkpoint(
-        directory, content["step"], content["state"], content["tensors"], content["files"]
-    )
+    if checksum != _manifest_checksum(content):
+        raise CheckpointError(f"{MANIFEST} does not match its own checksum")
+    step, files, version = content["step"], content["files"], content["version"]
+    if version not in _READABLE_VERSIONS:
+        raise CheckpointError(
+            f"{MANIFEST} has format version {version}; this program reads "
+            f"{' and '.join(map(str, _READABLE_VERSIONS))}"
+        )
+    if directory.name != step_directory(directory, step).name:
+        raise CheckpointError(f"{MANIFEST} belongs to step {step}")
+    if any(Path(name).name != name for name in files):
+        raise CheckpointError(f"{MANIFEST} names files outside its directory")
+    return Checkpoint(directory, step, content["state"], content["tensors"], files)
 
 
-def verify_file(checkpoint: Checkpoint, name: str, prefix: str = "") -> str | None:
-    """What is wrong with one file of a checkpoint; None if it is as it was written.
+def verify_file(checkpoint: Checkpoint, name: str, prefix: str = "") -> None:
+    """Raise CheckpointError if a file is not as it was written.
 
-    Of its tensors only those whose names begin with `prefix` are read.
+    Only tensors whose names begin with `prefix` are read.
     """
-    if Path(name).name != name:
-        return f"{name} is not a plain file of the checkpoint"
     expected = checkpoint.files[name]
-    try:
-        with checkpoint.open(name) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != expected["size"]:
-                return f"{name} has {size} bytes, not {expected['size']}"
-            if "xxh3_128" in expected:  # version 1
-                is_whole = _digest(file, size) == expected["xxh3_128"]
-                return None if is_whole else f"{name} does not match its checksum"
-            stored = checkpoint.checksums[name]
-            for part, checksum in _checksums(file, size, prefix):
-                if checksum != stored.get(part):
-                    return f"{name} does not match its checksum in {part or 'the header'}"
-    except OSError as error:
-        return _cannot_read(name, error)
-    return None
+    with _read_errors(name), checkpoint.open(name) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != expected["size"]:
+            raise CheckpointError(f"{name} has {size} bytes, expected {expected['size']}")
+        if "xxh3_128" in expected:  # version 1
+            if _digest(file, size) != expected["xxh3_128"]:
+                raise CheckpointError(f"{name} does not match its checksum")
+            return
+        stored = checkpoint.checksums[name]
+        for part, checksum in _checksums(file, prefix):
+            if checksum != stored.get(part):
+                where = part or "the header"
+                raise CheckpointError(f"{name} does not match its checksum in {where}")

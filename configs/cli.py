@@ -90,7 +90,8 @@ def _usage(settings_class: type[Any]) -> str:
 
 
 def _program(settings_class: type[Any]) -> str:
-    return Path(inspect.getfile(settings_class)).name
+    path = Path(inspect.getfile(settings_class))
+    return f"-m {path.parent.name}" if path.stem == "__main__" else path.name
 
 
 def _key_and_text(argument: str, fields: Mapping[str, Field], program: str) -> tuple[str, str]:

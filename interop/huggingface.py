@@ -1,27 +1,27 @@
-"""Weights of Hugging Face models as ours, and ours as theirs: which tensor is found in which.
+"""Tensor names and layouts of Hugging Face models; transformers is not imported.
 
-Three families compute what a GPT of ours does, given the right options: `gpt2` (GPT2LMHeadModel),
-`llama` (LlamaForCausalLM), and `qwen3` (Qwen3ForCausalLM: a Llama with QK-norm). Only names and
-layouts are known here; transformers is not imported.
+Three families compute the same function as a GPT with the right options: `gpt2` (GPT2LMHeadModel),
+`llama` (LlamaForCausalLM) and `qwen3` (Qwen3ForCausalLM, a Llama with QK-norm).
 
-Theirs differ from ours in three ways. GPT-2 keeps its matrices as [in, out] and q, k and v as one.
-Llama has k and v apart. Ours has them group by group: the rows of a group's key, then of its value.
+GPT-2 stores its matrices as [in, out], and q, k and v as one tensor. Llama stores k and v as two.
+Here k and v are one tensor, group by group: the rows of a group's key, then those of its value.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from configs.schema import ModelConfig
 
 Family = Literal["gpt2", "llama", "qwen3"]
-Read = Callable[[str], Tensor]  # a tensor in full, by its name
-Make = Callable[[Read], Tensor]  # a tensor of one side, from reading the other
+Read = Callable[[str], Tensor]  # reads a full tensor by name
+Make = Callable[[Read], Tensor]  # makes a tensor of one model by reading those of the other
+Convert = Callable[..., tuple[Tensor, ...]]
 
-_BARE = {"positions": "transformer.wpe.weight", "lm_head": "lm_head.weight"}  # of no module
+_BARE = {"positions": "transformer.wpe.weight", "lm_head": "lm_head.weight"}  # not in a module
 _GPT2 = {
     "embedding": "transformer.wte",
     "norm": "transformer.ln_f",
@@ -47,110 +47,86 @@ _LLAMA = {
 
 
 def from_huggingface(name: str, family: Family, config: ModelConfig, read: Read) -> Tensor:
-    """Our tensor `name` in full, from theirs.
-
-    Linear in what is read, so that it takes their gradients to ours as well.
-    """
-    if name in _BARE:
-        return read(_BARE[name])
-    layer, module, leaf = _split(name)
-    if family == "gpt2":
-        return _from_gpt2(layer, module, leaf, config, read)
-    return _from_llama(layer, module, leaf, config, read)
+    """Make our full tensor `name` by reading theirs; linear, so it converts gradients too."""
+    ours, theirs, to_ours, _ = _counterparts(name, family)
+    return to_ours(config, *map(read, theirs))[ours.index(name)]
 
 
 def to_huggingface(names: Iterable[str], family: Family, config: ModelConfig) -> dict[str, Make]:
-    """Their tensors, each as a function of reading ours; `names` are those of all of ours.
+    """Functions that make their tensors by reading ours, all of whose `names` are given.
 
-    The inverse of `from_huggingface`, to the bit.
+    The exact inverse of `from_huggingface`.
     """
     made: dict[str, Make] = {}
     for name in names:
-        if name in _BARE:
-            made[_BARE[name]] = partial(_as_it_is, name)
-        elif family == "gpt2":
-            made |= _to_gpt2(name, config)
-        else:
-            made |= _to_llama(name, config)
+        ours, theirs, _, to_theirs = _counterparts(name, family)
+        for index, their_name in enumerate(theirs):
+            made[their_name] = partial(_make, ours, config, to_theirs, index)
     return made
 
 
-def _split(name: str) -> tuple[str, str, str]:
-    """`blocks.3.mlp.down.weight` is layer 3's, of module `mlp.down`, leaf `weight`."""
-    module, _, leaf = name.rpartition(".")
-    if not module.startswith("blocks."):
-        return "", module, leaf
-    _, layer, module = module.split(".", 2)
-    return layer, module, leaf
+def shapes_of(makers: Mapping[str, Make], shapes: Mapping[str, Sequence[int]]) -> dict[str, Size]:
+    """The shapes of their tensors, from those of ours."""
+    return {
+        name: make(lambda ours: torch.empty(tuple(shapes[ours]), device="meta")).shape
+        for name, make in makers.items()
+    }
 
 
-def _from_gpt2(layer: str, module: str, leaf: str, config: ModelConfig, read: Read) -> Tensor:
-    prefix = f"transformer.h.{layer}." if layer else ""
-    if module.startswith("attention.qkv."):
-        q, k, v = read(f"{prefix}attn.c_attn.{leaf}").t().chunk(3)
-        return q if module == "attention.qkv.q" else _join_keys_and_values(k, v, config)
-    tensor = read(f"{prefix}{_GPT2[module]}.{leaf}")
-    return tensor.t() if _is_transposed(module, leaf) else tensor
+def _make(
+    names: tuple[str, ...], config: ModelConfig, convert: Convert, index: int, read: Read
+) -> Tensor:
+    return convert(config, *map(read, names))[index]
 
 
-def _to_gpt2(name: str, config: ModelConfig) -> dict[str, Make]:
-    layer, module, leaf = _split(name)
-    prefix = f"transformer.h.{layer}." if layer else ""
+def _counterparts(
+    name: str, family: Family
+) -> tuple[tuple[str, ...], tuple[str, ...], Convert, Convert]:
+    """Our and their tensors that hold the numbers of our tensor `name`, and both conversions."""
+    if name in _BARE:
+        return (name,), (_BARE[name],), _same, _same
+    module, _, leaf = name.rpartition(".")  # blocks.3.mlp.down.weight: leaf weight
+    block = prefix = ""
+    if module.startswith("blocks."):
+        _, layer, module = module.split(".", 2)
+        block = f"blocks.{layer}."
+        prefix = f"transformer.h.{layer}." if family == "gpt2" else f"model.layers.{layer}."
+    if family == "gpt2" and module.startswith("attention.qkv."):
+        ours = f"{block}attention.qkv.q.{leaf}", f"{block}attention.qkv.kv.{leaf}"
+        return ours, (f"{prefix}attn.c_attn.{leaf}",), _split_qkv, _join_qkv
+    if family == "gpt2":
+        is_matrix = module.startswith(("attention.", "mlp.")) and leaf == "weight"
+        convert = _transpose if is_matrix else _same
+        return (name,), (f"{prefix}{_GPT2[module]}.{leaf}",), convert, convert
     if module == "attention.qkv.kv":
-        return {}  # it goes with q
-    if module == "attention.qkv.q":
-        kv = name.replace("qkv.q", "qkv.kv")
-        return {f"{prefix}attn.c_attn.{leaf}": partial(_join_qkv, name, kv, config)}
-    make = _transposed if _is_transposed(module, leaf) else _as_it_is
-    return {f"{prefix}{_GPT2[module]}.{leaf}": partial(make, name)}
+        keys, values = (f"{prefix}self_attn.{part}_proj.{leaf}" for part in "kv")
+        return (name,), (keys, values), _join_kv, _split_kv
+    return (name,), (f"{prefix}{_LLAMA[module]}.{leaf}",), _same, _same
 
 
-def _is_transposed(module: str, leaf: str) -> bool:
-    return module.startswith(("attention.", "mlp.")) and leaf == "weight"
+def _same(_: ModelConfig, x: Tensor) -> tuple[Tensor]:
+    return (x,)
 
 
-def _from_llama(layer: str, module: str, leaf: str, config: ModelConfig, read: Read) -> Tensor:
-    prefix = f"model.layers.{layer}." if layer else ""
-    if module == "attention.qkv.kv":
-        k, v = (read(f"{prefix}self_attn.{part}_proj.{leaf}") for part in "kv")
-        return _join_keys_and_values(k, v, config)
-    return read(f"{prefix}{_LLAMA[module]}.{leaf}")
+def _transpose(_: ModelConfig, x: Tensor) -> tuple[Tensor]:
+    return (x.t(),)
 
 
-def _to_llama(name: str, config: ModelConfig) -> dict[str, Make]:
-    layer, module, leaf = _split(name)
-    prefix = f"model.layers.{layer}." if layer else ""
-    if module == "attention.qkv.kv":
-        return {
-            f"{prefix}self_attn.{part}_proj.{leaf}": partial(_keys_or_values, name, index, config)
-            for index, part in enumerate("kv")
-        }
-    return {f"{prefix}{_LLAMA[module]}.{leaf}": partial(_as_it_is, name)}
+def _split_qkv(config: ModelConfig, qkv: Tensor) -> tuple[Tensor, Tensor]:
+    q, k, v = qkv.t().chunk(3)
+    return q, *_join_kv(config, k, v)
 
 
-def _as_it_is(name: str, read: Read) -> Tensor:
-    return read(name)
+def _join_qkv(config: ModelConfig, q: Tensor, kv: Tensor) -> tuple[Tensor]:
+    return (torch.cat([q, *_split_kv(config, kv)]).t(),)
 
 
-def _transposed(name: str, read: Read) -> Tensor:
-    return read(name).t()
-
-
-def _join_qkv(q: str, kv: str, config: ModelConfig, read: Read) -> Tensor:
-    return torch.cat([read(q), *_split_keys_and_values(read(kv), config)]).t()
-
-
-def _keys_or_values(kv: str, index: int, config: ModelConfig, read: Read) -> Tensor:
-    return _split_keys_and_values(read(kv), config)[index]
-
-
-def _join_keys_and_values(k: Tensor, v: Tensor, config: ModelConfig) -> Tensor:
-    """Rows `[g d, ...]` of keys and of values to `[2 g d, ...]`, group by group."""
+def _join_kv(config: ModelConfig, k: Tensor, v: Tensor) -> tuple[Tensor]:
+    """Keys and values, each `[g d, ...]`, to `[2 g d, ...]`, group by group."""
     groups = (config.num_groups, config.head_dim, *k.shape[1:])
-    return torch.stack([k.reshape(groups), v.reshape(groups)], dim=1).flatten(0, 2)
+    return (torch.stack([k.reshape(groups), v.reshape(groups)], dim=1).flatten(0, 2),)
 
 
-def _split_keys_and_values(kv: Tensor, config: ModelConfig) -> list[Tensor]:
-    """Rows `[2 g d, ...]`, group by group, to those of keys and of values, each `[g d, ...]`."""
-    groups = kv.unflatten(0, (config.num_groups, 2, config.head_dim))
-    return [part.flatten(0, 1) for part in groups.unbind(1)]
+def _split_kv(config: ModelConfig, kv: Tensor) -> tuple[Tensor, Tensor]:
+    k, v = kv.unflatten(0, (config.num_groups, 2, config.head_dim)).unbind(1)
+    return k.flatten(0, 1), v.flatten(0, 1)

@@ -1,4 +1,4 @@
-"""The README.md of an exported model, made from what its run has left."""
+"""The README.md of an exported model, from the files of its run."""
 
 import json
 from pathlib import Path
@@ -12,13 +12,13 @@ _EVALUATION = {
     "eval/perplexity": "perplexity",
     "eval/bits_per_byte": "bits per byte",
 }
-# Paths of the machine it was trained on are nobody's business.
+# Not the paths of the training machine.
 _SECTIONS = ("model.", "train.", "optimizer.")
 _KEYS = ("run.seed", "data.vocab_size", "data.sequence_mode", "data.inter_document_masking")
 
 
 def model_card(config: Config, checkpoint: Checkpoint, metrics: Path, architecture: str) -> str:
-    """What the model is, what it was trained on, how good it is and how to load it."""
+    """Describe the model, its training data, its quality and how to load it."""
     progress = checkpoint.state["progress"]
     parameters = num_parameters(config.model, config.data.vocab_size)
     corpus = " and ".join(_corpus(source) for source in config.data.mixture.values())
@@ -43,16 +43,16 @@ A `{architecture}` of {parameters:,} parameters, trained with Microtron: {progre
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder = "."  # where this file lies
+folder = "."  # the folder of this file
 model, tokenizer = (auto.from_pretrained(folder) for auto in (AutoModelForCausalLM, AutoTokenizer))
 inputs = tokenizer({json.dumps(config.evaluate.sample_prompt)}, return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 
-The tokenizer puts nothing before a text. In training each document began with
+The tokenizer does not prepend anything to a text. In training, each document began with
 `tokenizer.bos_token` and ended with `tokenizer.eos_token`.
 
-## Settings of the run
+## Training settings
 
 | key | value |
 |---|---|
@@ -69,17 +69,13 @@ def _corpus(source: SourceConfig) -> str:
 
 
 def _evaluation(metrics: Path, step: int) -> str:
-    """The last evaluation of the run up to this step."""
+    """The last evaluation up to this step, in words."""
     lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-    # A kill may have torn the last line; what is not finite is null.
+    # A kill may have cut off the last line. Non-finite values are null.
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    evaluations = [
-        row
-        for row in rows
-        if row["step"] <= step and None not in (row.get(key) for key in _EVALUATION)
-    ]
-    if not evaluations:
-        return "It was not evaluated in training."
-    last = evaluations[-1]
+    rows = [row for row in rows if row["step"] <= step and None not in map(row.get, _EVALUATION)]
+    if not rows:
+        return "It was not evaluated during training."
+    last = rows[-1]
     values = ", ".join(f"{last[key]:.4g} {unit}" for key, unit in _EVALUATION.items())
-    return f"On held-out documents of the same text, at step {last['step']:,}: {values}."
+    return f"On held-out documents of the training text, at step {last['step']:,}: {values}."

@@ -1,6 +1,6 @@
-"""A model of Hugging Face as it lies in a folder: its config.json, and where its tensors are.
+"""A Hugging Face model in a folder: its config.json, and where its tensors are.
 
-Nothing of it is run and nothing is unpickled: JSON, safetensors and a sentencepiece model are read.
+Reads JSON and safetensors only: no code of the model is run and nothing is unpickled.
 """
 
 import json
@@ -17,56 +17,52 @@ from configs.errors import UserError
 from data.corpus.hub import requests_to_hub
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_SHOWN = 3  # names in an error
+_MAX_SHOWN = 3  # names in an error
 _FLOATS = ("F32", "BF16", "F16")
-# A model saved without its head leaves out what its names begin with.
+# A model that was saved without its head lacks these at the start of its names.
 _PREFIXES = ("transformer.", "model.")
-# What older files hold besides weights: masks and angles.
+# Masks and rotary frequencies, which older files contain besides the weights.
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A folder whose config.json has been read and whose files are there."""
+    """A folder whose config.json and tensor names have been read."""
 
     folder: Path
     config: dict[str, Any]
-    files: dict[str, Path]  # of each tensor, by the name that the file has for it
+    files: dict[str, Path]  # by the names of the tensors in the files
 
     def read(self, name: str) -> Tensor:
-        """One tensor in full, in the precision of the file."""
-        stored = self._stored(name)
-        # Opened for each tensor: what has been read of a mapped file is memory while any is in use.
+        """Read a full tensor in the precision of the file."""
+        stored = self._stored_name(name)
+        # Opened per tensor: what has been read of a mapped file counts as memory while it is open.
         with safe_open(self.files[stored], "pt") as file:
             return file.get_tensor(stored)
 
     def require(self, shapes: Mapping[str, tuple[int, ...]], *, ignored: str | None) -> None:
-        """Raise ValueError unless the tensors of these names and shapes are all that is there.
-
-        Besides `ignored`, and what is no weight.
-        """
-        if missing := [name for name in shapes if self._stored(name) not in self.files]:
-            raise UserError(f"{self.folder} has no tensor {_listed(missing)}")
+        """Raise UserError unless the folder has exactly these tensors, besides `ignored`."""
+        if missing := [name for name in shapes if self._stored_name(name) not in self.files]:
+            raise UserError(f"{self.folder} lacks the tensors {_first(missing)}")
         for name, shape in shapes.items():
-            stored = self._stored(name)
+            stored = self._stored_name(name)
             with safe_open(self.files[stored], "pt") as file:
-                found = file.get_slice(stored)
-                if (theirs := tuple(found.get_shape())) != tuple(shape):
+                tensor = file.get_slice(stored)
+                if tensor.get_shape() != list(shape):
                     raise UserError(
-                        f"{self.folder}: {name} is {list(theirs)}, which its config.json makes "
-                        f"{list(shape)}"
+                        f"{self.folder}: {name} has shape {tensor.get_shape()}; "
+                        f"its config.json implies {list(shape)}"
                     )
-                if found.get_dtype() not in _FLOATS:
+                if tensor.get_dtype() not in _FLOATS:
                     raise UserError(
-                        f"{self.folder}: {name} is {found.get_dtype()}, not one of "
-                        f"{', '.join(_FLOATS)}; give the weights before they were quantised"
+                        f"{self.folder}: {name} is {tensor.get_dtype()}, not one of "
+                        f"{', '.join(_FLOATS)}; use the unquantized weights"
                     )
-        used = {self._stored(name) for name in shapes} | {ignored}
+        used = {self._stored_name(name) for name in shapes} | {ignored}
         if unknown := [n for n in self.files if n not in used and not n.endswith(_BUFFERS)]:
-            raise UserError(f"{self.folder} has {_listed(unknown)}, for which ours has no place")
+            raise UserError(f"{self.folder} has {_first(unknown)}, which this model does not have")
 
-    def _stored(self, name: str) -> str:
-        """What the files call a tensor of the whole model."""
+    def _stored_name(self, name: str) -> str:
         for prefix in _PREFIXES:
             if name not in self.files and name.startswith(prefix):
                 return name.removeprefix(prefix)
@@ -74,16 +70,15 @@ class Source:
 
 
 def open_source(folder: Path) -> Source:
-    """A local folder; raises UserError saying what is missing or cannot be read."""
+    """Open a local folder; raises UserError if files are missing or invalid."""
     config = _read_json(folder / "config.json")
-    files = dict(_tensor_files(folder))
-    return Source(folder, config, files)
+    return Source(folder, config, dict(_tensor_files(folder)))
 
 
 def download(name: str, revision: str | None) -> Path:
-    """The folder of a model of the hub, in its cache; raises UserError if it cannot be had."""
+    """Download a model of the hub into its cache; returns the folder."""
     patterns = [_SINGLE, _INDEX, "model-*.safetensors", "config.json", "tokenizer.model"]
-    with requests_to_hub(f"source={name} is no folder here, and"):
+    with requests_to_hub(f"source={name} is not a folder, and"):
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
 
 
@@ -96,13 +91,10 @@ def _tensor_files(folder: Path) -> Iterator[tuple[str, Path]]:
     elif (folder / _SINGLE).is_file():
         names = {_SINGLE}
     else:
-        pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
-        hint = (
-            f"{pickled[0]} is a pickle, which can run code and is not read; save it again with "
-            "transformers, which writes safetensors"
-            if pickled
-            else "give a folder with safetensors"
-        )
+        hint = "give a folder with safetensors files"
+        if pickled := sorted(path.name for path in folder.glob("pytorch_model*.bin")):
+            hint = f"{pickled[0]} is a pickle, which is not read because it can run code; "
+            hint += "save the model again with transformers, which writes safetensors"
         raise UserError(f"{folder} has no {_SINGLE} and no {_INDEX}; {hint}")
     for name in sorted(names):
         if Path(name).name != name or not (folder / name).is_file():
@@ -122,10 +114,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is not a mapping")
+        raise UserError(f"{path} is not a JSON object")
     return content
 
 
-def _listed(names: list[str]) -> str:
-    beyond = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {beyond} more" if beyond > 0 else "")
+def _first(names: list[str]) -> str:
+    more = f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else ""
+    return ", ".join(names[:_MAX_SHOWN]) + more

@@ -1,9 +1,9 @@
-"""Models of Hugging Face transformers as the oracle.
+"""Hugging Face transformers as the reference.
 
-A case is one of their models, with our options for the same function. The parent process makes the
-model with random weights, norms and biases too, runs it in float64, and leaves weights, logits,
-losses and gradients in a file, by our names; ranks read the file and need no transformers.
-Documents are run through their model one by one, so that nothing of theirs about masks is trusted.
+A case is a transformers model and our settings for the same function. The parent process gives the
+model random weights, runs it in float64, and writes weights, logits, losses and gradients to a
+file, so the ranks do not need transformers. Documents go through the model one by one, so that its
+masks are not trusted.
 """
 
 from dataclasses import dataclass, field
@@ -22,11 +22,11 @@ from parallel import Mesh, local_slices, sum_partial_gradients, tp_shard_dim
 from tests.distributed import ONE_RANK, TENSOR_PARALLEL, Layout
 
 LAYOUTS = (ONE_RANK, *TENSOR_PARALLEL, Layout(tp=2, dp=2))
-VOCAB, LENGTH, PADDED_FROM = 23, 12, 9  # the vocabulary is no multiple of 2; the last row is padded
-DOCUMENTS = [[0] * 5 + [1] * 6 + [2], [0] + [1] * 8 + [-1] * 3]  # where a case has several in a row
+VOCAB, LENGTH, PADDED_FROM = 23, 12, 9  # an odd vocabulary; the last row is padded
+DOCUMENTS = [[0] * 5 + [1] * 6 + [2], [0] + [1] * 8 + [-1] * 3]  # of each position
 Z_LOSS_COEFF = 0.1
 
-# What each family fixes; a case adds to it.
+# The settings of each family; a case adds to them.
 _SHAPE = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_length": LENGTH}
 _BASE: dict[Family, dict[str, Any]] = {
     "gpt2": {"norm_epsilon": 1e-5},
@@ -44,7 +44,7 @@ _BASE["qwen3"] = {**_BASE["llama"], "qk_layernorm": True}
 
 @dataclass(frozen=True)
 class Case:
-    """One model of theirs, and the options of ours."""
+    """A transformers model and our settings for it."""
 
     family: Family
     theirs: dict[str, Any] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class Case:
 
     @property
     def config(self) -> ModelConfig:
-        """Our options."""
+        """Our settings."""
         return ModelConfig(**{**_SHAPE, **_BASE[self.family], **self.ours})
 
 
@@ -95,12 +95,12 @@ CASES = {
 }
 
 
-# --- theirs ---
+# --- transformers ---
 
 
 def their_model(case: Case) -> torch.nn.Module:
-    """Their model in float64, every weight random: zeros and ones would hide mistakes."""
-    import transformers  # noqa: PLC0415  the parent alone needs it, and it takes seconds
+    """The transformers model in float64 with random weights: zeros and ones hide mistakes."""
+    import transformers  # noqa: PLC0415  takes seconds; only the parent needs it
 
     config = case.config
     if case.family == "gpt2":
@@ -131,14 +131,14 @@ def their_model(case: Case) -> torch.nn.Module:
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             middle = 1.0 if "norm" in name or "ln_" in name else 0.0
-            # Rounded to float32, so that both sides begin with the same numbers.
+            # In float32, so that both models start with the same numbers.
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(middle + 0.2 * noise)
     return theirs.double().eval()
 
 
 def batch(case: Case) -> dict[str, Tensor | None]:
-    """Two rows of tokens, the second one padded; as the model of ours is given them."""
+    """The arguments of our model: two rows, the second one padded."""
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(VOCAB, (2, LENGTH), generator=generator)
     targets = torch.randint(VOCAB, (2, LENGTH), generator=generator)
@@ -153,7 +153,7 @@ def batch(case: Case) -> dict[str, Tensor | None]:
 
 
 def their_logits(theirs: torch.nn.Module, case: Case) -> Tensor:
-    """Logits `[b, s, v]`: each document by itself, from its own position 0 on."""
+    """Logits `[b, s, v]`, each document on its own from position 0."""
     tokens, documents = batch(case)["tokens"], batch(case)["documents"]
     assert tokens is not None
     if documents is None:
@@ -166,13 +166,13 @@ def their_logits(theirs: torch.nn.Module, case: Case) -> Tensor:
 
 
 def losses_of(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over targets of cross-entropy and of log^2 sum exp."""
+    """Sums over targets of the cross-entropy and of log^2 sum exp."""
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
     return loss, logits.logsumexp(-1)[targets >= 0].square().sum()
 
 
 def write_case(name: str, path: Path) -> None:
-    """Run their model on the batch; leave weights, gradients, logits and losses in a file."""
+    """Run the transformers model; write weights, gradients, logits and losses to a file."""
     case = CASES[name]
     theirs = their_model(case)
     logits = their_logits(theirs, case)
@@ -185,7 +185,7 @@ def write_case(name: str, path: Path) -> None:
         assert parameter.grad is not None, parameter_name
         tensors[f"weights.{parameter_name}"] = parameter.detach()
         tensors[f"gradients.{parameter_name}"] = parameter.grad
-    # A tied head is the embedding itself, and no parameter of its own.
+    # A tied head is not a parameter.
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
 
 
@@ -193,7 +193,7 @@ def write_case(name: str, path: Path) -> None:
 
 
 def load_weights(model: GPT, family: Family, tensors: dict[str, Tensor]) -> None:
-    """Fill a model of ours, sharded, from their weights."""
+    """Load transformers weights into a sharded GPT."""
     for name, parameter in model.named_parameters():
         full = from_huggingface(name, family, model.config, lambda key: tensors[f"weights.{key}"])
         assert full.shape == parameter.shape, name
@@ -203,7 +203,7 @@ def load_weights(model: GPT, family: Family, tensors: dict[str, Tensor]) -> None
 
 
 def our_model(case: Case, mesh: Mesh, tensors: dict[str, Tensor]) -> GPT:
-    """A float32 GPT with their weights."""
+    """A float32 GPT with the weights of the case."""
     model = build_model(
         Config(
             model=case.config,
@@ -218,7 +218,7 @@ def our_model(case: Case, mesh: Mesh, tensors: dict[str, Tensor]) -> GPT:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far ours in float32 is from theirs in float64."""
+    """How much our float32 model differs from transformers in float64."""
 
     loss: float  # relative
     logits: float  # largest, as a fraction of the largest logit
@@ -237,9 +237,8 @@ def measure(mesh: Mesh, name: str, path: Path) -> Difference:
     logits_difference = (logits.double()[scored] - expected).abs().max() / expected.abs().max()
 
     losses = model(**inputs, z_loss_coeff=Z_LOSS_COEFF if case.z_loss else 0.0)
-    (
-        losses.objective / mesh.dp.size
-    ).backward()  # every dp rank has the same batch, and gradients sum
+    # Every dp rank has the same batch, and gradients are summed.
+    (losses.objective / mesh.dp.size).backward()
     sum_partial_gradients(model, mesh)
     loss_difference = (torch.stack(losses[1:]).double() / tensors["losses"] - 1).abs().max()
     gradients = {}

@@ -1,13 +1,11 @@
-"""Literal values of the functions that define a run, and checkpoints that must go on.
+"""Literal values of the functions that define a run, and old checkpoints that must still resume.
 
-No value here may follow the code. If one is to change, raise its version in
-`RECIPE_VERSIONS` (of the format: `FORMAT_VERSION`, and keep the older folder), say so in
-CHANGELOG.md, and only then write the new value.
+Never adapt a value here to the code. To change one, raise its version in `RECIPE_VERSIONS` (for the
+format: `FORMAT_VERSION`, and keep the old folder) and note it in CHANGELOG.md first.
 
 golden/version_1 is the third step of the run below, written on 2026-11-29 by one rank, before
-manifests had recipe versions; golden/version_2 is the same step, to the bit, in the next format;
-golden/tokenizer.model is that run's tokenizer.
-Its text is that of the fixture `corpus`.
+manifests had recipe versions. golden/version_2 is the same step in the next format.
+golden/tokenizer.model is the tokenizer of that run; its text is the fixture `corpus`.
 """
 
 import shutil
@@ -61,7 +59,7 @@ def golden_settings(corpus: Path, directory: Path, *overrides: str) -> list[str]
 
 
 def put_checkpoint(directory: Path, version: int) -> None:
-    """Give the run of `golden_settings` the checkpoint of a format version."""
+    """Copy the checkpoint of a format version into the run of `golden_settings`."""
     shutil.copytree(GOLDEN / f"version_{version}", directory / "test" / "checkpoints")
 
 
@@ -70,7 +68,7 @@ def losses(directory: Path) -> list[float]:
 
 
 def test_sample_order() -> None:
-    """Over the end of an epoch, of a later source, with a negative seed; of a mixture; packed."""
+    """Across an epoch, of a later source with a negative seed, of a mixture, and packed."""
     over_the_end = [5, 10, 34, 86, 35, 4, 59, 16, 63, 24]
     assert sample_rows(np.arange(95, 105), 100, 1234).tolist() == over_the_end
     of_many = [867898, 662192, 677527, 674655, 973363, 372491, 699777, 301868]
@@ -82,7 +80,7 @@ def test_sample_order() -> None:
 
 
 def test_dropout_masks() -> None:
-    """Keys, which are hashes of names, and two positions of two samples at a rate of 0.3."""
+    """Keys, and the mask of two positions of two samples at a rate of 0.3."""
     stream = DropoutStream(1234, 5, (6, 7))
     keys = stream.keys(2, 1, CPU)
     assert keys.tolist() == [[-1990814203, 1698728986], [1298367852, -1980419284]]
@@ -97,7 +95,7 @@ def test_dropout_masks() -> None:
 
 
 def test_sampled_tokens() -> None:
-    """Draws of two samples, each of two tokens, are fractions of 40 bits: exact."""
+    """Draws for two tokens of two samples are 40-bit fractions, so they are exact."""
     draws = [
         uniform_draw(Sampling(seed=1234), sample, number) for sample in (0, 1) for number in (0, 7)
     ]
@@ -106,9 +104,9 @@ def test_sampled_tokens() -> None:
 
 @distributed(ONE_RANK, Layout(tp=2), Layout(dp=2))
 def test_initial_weights(mesh: Mesh) -> None:
-    """The seeds are exact; of weights, torch's kernels for processors differ in the last bit.
+    """The seeds are exact; weights may differ in the last bit between CPU kernels of torch.
 
-    Measured: with ATEN_CPU_CAPABILITY=default some of 3,072 are not those of AVX2.
+    Measured: with ATEN_CPU_CAPABILITY=default some of 3,072 weights differ from AVX2.
     """
     assert fold_seed(1234, "embedding.weight") == 5654024191081372958
     assert fold_seed(1234, "sample", 7) == 7603754364394056735
@@ -128,7 +126,7 @@ def test_a_short_run(corpus: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version", range(1, FORMAT_VERSION + 1))
 @pytest.mark.parametrize("layout", [ONE_RANK, Layout(tp=2)], ids=str)
-def test_a_checkpoint_of_each_format_goes_on(
+def test_checkpoints_of_each_format_resume(
     corpus: Path, tmp_path: Path, layout: Layout, version: int
 ) -> None:
     put_checkpoint(tmp_path, version)

@@ -1,4 +1,4 @@
-"""Runs that were trained for a moment, for the programs that use them."""
+"""Short training runs for the tests of the programs that use a run."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from tests.lines import ROOT
 from tests.reference import reference_logits
 from tests.runs import settings, train_on
 
-# With two groups, four ranks share each group's keys and values by twos.
+# With two groups, each group is shared by two of four ranks.
 FAMILIES = {
     "gpt": (),
     "llama": ("config=llama_debug", "model.qk_layernorm=true", "model.num_query_groups=2"),
@@ -28,14 +28,14 @@ FAMILIES = {
 
 
 def train_family(corpus: Path, directory: Path, family: str) -> Path:
-    """Train on 2 x 2 ranks, with checkpoints of steps 3 and 6; returns the run folder."""
+    """Train at TP=2 x DP=2 and save steps 3 and 6; returns the run folder."""
     overrides = ("run.name=test", "checkpoint.save_interval=3", *FAMILIES[family])
     train_on(Layout(tp=2, dp=2), settings(corpus, directory, *overrides))
     return directory / "test"
 
 
 class Dense:
-    """A run as the reference: its weights as they lie in the files, whole and in float64."""
+    """The dense reference of a run: its full weights, read from the files, in float64."""
 
     def __init__(self, run: Path, step: int = 6) -> None:
         folder = run / "checkpoints" / f"step_{step:08}"
@@ -46,12 +46,12 @@ class Dense:
         self.weights: dict[str, Tensor] = {}
         for name, entry in manifest["tensors"].items():
             if name.startswith("parameters."):
-                whole = torch.full(entry["shape"], float("nan"), dtype=torch.float64)
+                full = torch.full(entry["shape"], float("nan"), dtype=torch.float64)
                 for shard in entry["shards"]:
                     sides = zip(shard["offsets"], shard["shape"], strict=True)
                     place = tuple(slice(start, start + size) for start, size in sides)
-                    whole[place] = files[shard["file"]][name].double()
-                self.weights[name.removeprefix("parameters.")] = whole
+                    full[place] = files[shard["file"]][name].double()
+                self.weights[name.removeprefix("parameters.")] = full
 
     def file(self, texts: list[str]) -> TokenFile:
         """Texts as documents: bos, their tokens, eos."""
@@ -68,8 +68,13 @@ class Dense:
     def continuation(
         self, prompt: str, num_tokens: int, sampling: Sampling, sample: int = 0
     ) -> str:
+<<<<<<< HEAD
         """Continue bos and the prompt up to the end of the document, without a cache."""
         prompt_ids = [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
+=======
+        """Generate without a cache, up to the end of the document."""
+        prompt_ids = self.tokenizer.encode(prompt) or [self.tokenizer.bos_id]
+>>>>>>> w-checkpoints
         tokens = list(prompt_ids)
         for number in range(num_tokens):
             context = torch.tensor([tokens[-self.config.model.seq_length :]])
@@ -85,7 +90,7 @@ class Dense:
 
 
 def start_program(ranks: int, program: str, *arguments: str, given: str = "") -> tuple[int, bytes]:
-    """Run a program of the project; its exit code and what it has written to stdout alone."""
+    """Run a program of the project; returns its exit code and its stdout."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     command = [*(launcher if ranks > 1 else [sys.executable]), str(ROOT / program), *arguments]
     ended = subprocess.run(

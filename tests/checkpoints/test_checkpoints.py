@@ -1,4 +1,4 @@
-"""Checkpoints: exact on any layout, there whole or not at all, and damage is always found."""
+"""Checkpoints are exact on any layout and atomic, and damage is always detected."""
 
 import json
 import os
@@ -36,7 +36,7 @@ STATE = {"progress": {"step": 1}, "exact": 0.1}
 
 
 def make_tensors(mesh: Mesh, seed: int) -> dict[str, DTensor]:
-    """Sharded tensors of uneven shapes; other values for each seed."""
+    """Sharded tensors of uneven shapes, with values that depend on the seed."""
     module = nn.Module()
     for name, (shape, tp_dim) in SHAPES.items():
         declare_parameter(module, name, WeightSpec(shape, tp_dim, init_std=1.0), mesh)
@@ -55,7 +55,7 @@ def save_checkpoint(
     *,
     keep: int,
 ) -> Path:
-    """Begin and commit at once."""
+    """Save in the foreground, then prune."""
     pending = begin_save(folder, step, tensors, state, mesh, background=False)
     directory = commit_save(pending, mesh)
     if mesh.world.rank == 0:
@@ -69,7 +69,7 @@ def save(mesh: Mesh, folder: Path, step: int, keep: int = 0) -> Path:
 
 
 def assert_loads(mesh: Mesh, folder: Path, step: int) -> None:
-    """The newest good checkpoint is that of `step`, and holds its values to the bit."""
+    """The newest intact checkpoint is that of `step`, and has its exact values."""
     checkpoint = find_checkpoint(folder, mesh)
     assert checkpoint is not None
     assert (checkpoint.step, checkpoint.state) == (step, STATE)
@@ -81,9 +81,12 @@ def assert_loads(mesh: Mesh, folder: Path, step: int) -> None:
 
 @distributed(*EVERY_LAYOUT)
 def test_save_then_load(mesh: Mesh, tmp_path: Path) -> None:
-    """The same layout gives every shard back; replicas are written once; no temporary stays."""
+    """Every shard is restored, replicas are stored once, and no temporary directory remains."""
     directory = save(mesh, tmp_path, 3)
     assert_loads(mesh, tmp_path, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load_module, "_CHUNK_BYTES", 50)  # one or two rows
+        assert_loads(mesh, tmp_path, 3)
     manifest = json.loads((directory / "manifest.json").read_text())
     for name, (shape, _) in SHAPES.items():
         shards = manifest["tensors"][name]["shards"]
@@ -94,13 +97,13 @@ def test_save_then_load(mesh: Mesh, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder for the whole file."""
+    """One folder for all tests of this module."""
     return tmp_path_factory.mktemp("reshard")
 
 
 @pytest.mark.parametrize("reader", EVERY_LAYOUT, ids=str)
-def test_any_layout_reads_what_any_other_wrote(reader: Layout, shared: Path) -> None:
-    """To the bit, for every pair of layouts, with uneven shards."""
+def test_any_layout_reads_any_other(reader: Layout, shared: Path) -> None:
+    """Exactly, for every pair of layouts, with uneven shards."""
     for writer in EVERY_LAYOUT:
         folder = shared / str(writer)
         if not folder.exists():
@@ -109,7 +112,7 @@ def test_any_layout_reads_what_any_other_wrote(reader: Layout, shared: Path) -> 
 
 
 @distributed(ONE_RANK, Layout(tp=2))
-def test_newest_are_kept(mesh: Mesh, tmp_path: Path) -> None:
+def test_the_newest_checkpoints_are_kept(mesh: Mesh, tmp_path: Path) -> None:
     """keep=2 leaves the two newest."""
     for step in (1, 2, 10):
         save(mesh, tmp_path, step, keep=2)
@@ -118,23 +121,21 @@ def test_newest_are_kept(mesh: Mesh, tmp_path: Path) -> None:
 
 
 @distributed(ONE_RANK, Layout(tp=2))
-def test_a_damaged_newer_one_is_not_counted(mesh: Mesh, tmp_path: Path) -> None:
-    """Resumed behind a damaged one, keep=1 keeps the one just saved; strangers are left alone."""
+def test_a_damaged_newer_checkpoint_does_not_count(mesh: Mesh, tmp_path: Path) -> None:
+    """After a resume from before it, keep=1 keeps the new save; other folders are left alone."""
     for step in (1, 2):
         save(mesh, tmp_path, step)
     if mesh.world.rank == 0:
         flip(tmp_path / "step_00000002" / "rank_00000.safetensors")
         shutil.copytree(tmp_path / "step_00000001", tmp_path / "step_00000001_best")
     barrier(mesh)
-    save_checkpoint(
-        tmp_path, 1, make_tensors(mesh, 1), STATE, mesh, keep=1
-    )  # the steps after 1 begin again
+    save(mesh, tmp_path, 1, keep=1)  # the steps after 1 are run again
     assert_loads(mesh, tmp_path, 1)
     assert (tmp_path / "step_00000001_best").is_dir()
 
 
 class Killed(BaseException):
-    """Stands for kill -9: nothing in the code under test can catch it."""
+    """Stands in for kill -9: the code under test cannot catch it."""
 
 
 @distributed(ONE_RANK)
@@ -145,7 +146,7 @@ class Killed(BaseException):
 def test_killed_at_any_moment_of_a_commit(
     mesh: Mesh, tmp_path: Path, moment: str, survivor: int
 ) -> None:
-    """Before the rename the old one stands, after it the new one; the next start sweeps up."""
+    """The rename decides which checkpoint survives; the next start removes the leftovers."""
     save(mesh, tmp_path, 1)
 
     def kill(*_: Any, **__: Any) -> None:
@@ -168,29 +169,29 @@ def test_killed_at_any_moment_of_a_commit(
 
 
 def barrier(mesh: Mesh) -> None:
-    """Wait until every rank has come here."""
+    """Wait for all ranks."""
     any_rank(mesh, False)
 
 
 def flip(path: Path) -> None:
-    """One bit in the middle."""
+    """Flip one bit in the middle."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
 
 
 def truncate(path: Path) -> None:
-    """The last byte is gone."""
+    """Drop the last byte."""
     path.write_bytes(path.read_bytes()[:-1])
 
 
 def swap(path: Path) -> None:
-    """The same file of the checkpoint before: right size, right format, wrong content."""
+    """Replace it with the file of another step: right size and format, wrong content."""
     shutil.copy(path.parent.parent / "step_00000001" / path.name, path)
 
 
 def link(path: Path) -> None:
-    """A symbolic link to a copy elsewhere: the right content, but not a file of the checkpoint."""
+    """Replace it with a symbolic link to itself elsewhere: right content, but not a real file."""
     elsewhere = path.parent.parent / "elsewhere"
     path.rename(elsewhere)
     path.symlink_to(elsewhere)
@@ -201,17 +202,17 @@ DAMAGES = {"flip": flip, "truncate": truncate, "remove": Path.unlink, "swap": sw
 
 @distributed(ONE_RANK, Layout(tp=2))
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_found_and_passed_over(mesh: Mesh, tmp_path: Path, damage: str) -> None:
-    """Each file damaged in each way: it is named, and the checkpoint before is used instead."""
+def test_damage_is_reported_and_skipped(mesh: Mesh, tmp_path: Path, damage: str) -> None:
+    """Whichever file is damaged, it is named and the previous checkpoint is used."""
     save(mesh, tmp_path, 1)
     newest = save(mesh, tmp_path, 2)
     names = sorted(path.name for path in newest.iterdir())
-    said: list[tuple[Any, ...]] = []
+    warnings: list[tuple[Any, ...]] = []
     assert len(names) == mesh.world.size + 1
     barrier(mesh)
     for name in names:
         if name == "manifest.json" and damage == "link":
-            continue  # a manifest is known by its checksum, wherever its bytes lie
+            continue  # the checksum identifies a manifest, so it may be a link
         if mesh.world.rank == 0:
             shutil.rmtree(newest)
         barrier(mesh)
@@ -220,21 +221,32 @@ def test_damage_is_found_and_passed_over(mesh: Mesh, tmp_path: Path, damage: str
             DAMAGES[damage](newest / name)
         barrier(mesh)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(load_module.logger, "warning", lambda *message: said.append(message))
+            patch.setattr(load_module.logger, "warning", lambda *record: warnings.append(record))
             assert_loads(mesh, tmp_path, 1)
         if mesh.world.rank == 0:
-            text, *values = said.pop()
-            assert f"checkpoint {newest} is damaged, passed over: {name} " in text % tuple(values)
+            text, *values = warnings.pop()
+            assert f"checkpoint {newest} is damaged, skipped: {name} " in text % tuple(values)
         barrier(mesh)
-    # What was damaged is written again: the new one counts, the old one is kept aside.
+    # The damaged step can be saved again; the damaged directory is kept aside.
     save(mesh, tmp_path, 2)
     assert_loads(mesh, tmp_path, 2)
     assert (tmp_path / "damaged_step_00000002_1").is_dir()
 
 
+@distributed(ONE_RANK)
+def test_a_file_truncated_after_its_verification_is_an_error(mesh: Mesh, tmp_path: Path) -> None:
+    """Rather than a crash, or tensors that are partly zero."""
+    directory = save(mesh, tmp_path, 1)
+    checkpoint = find_checkpoint(tmp_path, mesh)
+    assert checkpoint is not None
+    truncate(directory / "rank_00000.safetensors")
+    with pytest.raises(CheckpointError, match="truncated"):
+        load_tensors(checkpoint, make_tensors(mesh, 1), mesh)
+
+
 @distributed(ONE_RANK, Layout(tp=2))
 def test_all_damaged_is_an_error(mesh: Mesh, tmp_path: Path) -> None:
-    """Never a silent start from scratch."""
+    """A run never starts from scratch silently."""
     directory = save(mesh, tmp_path, 1)
     if mesh.world.rank == 0:
         flip(directory / "rank_00000.safetensors")
@@ -244,17 +256,16 @@ def test_all_damaged_is_an_error(mesh: Mesh, tmp_path: Path) -> None:
 
 
 @distributed(ONE_RANK, Layout(tp=2))
-def test_nothing_there(mesh: Mesh, tmp_path: Path) -> None:
-    """An empty or missing folder has no checkpoint, and that is no error."""
+def test_an_empty_folder_has_no_checkpoint(mesh: Mesh, tmp_path: Path) -> None:
+    """An empty or missing folder is not an error."""
     assert find_checkpoint(tmp_path, mesh) is None
     assert find_checkpoint(tmp_path / "missing", mesh) is None
 
 
 @distributed(Layout(tp=2))
 def test_a_rank_that_cannot_write_fails_the_save_on_all(mesh: Mesh, tmp_path: Path) -> None:
-    """The error names the rank; what was there before still loads, and nothing temporary stays."""
+    """The error names the rank, the previous checkpoint still loads, and nothing else remains."""
     save(mesh, tmp_path, 1)
-    # Rank 1 finds its disk full, and its peer does not.
     original = save_module.save_file
 
     def failing(tensors: Any, path: Path) -> None:
@@ -274,12 +285,13 @@ def test_a_rank_that_cannot_write_fails_the_save_on_all(mesh: Mesh, tmp_path: Pa
 
 
 @distributed(*EVERY_LAYOUT)
-def test_a_save_in_the_background_is_of_the_moment_it_began(mesh: Mesh, tmp_path: Path) -> None:
-    """What training changes afterwards is not in it; it is no checkpoint before it is committed."""
+def test_a_background_save_has_the_values_from_its_start(mesh: Mesh, tmp_path: Path) -> None:
+    """Later changes by training are not saved. It is not a checkpoint until it is committed."""
     tensors = make_tensors(mesh, 7)
     pending = begin_save(tmp_path, 7, tensors, STATE, mesh, background=True)
     for tensor in tensors.values():
         tensor.to_local().detach().fill_(float("nan"))
+    pending.wait()
     barrier(mesh)
     assert [path.name for path in tmp_path.iterdir()] == [".tmp-step_00000007"]
     commit_save(pending, mesh)
@@ -287,8 +299,8 @@ def test_a_save_in_the_background_is_of_the_moment_it_began(mesh: Mesh, tmp_path
 
 
 @distributed(ONE_RANK, Layout(tp=2))
-def test_a_commit_that_fails_leaves_nothing(mesh: Mesh, tmp_path: Path) -> None:
-    """A disk that is full when the manifest comes: its files make room again, the old one loads."""
+def test_a_failed_commit_leaves_nothing(mesh: Mesh, tmp_path: Path) -> None:
+    """If the disk is full before the manifest, the files are removed; the old checkpoint loads."""
     save(mesh, tmp_path, 1)
 
     def full(*_: Any) -> None:
@@ -296,15 +308,15 @@ def test_a_commit_that_fails_leaves_nothing(mesh: Mesh, tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(save_module, "write_manifest", full)
-        with pytest.raises(CheckpointError, match="cannot commit a checkpoint"):
+        with pytest.raises(CheckpointError, match=r"rank 0 cannot commit: .*manifest\.json"):
             save(mesh, tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
     assert_loads(mesh, tmp_path, 1)
 
 
 @distributed(Layout(tp=2))
-def test_any_failure_of_a_writer_is_reported(mesh: Mesh, tmp_path: Path) -> None:
-    """Raised on one rank alone it would leave the others waiting."""
+def test_any_exception_in_a_writer_is_reported(mesh: Mesh, tmp_path: Path) -> None:
+    """If one rank raised instead, the others would wait forever."""
     original = save_module.save_file
 
     def failing(tensors: Any, path: Path) -> None:
@@ -316,14 +328,14 @@ def test_any_failure_of_a_writer_is_reported(mesh: Mesh, tmp_path: Path) -> None
         patch.setattr(save_module, "save_file", failing)
         pending = begin_save(tmp_path, 1, make_tensors(mesh, 1), STATE, mesh, background=True)
         with pytest.raises(
-            CheckpointError, match=r"rank 1 cannot write: MemoryError\('no memory'\)"
+            CheckpointError, match=r"rank 1 cannot write its file: MemoryError: no memory"
         ):
             commit_save(pending, mesh)
 
 
 @distributed(ONE_RANK)
-def test_leftovers_are_swept(mesh: Mesh, tmp_path: Path) -> None:
-    """What a killed save and a killed deletion leave goes at the next start; checkpoints stay."""
+def test_leftovers_are_removed(mesh: Mesh, tmp_path: Path) -> None:
+    """The next start removes what killed saves and deletions left, and no checkpoint."""
     directory = save(mesh, tmp_path, 1)
     shutil.copytree(directory, tmp_path / ".tmp-step_00000002")
     shutil.copytree(directory, tmp_path / ".del-step_00000000")
@@ -332,7 +344,7 @@ def test_leftovers_are_swept(mesh: Mesh, tmp_path: Path) -> None:
 
 
 def plant_foreign_entries(folder: Path) -> list[Path]:
-    """Entries with a checkpoint's name that are none: a file, links, and somebody's directory."""
+    """Create entries named like checkpoints: a file, links, and a directory with user data."""
     elsewhere = folder.parent / f"{folder.name}_elsewhere"
     (elsewhere / "step_00000003").mkdir(parents=True)
     (elsewhere / "step_00000003" / "precious").write_text("")
@@ -348,8 +360,8 @@ def plant_foreign_entries(folder: Path) -> list[Path]:
 
 @distributed(ONE_RANK, Layout(tp=2))
 def test_foreign_entries_are_left_alone(mesh: Mesh, tmp_path: Path) -> None:
-    """Saving, pruning and sweeping neither touch nor count them; a start warns and goes on."""
-    folder, said = tmp_path / "checkpoints", []
+    """Saving, pruning and sweeping neither touch nor count them; a start logs a warning."""
+    folder, warnings = tmp_path / "checkpoints", []
     if mesh.world.rank == 0:
         folder.mkdir()
         plant_foreign_entries(folder)
@@ -365,17 +377,17 @@ def test_foreign_entries_are_left_alone(mesh: Mesh, tmp_path: Path) -> None:
     kept = sorted(path for path in folder.iterdir() if path not in planted)
     assert [path.name for path in kept] == ["step_00000007", "step_00000008"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load_module.logger, "warning", lambda *message: said.append(message))
+        patch.setattr(load_module.logger, "warning", lambda *record: warnings.append(record))
         assert_loads(mesh, folder, 8)
     if mesh.world.rank == 0:
-        text = "\n".join(message % tuple(values) for message, *values in said)
+        text = "\n".join(message % tuple(values) for message, *values in warnings)
         assert "step_00000001 is not a directory" in text
         assert "step_00000002 is not a directory" in text
 
 
 @distributed(ONE_RANK, Layout(tp=2))
-def test_a_step_whose_name_is_taken_is_saved(mesh: Mesh, tmp_path: Path) -> None:
-    """A link in the way is moved aside, not followed."""
+def test_a_step_is_saved_even_if_its_name_is_taken(mesh: Mesh, tmp_path: Path) -> None:
+    """An existing link is moved aside and not followed."""
     if mesh.world.rank == 0:
         (tmp_path / "elsewhere").mkdir()
         (tmp_path / "step_00000002").symlink_to(tmp_path / "elsewhere")
@@ -390,28 +402,28 @@ def test_a_step_whose_name_is_taken_is_saved(mesh: Mesh, tmp_path: Path) -> None
 
 
 @distributed(ONE_RANK)
-def test_a_failed_cleanup_is_a_warning_with_a_reason(mesh: Mesh, tmp_path: Path) -> None:
-    """Python's own OSErrors have no strerror: the text is printed, never "None"."""
+def test_a_failed_cleanup_is_logged_with_its_reason(mesh: Mesh, tmp_path: Path) -> None:
+    """The OSErrors that Python raises itself have no strerror; their text is logged, not "None"."""
     save(mesh, tmp_path, 1)
     (tmp_path / ".del-step_00000000").mkdir()
-    said: list[str] = []
+    warnings: list[str] = []
 
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("Cannot call rmtree on a symbolic link")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(save_module.shutil, "rmtree", fail)
-        patch.setattr(save_module.logger, "warning", lambda text, *v: said.append(text % v))
+        patch.setattr(save_module.logger, "warning", lambda text, *v: warnings.append(text % v))
         sweep_leftovers(tmp_path)
         save(mesh, tmp_path, 2, keep=1)
-    assert len(said) == 2
-    assert all(text.endswith(": Cannot call rmtree on a symbolic link") for text in said)
+    assert len(warnings) == 2
+    assert all(text.endswith(": Cannot call rmtree on a symbolic link") for text in warnings)
     assert_loads(mesh, tmp_path, 2)
 
 
 @distributed(ONE_RANK, Layout(tp=2))
-def test_a_step_that_is_asked_for_is_that_one(mesh: Mesh, tmp_path: Path) -> None:
-    """An older one too; damaged, it is an error: another step would be another model."""
+def test_a_requested_step_is_never_replaced_by_another(mesh: Mesh, tmp_path: Path) -> None:
+    """A damaged or missing one is an error, because another step is another model."""
     for step in (1, 2):
         save(mesh, tmp_path, step)
     found = find_checkpoint(tmp_path, mesh, step=1)
@@ -419,16 +431,16 @@ def test_a_step_that_is_asked_for_is_that_one(mesh: Mesh, tmp_path: Path) -> Non
     assert found.step == 1
     if mesh.world.rank == 0:
         (tmp_path / "step_00000001" / "rank_00000.safetensors").write_bytes(b"")
-    any_rank(mesh, False)  # all wait
+    barrier(mesh)
     with pytest.raises(CheckpointError, match=r"step_00000001 is damaged: rank_00000.* 0 bytes"):
         find_checkpoint(tmp_path, mesh, step=1)
-    with pytest.raises(CheckpointError, match=r"no checkpoint of step 3 .* those of steps 1, 2"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 3 .* of steps 1, 2"):
         find_checkpoint(tmp_path, mesh, step=3)
 
 
 @distributed(ONE_RANK, Layout(tp=2))
 def test_a_held_checkpoint_is_readable_after_it_is_deleted(mesh: Mesh, tmp_path: Path) -> None:
-    """On every rank, tensors in pieces and in full."""
+    """On every rank, as shards and as full tensors."""
     save(mesh, tmp_path, 1)
     with held_checkpoint(tmp_path, mesh) as checkpoint:
         assert checkpoint is not None
@@ -446,13 +458,13 @@ def test_a_held_checkpoint_is_readable_after_it_is_deleted(mesh: Mesh, tmp_path:
 
 @distributed(ONE_RANK, Layout(tp=2))
 @pytest.mark.parametrize("moment", ["read_manifest", "verify_file"])
-def test_one_that_vanishes_is_not_damaged(mesh: Mesh, tmp_path: Path, moment: str) -> None:
-    """A run saves and prunes while this looks: the newest one that is still there is taken."""
+def test_a_checkpoint_that_vanishes_is_not_damaged(mesh: Mesh, tmp_path: Path, moment: str) -> None:
+    """If a run saves and prunes during the search, the newest remaining checkpoint is found."""
     folder, stock = tmp_path / "checkpoints", tmp_path / "stock"
     save(mesh, folder, 1)
     for step in (2, 3, 4):
         save(mesh, stock, step)
-    said: list[str] = []
+    warnings: list[str] = []
     original = getattr(load_module, moment)
 
     def overtaken(directory: Any, *arguments: Any) -> Any:
@@ -466,15 +478,15 @@ def test_one_that_vanishes_is_not_damaged(mesh: Mesh, tmp_path: Path, moment: st
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(load_module, moment, overtaken)
-        patch.setattr(load_module.logger, "warning", lambda *message: said.append(str(message)))
+        patch.setattr(load_module.logger, "warning", lambda *record: warnings.append(str(record)))
         checkpoint = find_checkpoint(folder, mesh)
     assert checkpoint is not None
-    assert (checkpoint.step, said) == (4, [])
+    assert (checkpoint.step, warnings) == (4, [])
 
 
 @distributed(ONE_RANK)
-def test_a_step_that_vanishes_is_said_to_be_gone(mesh: Mesh, tmp_path: Path) -> None:
-    """Another step would be another model."""
+def test_a_requested_step_that_vanishes_is_an_error(mesh: Mesh, tmp_path: Path) -> None:
+    """The error lists the steps that remain."""
     for step in (1, 2):
         save(mesh, tmp_path, step)
 
@@ -489,8 +501,8 @@ def test_a_step_that_vanishes_is_said_to_be_gone(mesh: Mesh, tmp_path: Path) -> 
 
 
 @distributed(ONE_RANK, Layout(tp=2))
-def test_one_that_a_host_never_shows_is_passed_over(mesh: Mesh, tmp_path: Path) -> None:
-    """Waiting for it has an end."""
+def test_a_checkpoint_that_one_host_never_sees_is_skipped(mesh: Mesh, tmp_path: Path) -> None:
+    """The number of retries is limited."""
     for step in (1, 2):
         save(mesh, tmp_path, step)
     exists, last = Path.exists, mesh.world.size - 1
@@ -506,7 +518,7 @@ def test_one_that_a_host_never_shows_is_passed_over(mesh: Mesh, tmp_path: Path) 
         return original(directory)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load_module, "_LOOK_EVERY_S", 0.001)
+        patch.setattr(load_module, "_RETRY_INTERVAL_S", 0.001)
         if mesh.world.rank == last:
             patch.setattr(Path, "exists", hidden)
         patch.setattr(load_module, "read_manifest", read)
@@ -516,8 +528,8 @@ def test_one_that_a_host_never_shows_is_passed_over(mesh: Mesh, tmp_path: Path) 
 
 
 @distributed(ONE_RANK, Layout(tp=2))
-def test_only_what_is_needed_is_verified(mesh: Mesh, tmp_path: Path) -> None:
-    """Damage in a moment is none for a program that reads weights, and is one for training."""
+def test_only_the_needed_tensors_are_verified(mesh: Mesh, tmp_path: Path) -> None:
+    """Damaged optimizer state matters to training, not to a program that reads weights."""
     tensors = make_tensors(mesh, 1)
     weights = {f"parameters.{name}": tensor for name, tensor in tensors.items()}
     moments = {f"exp_avg.{name}": tensor for name, tensor in make_tensors(mesh, 2).items()}
@@ -526,7 +538,7 @@ def test_only_what_is_needed_is_verified(mesh: Mesh, tmp_path: Path) -> None:
     whole = path.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
     entries = json.loads(whole[8:header])
-    places = {
+    positions = {
         "the header": [0, 20, header - 1],
         **{
             name: [header + entry["data_offsets"][0], header + entry["data_offsets"][1] - 1]
@@ -534,12 +546,12 @@ def test_only_what_is_needed_is_verified(mesh: Mesh, tmp_path: Path) -> None:
             if name != "__metadata__"
         },
     }
-    for part, bytes_of_it in places.items():
-        for place in bytes_of_it:
+    for part, offsets in positions.items():
+        for offset in offsets:
             barrier(mesh)
             if mesh.world.rank == 0:
                 damaged = bytearray(whole)
-                damaged[place] ^= 1
+                damaged[offset] ^= 1
                 path.write_bytes(damaged)
             barrier(mesh)
             with pytest.raises(CheckpointError, match="all 1 checkpoints"):
@@ -557,7 +569,7 @@ def test_only_what_is_needed_is_verified(mesh: Mesh, tmp_path: Path) -> None:
 
 @distributed(ONE_RANK, Layout(tp=2))
 def test_version_1_is_read(mesh: Mesh, tmp_path: Path) -> None:
-    """Its files have one checksum each and its shards none."""
+    """It has one checksum per file and none per shard."""
     directory = save(mesh, tmp_path, 1)
     path = directory / "manifest.json"
     if mesh.world.rank == 0:
@@ -570,7 +582,7 @@ def test_version_1_is_read(mesh: Mesh, tmp_path: Path) -> None:
                 del shard["checksum"]
         content["version"] = 1
         del content["checksum"]
-        content["checksum"] = manifest_module._checksum(content)
+        content["checksum"] = manifest_module._manifest_checksum(content)
         path.write_text(json.dumps(content))
     barrier(mesh)
     assert_loads(mesh, tmp_path, 1)
@@ -586,7 +598,7 @@ def test_version_1_is_read(mesh: Mesh, tmp_path: Path) -> None:
 
 @distributed(ONE_RANK, Layout(tp=2))
 def test_another_model_is_refused(mesh: Mesh, tmp_path: Path) -> None:
-    """Names and shapes must be the checkpoint's: nothing is left as it was by accident."""
+    """Names and shapes must match those of the checkpoint, so that nothing keeps old values."""
     save(mesh, tmp_path, 1)
     checkpoint = find_checkpoint(tmp_path, mesh)
     assert checkpoint is not None

@@ -1,4 +1,4 @@
-"""`python -m checkpoints`: what it says of whole, damaged and missing checkpoints."""
+"""`python -m checkpoints`: listing, verifying and describing."""
 
 import json
 import shutil
@@ -40,11 +40,12 @@ def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, li
     return code, captured.out.splitlines(), captured.err
 
 
-def test_whole_checkpoints_are_listed_and_verified(
+def test_intact_checkpoints_are_listed_and_verified(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A line each, oldest first; only verify=true says verified."""
-    for arguments, word in ((), "not read"), (("verify=true",), "verified"):
+    """One line each, oldest first; only verify=true reports them as verified."""
+    unverified = "checksums not verified (verify=true)"
+    for arguments, word in ((), unverified), (("verify=true",), "verified"):
         code, lines, _ = answer(capsys, f"run={run}", *arguments)
         assert code == 0
         assert [line.split()[0] for line in lines] == ["step_00000003", "step_00000004"]
@@ -52,7 +53,7 @@ def test_whole_checkpoints_are_listed_and_verified(
 
 
 def test_damage_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A flipped bit needs verify=true, a missing file and a broken manifest do not."""
+    """A flipped bit is found with verify=true, a missing file or bad manifest without it."""
     newest = run / "checkpoints" / "step_00000004"
     flip(newest / "rank_00001.safetensors")
     assert answer(capsys, f"run={run}")[0] == 0
@@ -71,83 +72,91 @@ def test_damage_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[0].startswith("step_00000004  DAMAGED: manifest.json ")
 
 
-def test_one_is_described(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Progress, settings and tensors; counted by hand: 13 x 6 + 5 x 11 + 7 + 9 numbers."""
+def test_a_checkpoint_is_described(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Progress, settings and tensors; counted by hand: 13 x 6 + 5 x 11 + 7 + 9 elements."""
     code, lines, _ = answer(capsys, f"run={run}", "step=3")
     assert code == 0
     assert lines[0].startswith("step_00000003")
     assert "  tokens: 4096" in lines
     assert "  model.num_layers: 2" in lines
-    assert "parameters: 149 numbers in 4 tensors" in lines
-    assert "exp_avg: 7 numbers in 1 tensor" in lines
-    assert "  rows  float32 [13, 6] in 2 pieces" in lines
+    assert "parameters: 149 elements in 4 tensors" in lines
+    assert "exp_avg: 7 elements in 1 tensor" in lines
+    assert "  rows  float32 [13, 6] in 2 shards" in lines
     assert "  norm  float32 [7]" in lines
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "run=FOLDER is required: the folder that a run has written"),
+        ((), "run=RUN is required: the folder of a run, such as runs/gpt_debug"),
         (("run={run}", "verify=yes"), "verify=yes is not true or false"),
-        (("run={run}", "step=-1"), "step=-1 is not a whole number"),
-        (("run={run}", "step=5"), "step=5 has no checkpoint; there are those of steps 3, 4"),
-        (("run={run}", "stop=5"), "stop=5 is not run=FOLDER, verify=true or step=N"),
-        (("run=/nowhere",), "run=/nowhere is no run: it has no folder checkpoints"),
+        (("run={run}", "step=-1"), "step=-1 is out of range; it must be at least 0"),
+        (("run={run}", "step=5"), "step=5 has no checkpoint; there are checkpoints of steps 3, 4"),
+        (("run={run}", "stop=5"), "stop=5: there is no key stop; did you mean step?"),
+        (("run=/nowhere",), "run=/nowhere has no checkpoints: there are none in /nowhere/check"),
     ],
 )
-def test_a_wrong_line_is_explained(
+def test_invalid_arguments_are_explained(
     run: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
 ) -> None:
-    """One line and the usage, exit code 2."""
-    code, lines, errors = answer(capsys, *(argument.format(run=run) for argument in arguments))
-    assert (code, lines) == (2, [])
-    assert errors.splitlines() == [
-        message,
-        "usage: python -m checkpoints run=RUN_FOLDER [verify=true] [step=N]",
-    ]
+    """In one line, with exit code 2."""
+    with pytest.raises(SystemExit, match="2"):
+        main([argument.format(run=run) for argument in arguments])
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    assert message in captured.err
 
 
-def test_one_that_is_deleted_meanwhile_is_no_damage(
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """--help prints all settings; the exit code is 0."""
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    output = capsys.readouterr().out
+    assert output.startswith("Usage: python -m checkpoints key=value ...\n")
+    assert all(f"  {key}  (" in output for key in ("run", "verify", "step"))
+
+
+def test_a_checkpoint_deleted_meanwhile_is_not_damaged(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that goes on prunes while this reads."""
+    """The run prunes while the program reads."""
     verify = command.verify_file
 
-    def prune(checkpoint: Checkpoint, name: str) -> str | None:
+    def prune(checkpoint: Checkpoint, name: str) -> None:
         if checkpoint.step == 3:
             shutil.rmtree(checkpoint.directory, ignore_errors=True)
-        return verify(checkpoint, name)
+        verify(checkpoint, name)
 
     monkeypatch.setattr(command, "verify_file", prune)
     code, lines, _ = answer(capsys, f"run={run}", "verify=true")
     assert code == 0
-    assert lines[0] == "step_00000003  deleted meanwhile"
+    assert lines[0] == "step_00000003  deleted by the run"
     assert lines[1].endswith("verified")
 
 
-def test_when_all_are_deleted_meanwhile_the_newer_one_is_read(
+def test_if_all_are_deleted_the_newer_one_is_read(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """checkpoint.keep=1 leaves one only, and soon another one."""
+    """With checkpoint.keep=1 a run replaces its only checkpoint."""
     verify, checkpoints = command.verify_file, run / "checkpoints"
     (checkpoints / "step_00000004").rename(run / "step_00000004")
 
-    def overtake(checkpoint: Checkpoint, name: str) -> str | None:
+    def overtake(checkpoint: Checkpoint, name: str) -> None:
         if checkpoint.step == 3 and (run / "step_00000004").exists():
             (run / "step_00000004").rename(checkpoints / "step_00000004")
             shutil.rmtree(checkpoint.directory)
-        return verify(checkpoint, name)
+        verify(checkpoint, name)
 
     monkeypatch.setattr(command, "verify_file", overtake)
     code, lines, _ = answer(capsys, f"run={run}", "verify=true")
     assert code == 0
-    assert lines[0] == "step_00000003  deleted meanwhile"
+    assert lines[0] == "step_00000003  deleted by the run"
     assert lines[1].startswith("step_00000004")
     assert lines[1].endswith("verified")
 
 
 def test_it_only_reads(run: Path) -> None:
-    """Nothing in the folder has changed afterwards."""
+    """No file in the folder changes."""
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert main([f"run={run}", "verify=true"]) == 0
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

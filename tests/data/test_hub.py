@@ -17,7 +17,10 @@ from interop.source import download
 KEYS = SourceKeys("data.sources[1]", "data.sources[1].path")
 
 ASKS: dict[str, tuple[Callable[[], object], str]] = {
-    "model": (lambda: download("somebody/it", "v1"), "source=somebody/it is no folder here, and "),
+    "model": (
+        lambda: download("somebody/it", "v1"),
+        "source=somebody/it is not a folder, and ",
+    ),
     "dataset": (
         lambda: commit_of(SourceConfig(source="hub", path="somebody/it"), KEYS),
         r"data\.sources\[1\]\.path='somebody/it' cannot be read: ",

@@ -1,4 +1,4 @@
-"""Exported models are ours: logits, tokens and files, from a checkpoint of any layout."""
+"""Exported models have the logits and token ids of the run, from any layout."""
 
 import dataclasses
 import json
@@ -13,9 +13,9 @@ from torch import Tensor
 from checkpoints.full_tensors import TensorInfo
 from checkpoints.manifest import read_manifest
 from configs import Config, ConfigError, ModelConfig
-from export import Settings, export, require_same, split, write_weights
-from interop.atomic_directory import new_folder
-from interop.check import compare, odd_texts, some_tokens
+from export import Settings, export, require_equal, split, write_weights
+from interop.atomic_directory import atomic_directory
+from interop.check import compare, random_tokens, unusual_texts
 from interop.huggingface_config import family_of
 from model import Sampling, generate
 from parallel import Mesh
@@ -48,7 +48,7 @@ def export_on(mesh: Mesh, settings: Settings, config: Config) -> None:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Config, Path]]:
-    """Each case, saved at TP=2 x DP=2 and exported by one rank."""
+    """Each case, saved at TP=2 x DP=2 and exported on one rank."""
     folders = {}
     for name, model in CASES.items():
         folder = tmp_path_factory.mktemp("case")
@@ -60,14 +60,14 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Config
 
 
 def full_weights(config: Config, folder: Path) -> dict[str, Tensor]:
-    """By the names of ours, as the run's checkpoint was made of them."""
+    """The weights of the run, by our names."""
     tensors = read_manifest(folder.parent / f"run/checkpoints/step_{STEP:08d}").tensors
     names = {name.removeprefix("parameters."): entry["shape"] for name, entry in tensors.items()}
     return {name: weight(name, shape) for name, shape in names.items() if "exp_avg" not in name}
 
 
 def load(folder: Path) -> tuple[Any, Any]:
-    """Their model and tokenizer."""
+    """Load the model and the tokenizer with transformers."""
     import transformers  # noqa: PLC0415  takes seconds
 
     return (
@@ -78,16 +78,16 @@ def load(folder: Path) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
-def test_logits_are_those_of_the_dense_reference(
+def test_logits_equal_the_dense_reference(
     name: str, exported: dict[str, tuple[Config, Path]]
 ) -> None:
-    """In float32 within 1e-5; and each file says of itself what it holds."""
+    """In float32 within 1e-5; config.json names the class."""
     config, folder = exported[name]
     model, _ = load(folder)
     assert (
         type(model).__name__ == json.loads((folder / "config.json").read_text())["architectures"][0]
     )
-    tokens = some_tokens(config, VOCAB)
+    tokens = random_tokens(config, VOCAB)
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     weights = {key: value.double() for key, value in full_weights(config, folder).items()}
     expected = reference_logits(weights, config.model, tokens, positions)
@@ -96,7 +96,7 @@ def test_logits_are_those_of_the_dense_reference(
 
 
 def write_greedy(mesh: Mesh, config: Config, run: Path, prompt: list[int], path: Path) -> None:
-    """What generate.py would choose."""
+    """Write the tokens that generate.py would choose."""
     trained = load_for_inference(config, run, mesh, None)
     tokenizer = trained.tokenizer
     tokens = generate(
@@ -111,10 +111,10 @@ def write_greedy(mesh: Mesh, config: Config, run: Path, prompt: list[int], path:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_greedy_continuations_are_ours(
+def test_greedy_decoding_is_the_same(
     name: str, exported: dict[str, tuple[Config, Path]], tmp_path: Path
 ) -> None:
-    """On two tensor-parallel ranks, until the context is full; rows without a piece never win."""
+    """Compared with TP=2, up to the context length; unused vocabulary rows never win."""
     config, folder = exported[name]
     model, auto = load(folder)
     inputs = auto("def f(", return_tensors="pt")
@@ -133,11 +133,11 @@ def test_greedy_continuations_are_ours(
     assert max(theirs) < auto.vocab_size < VOCAB
 
 
-def test_tokens_are_ours(exported: dict[str, tuple[Config, Path]]) -> None:
-    """Of a thousand texts of anything, and back; also what looks like a control piece."""
+def test_the_tokenizer_is_the_same(exported: dict[str, tuple[Config, Path]]) -> None:
+    """Encoding and decoding agree on random texts, also with control pieces in them."""
     _, auto = load(exported["gpt2"][1])
     tokenizer = small_tokenizer()
-    texts = [*ODD_TEXTS, *odd_texts(tokenizer, 1000), *random_strings(1000, 60)]
+    texts = [*ODD_TEXTS, *unusual_texts(tokenizer, 1000), *random_strings(1000, 60)]
     for text in texts:
         ids = tokenizer.encode(text)
         assert auto(text)["input_ids"] == ids, text
@@ -145,8 +145,8 @@ def test_tokens_are_ours(exported: dict[str, tuple[Config, Path]]) -> None:
     assert (auto.bos_token_id, auto.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
 
 
-def test_files_beside_the_weights(exported: dict[str, tuple[Config, Path]]) -> None:
-    """The card says what there is to say, and no path; ids without a piece are never generated."""
+def test_the_other_files(exported: dict[str, tuple[Config, Path]]) -> None:
+    """The card has the facts but no path; unused ids are never generated."""
     folder = exported["llama"][1]
     card = (folder / "README.md").read_text()
     for fact in ("7 steps", "12,345 tokens", "`my texts` (text)", "step 7: 3.5 nats", "0.75 bits"):
@@ -161,7 +161,7 @@ def test_files_beside_the_weights(exported: dict[str, tuple[Config, Path]]) -> N
 def test_shards_and_precisions(
     dtype: str, exported: dict[str, tuple[Config, Path]], tmp_path: Path
 ) -> None:
-    """Small files with an index hold the same tensors, rounded, and transformers loads them."""
+    """Several files and an index hold the same tensors, rounded; transformers loads them."""
     config, folder = exported["gpt2"]
     settings = Settings(
         run=str(folder.parent / "run"),
@@ -185,20 +185,20 @@ def test_shards_and_precisions(
     assert model.dtype == getattr(torch, dtype)
 
 
-def test_files_are_full_but_for_a_tensor_that_fits_none() -> None:
-    """In order; a tensor larger than a file has one of its own."""
+def test_tensors_are_split_over_files() -> None:
+    """In order; a tensor larger than the limit gets its own file."""
     sizes = {"a": 3, "b": 2, "c": 9, "d": 1, "e": 4}
     infos = {name: TensorInfo(torch.float32, (size,)) for name, size in sizes.items()}
     assert [list(part) for part in split(infos, 4 * 5)] == [["a", "b"], ["c"], ["d", "e"]]
 
 
-def test_no_more_than_a_tensor_is_in_memory(tmp_path: Path) -> None:
-    """Of 76 MiB, the largest of them 1 MiB: less than 8 MiB, and 2.4 to 2.9 were measured."""
+def test_memory_is_that_of_one_tensor(tmp_path: Path) -> None:
+    """A model of 76 MiB with tensors of at most 1 MiB needs less than 8 MiB."""
     model = dataclasses.replace(LLAMA, num_layers=20, hidden_size=256, ffn_hidden_size=1024)
     config = write_run(tmp_path / "run", model, ONE_RANK)
     checkpoint = read_manifest(tmp_path / f"run/checkpoints/step_{STEP:08d}")
     settings = Settings(run=str(tmp_path / "run"), output="")
-    # A first time, with one layer, for what libraries keep.
+    # Once with one layer first, because libraries keep some memory.
     few = {name: entry for name, entry in checkpoint.tensors.items() if "s.0." in name}
     write_weights(tmp_path, settings, config, dataclasses.replace(checkpoint, tensors=few))
     before = forget_peak_memory()
@@ -208,22 +208,22 @@ def test_no_more_than_a_tensor_is_in_memory(tmp_path: Path) -> None:
     assert peak_memory() - before < 8 * 2**20
 
 
-def test_a_difference_is_noticed(exported: dict[str, tuple[Config, Path]]) -> None:
-    """In one weight, or in one token; rounded weights may differ."""
+def test_differences_are_detected(exported: dict[str, tuple[Config, Path]]) -> None:
+    """In one weight or one text; logits of rounded weights may differ."""
     config, folder = exported["llama"]
-    tokens, (model, _) = some_tokens(config, VOCAB), load(folder)
+    tokens, (model, _) = random_tokens(config, VOCAB), load(folder)
     logits = model(tokens).logits.detach()
     same = compare(folder, logits, tokens, small_tokenizer())
-    assert (same.logits, same.num_likeliest, same.num_texts) == (0.0, 0, 0)
-    require_same(same, "float32")
+    assert (same.max_difference, same.num_top1_differences, same.num_text_differences) == (0, 0, 0)
+    require_equal(same, "float32")
     with torch.no_grad():
         model.model.norm.weight[3] += 0.01
     other = compare(folder, model(tokens).logits.detach(), tokens, small_tokenizer())
-    with pytest.raises(ValueError, match=r"transformers does not give what ours does.*logits"):
-        require_same(other, "float32")
-    require_same(other, "bfloat16")
-    with pytest.raises(ValueError, match="1 of 1000 texts get other tokens"):
-        require_same(dataclasses.replace(same, num_texts=1), "bfloat16")
+    with pytest.raises(ValueError, match=r"exported model differs in transformers.*logits"):
+        require_equal(other, "float32")
+    require_equal(other, "bfloat16")
+    with pytest.raises(ValueError, match="tokenizer differs on 1 of 1000 texts"):
+        require_equal(dataclasses.replace(same, num_text_differences=1), "bfloat16")
 
 
 REFUSED = [
@@ -238,48 +238,48 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("model", "message"), REFUSED)
-def test_what_has_no_equivalent_is_named(model: ModelConfig, message: str) -> None:
-    """The options, and what the nearest model would need."""
+def test_unsupported_settings_are_named(model: ModelConfig, message: str) -> None:
+    """With what the closest family needs."""
     with pytest.raises(ValueError, match=message):
         family_of(model)
 
 
-def test_nothing_is_written_over(tmp_path: Path) -> None:
-    """A folder with something in it, or a file; an empty folder is as good as none."""
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    """A non-empty directory or a file is refused; an empty directory is fine."""
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine").write_text("precious")
     with (
-        pytest.raises(ConfigError, match=r"output=.*full is a folder with something in it"),
-        new_folder(tmp_path / "full", "output"),
+        pytest.raises(ConfigError, match=r"output=.*full already exists and is not empty"),
+        atomic_directory(tmp_path / "full", "output"),
     ):
         pass
     with (
         pytest.raises(ConfigError, match="is a file or a link"),
-        new_folder(tmp_path / "full/mine", "output"),
+        atomic_directory(tmp_path / "full/mine", "output"),
     ):
         pass
     (tmp_path / "empty").mkdir()
-    with new_folder(tmp_path / "empty", "output") as work:
+    with atomic_directory(tmp_path / "empty", "output") as work:
         (work / "new").write_text("")
     assert [path.name for path in (tmp_path / "empty").iterdir()] == ["new"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full"]
 
 
-def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
-    """An error leaves nothing, and what a killed program has left is cleared away."""
+def test_a_directory_is_complete_or_missing(tmp_path: Path) -> None:
+    """An error leaves nothing; leftovers of a killed process are removed."""
     (tmp_path / ".out.partial/old").mkdir(parents=True)
-    with new_folder(tmp_path / "out", "output") as work:
+    with atomic_directory(tmp_path / "out", "output") as work:
         assert list(work.iterdir()) == []
         with (
-            pytest.raises(ConfigError, match="is being made by another process"),
-            new_folder(tmp_path / "out", "output"),
+            pytest.raises(ConfigError, match="is being written by another process"),
+            atomic_directory(tmp_path / "out", "output"),
         ):
             pass
         assert not (tmp_path / "out").exists()
     (tmp_path / "out").rmdir()
     with (
         pytest.raises(OSError, match="disk"),
-        new_folder(tmp_path / "out", "output") as work,
+        atomic_directory(tmp_path / "out", "output") as work,
     ):
         fail_in(work)
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Published models become runs: every byte, and train.py takes them up on any layout."""
+"""Imported models keep every byte, and train.py resumes them on any layout."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ from training.optimizer import build_optimizer, training_tensors
 from training.run_folder import RunFolder
 from training.stopping import StopSignals
 
-VOCAB = 603  # rows; the tokenizer has 320 pieces, and 603 is no multiple of anything
+VOCAB = 603  # embeddings, an odd number; the tokenizer has 320 pieces
 _SHAPE = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2}
 _LLAMA = _SHAPE | {
     "hidden_size": 32,
@@ -44,8 +44,8 @@ _LLAMA = _SHAPE | {
 _GPT2 = _SHAPE | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 37}
 
 
-def theirs(kind: str, **options: Any) -> Any:
-    """A model of transformers with random weights, norms and biases too."""
+def hf_model(kind: str, **options: Any) -> Any:
+    """A transformers model with random weights, norms and biases."""
     import transformers  # noqa: PLC0415  takes seconds
 
     base = {"Llama": _LLAMA, "GPT2": _GPT2}[kind]
@@ -70,23 +70,23 @@ CASES: dict[str, tuple[str, dict[str, Any], torch.dtype]] = {
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The folder that transformers has saved of each case, in several files if it is Llama."""
+    """The folder that transformers saves of each case; several files for Llama."""
     folders = {}
     for name, (kind, options, dtype) in CASES.items():
         folder = tmp_path_factory.mktemp("source")
         size = "20KB" if kind == "Llama" else "1GB"
-        theirs(kind, **options).to(dtype).save_pretrained(folder, max_shard_size=size)
+        hf_model(kind, **options).to(dtype).save_pretrained(folder, max_shard_size=size)
         (folder / "tokenizer.model").write_bytes(small_tokenizer().model)
         folders[name] = folder
     return folders
 
 
-def bring_in(mesh: Mesh, settings: Settings) -> None:
+def import_on(mesh: Mesh, settings: Settings) -> None:
     import_model(settings, mesh)
 
 
-def save_again(mesh: Mesh, run: Path, output: Path) -> None:
-    """What a save of this layout would be, had train.py made no step."""
+def load_and_save(mesh: Mesh, run: Path, output: Path) -> None:
+    """Load the imported checkpoint as train.py does, and save it on this layout."""
     config = read_config(run / "config.yaml")
     model = build_model(config, mesh)
     tensors = training_tensors(model, build_optimizer(model, config.optimizer))
@@ -99,12 +99,12 @@ def save_again(mesh: Mesh, run: Path, output: Path) -> None:
     commit_save(save, mesh)
 
 
-def export_from(mesh: Mesh, settings: ExportSettings, config: Config) -> None:
+def export_on(mesh: Mesh, settings: ExportSettings, config: Config) -> None:
     export(settings, config, mesh)
 
 
 def stored_bytes(folder: Path) -> dict[str, tuple[str, bytes]]:
-    """Of every tensor in the safetensors files of a folder: its type and its bytes."""
+    """The dtype, shape and bytes of every tensor in the safetensors files of a folder."""
     stored = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
@@ -116,13 +116,13 @@ def stored_bytes(folder: Path) -> dict[str, tuple[str, bytes]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_round_trip_gives_the_same_bytes(
+def test_round_trip_preserves_every_byte(
     name: str, sources: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Brought in, taken up by train.py's state at TP=2 x DP=2, saved there, written again."""
+    """Imported, loaded and saved at TP=2 x DP=2, exported."""
     run = tmp_path / "run"
-    run_on(ONE_RANK, bring_in, settings=Settings(source=str(sources[name]), run=str(run)))
-    run_on(Layout(tp=2, dp=2), save_again, run=run, output=tmp_path / "again/checkpoints")
+    run_on(ONE_RANK, import_on, settings=Settings(source=str(sources[name]), run=str(run)))
+    run_on(Layout(tp=2, dp=2), load_and_save, run=run, output=tmp_path / "again/checkpoints")
     (tmp_path / "again/tokenizer.model").write_bytes((run / "tokenizer.model").read_bytes())
     dtype = str(CASES[name][2]).removeprefix("torch.")
     settings = ExportSettings(
@@ -132,12 +132,12 @@ def test_round_trip_gives_the_same_bytes(
         check=False,
     )
     config = read_config(run / "config.yaml")
-    run_on(ONE_RANK, export_from, settings=settings, config=config)
+    run_on(ONE_RANK, export_on, settings=settings, config=config)
     assert stored_bytes(tmp_path / "out") == stored_bytes(sources[name])
 
 
-def test_a_model_as_it_was_published(sources: dict[str, Path], tmp_path: Path) -> None:
-    """GPT-2's own files have no "transformer." before names, and masks beside the weights."""
+def test_original_gpt2_files(sources: dict[str, Path], tmp_path: Path) -> None:
+    """They lack the "transformer." prefix, and contain masks besides the weights."""
     shutil.copytree(sources["gpt2"], tmp_path / "source")
     path = tmp_path / "source/model.safetensors"
     tensors = {
@@ -146,35 +146,35 @@ def test_a_model_as_it_was_published(sources: dict[str, Path], tmp_path: Path) -
     masks = {f"h.{layer}.attn.bias": torch.ones(1, 1, 37, 37) for layer in range(2)}
     save_file(tensors | masks | {"lm_head.weight": tensors["wte.weight"].clone()}, path)
     run = tmp_path / "run"
-    run_on(ONE_RANK, bring_in, settings=Settings(source=str(path.parent), run=str(run)))
+    run_on(ONE_RANK, import_on, settings=Settings(source=str(path.parent), run=str(run)))
     settings = ExportSettings(run=str(run), output=str(tmp_path / "out"), check=False)
     config = read_config(run / "config.yaml")
-    run_on(ONE_RANK, export_from, settings=settings, config=config)
+    run_on(ONE_RANK, export_on, settings=settings, config=config)
     assert stored_bytes(tmp_path / "out") == stored_bytes(sources["gpt2"])
 
 
-def bring_in_and_measure(mesh: Mesh, one_layer: Settings, settings: Settings) -> None:
-    import_model(one_layer, mesh)  # a first time, for what libraries keep
+def import_and_measure(mesh: Mesh, one_layer: Settings, settings: Settings) -> None:
+    import_model(one_layer, mesh)  # once first, because libraries keep some memory
     before = forget_peak_memory()
     import_model(settings, mesh)
     assert peak_memory() - before < 8 * 2**20, (peak_memory() - before) / 2**20
 
 
-def test_no_more_than_a_tensor_is_in_memory(sources: dict[str, Path], tmp_path: Path) -> None:
-    """Of 76 MiB, the largest of them 1 MiB: less than 8 MiB, and 0.9 to 4.8 were measured.
+def test_memory_is_that_of_one_tensor(sources: dict[str, Path], tmp_path: Path) -> None:
+    """A model of 76 MiB with tensors of at most 1 MiB needs less than 8 MiB.
 
-    The moments, zeros, take no room on the disk.
+    The moments, all zeros, take no disk space.
     """
     settings = {}
     for layers in (1, 20):
-        model = theirs("Llama", num_hidden_layers=layers, hidden_size=256, intermediate_size=1024)
+        model = hf_model("Llama", num_hidden_layers=layers, hidden_size=256, intermediate_size=1024)
         model.save_pretrained(tmp_path / f"source{layers}")
         settings[layers] = Settings(
             source=str(tmp_path / f"source{layers}"),
             run=str(tmp_path / f"run{layers}"),
             tokenizer=str(sources["llama"] / "tokenizer.model"),
         )
-    run_on(ONE_RANK, bring_in_and_measure, one_layer=settings[1], settings=settings[20])
+    run_on(ONE_RANK, import_and_measure, one_layer=settings[1], settings=settings[20])
     size = (tmp_path / "source20/model.safetensors").stat().st_size
     assert size > 70 * 2**20
     file = (tmp_path / "run20/checkpoints/step_00000000/rank_00000.safetensors").stat()
@@ -183,10 +183,10 @@ def test_no_more_than_a_tensor_is_in_memory(sources: dict[str, Path], tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_train_goes_on(name: str, sources: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
-    """On two tensor-parallel ranks, with text, seed and batch of its own choice; not the model."""
+def test_train_resumes(name: str, sources: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    """At TP=2, with new data, seed and batch size."""
     run = tmp_path / "mine"
-    run_on(ONE_RANK, bring_in, settings=Settings(source=str(sources[name]), run=str(run)))
+    run_on(ONE_RANK, import_on, settings=Settings(source=str(sources[name]), run=str(run)))
     arguments = [
         f"config={run}/config.yaml",
         "data.source=text",
@@ -203,9 +203,9 @@ def test_train_goes_on(name: str, sources: dict[str, Path], corpus: Path, tmp_pa
     train_on(Layout(tp=2), [*arguments, "train.train_steps=0"])
     train_on(Layout(tp=2), [*arguments, "train.train_steps=2"])
     assert [row["step"] for row in rows(tmp_path, "mine")] == [1, 2]
-    # Random weights of this size know worse than nothing; a fresh model begins near ln 603 = 6.4.
+    # These large random weights are worse than a new model, which starts near ln 603 = 6.4.
     assert rows(tmp_path, "mine")[0]["train/loss"] > 10
-    # Moved, it goes on too: what is compared is what the tokenizer's file holds.
+    # A moved run continues too: the tokenizer is compared by its content.
     run.rename(tmp_path / "moved")
     moved = [argument.replace(str(run), str(tmp_path / "moved")) for argument in arguments]
     moved += ["run.name=moved", f"data.tokenizer={tmp_path}/moved/tokenizer.model"]
@@ -214,10 +214,10 @@ def test_train_goes_on(name: str, sources: dict[str, Path], corpus: Path, tmp_pa
     assert [row["step"] for row in rows(tmp_path, "moved")] == [1, 2, 3]
 
 
-def test_the_model_stays_as_it_is(sources: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
-    """What may be chosen at its first start is what has not been used yet."""
+def test_the_model_cannot_change(sources: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    """Only settings that have had no effect yet can be chosen at the first start."""
     run = tmp_path / "mine"
-    run_on(ONE_RANK, bring_in, settings=Settings(source=str(sources["llama"]), run=str(run)))
+    run_on(ONE_RANK, import_on, settings=Settings(source=str(sources["llama"]), run=str(run)))
     arguments = [
         f"config={run}/config.yaml",
         "data.source=text",
@@ -236,7 +236,7 @@ def refuse_to_train(mesh: Mesh, config: Config) -> None:
 
 
 def test_settings_are_derived(sources: dict[str, Path], tmp_path: Path) -> None:
-    """From config.json of either family; a Llama may have shorter rows."""
+    """From config.json of either family; a Llama may get shorter rows."""
     for name, expected in {
         "llama, tied, bf16": {
             "seq_length": 16,
@@ -255,16 +255,16 @@ def test_settings_are_derived(sources: dict[str, Path], tmp_path: Path) -> None:
         length = 16 if "llama" in name else None
         run = tmp_path / name.partition(",")[0]
         settings = Settings(source=str(sources[name]), run=str(run), seq_length=length)
-        run_on(ONE_RANK, bring_in, settings=settings)
+        run_on(ONE_RANK, import_on, settings=settings)
         config = read_config(run / "config.yaml")
         assert {key: getattr(config.model, key) for key in expected} == expected
         assert config.data.vocab_size == VOCAB
 
 
-def test_a_table_of_positions_keeps_its_length(sources: dict[str, Path], tmp_path: Path) -> None:
-    """Only rotary positions can be fewer."""
+def test_learned_positions_keep_their_length(sources: dict[str, Path], tmp_path: Path) -> None:
+    """Only RoPE allows a shorter length."""
     settings = Settings(source=str(sources["gpt2"]), run=str(tmp_path / "run"), seq_length=16)
-    message = "seq_length=16 is not the length of the source's table of positions, 37"
+    message = "seq_length=16 differs from the 37 learned positions of the source"
     run_on(ONE_RANK, refuse, settings=settings, message=message)
 
 
@@ -279,7 +279,7 @@ def remove(folder: Path, pattern: str) -> None:
 
 
 def add_tensor(folder: Path, name: str, size: int) -> None:
-    """Another tensor in the only file."""
+    """Add a tensor to the only file."""
     path = folder / "model.safetensors"
     save_file(load_file(path) | {name: torch.zeros(size)}, path)
 
@@ -287,7 +287,7 @@ def add_tensor(folder: Path, name: str, size: int) -> None:
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "another architecture": (
         lambda folder: change_json(folder, model_type="bert"),
-        r"model_type=bert, which is not gpt2 \(GPT2LMHeadModel\) or llama",
+        r"model_type=bert; expected gpt2 \(GPT2LMHeadModel\) or llama",
     ),
     "another head": (
         lambda folder: change_json(folder, architectures=["GPT2ForSequenceClassification"]),
@@ -295,24 +295,27 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "quantised": (
         lambda folder: change_json(folder, quantization_config={}),
-        "quantization_config; give the weights that it came from",
+        "quantization_config; use the unquantized weights",
     ),
-    "an option of theirs": (
+    "an unsupported option": (
         lambda folder: change_json(folder, scale_attn_by_inverse_layer_idx=True),
-        "scale_attn_by_inverse_layer_idx=true, which ours does not compute",
+        "scale_attn_by_inverse_layer_idx=true, which is not supported; expected false",
     ),
     "two rates of dropout": (
         lambda folder: change_json(folder, embd_pdrop=0.5),
-        r"embd_pdrop=0\.5.*would have to be 0\.1",
+        r"embd_pdrop=0\.5.*expected 0\.1",
     ),
-    "no size": (lambda folder: change_json(folder, n_embd=None), "n_embd=null; a gpt2 model has a"),
+    "no size": (
+        lambda folder: change_json(folder, n_embd=None),
+        "n_embd=null; expected a pos",
+    ),
     "another size": (
         lambda folder: change_json(folder, n_positions=38),
-        r"transformer\.wpe\.weight is \[37, 32\], which its config\.json makes \[38, 32\]",
+        r"transformer\.wpe\.weight has shape \[37, 32\]; its config\.json implies \[38, 32\]",
     ),
     "another vocabulary": (
         lambda folder: change_json(folder, vocab_size=300),
-        "320 pieces and the model 300 rows",
+        "320 pieces but the model has only 300 embeddings",
     ),
     "no config": (lambda folder: remove(folder, "config.json"), "has no config.json"),
     "no tokenizer": (
@@ -328,13 +331,13 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
         "pytorch_model.bin is a pickle",
     ),
-    "torn": (
+    "truncated": (
         lambda folder: (folder / "model.safetensors").write_bytes(b"12345678{"),
         "cannot be read",
     ),
     "an unknown tensor": (
         lambda folder: add_tensor(folder, "transformer.h.0.adapter.weight", 3),
-        r"has transformer\.h\.0\.adapter\.weight, for which ours has no place",
+        r"has transformer\.h\.0\.adapter\.weight, which this model does not have",
     ),
     "a file elsewhere": (
         lambda folder: (folder / "model.safetensors.index.json").write_text(
@@ -351,10 +354,10 @@ def refuse(mesh: Mesh, settings: Settings, message: str) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_brought_in_is_said(
+def test_unsupported_sources_are_refused(
     name: str, sources: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Naming file and key; and no folder is left."""
+    """The error names the file and the key; no folder remains."""
     change, message = REFUSED[name]
     shutil.copytree(sources["gpt2"], tmp_path / "source")
     change(tmp_path / "source")
@@ -371,12 +374,12 @@ _LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 _DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-# Changes to a config.json that transformers 5.23 saves; where it accepts them, its logits change.
+# Changes to a config.json that transformers 5.23 saves. If it accepts them, its logits change.
 REFUSED_OPTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama3 beside default": (
         "Llama",
         {"rope_scaling": _LLAMA3, "rope_parameters": _DEFAULT_ROPE},
-        r'rope_scaling\.rope_type="llama3", which ours does not compute',
+        r'rope_scaling\.rope_type="llama3", which is not supported',
     ),
     "llama3 in rope_parameters": (
         "Llama",
@@ -399,13 +402,13 @@ REFUSED_OPTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
     "no base": (
         "Llama",
         {"rope_parameters": None, "rope_theta": None},
-        r"rope_theta=null; a llama model has a number there",
+        r"rope_theta=null; expected a number",
     ),
-    "a text as base": ("Llama", {"rope_theta": "1e4"}, r'rope_theta="1e4"; a llama model has a nu'),
+    "a string as base": ("Llama", {"rope_theta": "1e4"}, r'rope_theta="1e4"; expected a number'),
     "two bases": (
         "Llama",
         {"rope_theta": 500.0, "rope_parameters": _DEFAULT_ROPE},
-        r"rope_parameters\.rope_theta=10000\.0, rope_theta=500\.0; leave the one",
+        r"rope_parameters\.rope_theta=10000\.0, rope_theta=500\.0; keep only the one",
     ),
     "a base that version 5 does not read": (
         "Llama",
@@ -415,39 +418,43 @@ REFUSED_OPTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
         },
         r"rope_scaling\.rope_theta=10000\.0, rope_parameters\.rope_theta=500\.0",
     ),
-    "part of a head": ("Llama", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5"),
-    "sees what follows": ("Llama", {"is_causal": False}, "is_causal=false"),
-    "sees what follows, GPT-2": ("GPT2", {"is_causal": False}, "is_causal=false"),
+    "partial rotary": ("Llama", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5"),
+    "not causal": ("Llama", {"is_causal": False}, "is_causal=false"),
+    "not causal, GPT-2": ("GPT2", {"is_causal": False}, "is_causal=false"),
     "a window": ("Llama", {"sliding_window": 4}, "sliding_window=4"),
-    "layers of their own": (
+    "layers that differ": (
         "Llama",
         {"per_layer_config": {"0": {"hidden_act": "gelu"}}},
         "per_layer_config=",
     ),
     "another activation": ("Llama", {"hidden_act": "gelu"}, 'hidden_act="gelu"'),
-    "biases of one kind": ("Llama", {"attention_bias": True}, "mlp_bias=false.*have to be true"),
-    "a head dimension": ("Llama", {"head_dim": 16}, "head_dim=16.*have to be 8"),
-    "a text for a switch": (
+    "biases of one kind": ("Llama", {"attention_bias": True}, "mlp_bias=false.*expected true"),
+    "a head dimension": ("Llama", {"head_dim": 16}, "head_dim=16.*expected 8"),
+    "a string for a bool": (
         "Llama",
         {"tie_word_embeddings": "false"},
-        'tie_word_embeddings="false"; a llama model has true or false there',
+        'tie_word_embeddings="false"; expected true or false',
     ),
-    "a text for a number": ("Llama", {"rms_norm_eps": "1e-5"}, "rms_norm_eps=.*has a number"),
+    "a string for a number": (
+        "Llama",
+        {"rms_norm_eps": "1e-5"},
+        "rms_norm_eps=.*a number",
+    ),
     "null for a number": ("Llama", {"attention_dropout": None}, "attention_dropout=null"),
-    "no groups": ("Llama", {"num_key_value_heads": 0}, "num_key_value_heads=0.*from 1"),
-    "another number of heads by its other name": (
+    "no groups": ("Llama", {"num_key_value_heads": 0}, "num_key_value_heads=0.*positive"),
+    "an alias that differs": (
         "GPT2",
         {"num_attention_heads": 2},
-        "num_attention_heads=2.*have to be 4",
+        "num_attention_heads=2.*expected 4",
     ),
-    "a true size": ("GPT2", {"n_layer": True}, "n_layer=true"),
+    "a bool for a size": ("GPT2", {"n_layer": True}, "n_layer=true"),
     "no inner size": ("GPT2", {"n_inner": 0}, "n_inner=0"),
     "a list of activations": ("GPT2", {"activation_function": ["gelu"]}, "activation_function="),
 }
 
 
 def options_of(kind: str, **changes: Any) -> dict[str, Any]:
-    """What config.json holds."""
+    """The content of a config.json."""
     import transformers  # noqa: PLC0415  takes seconds
 
     base = {"Llama": _LLAMA, "GPT2": _GPT2}[kind]
@@ -474,15 +481,15 @@ def test_options_that_change_the_function_are_refused(name: str) -> None:
         ({"rope_scaling": {"rope_theta": 10000.0, "partial_rotary_factor": 1}}, 10000.0),
     ],
 )
-def test_the_base_of_rotary_positions(changes: dict[str, Any], base: float) -> None:
-    """Wherever a version of transformers keeps it."""
+def test_the_rotary_base(changes: dict[str, Any], base: float) -> None:
+    """Wherever a version of transformers stores it."""
     _, _, options = from_huggingface_config(options_of("Llama", **changes))
     assert options["rotary_base"] == base
 
 
 @pytest.mark.parametrize("kind", ["Llama", "GPT2"])
-def test_every_option_of_transformers_is_examined(kind: str) -> None:
-    """A release with a new one fails here; what a file has beyond them is told."""
+def test_every_option_of_transformers_is_known(kind: str) -> None:
+    """A release with a new option fails here; options that no release has are reported."""
     import transformers  # noqa: PLC0415
 
     fields = dataclasses.fields(getattr(transformers, f"{kind}Config"))
@@ -493,8 +500,8 @@ def test_every_option_of_transformers_is_examined(kind: str) -> None:
     assert unknown_options(options) == {"rope_interleaved": True}
 
 
-def test_a_head_that_would_be_dropped(sources: dict[str, Path], tmp_path: Path) -> None:
-    """A tied model with a head of its own, which transformers 5 uses; an equal one is accepted."""
+def test_a_tied_model_with_a_separate_head(sources: dict[str, Path], tmp_path: Path) -> None:
+    """A head that differs, which transformers 5 would use, is refused; an equal one is accepted."""
     for number, (name, source) in enumerate(
         {"lm_head.weight": "gpt2", "model.embed_tokens.weight": "llama, tied, bf16"}.items()
     ):
@@ -509,7 +516,7 @@ def test_a_head_that_would_be_dropped(sources: dict[str, Path], tmp_path: Path) 
         tensors["lm_head.weight"] = embedding.clone()
         save_file(tensors, folder / "model.safetensors")
         settings = Settings(source=str(folder), run=str(tmp_path / f"equal{number}"))
-        run_on(ONE_RANK, bring_in, settings=settings)
+        run_on(ONE_RANK, import_on, settings=settings)
         tensors["lm_head.weight"][0, 0] += 1
         save_file(tensors, folder / "model.safetensors")
         settings = Settings(source=str(folder), run=str(tmp_path / f"different{number}"))
@@ -518,37 +525,40 @@ def test_a_head_that_would_be_dropped(sources: dict[str, Path], tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("ids", "told"),
+    ("ids", "warning"),
     [
         ({"eos_token_id": [2]}, ""),
         ({"eos_token_id": None, "bos_token_id": None}, ""),
-        ({"eos_token_id": [2, 7]}, "eos_token_id=[2, 7], and the tokenizer ends texts with 2: of"),
-        ({"eos_token_id": [7]}, "eos_token_id=[7], and the tokenizer ends texts with 2: is it"),
-        ({"eos_token_id": 7}, "eos_token_id=7, and the tokenizer ends texts with 2: is it the mo"),
-        ({"bos_token_id": 7}, "bos_token_id=7, and the tokenizer begins texts with 1: is it the"),
+        (
+            {"eos_token_id": [2, 7]},
+            "eos_token_id=[2, 7], but the tokenizer ends texts with 2: on",
+        ),
+        ({"eos_token_id": [7]}, "eos_token_id=[7], but the tokenizer ends texts with 2: is it"),
+        ({"eos_token_id": 7}, "eos_token_id=7, but the tokenizer ends texts with 2: is it the mo"),
+        ({"bos_token_id": 7}, "bos_token_id=7, but the tokenizer begins texts with 1: is it the"),
     ],
 )
-def test_symbols_that_the_tokenizer_does_not_have(
+def test_token_ids_that_differ_from_the_tokenizer(
     ids: dict[str, Any],
-    told: str,
+    warning: str,
     sources: dict[str, Path],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Its own begin and end texts here, whatever the model has learned."""
+    """They are reported; training uses those of the tokenizer."""
     shutil.copytree(sources["gpt2"], tmp_path / "source")
     change_json(tmp_path / "source", **ids)
     settings = Settings(source=str(tmp_path / "source"), run="unused")
     with caplog.at_level(logging.WARNING, "microtron"):
         find_tokenizer(settings, open_source(tmp_path / "source"), VOCAB)
-    assert told in caplog.text
-    assert bool(told) == bool(caplog.text)
+    assert warning in caplog.text
+    assert bool(warning) == bool(caplog.text)
 
 
-def test_a_name_of_the_hub(
+def test_a_model_on_the_hub(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As its cache has it, without a network."""
+    """Read from the cache, without a network."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     cached = tmp_path / "models--somebody--gpt"

@@ -1,4 +1,4 @@
-"""The card of an exported model: whatever state the run's metrics are in."""
+"""The model card, for any state of the metrics."""
 
 from pathlib import Path
 
@@ -14,25 +14,25 @@ ROW = '{"step": 4, "eval/loss": 2.5, "eval/perplexity": 12.0, "eval/bits_per_byt
     "after",
     [
         "",
-        '{"step": 6, "eval/loss": 1.0, "eval/perpl',  # torn by a kill
+        '{"step": 6, "eval/loss": 1.0, "eval/perpl',  # cut off by a kill
         '{"step": 5, "eval/loss": null, "eval/perplexity": null, "eval/bits_per_byte": null}\n',
         '{"step": 5, "train/loss": 3.0}\n',
         ROW.replace('"step": 4', '"step": 9'),  # after the checkpoint
     ],
 )
-def test_the_last_evaluation_that_there_is(tmp_path: Path, after: str) -> None:
-    """Finite, whole and not after the checkpoint."""
+def test_the_last_valid_evaluation(tmp_path: Path, after: str) -> None:
+    """It is finite, complete and not after the checkpoint."""
     (tmp_path / "metrics.jsonl").write_text(ROW + after)
     assert "at step 4: 2.5 nats per token" in _evaluation(tmp_path / "metrics.jsonl", 6)
 
 
-def test_no_evaluation_is_told(tmp_path: Path) -> None:
-    """Also without the file."""
-    assert _evaluation(tmp_path / "metrics.jsonl", 6) == "It was not evaluated in training."
+def test_no_evaluation(tmp_path: Path) -> None:
+    """The file may be missing."""
+    assert _evaluation(tmp_path / "metrics.jsonl", 6) == "It was not evaluated during training."
 
 
-def test_no_path_of_this_machine_is_told(tmp_path: Path) -> None:
-    """A folder in place of a hub's name is a path too."""
+def test_local_paths_are_not_published(tmp_path: Path) -> None:
+    """Of a local folder only the name is given."""
     assert _corpus(SourceConfig("hub", "org/books")) == "`org/books` (hub)"
     assert _corpus(SourceConfig("hub", str(tmp_path))) == f"`{tmp_path.name}` (hub)"
     assert _corpus(SourceConfig("text", str(tmp_path))) == f"`{tmp_path.name}` (text)"

