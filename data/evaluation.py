@@ -30,7 +30,7 @@ from data.corpus.report import describe_counts, lossy_warning, unknown_warning
 from data.corpus.spool import Place
 from data.packing import Int64Array
 from data.rows import IGNORED_TARGET, MicroBatch, Spans, make_micro_batch
-from data.token_file import TokenArray, TokenFile, encoded, token_dtype
+from data.token_file import TokenArray, TokenFile, encode_documents, token_dtype
 from data.tokenizer import Tokenizer
 
 _BATCH_RECORDS = 256  # encoded in one call, on all cores
@@ -168,7 +168,8 @@ def load_eval_corpus(source: SourceConfig, tokenizer: Tokenizer, tokenizer_path:
         while batch := list(itertools.islice(records, _BATCH_RECORDS)):
             skipped.update(record.reason for record in batch if record.reason is not None)
             texts = [text for record in batch for text in record.texts]
-            for text, document in zip(texts, encoded(texts, tokenizer, dtype), strict=True):
+            encoded = encode_documents(texts, tokenizer, dtype)
+            for text, document in zip(texts, encoded, strict=True):
                 documents.append(document)
                 document_bytes.append(len(text.encode()))
                 lossy += tokenizer.decode(document[1:-1].tolist()) != text

@@ -147,7 +147,7 @@ def write_token_file(
         starts = np.flatnonzero(np.diff(batch_numbers)) + 1
         for batch in np.split(indices[num_documents:], starts):
             texts = [spool.document(int(index)) for index in batch]
-            for document in encoded(texts, tokenizer, dtype):
+            for document in encode_documents(texts, tokenizer, dtype):
                 file.write(document.tobytes())
                 offsets.write(num_tokens.to_bytes(_INDEX_DTYPE.itemsize, "little"))
                 num_documents += 1
@@ -163,7 +163,7 @@ def write_token_file(
     return num_tokens
 
 
-def encoded(
+def encode_documents(
     texts: list[str], tokenizer: Tokenizer, dtype: np.dtype[np.unsignedinteger]
 ) -> Iterator[TokenArray]:
     """Yield the tokens of each text: bos, its ids, eos."""
