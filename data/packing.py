@@ -29,16 +29,15 @@ Assign = Callable[[Int64Array, int, int, int], list[Int64Array]]
 def best_fit(lengths: Int64Array, capacity: int) -> Int64Array:
     """Return the row of each piece, `[n]`; see [Note: best fit]. Lengths are 1 .. capacity."""
     rooms: list[int] = []  # of the rows that are not full, ascending
-    rows_by_room: dict[int, Int64Array] = {}  # the row that has had this room longest comes first
+    rows_by_room: dict[int, list[Int64Array]] = {}  # those with this room longest come first
     row_of_sorted = [np.empty(0, dtype=np.int64)]
     num_rows = 0
 
     def add(room: int, rows: Int64Array) -> None:
-        if room in rows_by_room:
-            rows_by_room[room] = np.concatenate([rows_by_room[room], rows])
-        elif room and len(rows):
-            insort(rooms, room)
-            rows_by_room[room] = rows
+        if room and len(rows):
+            if room not in rows_by_room:
+                insort(rooms, room)
+            rows_by_room.setdefault(room, []).append(rows)
 
     counts = np.bincount(lengths, minlength=capacity + 1)
     for length in np.flatnonzero(counts)[::-1].tolist():
@@ -50,15 +49,17 @@ def best_fit(lengths: Int64Array, capacity: int) -> Int64Array:
                 add(capacity, np.arange(num_rows, num_rows + num_new))
                 num_rows += num_new
             room = rooms.pop(index)
-            rows = rows_by_room.pop(room)
+            arrays = rows_by_room.pop(room)
+            rows = np.concatenate(arrays) if arrays[1:] else arrays[0]
             per_row = room // length
             placed = np.repeat(rows[:num_left], per_row)[:num_left]
             row_of_sorted.append(placed)
             num_left -= len(placed)
             num_full, rest = divmod(len(placed), per_row)
             add(room - per_row * length, rows[:num_full])
-            add(room - rest * length, rows[num_full : num_full + 1])
-            add(room, rows[num_full + 1 :])
+            num_used = num_full + (rest > 0)
+            add(room - rest * length, rows[num_full:num_used])
+            add(room, rows[num_used:])
     # Sort by the room that a piece leaves: numpy sorts 16-bit integers by radix.
     order = np.argsort((capacity - lengths).astype(np.min_scalar_type(capacity)), kind="stable")
     row_of_piece = np.empty_like(lengths)

@@ -197,6 +197,7 @@ def test_close_ends_the_thread_promptly() -> None:
     before = threading.active_count()
     with loader(corpus_of_lengths(LENGTHS)) as batches:
         next(batches)
+        assert threading.active_count() == before + 1
         started_at = time.perf_counter()
     assert time.perf_counter() - started_at < 1.0
     assert threading.active_count() == before
