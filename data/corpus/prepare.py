@@ -49,8 +49,7 @@ from data.corpus.durable import locked
 from data.corpus.files import SourceKeys, source_files, source_fingerprint
 from data.corpus.report import all_warnings, describe, joined_summary
 from data.corpus.split import HELD_OUT, Split, read_documents, split_by_given, split_by_hash
-from data.mixture import JoinedTokens
-from data.token_file import Tokens, open_token_file
+from data.token_file import JoinedTokens, Tokens, open_token_file
 from data.tokenizer import RECIPE_VERSION, Tokenizer, load_tokenizer
 
 logger = logging.getLogger("microtron")
