@@ -182,19 +182,11 @@ def main(settings: Settings, config: Config) -> int:
     parallel = config.parallel
     try:
         mesh = init_mesh(parallel.tensor_model_parallel_size, parallel.sequence_parallel)
-<<<<<<< HEAD
     except DeviceError as error:
         exit_with_error(str(error))
     set_up_logging(mesh.world.rank)
     with exit_on_error(), machine_errors_as_user_errors(f"write output={settings.output}"):
         comparison = export(settings, config, mesh)
-=======
-        set_up_logging(mesh.world.rank)
-        with machine_errors_as_user_errors(f"write output={settings.output}"):
-            comparison = export(settings, config, mesh)
-    except (DeviceError, UserError) as error:
-        exit_with_error(str(error))
->>>>>>> w-checkpoints
     if mesh.world.rank == 0:
         result = f"checked with transformers: {comparison}" if comparison else "check skipped"
         sys.stdout.write(f"{settings.output}: written ({result})\n")

@@ -68,13 +68,8 @@ class Dense:
     def continuation(
         self, prompt: str, num_tokens: int, sampling: Sampling, sample: int = 0
     ) -> str:
-<<<<<<< HEAD
         """Continue bos and the prompt up to the end of the document, without a cache."""
         prompt_ids = [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
-=======
-        """Generate without a cache, up to the end of the document."""
-        prompt_ids = self.tokenizer.encode(prompt) or [self.tokenizer.bos_id]
->>>>>>> w-checkpoints
         tokens = list(prompt_ids)
         for number in range(num_tokens):
             context = torch.tensor([tokens[-self.config.model.seq_length :]])

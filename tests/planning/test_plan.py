@@ -20,17 +20,8 @@ from model import build_model
 from model.build import COMPUTE_DTYPE
 from model.context import make_attention_context
 from model.gpt import Block
-<<<<<<< HEAD
 from ops.scratch import scratch_scope
-from parallel import (
-    DropoutStream,
-    Mesh,
-    initialise_parameters,
-)
-=======
-from ops.matmul import scratch_scope
 from parallel import DropoutStream, Mesh, initialise_parameters
->>>>>>> w-transport
 from parallel.traffic import record_traffic
 from plan import num_ranks, parse
 from planning.dry_run import StepReport, dry_run
