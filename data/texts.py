@@ -15,7 +15,6 @@ from configs.schema import SourceConfig
 from data.corpus.files import DATA_KEYS, source_files
 from data.corpus.prepare import Corpus
 from data.corpus.report import describe_counts
-from data.corpus.spool import Place
 from data.token_file import TokenFile, encoded, token_dtype
 from data.tokenizer import Tokenizer
 
@@ -39,7 +38,7 @@ def load_eval_corpus(source: SourceConfig, tokenizer: Tokenizer, tokenizer_path:
     lossy = 0
     dtype = token_dtype(tokenizer.vocab_size)
     with tempfile.TemporaryDirectory() as scratch:
-        records = read_records(source, DATA_KEYS, source_files(source), Path(scratch), Place())
+        records = read_records(source, DATA_KEYS, source_files(source), Path(scratch))
         while batch := list(itertools.islice(records, _RECORDS_AT_ONCE)):
             skipped.update(record.reason for record in batch if record.reason is not None)
             texts = [text for record in batch for text in record.texts]

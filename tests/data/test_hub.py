@@ -11,7 +11,7 @@ import pytest
 from configs import UserError
 from configs.schema import SourceConfig
 from data.corpus.files import SourceKeys
-from data.corpus.sources import commit_of
+from data.corpus.hub import commit_of
 from interop.source import download
 
 KEYS = SourceKeys("data.sources[1]", "data.sources[1].path")
@@ -87,16 +87,16 @@ def test_a_network_that_is_down(asked: str, monkeypatch: pytest.MonkeyPatch) -> 
 @ask
 def test_a_network_that_is_switched_off(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    refused(asked, "http://127.0.0.1:1", "the cache does not have it, and HF_HUB_OFF", monkeypatch)
+    refused(asked, "http://127.0.0.1:1", "it is not cached, and HF_HUB_OFF", monkeypatch)
 
 
 @ask
 @pytest.mark.parametrize(
     ("status", "code", "message"),
     [
-        (404, "RepoNotFound", "the hub has no such repository, or keeps it private"),
-        (404, "RevisionNotFound", "the hub has it, but not in this revision"),
-        (403, "GatedRepo", "the hub gives it only to accounts with access"),
+        (404, "RepoNotFound", "the hub has no such repository, or it is private"),
+        (404, "RevisionNotFound", "the hub has it, but not this revision"),
+        (403, "GatedRepo", "the hub requires access to it"),
         (500, "", r"the hub at \S+ answers with an error \(HTTPStatusError: .*500"),
     ],
 )
@@ -109,5 +109,5 @@ def test_a_hub_that_refuses(
 
 def test_a_name_that_the_hub_cannot_have(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"no folder here, and it is not a name that the hub could"):
+    with pytest.raises(UserError, match=r"no folder here, and it is not a valid repository name"):
         download("no folder, no name", None)

@@ -14,7 +14,7 @@ import pytest
 from data import prepare_corpus
 from data import token_file as token_module
 from data.corpus import spool as spool_module
-from data.corpus.durable import replace_durably
+from data.corpus.cache import replace_durably
 from data.corpus.files import source_fingerprint
 from tests.data_corpora import random_text, text_config, write_texts
 from tests.lines import ROOT
@@ -115,7 +115,7 @@ def test_what_was_durable_is_not_done_again(
     corpus = prepare_corpus(text_config(tmp_path), 16, 0)
     assert corpus.fingerprint == counted.fingerprint
     assert again[0].endswith("progress.json")
-    assert "progress.json" not in again  # that of the spool
+    assert "spool.progress.json" not in again
     assert 0 < sum(encoded) < 28
 
 
@@ -179,9 +179,9 @@ def test_a_file_is_read_again_only_if_it_has_changed(
         os.utime(file, (long_ago, long_ago))
     first = source_fingerprint(config, files, cache)
     hashed: list[str] = []
-    digest = sys.modules["data.corpus.files"].file_digest
+    digest = sys.modules["data.corpus.cache"].file_digest
     monkeypatch.setattr(
-        "data.corpus.files.file_digest", lambda file: hashed.append(file.name) or digest(file)
+        "data.corpus.cache.file_digest", lambda file: hashed.append(file.name) or digest(file)
     )
     assert source_fingerprint(config, files, cache) == first
     assert hashed == [files[0].name]

@@ -15,11 +15,10 @@ import pytest
 
 from configs.schema import DataConfig, WeightedSource
 from data import prepare_corpus
-from data.corpus import json_files
 from data.corpus import sources as sources_module
 from data.corpus.files import DATA_KEYS
 from data.corpus.sources import cut_text, read_records
-from data.corpus.spool import Place
+from data.corpus.spool import START, ReadCursor
 from tests.data_corpora import random_text
 
 # What a text file holds, and the reason to skip it (none: it is a document).
@@ -112,7 +111,6 @@ def test_every_nasty_text_and_record_is_accounted_for(tmp_path: Path) -> None:
     assert rows["skipped"] == expected_skips(LINES)
     assert rows["records"] == len(LINES)
     assert cells["skipped"] == {"empty": 1, "null": 1}
-    assert [part["with_nul"] for part in (texts, rows, cells)] == [1, 1, 1]
     kept = {content for content, reason in TEXTS.values() if reason is None}
     kept |= {json.loads(line)["text"].encode() for line, reason in LINES if reason is None}
     kept |= {b"cell", b"a\x00", (tmp_path / "texts" / "good.txt").read_bytes()}
@@ -134,12 +132,14 @@ def test_compressed_files_are_read_and_cut_off_ones_are_named(tmp_path: Path, en
     (tmp_path / f"a.txt{ending}").write_bytes(packed + packed)
     config = DataConfig(source="text", path=str(tmp_path))
     files = [tmp_path / f"a.txt{ending}"]
-    (record,) = read_records(config, DATA_KEYS, files, tmp_path / "s", Place())
+    (record,) = read_records(config, DATA_KEYS, files, tmp_path / "s")
     assert record.texts == [text + text]
     for content in (packed[: len(packed) // 2], packed[:-1], b"junk" * 9):
         files[0].write_bytes(content)
-        with pytest.raises(ValueError, match=rf"^data\.path: .*a\.txt{ending} cannot be read: "):
-            list(read_records(config, DATA_KEYS, files, tmp_path / "s", Place()))
+        with pytest.raises(
+            ValueError, match=rf"^data\.path: .*a\.txt{ending} cannot be read as text: "
+        ):
+            list(read_records(config, DATA_KEYS, files, tmp_path / "s"))
 
 
 def test_a_truncated_table_is_named(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_a_truncated_table_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
     config = DataConfig(source="parquet", path=str(path))
     with pytest.raises(ValueError, match=r"a\.parquet cannot be read as parquet"):
-        list(read_records(config, DATA_KEYS, [path], tmp_path / "s", Place()))
+        list(read_records(config, DATA_KEYS, [path], tmp_path / "s"))
 
 
 @pytest.mark.parametrize("text", ["ab\ncd\n" * 7, "é" * 40, "a" * 30 + "\n" + "b" * 3, ""])
@@ -157,13 +157,14 @@ def test_a_gigantic_text_becomes_several_documents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     """Together they are the text, each is short enough, and ends with a line where there is one."""
-    pieces = cut_text(text, 8)
+    monkeypatch.setattr(sources_module, "MAX_DOCUMENT_SIZE", 8)
+    pieces = cut_text(text)
     assert "".join(pieces) == text
     assert all(len(piece) <= 8 for piece in pieces)
     (tmp_path / "a.txt").write_text(text)
-    monkeypatch.setattr(sources_module._stretches, "__defaults__", (9,))
+    monkeypatch.setattr(sources_module, "MAX_DOCUMENT_SIZE", 9)
     config = DataConfig(source="text", path=str(tmp_path))
-    records = list(read_records(config, DATA_KEYS, [tmp_path / "a.txt"], tmp_path / "s", Place()))
+    records = list(read_records(config, DATA_KEYS, [tmp_path / "a.txt"], tmp_path / "s"))
     assert "".join(piece for record in records for piece in record.texts) == text
     assert all(len(piece.encode()) <= 9 for record in records for piece in record.texts)
     if text.count("\n") > 1:
@@ -173,13 +174,13 @@ def test_a_gigantic_text_becomes_several_documents(
 def test_a_gigantic_line_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is counted, and the line after it is read."""
     longest = 1 << 20
-    monkeypatch.setattr(json_files, "LONGEST_VALUE", longest)
+    monkeypatch.setattr(sources_module, "MAX_JSON_SIZE", longest)
     path, frame = tmp_path / "a.jsonl", len('{"text": ""}')
     config = DataConfig(source="jsonl", path=str(path))
     for size in (longest - 1, longest, longest + 1, 3 * longest):  # without the end of the line
         text = "x" * (size - frame)
         path.write_text(f'{{"text": "{text}"}}\n{{"text": "after"}}\n')
-        records = list(read_records(config, DATA_KEYS, [path], tmp_path / "s", Place()))
+        records = list(read_records(config, DATA_KEYS, [path], tmp_path / "s"))
         first = ([text], None) if size < longest else ([], "longer than 1 MiB")
         assert [(record.texts, record.reason) for record in records] == [first, (["after"], None)]
 
@@ -189,7 +190,7 @@ def test_an_array_of_objects_is_read_like_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_bytes: int
 ) -> None:
     """Item by item, wherever the pieces that are read end; odd values stay what they are."""
-    monkeypatch.setattr(json_files, "_READ_BYTES", read_bytes)
+    monkeypatch.setattr(sources_module, "_READ_SIZE", read_bytes)
     config = DataConfig(source="jsonl", path=str(tmp_path))
     path, by_line = tmp_path / "a.json", tmp_path / "b.jsonl"
     lines = [line for line, _ in LINES]
@@ -197,7 +198,7 @@ def test_an_array_of_objects_is_read_like_lines(
     by_line.write_bytes(b"\n".join(lines))
 
     def read(file: Path) -> list[Any]:
-        records = read_records(config, DATA_KEYS, [file], tmp_path / "s", Place())
+        records = read_records(config, DATA_KEYS, [file], tmp_path / "s")
         return [(record.texts, record.reason) for record in records]
 
     assert read(path) == read(by_line)
@@ -205,10 +206,10 @@ def test_an_array_of_objects_is_read_like_lines(
     assert read(path) == []
     for content, message in (
         (b'[{"text": "a"}, 5]', "item 2 of .* is not a JSON object"),
-        (b'[{"text": "a"} {"text": "b"}]', "after an item, there is '{'"),
+        (b'[{"text": "a"} {"text": "b"}]', "an item is followed by '{', not by , or ]"),
         (b'[{"text": "a"}, {"text": ', "cannot be read as json"),
         (b'[{"text": "a"}', "cannot be read as json"),
-        (b'[{"text": "a"}] x', "something after the end of the array"),
+        (b'[{"text": "a"}] x', "text after the end of the array"),
         (b"[" * 100_000, "cannot be read as json"),
     ):
         path.write_bytes(content)
@@ -220,7 +221,7 @@ def test_a_number_of_any_length_beside_a_text_does_not_matter(tmp_path: Path) ->
     """Python has a limit, which is not ours."""
     (tmp_path / "a.jsonl").write_text('{"text": "a", "n": ' + "1" * 5000 + "}\n")
     config = DataConfig(source="jsonl", path=str(tmp_path))
-    (record,) = read_records(config, DATA_KEYS, [tmp_path / "a.jsonl"], tmp_path / "s", Place())
+    (record,) = read_records(config, DATA_KEYS, [tmp_path / "a.jsonl"], tmp_path / "s")
     assert record.texts == ["a"]
 
 
@@ -247,10 +248,10 @@ def test_reading_goes_on_after_any_record(tmp_path: Path, source: Any) -> None:
     files = rows_of(tmp_path / "in", source)
     config = DataConfig(source=source, path=str(tmp_path / "in"))
 
-    def read(start: Place) -> list[Any]:
+    def read(start: ReadCursor) -> list[Any]:
         return list(read_records(config, DATA_KEYS, files, tmp_path / "s", start))
 
-    records = read(Place())
+    records = read(START)
     assert len(records) == (6 if source == "text" else 8)
     for number, record in enumerate(records, start=1):
         assert read(record.next) == records[number:]

@@ -9,7 +9,7 @@ import pytest
 
 from configs import Config, DataConfig, ModelConfig, TrainConfig, WeightedSource
 from data import IGNORED_TARGET, BatchLoader, Corpus, prepare_corpus
-from data.corpus.build import sample_shares
+from data.corpus.prepare import sample_shares
 from data.loader import rows_of_corpus
 from data.mixture import JoinedRows, JoinedTokens, SampleOrder, make_schedule
 from data.rows import PaddedRows

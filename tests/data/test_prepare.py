@@ -20,9 +20,9 @@ import pytest
 from configs import UserError
 from configs.schema import DataConfig
 from data import Corpus, prepare_corpus
-from data.corpus.build import SPLITS
-from data.corpus.files import file_digest
-from data.corpus.spool import Place, Record, open_spool, sample_sentences, write_spool
+from data.corpus.cache import file_digest
+from data.corpus.prepare import SPLITS
+from data.corpus.spool import Record, open_spool, sample_sentences, write_spool
 from data.rows import training_rows
 from data.token_file import PARTS, TokenFile, Tokens, encoded, open_token_file
 from tests.data_corpora import random_text, small_tokenizer, text_config, write_texts
@@ -118,7 +118,7 @@ def test_the_end_of_a_single_document_is_held_out(
     assert head.endswith("\n")
     assert 0.1 <= len(end) / len(text) < 0.105
     assert corpus.summary["records"] == corpus.summary["ends_held_out"] == 1
-    assert f"only {len(end):,} bytes of text are held out" in caplog.text
+    assert f"held-out text is only {len(end):,} bytes" in caplog.text
 
 
 @pytest.mark.parametrize("num_lines", [600, 20_000])
@@ -132,7 +132,7 @@ def test_little_held_out_text_is_warned_of_at_every_start(
         corpus = prepare_corpus(text_config(tmp_path, validation_fraction=0.05), 16, 0)
         is_little = corpus.summary["validation"]["bytes"] < 10_000
         assert is_little == (num_lines == 600)
-        assert ("bytes of text are held out" in caplog.text) == is_little
+        assert ("held-out text is only" in caplog.text) == is_little
 
 
 def test_text_too_short_to_be_cut_is_warned_of(
@@ -148,7 +148,7 @@ def test_text_too_short_to_be_cut_is_warned_of(
         caplog.clear()
         corpus = prepare_corpus(config, 16, 0)
         assert corpus.validation.num_documents == 0
-        assert "there is no held-out text, and so no evaluation; use" in caplog.text
+        assert "there is no held-out text, so there is no evaluation; use" in caplog.text
     caplog.clear()
     prepare_corpus(replace(config, validation_fraction=0), 16, 0)
     assert "held-out" not in caplog.text
@@ -276,7 +276,7 @@ def test_facts_of_an_entry_are_verified_too(
     path = first.tokenizer_path.parent / "header.json"
     path.write_text(path.read_text().replace('"vocab_size": 320', '"vocab_size": 321'))
     prepare_corpus(text_config(tmp_path), 16, 0)
-    assert "is damaged; making it again" in caplog.text
+    assert "is damaged; rebuilding it" in caplog.text
     assert json.loads(path.read_text())["vocab_size"] == 320
 
 
@@ -313,7 +313,7 @@ def test_an_entry_is_verified_once_until_a_file_of_it_is_new(
     prepare_corpus(text_config(tmp_path), 16, 0)
     hashed: list[str] = []
     monkeypatch.setattr(
-        "data.corpus.files.file_digest", lambda file: hashed.append(file.name) or file_digest(file)
+        "data.corpus.cache.file_digest", lambda file: hashed.append(file.name) or file_digest(file)
     )
     prepare_corpus(text_config(tmp_path), 16, 0)
     assert hashed == []
@@ -366,7 +366,7 @@ def test_two_runs_at_once_prepare_once(tmp_path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         runs = [start_preparing(tmp_path) for _ in range(2)]
         for run in runs:
-            wait_for_line(run, "waiting for another run")
+            wait_for_line(run, "waiting for another process")
     logs = [run.communicate(timeout=60)[1] for run in runs]
     assert [run.returncode for run in runs] == [0, 0]
     assert "".join(logs).count("tokenized data in") == 1
@@ -407,7 +407,7 @@ def test_a_tokenizer_that_gives_ids_beyond_its_size_is_refused() -> None:
 def test_the_tokenizer_learns_from_a_bounded_sample_of_training_lines(tmp_path: Path) -> None:
     """Lines are spread evenly, keep their indentation, and are about as many bytes as asked for."""
     texts = [random_text(seed, 200) for seed in range(20)]
-    write_spool(tmp_path, lambda _: [Record([text], None, Place()) for text in texts])
+    write_spool(tmp_path, lambda _: [Record([text], None) for text in texts])
     spool = open_spool(tmp_path)
     lines = list(sample_sentences(spool, np.arange(5, 20), max_bytes=30_000))
     allowed = {line for text in texts[5:] for line in text.split("\n")}

@@ -13,13 +13,12 @@ from configs import UserError
 from configs.schema import DataConfig
 from data.corpus.files import DATA_KEYS, source_files, source_fingerprint
 from data.corpus.sources import read_records
-from data.corpus.spool import Place
 
 
 def read(config: DataConfig, scratch: Path) -> tuple[list[str], dict[str, int]]:
     """Returns the documents of a source, and what was skipped by reason."""
     files = source_files(config)
-    records = list(read_records(config, DATA_KEYS, files, scratch / "scratch", Place()))
+    records = list(read_records(config, DATA_KEYS, files, scratch / "scratch"))
     skipped = Counter(record.reason for record in records if record.reason is not None)
     return [text for record in records for text in record.texts], dict(skipped)
 
@@ -134,9 +133,7 @@ def test_a_missing_column_names_those_there_are(tmp_path: Path, source: Any) -> 
     write_lines(tmp_path / "a.jsonl", [{"content": "x", "id": 1}])
     table = pyarrow.table({"content": ["x"], "id": [1]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(
-        ValueError, match=r"data\.text_field='text'.*columns there are: content, id"
-    ):
+    with pytest.raises(ValueError, match=r"data\.text_field='text'.*columns are: content, id"):
         read(DataConfig(source=source, path=str(tmp_path)), tmp_path)
 
 
@@ -184,7 +181,7 @@ def test_the_fingerprint_is_that_of_the_content(tmp_path: Path) -> None:
 
     def fingerprint(folder: str, **changes: Any) -> str:
         config = DataConfig(**{"source": "text", "path": str(tmp_path / folder), **changes})
-        return source_fingerprint(config, source_files(config))
+        return source_fingerprint(config, source_files(config), tmp_path / "cache")
 
     for folder, texts in (("x", "ab"), ("moved", "ab"), ("changed", "ac"), ("swapped", "ba")):
         (tmp_path / folder).mkdir()

@@ -11,7 +11,7 @@ from configs import ConfigError, UserError, WeightedSource, parse_config
 from configs.schema import DataConfig
 from data import Corpus, evaluation_batches, prepare_corpus, text_fingerprint
 from data.corpus.split import END_HELD_OUT, HELD_OUT, TRAINED_ON, Documents, divide, split_by_hash
-from data.corpus.spool import Place, Record, Spool, open_spool, write_spool
+from data.corpus.spool import Record, Spool, open_spool, write_spool
 from tests.data.test_prepare import documents
 from tests.data_corpora import random_text, small_tokenizer
 
@@ -78,7 +78,7 @@ def test_no_text_is_in_both_splits_of_any_mixture() -> None:
 def spool_of(folder: Path, *texts: str) -> Spool:
     """Texts as a source has them."""
     folder.mkdir()
-    write_spool(folder, lambda _: [Record([text], None, Place()) for text in texts])
+    write_spool(folder, lambda _: [Record([text], None) for text in texts])
     return open_spool(folder)
 
 
