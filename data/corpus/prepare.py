@@ -26,32 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
+from xxhash import xxh3_128_hexdigest
 
 from configs.errors import UserError
 from configs.schema import DataConfig, SourceConfig, WeightedSource
-from data.corpus.cache import (
-    TEXT,
-    Progress,
-    build_entry,
-    file_digest,
-    is_complete,
-    locked,
-    read_header,
-    remove_abandoned,
-    wait_for_entry,
-    write_durably,
-    write_header,
-)
+from data.corpus import cache, report
 from data.corpus.files import SourceKeys, source_files, source_fingerprint
-from data.corpus.report import (
-    corpus_warnings,
-    describe,
-    describe_counts,
-    joined_summary,
-    read_summary,
-    split_summary,
-)
 from data.corpus.split import (
     DOCUMENT_FILES,
     HELD_OUT,
@@ -66,7 +46,6 @@ from data.corpus.spool import (
     SPOOL_FILES,
     ReadCursor,
     Spool,
-    close_spool,
     open_spool,
     sample_sentences,
     write_spool,
@@ -121,10 +100,9 @@ def prepare_corpus(config: DataConfig, seq_length: int, local_rank: int) -> Corp
 
     Raises UserError if source, tokenizer or settings do not fit together.
     """
-    cache = Path(config.cache_directory).expanduser()
-    is_builder = local_rank == 0
-    if is_builder and cache.exists():
-        remove_abandoned(cache)
+    folder, is_builder = Path(config.cache_directory).expanduser(), local_rank == 0
+    if is_builder:
+        cache.remove_abandoned(folder)
     sources, held_out = _find_sources(config)
     for source in (*sources, *held_out):
         _require(source.documents, [source], partial(_fill_documents, source), is_builder)
@@ -133,19 +111,19 @@ def prepare_corpus(config: DataConfig, seq_length: int, local_rank: int) -> Corp
     entries = []
     for source, split in zip((*sources, *held_out), splits, strict=True):
         parts = (source.fingerprint, config.validation_fraction, tokenizer.fingerprint)
-        entries.append(cache / f"tokens-{_key(*parts, _digest(split))}")
+        entries.append(folder / f"tokens-{_key(*parts, xxh3_128_hexdigest(split.tobytes()))}")
         fill = partial(_fill_tokens, source, split, config, tokenizer)
         _require(entries[-1], [source], fill, is_builder)
-    corpus = _open(sources, held_out, entries)
+    corpus = _open(sources, held_out, entries, tokenizer)
     if is_builder:
         for source in (*sources, *held_out):
             if source.text.exists():
-                with locked([source.text]):
+                with cache.locked([source.text]):
                     shutil.rmtree(source.text, ignore_errors=True)
         more = f" and {len(entries) - 1} more" if entries[1:] else ""
-        logger.info("corpus %s%s: %s", entries[0], more, describe(corpus.summary))
+        logger.info("corpus %s%s: %s", entries[0], more, report.describe(corpus.summary))
         is_evaluated = bool(held_out) or config.validation_fraction > 0
-        for warning in corpus_warnings(corpus.summary, is_evaluated=is_evaluated):
+        for warning in report.corpus_warnings(corpus.summary, is_evaluated=is_evaluated):
             logger.warning("%s", warning)
     _check_rows(sources, config, corpus, seq_length)
     return corpus
@@ -157,33 +135,28 @@ def text_fingerprint(config: DataConfig) -> str:
 
 
 def _text_fingerprint(sources: list[Source], held_out: list[Source]) -> str:
-    names = [source.fingerprint for source in sources]
     given = ["held out:", *(source.fingerprint for source in held_out)] if held_out else []
-    return _joined([*names, *given])
+    return _join_hashes([*(source.fingerprint for source in sources), *given])
 
 
-def _joined(fingerprints: list[str]) -> str:
-    return xxhash.xxh3_128_hexdigest(" ".join(fingerprints).encode())
-
-
-def _digest(split: Split) -> str:
-    return xxhash.xxh3_128_hexdigest(split.tobytes())
+def _join_hashes(hashes: list[str]) -> str:
+    return xxh3_128_hexdigest(" ".join(hashes).encode())
 
 
 def _key(*parts: object) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps([FORMAT_VERSION, *parts]).encode())
+    return xxh3_128_hexdigest(json.dumps([FORMAT_VERSION, *parts]).encode())
 
 
 def _find_sources(config: DataConfig) -> tuple[list[Source], list[Source]]:
     """Return the sources to train on, and the held-out sources that are given."""
-    cache = Path(config.cache_directory).expanduser()
+    folder = Path(config.cache_directory).expanduser()
 
     def find(keys: SourceKeys, source: WeightedSource) -> Source:
         files = source_files(source, keys)
-        fingerprint = source_fingerprint(source, files, cache)
+        fingerprint = source_fingerprint(source, files, folder)
         name = _key(fingerprint)
-        folders = cache / f"{TEXT}{name}", cache / f"documents-{name}"
-        return Source(keys, source, files, fingerprint, *folders)
+        text, documents = folder / f"{cache.TEXT}{name}", folder / f"documents-{name}"
+        return Source(keys, source, files, fingerprint, text, documents)
 
     sources, held_out = [], []
     for key, source in config.mixture.items():
@@ -199,10 +172,10 @@ def _require(
 ) -> None:
     """Return when the entry is complete; `fill` may read the texts of sources."""
     if not is_builder:
-        wait_for_entry(entry)
-    elif not is_complete(entry):
-        with locked([entry, *(source.text for source in sources)]):
-            build_entry(entry, fill)
+        cache.wait_for_entry(entry)
+    elif not cache.is_complete(entry):
+        with cache.locked([entry, *(source.text for source in sources)]):
+            cache.build_entry(entry, fill)
 
 
 def _fill_text(source: Source, work: Path) -> None:
@@ -218,7 +191,7 @@ def _fill_text(source: Source, work: Path) -> None:
     ends = [0, *accumulate(sizes)]
     scratch = work / "datasets"
     read = partial(read_records, config, source.keys, source.files, scratch)
-    with Progress("reading", ends[-1] or None) as progress:
+    with cache.Progress("reading", ends[-1] or None) as progress:
 
         def on_progress(cursor: ReadCursor, text_bytes: int) -> None:
             # Text and file differ in size, but what was read ends within the file of the cursor.
@@ -230,12 +203,12 @@ def _fill_text(source: Source, work: Path) -> None:
         done = write_spool(work, read, on_progress)
     shutil.rmtree(scratch, ignore_errors=True)
     if not done.num_documents:
+        skipped = report.describe_counts(done.skipped) or "nothing"
         raise UserError(
             f"{source.keys.section}.source={config.source} with {source.keys.path}={config.path!r} "
-            f"yields no documents; skipped: {describe_counts(done.skipped) or 'nothing'}; give "
-            "non-empty UTF-8 text"
+            f"yields no documents; skipped: {skipped}; give non-empty UTF-8 text"
         )
-    write_header(work, list(SPOOL_FILES), {"read": asdict(done)})
+    cache.write_header(work, list(SPOOL_FILES), {"read": asdict(done)})
 
 
 def _pin_commit(source: Source, work: Path) -> str | None:
@@ -244,25 +217,24 @@ def _pin_commit(source: Source, work: Path) -> str | None:
 
     path = work / _COMMIT
     if not path.exists():
-        known = read_header(source.documents)["commit"] if source.documents.exists() else ""
-        write_durably(path, (known or commit_of(source.config, source.keys)).encode())
+        known = cache.read_header(source.documents)["commit"] if source.documents.exists() else ""
+        cache.write_durably(path, (known or commit_of(source.config, source.keys)).encode())
     return path.read_text("utf-8") or None
 
 
 def _fill_documents(source: Source, work: Path) -> None:
     """Store hashes and sizes of the documents of a source, which outlive its text."""
-    build_entry(source.text, partial(_fill_text, source))
+    cache.build_entry(source.text, partial(_fill_text, source))
     spool = open_spool(source.text)
     write_documents(work, spool)
-    close_spool(spool)
     commit = source.text / _COMMIT
     facts = {"commit": commit.read_text("utf-8") if commit.exists() else ""}
-    write_header(work, list(DOCUMENT_FILES), facts)
+    cache.write_header(work, list(DOCUMENT_FILES), facts)
 
 
 def _open_text(source: Source) -> Spool:
     """Open the text of a source, and read it first if it was deleted; the caller holds its lock."""
-    build_entry(source.text, partial(_fill_text, source))
+    cache.build_entry(source.text, partial(_fill_text, source))
     spool = open_spool(source.text)
     # The content of a hub dataset in a local folder has no fingerprint.
     if not np.array_equal(spool.hashes, read_documents(source.documents).hashes):
@@ -305,7 +277,11 @@ def _tokenizer(
         return tokenizer
     is_mixture = len(sources) > 1  # otherwise the weight has no effect
     parts = [
-        [source.fingerprint, _digest(split), source.config.weight if is_mixture else None]
+        [
+            source.fingerprint,
+            xxh3_128_hexdigest(split.tobytes()),
+            source.config.weight if is_mixture else None,
+        ]
         for source, split in zip(sources, splits, strict=False)
     ]
     recipe = [config.vocab_size, RECIPE_VERSION, SAMPLE_BYTES, config.validation_fraction]
@@ -333,10 +309,9 @@ def _fill_tokenizer(
     sentences: list[str] = []
     for part, share in zip(parts, shares, strict=True):
         sentences.extend(sample_sentences(part.spool, part.train, share))
-        close_spool(part.spool)
     logger.info("training a tokenizer of data.vocab_size=%d pieces", config.vocab_size)
-    write_durably(work / _TOKENIZER, train_tokenizer(sentences, config.vocab_size))
-    write_header(work, [_TOKENIZER], {"format_version": FORMAT_VERSION})
+    cache.write_durably(work / _TOKENIZER, train_tokenizer(sentences, config.vocab_size))
+    cache.write_header(work, [_TOKENIZER], {"format_version": FORMAT_VERSION})
 
 
 def sample_shares(weights: list[float], available: list[int]) -> list[int]:
@@ -359,54 +334,53 @@ def _fill_tokens(
     spool = _open_text(source)
     division = divide(spool, split, config.validation_fraction)
     texts = division.spool
-    write_durably(work / _TOKENIZER, tokenizer.model)
-    summary = read_summary(read_header(source.text)["read"], spool)
+    cache.write_durably(work / _TOKENIZER, tokenizer.model)
+    summary = report.read_summary(cache.read_header(source.text)["read"], spool)
     summary["ends_held_out"] = division.num_ends
     for name, indices in zip(SPLITS, (division.train, division.validation), strict=True):
         write_token_file(work, name, texts, indices, tokenizer)
         tokens = open_token_file(work, name, tokenizer.vocab_size)
-        summary[name] = split_summary(tokens, texts, indices, tokenizer)
-    close_spool(spool)
+        summary[name] = report.split_summary(tokens, texts, indices, tokenizer)
     names = [_TOKENIZER, *(f"{name}.{part}" for name in SPLITS for part in PARTS)]
-    digest = xxhash.xxh3_128(b"".join(file_digest(work / name) for name in names))
-    facts = {"fingerprint": digest.hexdigest(), "format_version": FORMAT_VERSION}
-    write_header(work, names, {**facts, "vocab_size": tokenizer.vocab_size, "summary": summary})
+    content = b"".join(cache.file_digest(work / name) for name in names)
+    facts: dict[str, Any] = {
+        "fingerprint": xxh3_128_hexdigest(content),
+        "format_version": FORMAT_VERSION,
+    }
+    facts |= {"vocab_size": tokenizer.vocab_size, "summary": summary}
+    cache.write_header(work, names, facts)
     for name in SPLITS:
         (work / f"{name}.{PROGRESS}").unlink()
     logger.info("tokenized %s in %.1f s", source.keys.section, time.perf_counter() - started_at)
 
 
-def _open(sources: list[Source], held_out: list[Source], entries: list[Path]) -> Corpus:
-    headers = [read_header(entry) for entry in entries]
-    num_sources = len(sources)
+def _open(
+    sources: list[Source], held_out: list[Source], entries: list[Path], tokenizer: Tokenizer
+) -> Corpus:
+    headers = [cache.read_header(entry) for entry in entries]
     train, validation = (
-        [
-            open_token_file(entry, split, header["vocab_size"])
-            for entry, header in zip(entries, headers, strict=True)
-        ]
+        [open_token_file(entry, split, tokenizer.vocab_size) for entry in entries]
         for split in SPLITS
     )
-    summaries = [header["summary"] for header in headers]
-    names = [source.keys.section for source in sources]
-    summary = joined_summary(dict(zip(names, summaries[:num_sources], strict=True)))
+    num_sources = len(sources)
+    summaries = [
+        (source.keys.section, header["summary"])
+        for source, header in zip((*sources, *held_out), headers, strict=True)
+    ]
+    summary = report.joined_summary(dict(summaries[:num_sources]))
     if held_out:
         validation = validation[num_sources:]
-        given = [source.keys.section for source in held_out]
         # The held-out documents of the sources are among those given.
-        summary = {
-            **summary,
-            "excluded": summary["validation"]["documents"],
-            "validation": joined_summary(dict(zip(given, summaries[num_sources:], strict=True)))[
-                "validation"
-            ],
-        }
+        given = report.joined_summary(dict(summaries[num_sources:]))["validation"]
+        excluded = summary["validation"]["documents"]
+        summary = {**summary, "excluded": excluded, "validation": given}
     fingerprints = [header["fingerprint"] for header in headers]
     return Corpus(
-        tokenizer=load_tokenizer(entries[0] / _TOKENIZER, "the cached tokenizer"),
+        tokenizer=tokenizer,
         tokenizer_path=entries[0] / _TOKENIZER,
         train=_join_tokens(train[:num_sources]),
         validation=_join_tokens(validation),
-        fingerprint=fingerprints[0] if len(entries) == 1 else _joined(fingerprints),
+        fingerprint=fingerprints[0] if len(entries) == 1 else _join_hashes(fingerprints),
         summary=summary,
         weights=tuple(source.config.weight for source in sources),
         text_fingerprint=_text_fingerprint(sources, held_out),

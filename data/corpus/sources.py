@@ -47,11 +47,11 @@ _MAX_NAMED = 10  # files that the log names because they are not UTF-8
 _READ_ERRORS = (
     OSError,
     EOFError,
-    lzma.LZMAError,
-    zlib.error,
     ValueError,
     TypeError,
     RecursionError,
+    lzma.LZMAError,
+    zlib.error,
 )
 
 logger = logging.getLogger("microtron")
@@ -144,13 +144,11 @@ def _values(
     source: SourceConfig, keys: SourceKeys, file: Path | None, scratch: Path
 ) -> Iterator[Any]:
     """Yield what should be the text of each record."""
-    if file is None:
-        return _column(source, keys, _table_rows(source, file, scratch))
-    if source.source in ("python_stdlib", "text"):
+    if file is not None and source.source in ("python_stdlib", "text"):
         return _text_pieces(file)
-    if file.stat().st_size == 0:  # no rows
+    if file is not None and file.stat().st_size == 0:  # no rows
         return iter(())
-    if source.source != "jsonl":
+    if file is None or source.source != "jsonl":
         return _column(source, keys, _table_rows(source, file, scratch))
     with open_bytes(file) as stream:
         start = stream.read(_START_BYTES).removeprefix(b"\xef\xbb\xbf")

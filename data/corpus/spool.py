@@ -55,7 +55,7 @@ class Record(NamedTuple):
 class Spool:
     """Documents by number, in source order, without duplicates."""
 
-    text: mmap.mmap | bytes
+    text: mmap.mmap
     starts: npt.NDArray[np.int64]  # [n], bytes
     sizes: npt.NDArray[np.int64]  # [n], bytes
     hashes: npt.NDArray[np.uint64]  # [n], xxh3_64 of the UTF-8 text, all different
@@ -132,22 +132,14 @@ def write_spool(
 
 
 def open_spool(folder: Path) -> Spool:
-    """Map a spool; of equal documents only the first one counts."""
+    """Map a spool of at least one document; of equal documents only the first one counts."""
     sizes = np.fromfile(folder / "sizes", "<i8")
     hashes = np.fromfile(folder / "hashes", "<u8")
     starts = np.cumsum(sizes) - sizes
     firsts = np.sort(np.unique(hashes, return_index=True)[1])
-    text: mmap.mmap | bytes = b""
-    if len(firsts):  # an empty file cannot be mapped
-        with (folder / "text").open("rb") as file:
-            text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    with (folder / "text").open("rb") as file:
+        text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     return Spool(text, starts[firsts], sizes[firsts], hashes[firsts])
-
-
-def close_spool(spool: Spool) -> None:
-    """Unmap the text."""
-    if isinstance(spool.text, mmap.mmap):
-        spool.text.close()
 
 
 def sample_sentences(spool: Spool, indices: npt.NDArray[np.int64], max_bytes: int) -> Iterator[str]:
