@@ -1,57 +1,95 @@
-"""Rows of documents to be scored, so that bits per byte are exact.
+"""Rows of whole documents to be scored, so that bits per byte are exact.
 
 [Note: rolling windows]
-A document is read from its bos, which is not scored, to the token before its eos; every token of
-its text is scored once. The first window reads s tokens, bos among them, and scores all s that
-follow them. Each window after it scores the next `stride` tokens, or those that are left, and reads
-the s tokens before the last of them: with stride = s only the last window reads some tokens that
-were read before. A document of no more than s tokens is one shorter window. These are the windows
-of lm-evaluation-harness's `loglikelihood_rolling` (its `get_rolling_token_windows`, with stride =
-max_seq_len - context_len + 1).
+A document starts with bos, which is not scored; every token of its text is scored once, and eos is
+not. The first window reads s tokens and scores the s tokens that follow bos. Each later window
+scores the next `stride` tokens, or those that are left, and reads the s tokens before its last
+one. With stride = s only the last window reads tokens twice. A document of at most s tokens is one
+shorter window. These are the windows of lm-evaluation-harness's `get_rolling_token_windows` with
+stride = max_seq_len - context_len + 1.
 
-Documents are whole, in the order of the file, which for held-out documents is that of their hashes:
-the bytes that the nats are divided by are those of the documents' text.
+The nats are divided by the UTF-8 bytes of the same documents' text.
 """
 
-import dataclasses
+import itertools
+import logging
+import tempfile
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import xxhash
 
+from configs.errors import UserError
+from configs.schema import SourceConfig
+from data.corpus.files import DATA_KEYS, source_files
 from data.corpus.prepare import Corpus
-from data.corpus.report import lossy_warning, unknown_warning
+from data.corpus.report import describe_counts, lossy_warning, unknown_warning
 from data.packing import Int64Array
 from data.rows import IGNORED_TARGET, MicroBatch, Spans, make_micro_batch
-from data.token_file import Tokens
+from data.token_file import TokenArray, TokenFile, encode_documents, token_dtype
+from data.tokenizer import Tokenizer
+
+_BATCH_RECORDS = 256  # encoded in one call, on all cores
+
+logger = logging.getLogger("microtron")
 
 
-class _Windows(NamedTuple):
-    """One element for each window."""
-
-    starts: Int64Array  # in the token stream
-    lengths: Int64Array  # inputs; 0: filler, a row that scores nothing
-    scored: Int64Array  # the last so many targets
-
-
-@dataclass(frozen=True)
 class EvaluationSet:
-    """The rows that one data-parallel rank scores, and what all ranks together cover."""
+    """The rows that one data-parallel rank scores, and the totals of all ranks.
 
-    num_documents: int  # of all ranks together, like the counts below
-    num_bytes: int  # UTF-8 bytes of the documents' text
-    num_targets: int
-    num_unknown: int  # of the targets, those that stand for text that the tokenizer does not know
-    num_batches: int  # of each rank: the same number on all
-    _corpus: Corpus = field(repr=False)
-    _windows: _Windows = field(repr=False)  # [num_batches, b] each, this rank's
-    _numbers: Int64Array = field(repr=False)
-    _multiple_of: int = field(repr=False)
+    Whole documents of at most `max_sequences` rows (None: all) are chosen. Each source of a mixture
+    gets a share of the rows by its weight. A window scores `stride` tokens (None: `seq_length`);
+    see [Note: rolling windows]. The choice depends on neither layout nor stride. All ranks get
+    equally many batches, filled up with rows whose targets are all ignored.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        *,
+        seq_length: int,
+        max_sequences: int | None,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        tp_size: int,
+        stride: int | None = None,
+    ) -> None:
+        stride = stride or seq_length
+        file = corpus.validation
+        num_tokens = np.diff(file.document_offsets) - 2  # of text, without bos and eos
+
+        def num_windows(step: int) -> Int64Array:
+            after_first = -(-np.maximum(0, num_tokens - seq_length) // step)
+            return np.where(num_tokens > 0, 1 + after_first, 0)
+
+        chosen = _choose_documents(corpus, num_windows(seq_length), max_sequences)
+        counts = num_windows(stride)[chosen]
+        document = np.repeat(chosen, counts)  # of each window
+        number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
+        ends = np.minimum(seq_length + number * stride, num_tokens[document])
+        scored = ends - np.where(number == 0, 0, seq_length + (number - 1) * stride)
+        lengths = np.minimum(seq_length, ends)
+        starts = file.document_offsets[document] + ends - lengths
+
+        num_rows, batch_rows = len(document), micro_batch_size * dp_size
+        self.num_batches = -(-num_rows // batch_rows)  # of each rank
+        windows = np.zeros((4, self.num_batches * batch_rows), dtype=np.int64)
+        windows[:, :num_rows] = starts, lengths, scored, np.arange(num_rows)
+        # [4, num_batches, b]; windows without inputs fill up the last batches
+        self._windows = windows.reshape(4, -1, dp_size, micro_batch_size)[:, :, dp_rank]
+        self._corpus, self._multiple_of = corpus, tp_size
+        self.num_documents = len(chosen)
+        self.num_bytes = int(file.document_bytes[chosen].sum())  # UTF-8 bytes of the text
+        self.num_targets = int(scored.sum())
+        self.num_unknown = _count_unknown(corpus, chosen)  # targets for text unknown to it
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What the targets do not tell of the text, which makes its score look better."""
+        """Reasons why the score looks better than it is."""
         found = []
         if self.num_unknown:
             found.append(unknown_warning(self.num_unknown, self.num_targets, "scored tokens"))
@@ -62,131 +100,90 @@ class EvaluationSet:
 
     @property
     def batches(self) -> Iterator[MicroBatch]:
-        """This rank's micro-batches, made one by one."""
-        for starts, lengths, scored, numbers in zip(*self._windows, self._numbers, strict=True):
+        """This rank's micro-batches, built one at a time."""
+        for starts, lengths, scored, sample_indices in zip(*self._windows, strict=True):
+            rows = np.arange(len(starts))
             batch = make_micro_batch(
                 self._corpus.validation,
-                Spans.of_rows(starts, lengths),
-                numbers,
+                Spans(starts, lengths, rows, np.zeros_like(rows)),
+                sample_indices,
                 self._multiple_of,
                 self._corpus.tokenizer.eos_id,
             )
             targets = batch.targets.numpy()
-            # Scored by another window: only read again.
+            # The first targets are scored by the window before.
             targets[np.arange(targets.shape[1]) < (lengths - scored)[:, None]] = IGNORED_TARGET
-            yield dataclasses.replace(batch, num_targets=int(scored.sum()))
-
-
-def evaluation_batches(
-    corpus: Corpus,
-    *,
-    seq_length: int,
-    max_sequences: int | None,
-    micro_batch_size: int,
-    dp_rank: int,
-    dp_size: int,
-    tp_size: int,
-    stride: int | None = None,
-) -> EvaluationSet:
-    """Chooses whole documents of at most `max_sequences` rows (null: all) and deals their rows to
-    ranks. A window scores `stride` tokens (null: `seq_length`), see [Note: rolling windows].
-
-    Of a mixture each source has a share of the rows by its weight. Which documents are chosen does
-    not depend on the layout. Ranks get the same number of batches; where rows run out, batches are
-    filled with rows whose targets are all ignored.
-    """
-    stride = stride or seq_length
-    file = corpus.validation
-    num_tokens = np.diff(file.document_offsets) - 2  # of text, without bos and eos
-    beyond_first = np.maximum(0, num_tokens - seq_length)
-
-    def num_windows(step: int) -> Int64Array:
-        return np.where(num_tokens > 0, 1 - -beyond_first // step, 0)
-
-    # The same documents whatever the stride, so that scores can be compared.
-    documents = _choose_from_each(corpus, num_windows(seq_length), max_sequences)
-    windows = _windows_of(file, documents, num_windows(stride), seq_length, stride)
-    batch_rows = micro_batch_size * dp_size
-    num_rows = len(windows.starts)
-    num_batches = -(-num_rows // batch_rows)
-
-    def dealt(values: Int64Array) -> Int64Array:
-        filled = np.zeros(num_batches * batch_rows, dtype=np.int64)
-        filled[: len(values)] = values
-        return filled.reshape(num_batches, dp_size, micro_batch_size)[:, dp_rank]
-
-    return EvaluationSet(
-        num_documents=len(documents),
-        num_bytes=int(file.document_bytes[documents].sum()),
-        num_targets=int(windows.scored.sum()),
-        num_unknown=_count_unknown(corpus, documents),
-        num_batches=num_batches,
-        _corpus=corpus,
-        _windows=_Windows(*map(dealt, windows)),
-        _numbers=dealt(np.arange(num_rows, dtype=np.int64)),
-        _multiple_of=tp_size,
-    )
+            yield replace(batch, num_targets=int(scored.sum()))
 
 
 def _count_unknown(corpus: Corpus, documents: Int64Array) -> int:
     if not corpus.summary.get("validation", {}).get("unknown"):  # nearly always
         return 0
     file, unk_id = corpus.validation, corpus.tokenizer.unk_id
-    starts, ends = file.document_offsets[documents] + 1, file.document_offsets[documents + 1] - 1
-    spans = (file.span(a, b) for a, b in zip(starts.tolist(), ends.tolist(), strict=True))
-    return sum(int(np.count_nonzero(span == unk_id)) for span in spans)
+    spans = (file.span(*file.document_offsets[i : i + 2].tolist()) for i in documents.tolist())
+    return sum(int(np.count_nonzero(span[1:-1] == unk_id)) for span in spans)
 
 
-def _windows_of(
-    file: Tokens,
-    documents: Int64Array,
-    rows_per_document: Int64Array,
-    seq_length: int,
-    stride: int,
-) -> _Windows:
-    """The windows of documents, one after the other."""
-    num_rows = rows_per_document[documents]
-    document = np.repeat(documents, num_rows)
-    # The window's number in its document.
-    number = np.arange(len(document)) - np.repeat(np.cumsum(num_rows) - num_rows, num_rows)
-    num_tokens = file.document_offsets[document + 1] - file.document_offsets[document] - 2
-    ends = np.minimum(seq_length + number * stride, num_tokens)  # tokens scored by its end
-    before = np.where(number == 0, 0, seq_length + (number - 1) * stride)
-    # The inputs of the last scored token: as many as fit, and they begin with bos at 0.
-    starts = np.maximum(0, ends - seq_length)
-    return _Windows(file.document_offsets[document] + starts, ends - starts, ends - before)
+def _choose_documents(corpus: Corpus, num_rows: Int64Array, max_rows: int | None) -> Int64Array:
+    """Return the first documents of each source that fit in its share of the rows.
 
-
-def _choose_from_each(
-    corpus: Corpus, rows_per_document: Int64Array, max_sequences: int | None
-) -> Int64Array:
-    """Returns the documents chosen from each source, together of at most so many rows.
-
-    There is one document at least, though it be longer.
+    Documents longer than the share are skipped; if all are, the shortest is taken. At least one
+    document remains, so that there is something to evaluate.
     """
+    if max_rows is None:
+        return np.arange(len(num_rows))
     weights = corpus.validation_weights or corpus.weights
-    chosen, first, total = [np.empty(0, np.int64)], 0, sum(weights)
+    chosen, first = [np.empty(0, dtype=np.int64)], 0
     for part, weight in zip(corpus.validation.parts, weights, strict=True):
-        share = None if max_sequences is None else max(1, int(max_sequences * weight / total))
-        mine = rows_per_document[first : first + part.num_documents]
-        chosen.append(first + _choose_documents(mine, share))
+        documents = np.arange(first, first + part.num_documents)
         first += part.num_documents
-    documents = np.concatenate(chosen)
-    if max_sequences is None or not len(documents):
-        return documents
-    fitting = np.cumsum(rows_per_document[documents]) <= max_sequences
-    return documents[: max(1, int(fitting.sum()))]
+        share = max(1, int(max_rows * weight / sum(weights)))
+        fitting = documents[num_rows[documents] <= share]
+        if len(fitting):
+            chosen.append(fitting[np.cumsum(num_rows[fitting]) <= share])
+        elif len(documents):
+            chosen.append(documents[[np.argmin(num_rows[documents])]])
+    together = np.concatenate(chosen)
+    num_fitting = int((np.cumsum(num_rows[together]) <= max_rows).sum())
+    return together[: max(1, num_fitting)]
 
 
-def _choose_documents(rows_per_document: Int64Array, max_sequences: int | None) -> Int64Array:
-    """Returns the first documents that fit together, passing over those too long by themselves.
+def load_eval_corpus(source: SourceConfig, tokenizer: Tokenizer, tokenizer_path: Path) -> Corpus:
+    """Read a source into memory, without a cache, as a corpus with all its documents held out.
 
-    If every document is too long, the shortest is taken, so that there is something to evaluate.
+    Duplicates stay: the score is that of the text as it is. Raise UserError or FileNotFoundError
+    if the source cannot be read or has no documents.
     """
-    documents = np.arange(len(rows_per_document))
-    if max_sequences is None or not len(documents):
-        return documents
-    fitting = documents[rows_per_document <= max_sequences]
-    if not len(fitting):
-        return np.array([np.argmin(rows_per_document)])
-    return fitting[np.cumsum(rows_per_document[fitting]) <= max_sequences]
+    # Importing `datasets` takes a second, and training does not need it.
+    from data.corpus.sources import read_records  # noqa: PLC0415
+
+    documents: list[TokenArray] = []
+    document_bytes: list[int] = []
+    skipped: Counter[str] = Counter()
+    lossy = 0
+    dtype = token_dtype(tokenizer.vocab_size)
+    with tempfile.TemporaryDirectory() as scratch:
+        records = read_records(source, DATA_KEYS, source_files(source), Path(scratch))
+        while batch := list(itertools.islice(records, _BATCH_RECORDS)):
+            skipped.update(record.reason for record in batch if record.reason is not None)
+            texts = [text for record in batch for text in record.texts]
+            encoded = encode_documents(texts, tokenizer, dtype)
+            for text, document in zip(texts, encoded, strict=True):
+                documents.append(document)
+                document_bytes.append(len(text.encode()))
+                lossy += tokenizer.decode(document[1:-1].tolist()) != text
+    if not documents:
+        raise UserError(
+            f"source={source.source} path={source.path!r} yields no documents; skipped: "
+            f"{describe_counts(skipped) or 'nothing'}; give non-empty UTF-8 text"
+        )
+    if skipped:
+        logger.warning("not scored: %s", describe_counts(skipped))
+    tokens = np.concatenate(documents)
+    offsets = np.cumsum([0, *(len(document) for document in documents)])
+    file = TokenFile(tokens, offsets, np.array(document_bytes, dtype=np.int64))
+    digest = xxhash.xxh3_128(b"".join((tokens, offsets, file.document_bytes)))
+    unknown = int(np.count_nonzero(tokens == tokenizer.unk_id))
+    validation = {"unknown": unknown, "lossy": lossy, "compared": len(documents)}
+    summary = {"skipped": dict(skipped), "validation": validation}
+    return Corpus(tokenizer, tokenizer_path, file, file, digest.hexdigest(), summary)

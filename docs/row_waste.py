@@ -16,13 +16,13 @@ import numpy as np
 from configs import Config, ModelConfig, load_config
 from data import prepare_corpus
 from data.loader import rows_of_corpus
-from data.mixture import SampleOrder
-from data.packing import Deal, Int64Array, assign_by_length, assign_in_order, padding_fraction
+from data.packing import Assign, Int64Array, assign_by_length, assign_in_order, padding_fraction
 from data.rows import Rows
+from data.sampler import SampleOrder
 from data.token_file import Tokens
 
 _LENGTHS = (256, 1024, 2048)
-_MODES: tuple[tuple[str, Literal["pack", "pad"], Literal["stream", "best_fit"], Deal], ...] = (
+_MODES: tuple[tuple[str, Literal["pack", "pad"], Literal["stream", "best_fit"], Assign], ...] = (
     ("pack, stream", "pack", "stream", assign_in_order),
     ("pack, best_fit", "pack", "best_fit", assign_in_order),
     ("pad, not grouped", "pad", "stream", assign_in_order),
@@ -82,15 +82,14 @@ def table(config: Config) -> list[str]:
     s, train = config.model.seq_length, config.train
     corpus = prepare_corpus(config.data, s, 0)
     lines = []
-    for name, mode, packing, deal in _MODES:
+    for name, mode, packing, assign in _MODES:
         data = replace(config.data, sequence_mode=mode, packing=packing)
         rows = rows_of_corpus(corpus, replace(config, data=data))
         order = SampleOrder(corpus.weights, rows.rows_of_sources, config.run.seed)
         num_steps = max(1, len(rows) // train.global_batch_size)
         lengths = rows.lengths(order.rows(0, num_steps * train.global_batch_size))
-        padding = padding_fraction(
-            lengths, deal, train.global_batch_size, train.micro_batch_size, dp_size=1, multiple_of=1
-        )
+        layout = (train.global_batch_size, train.micro_batch_size, 1, 1)
+        padding = padding_fraction(lengths, assign, *layout)
         cut = cuts(corpus.train, rows, s)
         split = cut.short_split / max(1, cut.short_documents)
         lines.append(

@@ -18,9 +18,8 @@ import pytest
 import torch
 
 from checkpoints.manifest import FORMAT_VERSION, read_manifest
-from data.mixture import SampleOrder
 from data.packing import best_fit
-from data.sampler import sample_rows
+from data.sampler import SampleOrder, sample_rows
 from model.generation.sampling import Sampling, draw
 from ops.dropout import keep_mask
 from parallel import DropoutStream, Mesh, fold_seed

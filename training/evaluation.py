@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from configs import Config
-from data import Corpus, EvaluationSet, evaluation_batches
+from data import Corpus, EvaluationSet
 from model import GPT, Sampling, generate
 from ops.matmul import scratch_scope
 from parallel import Mesh, fold_seed, free_gathered_weights, move_to, sum_over
@@ -62,7 +62,7 @@ def eval_batches(
     stride: int | None = None,
 ) -> EvaluationSet:
     """Held-out documents, at most so many rows of them, dealt to the ranks there are."""
-    return evaluation_batches(
+    return EvaluationSet(
         corpus,
         seq_length=config.model.seq_length,
         stride=stride,

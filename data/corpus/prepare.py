@@ -50,8 +50,15 @@ from data.corpus.spool import (
     sample_sentences,
     write_spool,
 )
-from data.mixture import JoinedTokens
-from data.token_file import PARTS, PROGRESS, TokenFile, Tokens, open_token_file, write_token_file
+from data.token_file import (
+    PARTS,
+    PROGRESS,
+    JoinedTokens,
+    TokenFile,
+    Tokens,
+    open_token_file,
+    write_token_file,
+)
 from data.tokenizer import RECIPE_VERSION, Tokenizer, load_tokenizer, train_tokenizer
 
 FORMAT_VERSION = 3

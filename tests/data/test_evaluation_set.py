@@ -1,11 +1,11 @@
-"""Evaluation rows: exact bytes, every token scored once, the same work on every rank."""
+"""Evaluation rows: exact bytes, each token scored once, equal work on every rank."""
 
 import itertools
 
 import pytest
 from lm_eval.utils import get_rolling_token_windows
 
-from data import IGNORED_TARGET, EvaluationSet, evaluation_batches
+from data import IGNORED_TARGET, EvaluationSet
 from tests.data_corpora import corpus_of_lengths, token_file
 
 LENGTHS = (12, 3, 40, 9, 100, 5, 3, 22)
@@ -19,8 +19,8 @@ def evaluation_set(
     lengths: tuple[int, ...] = LENGTHS,
     stride: int | None = None,
 ) -> EvaluationSet:
-    """Returns the set of one rank, for windows of 8 tokens and tp = 2."""
-    return evaluation_batches(
+    """Return the set of one rank, with windows of 8 tokens and tp = 2."""
+    return EvaluationSet(
         corpus_of_lengths([10], lengths),
         seq_length=8,
         stride=stride,
@@ -33,7 +33,7 @@ def evaluation_set(
 
 
 def scored_tokens(sets: list[EvaluationSet]) -> list[int]:
-    """Returns all scored targets of all ranks, sorted."""
+    """Return all scored targets of all ranks, sorted."""
     return sorted(
         token
         for each in sets
@@ -43,7 +43,7 @@ def scored_tokens(sets: list[EvaluationSet]) -> list[int]:
 
 
 def text_tokens(documents: list[int]) -> list[int]:
-    """Returns every token of the documents except bos and eos, sorted."""
+    """Return every token of the documents except bos and eos, sorted."""
     file = token_file(LENGTHS)
     offsets = file.document_offsets
     return sorted(
@@ -51,8 +51,8 @@ def text_tokens(documents: list[int]) -> list[int]:
     )
 
 
-def test_scores_every_token_except_bos_and_eos_once() -> None:
-    """All documents: all tokens of their texts, and all their bytes."""
+def test_every_text_token_is_scored_once() -> None:
+    """bos and eos are not scored, and all bytes of the texts are counted."""
     everything = evaluation_set(None)
     assert scored_tokens([everything]) == text_tokens(list(range(len(LENGTHS))))
     assert everything.num_bytes == sum(3 * length + 1 for length in LENGTHS)
@@ -60,8 +60,8 @@ def test_scores_every_token_except_bos_and_eos_once() -> None:
     assert everything.num_targets == sum(length - 2 for length in LENGTHS)
 
 
-def test_windows_follow_each_other() -> None:
-    """A document of 22 tokens (20 scored): windows of 8, 8, and 4 that see the 4 before them."""
+def test_last_window_overlaps() -> None:
+    """20 tokens give windows that score 8, 8 and 4; the last one reads 4 tokens again."""
     (batch,) = evaluation_set(None, lengths=(22,)).batches
     assert batch.tokens[:, 0].tolist() == [1, 17, 21]
     assert batch.targets[:, 0].tolist() == [10, 18, IGNORED_TARGET]
@@ -70,8 +70,8 @@ def test_windows_follow_each_other() -> None:
 
 
 @pytest.mark.parametrize("stride", [None, 1, 3, 7])
-def test_windows_are_those_of_the_evaluation_harness(stride: int | None) -> None:
-    """What lm-evaluation-harness reads and scores of the same tokens, window by window."""
+def test_windows_equal_those_of_lm_evaluation_harness(stride: int | None) -> None:
+    """Both read and score the same tokens, window by window."""
     file, seq_length = token_file(LENGTHS), 8
     expected = []
     for start, end in itertools.pairwise(file.document_offsets.tolist()):
@@ -90,7 +90,7 @@ def test_windows_are_those_of_the_evaluation_harness(stride: int | None) -> None
 
 
 def test_every_token_is_scored_once_with_any_stride() -> None:
-    """And in the same documents."""
+    """The stride changes neither the documents nor the scored tokens."""
     for stride in (1, 2, 5, 8):
         chosen = evaluation_set(None, stride=stride)
         assert scored_tokens([chosen]) == text_tokens(list(range(len(LENGTHS))))
@@ -100,11 +100,11 @@ def test_every_token_is_scored_once_with_any_stride() -> None:
 @pytest.mark.parametrize(
     ("max_sequences", "documents"),
     [
-        (1, [1]),  # documents of 2 rows and more are too long by themselves
-        (2, [0]),  # 2 rows; the next does not fit beside it
+        (1, [1]),  # documents of 2 or more rows are longer than the limit
+        (2, [0]),  # 2 rows, so the next one does not fit
         (3, [0, 1]),
         (8, [0, 1, 2]),  # 2 + 1 + 5 rows
-        (10, [0, 1, 2, 3, 5]),  # the document of 13 rows is passed over
+        (10, [0, 1, 2, 3, 5]),  # the document of 13 rows is skipped
         (12, [0, 1, 2, 3, 5, 6]),  # the last one, of 3 rows, does not fit
         (100, list(range(8))),
     ],
@@ -112,14 +112,14 @@ def test_every_token_is_scored_once_with_any_stride() -> None:
 def test_takes_whole_documents_up_to_max_sequences(
     max_sequences: int, documents: list[int]
 ) -> None:
-    """Documents in file order; those too long by themselves are passed over."""
+    """Documents are taken in file order; those longer than the limit are skipped."""
     chosen = evaluation_set(max_sequences)
     assert scored_tokens([chosen]) == text_tokens(documents)
     assert chosen.num_bytes == sum(3 * LENGTHS[i] + 1 for i in documents)
 
 
 def test_takes_the_shortest_document_if_all_are_too_long() -> None:
-    """There is something to evaluate even then."""
+    """There is always something to evaluate."""
     chosen = evaluation_set(2, lengths=(90, 40, 60))
     assert (chosen.num_documents, chosen.num_targets) == (1, 38)
 
@@ -127,7 +127,7 @@ def test_takes_the_shortest_document_if_all_are_too_long() -> None:
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 5, 40])
 @pytest.mark.parametrize("micro_batch_size", [1, 4, 7])
 def test_ranks_share_the_rows_evenly(dp_size: int, micro_batch_size: int) -> None:
-    """Together the same tokens as one rank alone; each rank the same number of equal batches."""
+    """All ranks score the tokens of a single rank, in equally many batches of equal size."""
     ranks = [evaluation_set(12, rank, dp_size, micro_batch_size) for rank in range(dp_size)]
     assert scored_tokens(ranks) == scored_tokens([evaluation_set(12)])
     assert len({each.num_batches for each in ranks}) == 1
@@ -140,23 +140,23 @@ def test_ranks_share_the_rows_evenly(dp_size: int, micro_batch_size: int) -> Non
 
 
 def test_batches_can_be_read_again() -> None:
-    """Each evaluation of a run reads the same set."""
+    """Each evaluation of a run reads the same set again."""
     chosen = evaluation_set(12)
     assert scored_tokens([chosen]) == scored_tokens([chosen])
 
 
 def test_no_validation_documents_give_an_empty_set() -> None:
-    """The caller then has nothing to evaluate."""
+    """There are no batches and no totals."""
     empty = evaluation_set(12, lengths=())
     assert (empty.num_batches, empty.num_documents, empty.num_bytes) == (0, 0, 0)
     assert list(empty.batches) == []
 
 
-def test_a_stride_does_not_choose_other_documents() -> None:
-    """Scores of one text with and without it can be compared, however few rows there may be."""
+def test_the_stride_does_not_change_the_choice_of_documents() -> None:
+    """Scores with different strides are of the same text, even if max_sequences is small."""
     corpus = corpus_of_lengths([10], LENGTHS)
     sets = [
-        evaluation_batches(
+        EvaluationSet(
             corpus,
             seq_length=8,
             max_sequences=6,

@@ -1,4 +1,4 @@
-"""The batches of a run: the same samples whatever the layout, and a thread that ends well."""
+"""Training batches: the same samples on every layout, errors, and the end of the thread."""
 
 import dataclasses
 import threading
@@ -12,15 +12,27 @@ import torch
 from configs import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
 from configs.schema import WeightedSource
 from data import BatchLoader, Corpus, StepBatch, TokenFile
-from data.mixture import JoinedTokens
+from data.sampler import SampleOrder
+from data.token_file import JoinedTokens
 from tests.data_corpora import corpus_of_lengths, token_file
 
 LENGTHS = [40, 3, 2, 90, 11, 1, 25, 64, 7, 130]
 Sample = tuple[int, tuple[int, ...], tuple[int, ...]]
 
 
+def mixed_corpus() -> Corpus:
+    """Return three sources with weights 2, 1, 1; tokens tell the source and the position."""
+    files = [token_file(lengths) for lengths in (LENGTHS, [33, 5, 70, 6, 6], [160])]
+    parts = [
+        dataclasses.replace(file, tokens=file.tokens + 10_000 * number)
+        for number, file in enumerate(files)
+    ]
+    alone = corpus_of_lengths([2])
+    return dataclasses.replace(alone, train=JoinedTokens(parts), weights=(2.0, 1.0, 1.0))
+
+
 def loader(corpus: Corpus, **changes: Any) -> BatchLoader:
-    """Returns a loader of one rank, with settings changed."""
+    """Return a loader of one rank with changed settings."""
     settings: dict[str, Any] = {
         "seed": 1,
         "seq_length": 8,
@@ -54,13 +66,13 @@ def loader(corpus: Corpus, **changes: Any) -> BatchLoader:
 
 
 def steps(corpus: Corpus, num_steps: int, **changes: Any) -> list[StepBatch]:
-    """Returns the first steps of a loader."""
+    """Return the first steps of a loader."""
     with loader(corpus, **changes) as batches:
         return [next(batches) for _ in range(num_steps)]
 
 
 def samples(batches: list[StepBatch]) -> list[Sample]:
-    """Returns (sample index, scored inputs, scored targets) of all rows in order."""
+    """Return (sample index, scored inputs, scored targets) of all rows in order."""
     rows: list[Sample] = []
     for batch in batches:
         for micro in batch.micro_batches:
@@ -72,15 +84,16 @@ def samples(batches: list[StepBatch]) -> list[Sample]:
 
 
 @pytest.mark.parametrize("mode", ["stream", "best_fit", "pad"])
-def test_samples_do_not_depend_on_the_layout(mode: str) -> None:
-    """dp, micro-batch size, tp and where a run was resumed change no sample of any step.
+@pytest.mark.parametrize("is_mixture", [False, True])
+def test_samples_do_not_depend_on_the_layout(mode: str, is_mixture: bool) -> None:
+    """dp, tp, micro-batch size and the step of a resume change no sample of any step.
 
-    Ranks take contiguous shares; in mode pad they take rows of similar length, as many each.
+    Ranks take contiguous shares; in mode pad, equally many rows of similar length.
     """
-    corpus = corpus_of_lengths(LENGTHS)
+    corpus = mixed_corpus() if is_mixture else corpus_of_lengths(LENGTHS)
     expected = [samples([step]) for step in steps(corpus, 9, mode=mode)]
     assert [row[0] for step in expected for row in step] == list(range(9 * 12))
-    for dp_size in (1, 2, 3, 4, 6):
+    for dp_size in (1, 3, 6) if is_mixture else (1, 2, 3, 4, 6):
         for micro_batch_size in (1, 2, 12 // dp_size, 5):
             for first_step in (0, 4, 7):
                 found: list[list[Sample]] = [[] for _ in range(first_step, 9)]
@@ -106,8 +119,8 @@ def test_samples_do_not_depend_on_the_layout(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["stream", "best_fit", "pad"])
-def test_each_sample_comes_once_per_epoch(mode: str) -> None:
-    """An epoch of n rows holds each row once, though steps do not divide it."""
+def test_each_row_comes_once_per_epoch(mode: str) -> None:
+    """This holds although an epoch is no whole number of steps."""
     corpus = corpus_of_lengths(LENGTHS)
     rows = sorted(samples(steps(corpus, 30, mode=mode, global_batch_size=7)))
     num_rows = len({row[1:] for row in rows})
@@ -117,35 +130,34 @@ def test_each_sample_comes_once_per_epoch(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["stream", "best_fit", "pad"])
 def test_rows_of_a_mixture_are_those_of_its_sources(mode: str) -> None:
-    """None holds two; their shares are those of the weights; layout and resume change nothing."""
-    files = [token_file(lengths) for lengths in (LENGTHS, [33, 5, 70, 6, 6], [200])]
-    parts = [
-        dataclasses.replace(file, tokens=file.tokens + 10_000 * number)
-        for number, file in enumerate(files)
-    ]
-    alone = corpus_of_lengths([2])
-    corpus = dataclasses.replace(alone, train=JoinedTokens(parts), weights=(2.0, 1.0, 1.0))
-    expected = samples(steps(corpus, 20, mode=mode))
-    for source, part in enumerate(parts):
-        mine = [row[1:] for row in expected if row[1][0] // 10_000 == source]
-        assert len(mine) == pytest.approx(20 * 12 * (2, 1, 1)[source] / 4, abs=2)
-        of_part = dataclasses.replace(alone, train=part)
-        assert {*mine} == {row[1:] for row in samples(steps(of_part, 10, mode=mode))}
-    resumed = {"consumed_samples": 7 * 12, "micro_batch_size": 2, "dp_size": 3, "tp_size": 2}
-    shares = [samples(steps(corpus, 13, mode=mode, dp_rank=rank, **resumed)) for rank in range(3)]
-    assert sorted(row for share in shares for row in share) == expected[7 * 12 :]
+    """No row mixes sources, weights set their shares, and each source has its own epochs."""
+    corpus = mixed_corpus()
+    mixture = samples(steps(corpus, 20, mode=mode))
+    sizes, num_epochs = [], []
+    for source, part in enumerate(corpus.train.parts):
+        mine = [row[1:] for row in mixture if row[1][0] // 10_000 == source]
+        assert len(mine) == pytest.approx(20 * 12 * corpus.weights[source] / 4, abs=2)
+        of_part = dataclasses.replace(corpus, train=part, weights=(1.0,))
+        rows = {row[1:] for row in samples(steps(of_part, 10, mode=mode))}
+        epochs = [mine[first : first + len(rows)] for first in range(0, len(mine), len(rows))]
+        assert all(sorted(epoch) == sorted(rows) for epoch in epochs[:-1])
+        assert len(epochs) > 2
+        assert {*epochs[-1]} <= rows
+        sizes.append(len(rows))
+        num_epochs.append(len(mine) / len(rows))
+    assert SampleOrder(corpus.weights, sizes, seed=1).epochs(20 * 12) == num_epochs
 
 
-def test_resume_with_another_batch_size_goes_on_in_the_same_order() -> None:
-    """The state is the number of consumed samples alone."""
+def test_resume_with_another_batch_size_keeps_the_order() -> None:
+    """The number of consumed samples is the only state."""
     corpus = corpus_of_lengths(LENGTHS)
     straight = samples(steps(corpus, 4))
     resumed = samples(steps(corpus, 3, consumed_samples=24, global_batch_size=8))
     assert resumed == straight[24:48]
 
 
-def test_counts_targets_of_this_rank() -> None:
-    """num_targets of a step is the sum over its micro-batches, and of those over their rows."""
+def test_num_targets_counts_the_targets_of_this_rank() -> None:
+    """num_targets of a step is the sum over its micro-batches."""
     (step,) = steps(corpus_of_lengths(LENGTHS), 1, micro_batch_size=4)
     counts = [int((micro.targets != -100).sum()) for micro in step.micro_batches]
     assert [micro.num_targets for micro in step.micro_batches] == counts
@@ -155,7 +167,7 @@ def test_counts_targets_of_this_rank() -> None:
 @pytest.mark.parametrize("mode", ["stream", "best_fit", "pad"])
 @pytest.mark.parametrize("seq_length", [5, 8, 13])
 def test_every_micro_batch_divides_by_tp(mode: str, seq_length: int) -> None:
-    """Any seq_length works with any tp, and pack rounds seq_length itself up."""
+    """Any seq_length works with any tp; packed rows are padded to a multiple of tp."""
     corpus = corpus_of_lengths(LENGTHS)
     changes = {"seq_length": seq_length, "mode": mode, "micro_batch_size": 3}
     for tp_size in (1, 2, 3, 4):
@@ -169,9 +181,9 @@ def test_every_micro_batch_divides_by_tp(mode: str, seq_length: int) -> None:
 
 
 def test_an_error_in_the_thread_is_raised_at_next() -> None:
-    """The error comes after what is ready; then the iterator has ended, and nothing hangs."""
+    """After the error the iterator has ended, and nothing hangs."""
     corpus = corpus_of_lengths([50])
-    # Offsets that promise more than there is: rows past the end cannot be read.
+    # The offsets go beyond the tokens, so rows past the end cannot be read.
     broken = TokenFile(corpus.train.tokens[:20], corpus.train.document_offsets, np.array([1]))
     broken_corpus = Corpus(corpus.tokenizer, corpus.tokenizer_path, broken, broken, "", {})
     with loader(broken_corpus, global_batch_size=6, micro_batch_size=6) as batches:
@@ -181,19 +193,18 @@ def test_an_error_in_the_thread_is_raised_at_next() -> None:
 
 
 def test_close_ends_the_thread_promptly() -> None:
-    """A loader whose queue is full ends within a moment, and leaves no thread."""
+    """A loader with prefetched batches ends within a second and leaves no thread."""
     before = threading.active_count()
-    batches = loader(corpus_of_lengths(LENGTHS))
-    next(batches)
-    started_at = time.perf_counter()
-    batches.close()
+    with loader(corpus_of_lengths(LENGTHS)) as batches:
+        next(batches)
+        started_at = time.perf_counter()
     assert time.perf_counter() - started_at < 1.0
     assert threading.active_count() == before
     assert next(batches, None) is None
 
 
-def test_refuses_what_cannot_be_divided_or_read() -> None:
-    """The messages name keys and values."""
+def test_bad_batch_size_and_empty_source_are_named() -> None:
+    """The messages contain keys and values."""
     with pytest.raises(ValueError, match=r"train\.global_batch_size=12 .* data-parallel size 5"):
         loader(corpus_of_lengths(LENGTHS), dp_size=5)
     nothing = r"data\.sources\[0\]\.source=python_stdlib give no row of model\.seq_length=64"
@@ -202,7 +213,7 @@ def test_refuses_what_cannot_be_divided_or_read() -> None:
 
 
 def test_tensors_are_not_shared_between_steps() -> None:
-    """A step may be changed in place without changing another."""
+    """Changing a step in place does not change another."""
     first, second = steps(corpus_of_lengths(LENGTHS), 2)
     kept = second.micro_batches[0].tokens.clone()
     first.micro_batches[0].tokens.zero_()

@@ -1,4 +1,4 @@
-"""Best-fit packing and rows of similar length, against literal readings of the rules."""
+"""Best-fit packing and rows of similar length, against literal implementations of the rules."""
 
 import dataclasses
 import itertools
@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from data import IGNORED_TARGET, MicroBatch, TokenFile
 from data.packing import assign_by_length, assign_in_order, best_fit, padding_fraction
-from data.rows import PaddedRows, Rows, Spans, make_micro_batch, training_rows
+from data.rows import Rows, Spans, make_micro_batch
 from docs.row_waste import Cuts, cuts
 from parallel import Mesh, sum_partial_gradients
 from tests.data_corpora import token_file
@@ -20,7 +20,7 @@ from tests.model.test_gpt import OPTIONS, TINY, VOCAB, dense_weights, tiny_model
 from tests.reference import reference_losses
 
 Int64Array = npt.NDArray[np.int64]
-# How lengths of pieces are distributed, and the rows that they go into.
+# The distribution of lengths, the length of a row, and the number of pieces.
 SETS = [
     ("uniform", 64, 300),
     ("uniform", 7, 200),
@@ -35,7 +35,7 @@ SETS = [
 
 
 def random_lengths(kind: str, capacity: int, num_pieces: int, seed: int) -> Int64Array:
-    """Returns lengths of at least 1 and at most `capacity`, `[num_pieces]`."""
+    """Return lengths of at least 1 and at most `capacity`, `[num_pieces]`."""
     generator = np.random.default_rng(seed)
     drawn = {
         "uniform": generator.integers(1, capacity + 1, num_pieces),
@@ -48,9 +48,9 @@ def random_lengths(kind: str, capacity: int, num_pieces: int, seed: int) -> Int6
 
 
 def literal_best_fit(lengths: Int64Array, capacity: int) -> list[int]:
-    """Returns the row of each piece: one piece at a time, looking at every row."""
+    """Return the row of each piece: one piece at a time, looking at every row."""
     room: list[int] = []
-    since: list[int] = []  # when the row came to have this room
+    since: list[int] = []  # when the row got this room
     row_of_piece = [-1] * len(lengths)
     pieces = sorted(range(len(lengths)), key=lambda piece: (-lengths[piece], piece))
     for now, piece in enumerate(pieces):
@@ -67,7 +67,7 @@ def literal_best_fit(lengths: Int64Array, capacity: int) -> list[int]:
 
 
 def num_rows_of_first_fit(lengths: Int64Array, capacity: int) -> int:
-    """Returns how many rows there are if each piece in turn goes into the first that holds it."""
+    """Return the number of rows if each piece in turn goes into the first row that holds it."""
     room: list[int] = []
     for length in lengths.tolist():
         row = next((row for row, free in enumerate(room) if free >= length), len(room))
@@ -82,7 +82,7 @@ def num_rows_of_first_fit(lengths: Int64Array, capacity: int) -> int:
 def test_best_fit_equals_the_literal_one(
     kind: str, capacity: int, num_pieces: int, seed: int
 ) -> None:
-    """The same row for every piece, none over-full, and never more rows than first fit makes."""
+    """Each piece is in the same row, no row is over-full, and first fit needs no fewer rows."""
     lengths = random_lengths(kind, capacity, num_pieces, seed)
     rows = best_fit(lengths, capacity)
     assert rows.tolist() == literal_best_fit(lengths, capacity)
@@ -91,22 +91,22 @@ def test_best_fit_equals_the_literal_one(
 
 
 def all_spans(rows: Rows) -> Spans:
-    """Returns the spans of a whole epoch."""
+    """Return the spans of a whole epoch."""
     return rows.spans(np.arange(len(rows), dtype=np.int64))
 
 
 @pytest.mark.parametrize("seq_length", [1, 2, 7, 16, 64, 500])
 @pytest.mark.parametrize("seed", range(3))
 def test_every_input_is_in_one_place(seed: int, seq_length: int) -> None:
-    """All tokens but the last of each document, once; slots follow each other and do not overlap.
+    """Every token but the last of a document is an input once; pieces of a row do not overlap.
 
-    A document that fits in a row is in one piece; a longer one has full rows, and what is left.
+    A document that fits in a row is one piece; a longer one is full rows and the rest.
     """
     lengths = random_lengths("log-normal", 80, 200, seed)
     lengths[::9] = 0
     lengths[5::9] = 1
     file = token_file(lengths.tolist())
-    rows = training_rows(file, seq_length, "pack", "best_fit")
+    rows = Rows(file, seq_length, "pack", "best_fit")
     spans = all_spans(rows)
 
     times = np.zeros(len(file.tokens), dtype=np.int64)
@@ -128,9 +128,9 @@ def test_every_input_is_in_one_place(seed: int, seq_length: int) -> None:
         assert pieces[document].sum() == -(-num_inputs // seq_length)
 
 
-def test_rows_may_be_asked_for_in_any_order() -> None:
-    """What a row is does not depend on the others of its micro-batch."""
-    rows = training_rows(token_file([9, 2, 30, 3, 5, 5, 17, 6]), 16, "pack", "best_fit")
+def test_spans_do_not_depend_on_the_other_rows() -> None:
+    """Rows may be requested in any order, and repeatedly."""
+    rows = Rows(token_file([9, 2, 30, 3, 5, 5, 17, 6]), 16, "pack", "best_fit")
     everything = all_spans(rows)
     wanted = np.array([3, 0, 3, 2])
     found = rows.spans(wanted)
@@ -141,7 +141,7 @@ def test_rows_may_be_asked_for_in_any_order() -> None:
 
 
 def documents_of_vocabulary(lengths: list[int]) -> TokenFile:
-    """Returns documents whose tokens the tiny model knows."""
+    """Return documents in the vocabulary of the tiny model."""
     file = token_file(lengths)
     return dataclasses.replace(file, tokens=file.tokens * 7 % VOCAB)
 
@@ -149,8 +149,8 @@ def documents_of_vocabulary(lengths: list[int]) -> TokenFile:
 def packed(
     file: TokenFile, numbers: Int64Array, multiple_of: int, padding_token: int, *, apart: bool
 ) -> MicroBatch:
-    """Returns best-fit rows of the tiny model's length."""
-    rows = training_rows(file, TINY.seq_length, "pack", "best_fit")
+    """Return best-fit rows of the tiny model's length."""
+    rows = Rows(file, TINY.seq_length, "pack", "best_fit")
     return make_micro_batch(
         file,
         rows.spans(numbers),
@@ -163,12 +163,12 @@ def packed(
 
 @distributed(ONE_RANK, Layout(tp=2), Layout(tp=2, sp=False))
 @pytest.mark.parametrize("options", ["gpt2", "llama"])
-def test_a_packed_row_says_what_its_documents_say_alone(mesh: Mesh, options: str) -> None:
-    """Each row's loss is the sum of those of its pieces as rows of their own; so are gradients."""
+def test_a_packed_row_equals_its_documents_alone(mesh: Mesh, options: str) -> None:
+    """The loss and gradients of a row are the sums over its pieces as separate rows."""
     model = tiny_model(mesh, dataclasses.replace(TINY, hidden_dropout=0.0, **OPTIONS[options]))
     dense = dense_weights(model)
     file = documents_of_vocabulary([5, 3, 30, 2, 7, 6, 9, 4, 4])
-    rows = training_rows(file, TINY.seq_length, "pack", "best_fit")
+    rows = Rows(file, TINY.seq_length, "pack", "best_fit")
     num_pieces = []
     for row in range(len(rows)):
         number = np.array([row])
@@ -193,10 +193,10 @@ def test_a_packed_row_says_what_its_documents_say_alone(mesh: Mesh, options: str
 
 @distributed(ONE_RANK, Layout(tp=2))
 @pytest.mark.parametrize("apart", [True, False])
-def test_free_slots_of_a_row_change_nothing(mesh: Mesh, apart: bool) -> None:
-    """What is in them changes no bit of any gradient; more of them change rounding alone."""
+def test_padding_does_not_change_gradients(mesh: Mesh, apart: bool) -> None:
+    """Other padding tokens change no bit of any gradient; more padding changes only rounding."""
     file = documents_of_vocabulary([5, 3, 30, 2, 7, 6, 9])
-    numbers = np.arange(len(training_rows(file, TINY.seq_length, "pack", "best_fit")))
+    numbers = np.arange(len(Rows(file, TINY.seq_length, "pack", "best_fit")))
     config = dataclasses.replace(TINY, hidden_dropout=0.0)
     gradients = []
     for padding_token, multiple_of in ((2, 4), (11, 4), (2, 16)):
@@ -213,9 +213,9 @@ def test_free_slots_of_a_row_change_nothing(mesh: Mesh, apart: bool) -> None:
 
 
 def test_no_target_crosses_between_pieces() -> None:
-    """The last target of a document is its eos, and the next input its successor's bos."""
+    """The last target of a document is its eos, and the next input is the next document's bos."""
     file = token_file([5, 3, 4])
-    rows = training_rows(file, 16, "pack", "best_fit")
+    rows = Rows(file, 16, "pack", "best_fit")
     batch = make_micro_batch(file, rows.spans(np.array([0])), np.array([0]), 1, 2)
     documents = [file.tokens[a:b].tolist() for a, b in ((0, 5), (5, 8), (8, 12))]
     assert batch.tokens[0].tolist() == [token for each in documents for token in each[:-1]]
@@ -226,7 +226,7 @@ def test_no_target_crosses_between_pieces() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_rows_of_similar_length_are_dealt(seed: int) -> None:
-    """Each row once; all ranks as many micro-batches; those at one time of neighbouring lengths."""
+    """Each row comes once, ranks get equally many micro-batches, and neighbours are similar."""
     for num_rows, micro_batch_size, dp_size in [(48, 4, 3), (48, 16, 1), (24, 1, 24), (30, 4, 3)]:
         lengths = random_lengths("log-normal", 64, num_rows, seed)
         dealt = [
@@ -244,29 +244,29 @@ def test_rows_of_similar_length_are_dealt(seed: int) -> None:
             assert all(part.tolist() == sorted(part.tolist()) for part in parts)
 
 
-def test_share_of_padding_is_what_micro_batches_have() -> None:
-    """Counted on the batches themselves, and grouping saves some of it."""
+def test_padding_fraction_is_that_of_the_micro_batches() -> None:
+    """It equals a count on real batches, and grouping by length reduces it."""
     file = token_file((random_lengths("log-normal", 60, 96, 1) + 1).tolist())
-    rows = PaddedRows(file, 64)
+    rows = Rows(file, 64, "pad")
     numbers = np.arange(96, dtype=np.int64)
     lengths = rows.lengths(numbers)
-    shares = []
-    for deal in (assign_in_order, assign_by_length):
-        parts = [part for rank in range(2) for part in deal(lengths, 5, rank, 2)]
+    fractions = []
+    for assign in (assign_in_order, assign_by_length):
+        parts = [part for rank in range(2) for part in assign(lengths, 5, rank, 2)]
         batches = [make_micro_batch(file, rows.spans(part), part, 4, 2) for part in parts]
         slots = sum(batch.tokens.numel() for batch in batches)
-        share = padding_fraction(lengths, deal, 96, 5, 2, multiple_of=4)
-        assert share == pytest.approx(1 - sum(batch.num_targets for batch in batches) / slots)
-        shares.append(share)
-    assert shares[1] < 0.5 * shares[0]
+        fraction = padding_fraction(lengths, assign, 96, 5, 2, multiple_of=4)
+        assert fraction == pytest.approx(1 - sum(batch.num_targets for batch in batches) / slots)
+        fractions.append(fraction)
+    assert fractions[1] < 0.5 * fractions[0]
 
 
 @pytest.mark.parametrize("seq_length", [3, 8, 16])
 @pytest.mark.parametrize("packing", ["stream", "best_fit"])
 def test_the_documented_waste_is_counted(packing: str, seq_length: int) -> None:
-    """Token by token: which row scores it, and whether that row has its document's bos."""
+    """`cuts` equals a count token by token of the rows that score it."""
     file = token_file([9, 2, 1, 0, 30, 3, 8, 0, 1, 25, 5])
-    rows = training_rows(file, seq_length, "pack", packing)
+    rows = Rows(file, seq_length, "pack", packing)
     spans = all_spans(rows)
     row_of_input = {
         place: row

@@ -23,8 +23,8 @@ from data import Corpus, prepare_corpus, text_fingerprint
 from data.corpus.cache import file_digest
 from data.corpus.prepare import SPLITS
 from data.corpus.spool import Record, open_spool, sample_sentences, write_spool
-from data.rows import training_rows
-from data.token_file import PARTS, TokenFile, Tokens, encoded, open_token_file
+from data.rows import Rows
+from data.token_file import PARTS, TokenFile, Tokens, encode_documents, open_token_file
 from tests.data_corpora import random_text, small_tokenizer, text_config, write_texts
 from tests.lines import ROOT
 
@@ -171,8 +171,8 @@ def test_too_little_text_for_a_row_names_the_longest_that_works(tmp_path: Path) 
         prepare_corpus(text_config(tmp_path), 8192, 0)
     longest = int(str(error.value).split("more text, model.seq_length=")[1].split()[0])
     corpus = prepare_corpus(text_config(tmp_path), longest, 0)
-    assert len(training_rows(corpus.train, longest, "pack")) == 1
-    assert len(training_rows(corpus.train, longest + 1, "pack")) == 0
+    assert len(Rows(corpus.train, longest, "pack")) == 1
+    assert len(Rows(corpus.train, longest + 1, "pack")) == 0
     with pytest.raises(UserError, match=f"model.seq_length={longest} or less"):
         prepare_corpus(text_config(tmp_path), longest + 1, 0)
     prepare_corpus(text_config(tmp_path, sequence_mode="pad"), 8192, 0)
@@ -430,7 +430,7 @@ def test_a_tokenizer_with_ids_beyond_its_size_is_rejected() -> None:
     tokenizer = copy(small_tokenizer())
     tokenizer.vocab_size = 10
     with pytest.raises(ValueError, match=r"gives id \d+, but has 10 pieces"):
-        list(encoded(["self"], tokenizer, np.dtype("<u2")))
+        list(encode_documents(["self"], tokenizer, np.dtype("<u2")))
 
 
 def test_the_tokenizer_learns_from_a_bounded_sample_of_training_lines(tmp_path: Path) -> None:

@@ -1,18 +1,18 @@
-"""Rows and micro-batches against a literal reading of the rules."""
+"""Rows and micro-batches against literal implementations of the rules."""
 
 import numpy as np
 import pytest
 import torch
 
 from data import IGNORED_TARGET, MicroBatch, TokenFile
-from data.rows import PaddedRows, Rows, make_micro_batch, training_rows
+from data.rows import Rows, make_micro_batch
 from tests.data_corpora import token_file
 
 PADDING = 2
 
 
 def literal_pack(file: TokenFile, seq_length: int) -> list[tuple[list[int], list[int]]]:
-    """Returns (inputs, targets) of the rows: the stream cut every seq_length tokens."""
+    """Return (inputs, targets) of the rows: the stream cut every seq_length tokens."""
     stream = file.tokens.tolist()
     rows = []
     position = 0
@@ -28,7 +28,7 @@ def literal_pack(file: TokenFile, seq_length: int) -> list[tuple[list[int], list
 
 
 def literal_pad(file: TokenFile, seq_length: int) -> list[tuple[list[int], list[int]]]:
-    """Returns (inputs, targets) of the rows: each document by itself, cut every seq_length."""
+    """Return (inputs, targets) of the rows: each document by itself, cut every seq_length."""
     rows = []
     for number in range(file.num_documents):
         start, end = file.document_offsets[number : number + 2]
@@ -41,7 +41,7 @@ def literal_pad(file: TokenFile, seq_length: int) -> list[tuple[list[int], list[
 
 
 def all_rows_in_one(file: TokenFile, rows: Rows, multiple_of: int) -> MicroBatch:
-    """Returns a micro-batch of all rows."""
+    """Return a micro-batch of all rows."""
     numbers = np.arange(len(rows))
     return make_micro_batch(file, rows.spans(numbers), numbers, multiple_of, PADDING)
 
@@ -50,10 +50,10 @@ def all_rows_in_one(file: TokenFile, rows: Rows, multiple_of: int) -> MicroBatch
 @pytest.mark.parametrize("seq_length", [1, 2, 3, 5, 7, 8, 200])
 @pytest.mark.parametrize("mode", ["pack", "pad"])
 def test_rows_equal_the_literal_ones(mode: str, seq_length: int, multiple_of: int) -> None:
-    """Tokens, targets, positions and counts are those of the rules, padded to a multiple."""
+    """Tokens, targets, positions and counts follow the rules, with padding to a multiple."""
     file = token_file([9, 2, 1, 0, 17, 3, 8, 0, 1])
     literal = (literal_pack if mode == "pack" else literal_pad)(file, seq_length)
-    rows = training_rows(file, seq_length, mode)
+    rows = Rows(file, seq_length, mode)
     assert len(rows) == len(literal)
     if not literal:
         return
@@ -76,9 +76,9 @@ def test_rows_equal_the_literal_ones(mode: str, seq_length: int, multiple_of: in
 @pytest.mark.parametrize("multiple_of", [1, 3])
 @pytest.mark.parametrize("seq_length", [1, 2, 3, 5, 8, 40])
 def test_documents_of_a_packed_row_are_kept_apart(seq_length: int, multiple_of: int) -> None:
-    """A row says what each of its parts would say alone: positions, beginnings, no next bos."""
+    """Positions restart at each document, and no target is the next document's bos."""
     file = token_file([9, 2, 1, 0, 17, 3, 8, 0, 1])
-    rows = training_rows(file, seq_length, "pack")
+    rows = Rows(file, seq_length, "pack")
     numbers = np.arange(len(rows))
     batch = make_micro_batch(
         file, rows.spans(numbers), numbers, multiple_of, PADDING, keep_documents_apart=True
@@ -109,10 +109,10 @@ def test_documents_of_a_packed_row_are_kept_apart(seq_length: int, multiple_of: 
     assert batch.sum_of_lengths == int(counts.square().sum())
 
 
-def test_padding_follows_the_longest_row_of_the_micro_batch() -> None:
+def test_width_is_that_of_the_longest_row() -> None:
     """A micro-batch of short rows is narrow, whatever seq_length is."""
     file = token_file([5, 90, 4])
-    rows = PaddedRows(file, 64)
+    rows = Rows(file, 64, "pad")
     assert len(rows) == 4
     spans = rows.spans(np.array([0, 3]))
     batch = make_micro_batch(file, spans, np.array([0, 3]), 3, PADDING)
@@ -120,20 +120,20 @@ def test_padding_follows_the_longest_row_of_the_micro_batch() -> None:
 
 
 def test_pad_scores_every_token_but_bos_once() -> None:
-    """In mode pad the targets are every token of every document except its first."""
+    """In mode pad the targets are all tokens of each document except its first."""
     file = token_file([9, 2, 30, 3])
-    batch = all_rows_in_one(file, PaddedRows(file, 7), 1)
+    batch = all_rows_in_one(file, Rows(file, 7, "pad"), 1)
     scored = batch.targets[batch.targets != IGNORED_TARGET].tolist()
     starts = set(file.document_offsets[:-1].tolist())
     assert scored == [t for i, t in enumerate(file.tokens.tolist()) if i not in starts]
 
 
-def test_rows_are_found_in_a_large_file_without_listing_them() -> None:
-    """Offsets past 2^31 tokens do not overflow."""
+def test_offsets_beyond_2_to_the_31_do_not_overflow() -> None:
+    """The rows of 3 billion tokens are found without listing them."""
     tokens = np.broadcast_to(np.uint16(5), (3_000_000_001,))
     offsets = np.array([0, 3_000_000_001])
     file = TokenFile(tokens, offsets, np.array([1]))
     for mode in ("pack", "pad"):
-        rows = training_rows(file, 1000, mode)
+        rows = Rows(file, 1000, mode)
         spans = rows.spans(np.array([len(rows) - 1]))
         assert (len(rows), spans.starts[0], spans.lengths[0]) == (3_000_000, 2_999_999_000, 1000)

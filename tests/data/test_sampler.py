@@ -1,4 +1,4 @@
-"""The order of samples: a permutation each epoch, computed without history."""
+"""The order of samples in a source: a permutation per epoch, computed without history."""
 
 import numpy as np
 import pytest
@@ -8,14 +8,14 @@ from data.sampler import permute, sample_rows
 
 @pytest.mark.parametrize("size", [*range(1, 70), 255, 256, 257, 1000, 4096, 5000])
 def test_every_epoch_is_a_permutation(size: int) -> None:
-    """All places of [0, size) are sent to all of [0, size), once each."""
+    """Each place of [0, size) is hit exactly once."""
     for epoch in range(3):
         rows = permute(np.arange(size), size, 7, epoch)
         assert np.array_equal(np.sort(rows), np.arange(size))
 
 
-def test_any_part_is_computed_alone() -> None:
-    """Samples asked for singly, in pieces and at once are the same: there is no history."""
+def test_any_part_can_be_computed_alone() -> None:
+    """Samples computed one by one, in part and all at once are the same."""
     at_once = sample_rows(np.arange(500), 37, seed=3)
     singly = [int(sample_rows(np.array([i]), 37, seed=3)[0]) for i in range(500)]
     assert at_once.tolist() == singly
@@ -23,14 +23,14 @@ def test_any_part_is_computed_alone() -> None:
 
 
 def test_epochs_hold_each_row_once() -> None:
-    """Sample i is in epoch i // n, and each epoch holds each row once, in another order."""
+    """Each epoch holds each row once, in an order of its own."""
     rows = sample_rows(np.arange(4 * 101), 101, seed=5).reshape(4, 101)
     assert all(sorted(epoch) == list(range(101)) for epoch in rows.tolist())
     assert len({tuple(epoch) for epoch in rows.tolist()}) == 4
 
 
 def test_seeds_differ() -> None:
-    """Neighbouring, negative and huge seeds, and sources, give different orders."""
+    """Neighbouring, negative and huge seeds give different orders, and so do sources."""
     places = np.arange(100)
     orders = {tuple(sample_rows(places, 100, seed)) for seed in (0, 1, 2, -1, 2**63, 2**70 + 9)}
     orders |= {tuple(sample_rows(places, 100, 0, source)) for source in range(4)}
@@ -39,7 +39,7 @@ def test_seeds_differ() -> None:
 
 @pytest.mark.parametrize("size", [3, 10, 37])
 def test_first_sample_is_uniform_over_epochs(size: int) -> None:
-    """Over many epochs every row comes first equally often (chi-square, 5 sigma)."""
+    """Over many epochs each row comes first equally often (chi-square, 5 sigma)."""
     num_epochs = 100 * size
     first = [int(permute(np.array([0]), size, 11, epoch)[0]) for epoch in range(num_epochs)]
     counts = np.bincount(first, minlength=size)
@@ -48,7 +48,7 @@ def test_first_sample_is_uniform_over_epochs(size: int) -> None:
 
 
 def test_order_has_no_trend() -> None:
-    """Neighbours are as far apart as independent draws are: n / 3 on average."""
+    """Neighbours are n / 3 apart on average, like independent draws."""
     size = 20_000
     rows = permute(np.arange(size), size, 1, 0)
     assert np.abs(np.diff(rows)).mean() == pytest.approx(size / 3, rel=0.03)

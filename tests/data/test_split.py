@@ -9,7 +9,7 @@ import pytest
 
 from configs import ConfigError, UserError, WeightedSource, parse_config
 from configs.schema import DataConfig
-from data import Corpus, evaluation_batches, prepare_corpus, text_fingerprint
+from data import Corpus, EvaluationSet, prepare_corpus, text_fingerprint
 from data.corpus.split import END_HELD_OUT, HELD_OUT, TRAINED_ON, Documents, divide, split_by_hash
 from data.corpus.spool import Record, Spool, open_spool, write_spool
 from tests.data.test_prepare import documents
@@ -170,7 +170,7 @@ def test_given_text_is_held_out_of_every_source(tmp_path: Path) -> None:
     assert text_fingerprint(plain) != text_fingerprint(config)
     assert prepare_corpus(plain, 16, 0).fingerprint != corpus.fingerprint
     assert prepare_corpus(config, 16, 1).fingerprint == corpus.fingerprint
-    scored = evaluation_batches(
+    scored = EvaluationSet(
         corpus,
         seq_length=16,
         max_sequences=None,

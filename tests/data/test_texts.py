@@ -1,4 +1,4 @@
-"""Text that is scored without a cache: every document, however empty the records around it."""
+"""Text that is scored without a cache, and warnings about what its tokens hide."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from configs import UserError
 from configs.schema import SourceConfig
-from data import Corpus, evaluation_batches, load_eval_corpus, load_tokenizer, prepare_corpus
+from data import Corpus, EvaluationSet, load_eval_corpus, load_tokenizer, prepare_corpus
 from tests.data_corpora import (
     lossy_model,
     random_text,
@@ -18,13 +18,13 @@ from tests.data_corpora import (
 
 
 def scored(path: Path, content: str) -> Corpus:
-    """Write lines of JSON, and read them as text to score."""
+    """Write lines of JSON and read them as text to score."""
     path.write_text(content)
     return load_eval_corpus(SourceConfig("jsonl", str(path)), small_tokenizer(), Path("unused"))
 
 
-def test_batches_without_a_text_are_passed(tmp_path: Path) -> None:
-    """256 texts, 256 nulls, one text: the second batch of records has nothing to encode."""
+def test_a_batch_of_records_may_have_no_text(tmp_path: Path) -> None:
+    """Of 256 texts, 256 nulls and one text, the second batch has nothing to encode."""
     texts = [f"text {number}" for number in range(256)]
     rows = [*texts, *[None] * 256, "last"]
     corpus = scored(tmp_path / "x.jsonl", "".join(json.dumps({"text": t}) + "\n" for t in rows))
@@ -41,13 +41,13 @@ def test_batches_without_a_text_are_passed(tmp_path: Path) -> None:
 def test_a_source_without_a_text_says_what_was_skipped(
     tmp_path: Path, content: str, skipped: str
 ) -> None:
-    """An empty file, and one of null rows only."""
+    """This covers an empty file and a file with only null rows."""
     with pytest.raises(UserError, match=f"yields no documents; skipped: {skipped}; give"):
         scored(tmp_path / "x.jsonl", content)
 
 
-def test_unknown_tokens_are_told_of_text_that_is_scored(tmp_path: Path) -> None:
-    """100 lines of 50 ideographs: a space and one unknown token each, 15,099 bytes."""
+def test_scored_text_with_unknown_tokens_gives_warnings(tmp_path: Path) -> None:
+    """Each of 100 lines of 50 ideographs is a space and one unknown token."""
     model = lossy_model(tmp_path, random_text(1, 50).split("\n"))
     lines = ["".join(chr(0x4E00 + 50 * i + j) for j in range(50)) for i in range(100)]
     (tmp_path / "x.txt").write_text("\n".join(lines))
@@ -56,7 +56,7 @@ def test_unknown_tokens_are_told_of_text_that_is_scored(tmp_path: Path) -> None:
     for kind, num_documents in (("text", 1), ("jsonl", 100)):
         source = SourceConfig(kind, str(tmp_path / f"x.{kind}".replace(".text", ".txt")))  # type: ignore[arg-type]
         corpus = load_eval_corpus(source, load_tokenizer(model), Path("unused"))
-        found = evaluation_batches(
+        found = EvaluationSet(
             corpus,
             seq_length=64,
             max_sequences=None,
@@ -73,16 +73,16 @@ def test_unknown_tokens_are_told_of_text_that_is_scored(tmp_path: Path) -> None:
         assert lossy.startswith(f"{num_documents} of {num_documents} held-out documents that were")
 
 
-def test_a_lossless_tokenizer_has_nothing_to_tell(tmp_path: Path) -> None:
-    """Whatever the characters are."""
+def test_a_lossless_tokenizer_gives_no_warnings(tmp_path: Path) -> None:
+    """Odd characters are neither unknown nor lossy."""
     corpus = scored(tmp_path / "x.jsonl", json.dumps({"text": " \u6f22\u2581\0\n"}))
     assert corpus.summary["validation"] == {"unknown": 0, "lossy": 0, "compared": 1}
 
 
-def test_what_tokens_do_not_tell_is_said_at_every_start(
+def test_every_start_warns_about_lossy_tokens(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Not when the cache is built alone: of 30 texts, those with a rare character are lossy."""
+    """The warnings also come when the cache exists; texts with a rare character are lossy."""
     texts = write_texts(tmp_path, 30)
     model = lossy_model(tmp_path, "\n".join(texts).split("\n"))
     for number, text in enumerate(texts):

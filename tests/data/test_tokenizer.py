@@ -1,4 +1,4 @@
-"""The tokenizer: nothing is lost, cutting changes nothing, and errors name the key."""
+"""The tokenizer: lossless text, exact cutting, training, and errors that name the key."""
 
 import io
 import random
@@ -46,7 +46,7 @@ ALPHABET = [
 
 
 def train_any(**options: object) -> bytes:
-    """Returns a model of sentencepiece's own defaults, with options changed."""
+    """Return a model trained with sentencepiece's defaults and the given options."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(random_text(1, 300).split("\n")),
@@ -60,26 +60,26 @@ def train_any(**options: object) -> bytes:
 
 
 def random_strings(number: int, longest: int) -> list[str]:
-    """Returns strings of all kinds of characters."""
+    """Return strings of all kinds of characters."""
     rng = random.Random(4)
     return ["".join(rng.choices(ALPHABET, k=rng.randrange(longest))) for _ in range(number)]
 
 
 def test_every_text_comes_back_unchanged() -> None:
-    """decode(encode(text)) is the text, whatever is in it."""
+    """decode(encode(text)) is the text, with any characters."""
     tokenizer = small_tokenizer()
     for text in [*ODD_TEXTS, *random_strings(1000, 40)]:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_cutting_texts_changes_no_id() -> None:
-    """Parts cut after newlines, encoded apart, give the ids of the whole text."""
+    """Encoding the parts gives the ids of the whole text."""
     tokenizer = small_tokenizer()
     plain = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
     assert tokenizer.can_cut
-    # Without U+2581, which is written as bytes on purpose.
+    # Without U+2581, which is encoded as bytes on purpose.
     texts = [text.replace("\u2581", "_") for text in random_strings(300, 200)]
-    texts.append(random_text(9, 3000))  # long enough to be cut as it is
+    texts.append(random_text(9, 3000))  # long enough to be cut by default
     for text in texts:
         whole = plain.encode(text)
         assert tokenizer.encode(text) == whole
@@ -90,7 +90,7 @@ def test_cutting_texts_changes_no_id() -> None:
 
 
 def test_a_batch_equals_its_texts_one_by_one() -> None:
-    """Texts of a batch keep their order and their borders, empty ones too."""
+    """Texts of a batch keep their order and boundaries, empty ones included."""
     tokenizer = small_tokenizer()
     texts = [*ODD_TEXTS, *random_strings(100, 30), ""]
     batch = [ids.tolist() for ids in tokenizer.encode_batch(texts)]
@@ -98,7 +98,7 @@ def test_a_batch_equals_its_texts_one_by_one() -> None:
 
 
 def test_training_is_exact_and_repeatable() -> None:
-    """A trained model has as many pieces as asked for, bos and eos, and the same bytes again."""
+    """A trained model has the requested size, bos and eos, and the same bytes every time."""
     sentences = random_text(2, 300).split("\n")
     model = train_tokenizer(sentences, 350)
     tokenizer = Tokenizer(model, "test")
@@ -108,7 +108,7 @@ def test_training_is_exact_and_repeatable() -> None:
 
 
 def test_indentation_becomes_pieces() -> None:
-    """Eight leading spaces are fewer tokens than spaces, and digits stay apart."""
+    """Eight leading spaces become one or two tokens, and digits stay apart."""
     tokenizer = small_tokenizer()
     assert len(tokenizer.encode(" " * 8)) <= 2
     assert len(tokenizer.encode("1234567")) == 7
@@ -118,14 +118,14 @@ def test_many_rare_characters_do_not_fill_the_vocabulary() -> None:
     """With more characters than pieces, rare ones become bytes and nothing is lost."""
     rare = "".join(chr(0x4E00 + i) for i in range(2000))
     sentences = [*random_text(3, 9000).split("\n"), rare[:1000], rare[1000:]]
-    for vocab_size in (380, 600):  # 600: too few words to learn, so some rare characters are pieces
+    for vocab_size in (380, 600):  # 600: too few merges to learn, so rare characters fill up
         tokenizer = Tokenizer(train_tokenizer(sentences, vocab_size), "test")
         assert tokenizer.vocab_size == vocab_size
         assert tokenizer.decode(tokenizer.encode(rare)) == rare
 
 
-def test_vocab_size_beyond_the_corpus_names_what_works() -> None:
-    """The size that the message gives can be used as it is."""
+def test_too_large_vocab_size_names_one_that_works() -> None:
+    """The size in the message can be used as it is."""
     sentences = ["abc abd abe", "abc"] * 3
     with pytest.raises(ValueError, match=r"data\.vocab_size=9999 is too large") as error:
         train_tokenizer(sentences, 9999)
@@ -137,7 +137,7 @@ def test_vocab_size_beyond_the_corpus_names_what_works() -> None:
 
 @pytest.mark.parametrize("content", [b"", b"junk", "half"])
 def test_a_corrupt_model_is_named(tmp_path: Path, content: bytes | str) -> None:
-    """Empty, foreign and cut files give an error with key and path, never a crash."""
+    """Empty, foreign and truncated files give an error with key and path."""
     path = tmp_path / "broken.model"
     model = small_tokenizer().model
     path.write_bytes(model[: len(model) // 2] if isinstance(content, str) else content)
@@ -146,13 +146,13 @@ def test_a_corrupt_model_is_named(tmp_path: Path, content: bytes | str) -> None:
 
 
 def test_a_missing_model_is_named(tmp_path: Path) -> None:
-    """The message has key and path."""
+    """The message contains key and path."""
     with pytest.raises(UserError, match=r"data\.tokenizer='.*none\.model' is not a file"):
         load_tokenizer(tmp_path / "none.model")
 
 
 def test_a_model_without_bos_or_eos_is_refused() -> None:
-    """Documents could not be told apart."""
+    """Documents need both as boundaries."""
     with pytest.raises(ValueError, match="bos_id=-1"):
         Tokenizer(train_any(bos_id=-1), "data.tokenizer='x'")
     with pytest.raises(ValueError, match="eos_id=-1"):
@@ -168,8 +168,8 @@ def test_a_model_without_bos_or_eos_is_refused() -> None:
         {"model_type": "bpe", "add_dummy_prefix": False, "remove_extra_whitespaces": False},
     ],
 )
-def test_other_peoples_models_are_not_cut(options: dict[str, object]) -> None:
-    """Where a cut could change ids, texts are encoded whole."""
+def test_texts_are_not_cut_for_other_models(options: dict[str, object]) -> None:
+    """If a cut could change ids, texts are encoded whole."""
     model = train_any(**options)
     tokenizer = Tokenizer(model, "given")
     plain = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -179,12 +179,12 @@ def test_other_peoples_models_are_not_cut(options: dict[str, object]) -> None:
 
 
 def test_no_texts_give_no_ids() -> None:
-    """A batch of records may have nothing to encode."""
+    """An empty batch is allowed."""
     assert small_tokenizer().encode_batch([]) == []
 
 
 @pytest.mark.parametrize("sentences", [[], ["", ""]])
-def test_text_without_characters_is_too_little_to_learn_from(sentences: list[str]) -> None:
-    """A corpus of empty lines."""
+def test_training_text_without_characters_is_refused(sentences: list[str]) -> None:
+    """Empty lines give nothing to learn from."""
     with pytest.raises(UserError, match="no characters besides newlines; use more text"):
         train_tokenizer(sentences, 320)
