@@ -27,7 +27,6 @@ from configs.schema import SourceConfig
 from data.corpus.files import DATA_KEYS, source_files
 from data.corpus.prepare import Corpus
 from data.corpus.report import describe_counts, lossy_warning, unknown_warning
-from data.corpus.spool import Place
 from data.packing import Int64Array
 from data.rows import IGNORED_TARGET, MicroBatch, Spans, make_micro_batch
 from data.token_file import TokenArray, TokenFile, encode_documents, token_dtype
@@ -164,7 +163,7 @@ def load_eval_corpus(source: SourceConfig, tokenizer: Tokenizer, tokenizer_path:
     lossy = 0
     dtype = token_dtype(tokenizer.vocab_size)
     with tempfile.TemporaryDirectory() as scratch:
-        records = read_records(source, DATA_KEYS, source_files(source), Path(scratch), Place())
+        records = read_records(source, DATA_KEYS, source_files(source), Path(scratch))
         while batch := list(itertools.islice(records, _BATCH_RECORDS)):
             skipped.update(record.reason for record in batch if record.reason is not None)
             texts = [text for record in batch for text in record.texts]

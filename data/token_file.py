@@ -18,8 +18,7 @@ import numpy.typing as npt
 import xxhash
 
 from configs.errors import UserError
-from data.corpus.durable import open_at, replace_durably, sync_files, write_durably
-from data.corpus.progress import Progress
+from data.corpus.cache import Progress, open_at, replace_durably, sync_files, write_durably
 from data.corpus.spool import Spool
 from data.packing import Int64Array
 from data.tokenizer import Tokenizer

@@ -1,7 +1,8 @@
-"""Requests to the Hugging Face hub: each one has a timeout, and an error says what is wrong."""
+"""Requests to the Hugging Face hub, with a timeout and clear errors."""
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import huggingface_hub
@@ -9,22 +10,33 @@ from huggingface_hub import constants, errors
 from huggingface_hub.utils._http import default_client_factory
 
 from configs.errors import UserError
+from configs.schema import SourceConfig
+from data.corpus.files import SourceKeys
 
 _TIMEOUT_S = 30.0  # to connect, and between bytes; huggingface_hub has none for most requests
 _REASONS: dict[type[Exception], str] = {
-    errors.GatedRepoError: "the hub gives it only to accounts with access (hf auth login)",
+    errors.GatedRepoError: "the hub requires access to it; request access and run hf auth login",
     errors.RepositoryNotFoundError: (
-        "the hub has no such repository, or keeps it private (hf auth login gives access)"
+        "the hub has no such repository, or it is private (hf auth login gives access)"
     ),
-    errors.RevisionNotFoundError: "the hub has it, but not in this revision",
-    errors.HFValidationError: "it is not a name that the hub could have",
-    errors.OfflineModeIsEnabled: "the cache does not have it, and HF_HUB_OFFLINE forbids downloads",
+    errors.RevisionNotFoundError: "the hub has it, but not this revision",
+    errors.HFValidationError: "it is not a valid repository name",
+    errors.OfflineModeIsEnabled: "it is not cached, and HF_HUB_OFFLINE forbids downloads",
 }
+
+
+def commit_of(source: SourceConfig, keys: SourceKeys) -> str:
+    """Return the commit of a hub dataset's revision; empty for a local folder."""
+    if source.path is None or Path(source.path).is_dir():
+        return ""
+    with requests_to_hub(f"{keys.path}={source.path!r} cannot be read:"):
+        api = huggingface_hub.HfApi()
+        return api.dataset_info(source.path, revision=source.hub_revision).sha or ""
 
 
 @contextlib.contextmanager
 def requests_to_hub(what: str) -> Iterator[None]:
-    """Limit the time of requests; raise UserError, which begins with `what`, for one that fails."""
+    """Set timeouts of requests; raise UserError, which begins with `what`, if one fails."""
     huggingface_hub.set_client_factory(_make_client)
     try:
         yield
@@ -39,7 +51,7 @@ def _make_client() -> Any:
 
 
 def _limit_time(request: Any) -> None:
-    """Set the timeouts that a caller has left out or set to None, which means forever."""
+    """Set timeouts that the caller omitted or set to None, which means forever."""
     given = request.extensions.get("timeout", {})
     kinds = ("connect", "read", "write", "pool")
     request.extensions["timeout"] = {kind: given.get(kind) or _TIMEOUT_S for kind in kinds}

@@ -1,63 +1,78 @@
-"""From sources to a tokenized corpus in the cache, once.
+"""Turn sources into a tokenized corpus in the cache, once.
 
 [Note: cache]
-`data.cache_directory` holds folders named by a hash of all that decides what is in them:
+`data.cache_directory` contains folders named by a hash of everything that decides their content:
 
-    text-...       the text of a source as documents, until it has been tokenized
+    text-...       the documents of a source as text, until they are tokenized
     documents-...  hashes and sizes of the documents of a source, by which they are held out
     tokenizer-...  a tokenizer, by the text that it is trained on
-    tokens-...     one source split in one way and tokenized by one tokenizer
+    tokens-...     a source with one split, tokenized by one tokenizer
 
-Local rank 0 of each host makes what its disk lacks; the other ranks wait for the folders. A source
-that is in several mixtures with the same tokenizer is tokenized once, unless other sources make an
-exception to what is held out of it (data/corpus/split.py). A start that finds
-everything looks at the source's files and reads only those that it has not seen before.
+Local rank 0 of each host builds what its disk lacks; the other ranks wait for the folders. A source
+in several mixtures with the same tokenizer is tokenized once, unless the other sources change what
+is held out of it (data/corpus/split.py). Each folder is filled by a `_fill_*` function, which
+resumes an interrupted attempt.
 """
 
 import json
 import logging
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import xxhash
+import numpy as np
+from xxhash import xxh3_128_hexdigest
 
 from configs.errors import UserError
-from configs.schema import DataConfig, WeightedSource
-from data.corpus.build import (
-    FORMAT_VERSION,
-    SAMPLE_BYTES,
-    SPLITS,
-    TOKENIZER,
-    Source,
-    fill_documents,
-    fill_tokenizer,
-    fill_tokens,
-)
-from data.corpus.cache import (
-    TEXT,
-    build_entry,
-    is_whole,
-    read_header,
-    remove_abandoned,
-    wait_for_entry,
-)
-from data.corpus.durable import locked
+from configs.schema import DataConfig, SourceConfig, WeightedSource
+from data.corpus import cache, report
 from data.corpus.files import SourceKeys, source_files, source_fingerprint
-from data.corpus.report import all_warnings, describe, joined_summary
-from data.corpus.split import HELD_OUT, Split, read_documents, split_by_given, split_by_hash
-from data.token_file import JoinedTokens, Tokens, open_token_file
-from data.tokenizer import RECIPE_VERSION, Tokenizer, load_tokenizer
+from data.corpus.split import (
+    DOCUMENT_FILES,
+    HELD_OUT,
+    Split,
+    divide,
+    read_documents,
+    split_by_given,
+    split_by_hash,
+    write_documents,
+)
+from data.corpus.spool import (
+    SPOOL_FILES,
+    ReadCursor,
+    Spool,
+    open_spool,
+    sample_sentences,
+    write_spool,
+)
+from data.token_file import (
+    PARTS,
+    PROGRESS,
+    JoinedTokens,
+    TokenFile,
+    Tokens,
+    open_token_file,
+    write_token_file,
+)
+from data.tokenizer import RECIPE_VERSION, Tokenizer, load_tokenizer, train_tokenizer
+
+FORMAT_VERSION = 3
+SAMPLE_BYTES = 8_000_000  # of training text that a tokenizer learns from: about 200,000 lines
+SPLITS = ("train", "validation")
+_TOKENIZER = "tokenizer.model"
+_COMMIT = "commit.txt"
 
 logger = logging.getLogger("microtron")
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenized corpus: what training and evaluation read."""
+    """A tokenized corpus, which training and evaluation read."""
 
     tokenizer: Tokenizer
     tokenizer_path: Path
@@ -65,101 +80,181 @@ class Corpus:
     validation: Tokens
     fingerprint: str  # hex; equal if and only if tokenizer, tokens and splits are
     summary: dict[str, Any]  # see data/corpus/report.py
-    weights: tuple[float, ...] = (1.0,)  # of the sources, the parts of train and of validation
-    text_fingerprint: str = ""  # hex, of what the sources hold
-    validation_weights: tuple[float, ...] | None = None  # if held-out text is given: of its parts
+    weights: tuple[float, ...] = (1.0,)  # of the sources, which are the parts of both splits
+    text_fingerprint: str = ""  # hex, of the content of the sources
+    validation_weights: tuple[float, ...] | None = None  # of the parts of given held-out text
 
     @property
     def identity(self) -> str:
-        """What tells this corpus and its tokenizer from all others."""
+        """A string that differs between any two corpora or tokenizers."""
         return f"{self.fingerprint} {self.tokenizer.fingerprint}"
 
 
-def prepare_corpus(config: DataConfig, seq_length: int, local_rank: int) -> Corpus:
-    """Opens the corpus of `config` from the cache; local rank 0 makes what is not there.
+@dataclass(frozen=True)
+class Source:
+    """A source of the configuration, and the folders of its text and documents."""
 
-    Raises UserError where source, tokenizer or settings do not fit.
+    keys: SourceKeys
+    config: WeightedSource
+    files: list[Path]
+    fingerprint: str
+    text: Path
+    documents: Path
+
+
+def prepare_corpus(config: DataConfig, seq_length: int, local_rank: int) -> Corpus:
+    """Open the corpus of `config` from the cache; local rank 0 builds what is missing.
+
+    Raises UserError if source, tokenizer or settings do not fit together.
     """
-    cache = Path(config.cache_directory).expanduser()
-    is_maker = local_rank == 0
-    if is_maker and cache.exists():
-        remove_abandoned(cache)
+    folder, is_builder = Path(config.cache_directory).expanduser(), local_rank == 0
+    if is_builder:
+        cache.remove_abandoned(folder)
     sources, held_out = _find_sources(config)
     for source in (*sources, *held_out):
-        _make(source.documents, [source], partial(fill_documents, source), is_maker)
+        _require(source.documents, [source], partial(_fill_documents, source), is_builder)
     splits = _splits(config, sources, held_out)
-    tokenizer = _tokenizer(config, sources, splits, is_maker)
+    tokenizer = _tokenizer(config, sources, splits, is_builder)
     entries = []
     for source, split in zip((*sources, *held_out), splits, strict=True):
         parts = (source.fingerprint, config.validation_fraction, tokenizer.fingerprint)
-        entries.append(cache / f"tokens-{_key(*parts, _digest(split))}")
-        fill = partial(fill_tokens, source, split, config, tokenizer)
-        _make(entries[-1], [source], fill, is_maker)
-    if is_maker:
-        _remove_texts([*sources, *held_out])
-    corpus = _open(sources, held_out, entries)
-    if is_maker:
-        where = f" and {len(entries) - 1} more" if entries[1:] else ""
-        logger.info("corpus %s%s: %s", entries[0], where, describe(corpus.summary))
+        entries.append(folder / f"tokens-{_key(*parts, xxh3_128_hexdigest(split.tobytes()))}")
+        fill = partial(_fill_tokens, source, split, config, tokenizer)
+        _require(entries[-1], [source], fill, is_builder)
+    corpus = _open(sources, held_out, entries, tokenizer)
+    if is_builder:
+        for source in (*sources, *held_out):
+            if source.text.exists():
+                with cache.locked([source.text]):
+                    shutil.rmtree(source.text, ignore_errors=True)
+        more = f" and {len(entries) - 1} more" if entries[1:] else ""
+        logger.info("corpus %s%s: %s", entries[0], more, report.describe(corpus.summary))
         is_evaluated = bool(held_out) or config.validation_fraction > 0
-        for warning in all_warnings(corpus.summary, is_evaluated=is_evaluated):
+        for warning in report.corpus_warnings(corpus.summary, is_evaluated=is_evaluated):
             logger.warning("%s", warning)
-    _require_rows(sources, config, corpus, seq_length)
+    _check_rows(sources, config, corpus, seq_length)
     return corpus
 
 
-def _make(entry: Path, sources: list[Source], fill: Callable[[Path], None], is_maker: bool) -> None:
-    """Returns when the entry is there; `fill` may read the texts of sources."""
-    if not is_maker:
-        wait_for_entry(entry)
-    elif not is_whole(entry):
-        with locked([entry, *(source.text for source in sources)]):
-            build_entry(entry, fill)
-
-
-def _remove_texts(sources: list[Source]) -> None:
-    """Removes the texts of sources, which are of no use once they have been tokenized."""
-    for source in sources:
-        if source.text.exists():
-            with locked([source.text]):
-                shutil.rmtree(source.text, ignore_errors=True)
-
-
 def text_fingerprint(config: DataConfig) -> str:
-    """Returns a hash of what the sources hold, before anything of it is read as text."""
-    return _joined_sources(*_find_sources(config))
+    """Return a hash of the content of the sources, without reading it as text."""
+    return _text_fingerprint(*_find_sources(config))
 
 
-def _joined_sources(sources: list[Source], held_out: list[Source]) -> str:
-    names = [source.fingerprint for source in sources]
+def _text_fingerprint(sources: list[Source], held_out: list[Source]) -> str:
     given = ["held out:", *(source.fingerprint for source in held_out)] if held_out else []
-    return _joined([*names, *given])
+    return _join_hashes([*(source.fingerprint for source in sources), *given])
+
+
+def _join_hashes(hashes: list[str]) -> str:
+    return xxh3_128_hexdigest(" ".join(hashes).encode())
+
+
+def _key(*parts: object) -> str:
+    return xxh3_128_hexdigest(json.dumps([FORMAT_VERSION, *parts]).encode())
 
 
 def _find_sources(config: DataConfig) -> tuple[list[Source], list[Source]]:
-    """The sources to train on, and those that are given to be held out."""
+    """Return the sources to train on, and the held-out sources that are given."""
+    folder = Path(config.cache_directory).expanduser()
+
+    def find(keys: SourceKeys, source: WeightedSource) -> Source:
+        files = source_files(source, keys)
+        fingerprint = source_fingerprint(source, files, folder)
+        name = _key(fingerprint)
+        text, documents = folder / f"{cache.TEXT}{name}", folder / f"documents-{name}"
+        return Source(keys, source, files, fingerprint, text, documents)
+
     sources, held_out = [], []
     for key, source in config.mixture.items():
-        sources.append(_find(SourceKeys(key, f"{key}.path"), source, config.cache_directory))
+        sources.append(find(SourceKeys(key, f"{key}.path"), source))
         if source.validation_path is not None:
             given = replace(source, path=source.validation_path, hub_revision=None)
-            keys = SourceKeys(key, f"{key}.validation_path")
-            held_out.append(_find(keys, given, config.cache_directory))
+            held_out.append(find(SourceKeys(key, f"{key}.validation_path"), given))
     return sources, held_out
 
 
-def _find(keys: SourceKeys, config: WeightedSource, cache_directory: str) -> Source:
-    cache = Path(cache_directory).expanduser()
-    files = source_files(config, keys)
-    fingerprint = source_fingerprint(config, files, cache)
-    name = _key(fingerprint)
-    return Source(
-        keys, config, files, fingerprint, cache / f"{TEXT}{name}", cache / f"documents-{name}"
-    )
+def _require(
+    entry: Path, sources: list[Source], fill: Callable[[Path], None], is_builder: bool
+) -> None:
+    """Return when the entry is complete; `fill` may read the texts of sources."""
+    if not is_builder:
+        cache.wait_for_entry(entry)
+    elif not cache.is_complete(entry):
+        with cache.locked([entry, *(source.text for source in sources)]):
+            cache.build_entry(entry, fill)
+
+
+def _fill_text(source: Source, work: Path) -> None:
+    """Read the documents of a source."""
+    # Here, not at the top: most starts read nothing, and the libraries take time to import.
+    from data.corpus.sources import read_records  # noqa: PLC0415
+
+    config: SourceConfig = source.config
+    logger.info("preparing %s.source=%s: reading documents", source.keys.section, config.source)
+    if config.source == "hub":
+        config = replace(config, hub_revision=_pin_commit(source, work))
+    sizes = [file.stat().st_size for file in source.files]
+    ends = [0, *accumulate(sizes)]
+    scratch = work / "datasets"
+    read = partial(read_records, config, source.keys, source.files, scratch)
+    with cache.Progress("reading", ends[-1] or None) as progress:
+
+        def on_progress(cursor: ReadCursor, text_bytes: int) -> None:
+            # Text and file differ in size, but what was read ends within the file of the cursor.
+            if sizes:
+                first, last = ends[cursor.file : cursor.file + 2]
+                text_bytes = min(max(first, text_bytes), last)
+            progress.reach(text_bytes)
+
+        done = write_spool(work, read, on_progress)
+    shutil.rmtree(scratch, ignore_errors=True)
+    if not done.num_documents:
+        skipped = report.describe_counts(done.skipped) or "nothing"
+        raise UserError(
+            f"{source.keys.section}.source={config.source} with {source.keys.path}={config.path!r} "
+            f"yields no documents; skipped: {skipped}; give non-empty UTF-8 text"
+        )
+    cache.write_header(work, list(SPOOL_FILES), {"read": asdict(done)})
+
+
+def _pin_commit(source: Source, work: Path) -> str | None:
+    """Return the commit of a hub dataset that earlier attempts read, or its current one."""
+    from data.corpus.hub import commit_of  # noqa: PLC0415
+
+    path = work / _COMMIT
+    if not path.exists():
+        known = cache.read_header(source.documents)["commit"] if source.documents.exists() else ""
+        cache.write_durably(path, (known or commit_of(source.config, source.keys)).encode())
+    return path.read_text("utf-8") or None
+
+
+def _fill_documents(source: Source, work: Path) -> None:
+    """Store hashes and sizes of the documents of a source, which outlive its text."""
+    cache.build_entry(source.text, partial(_fill_text, source))
+    spool = open_spool(source.text)
+    write_documents(work, spool)
+    commit = source.text / _COMMIT
+    facts = {"commit": commit.read_text("utf-8") if commit.exists() else ""}
+    cache.write_header(work, list(DOCUMENT_FILES), facts)
+
+
+def _open_text(source: Source) -> Spool:
+    """Open the text of a source, and read it first if it was deleted; the caller holds its lock."""
+    cache.build_entry(source.text, partial(_fill_text, source))
+    spool = open_spool(source.text)
+    # The content of a hub dataset in a local folder has no fingerprint.
+    if not np.array_equal(spool.hashes, read_documents(source.documents).hashes):
+        shutil.rmtree(source.documents)
+        raise UserError(
+            f"{source.keys.path}={source.config.path!r} has changed since it was first read; start "
+            "again to use its current documents"
+        )
+    return spool
 
 
 def _splits(config: DataConfig, sources: list[Source], held_out: list[Source]) -> list[Split]:
-    """The splits of all sources, those to train on first."""
+    """Return the splits of all sources, then those of the held-out sources."""
     documents = [read_documents(source.documents) for source in sources]
     if not held_out:
         return split_by_hash(documents, config.validation_fraction)
@@ -174,18 +269,138 @@ def _splits(config: DataConfig, sources: list[Source], held_out: list[Source]) -
     return [*splits, *split_by_given(given, given)]
 
 
-def _digest(split: Split) -> str:
-    return xxhash.xxh3_128_hexdigest(split.tobytes())
+def _tokenizer(
+    config: DataConfig, sources: list[Source], splits: list[Split], is_builder: bool
+) -> Tokenizer:
+    """Load `data.tokenizer`, or train one on the training text of all sources."""
+    if config.tokenizer is not None:
+        tokenizer = load_tokenizer(Path(config.tokenizer).expanduser())
+        if tokenizer.vocab_size > config.vocab_size:
+            raise UserError(
+                f"data.tokenizer={config.tokenizer!r} has {tokenizer.vocab_size} pieces, more than "
+                f"data.vocab_size={config.vocab_size}; set data.vocab_size={tokenizer.vocab_size} "
+                "or more, or use a smaller tokenizer"
+            )
+        return tokenizer
+    is_mixture = len(sources) > 1  # otherwise the weight has no effect
+    parts = [
+        [
+            source.fingerprint,
+            xxh3_128_hexdigest(split.tobytes()),
+            source.config.weight if is_mixture else None,
+        ]
+        for source, split in zip(sources, splits, strict=False)
+    ]
+    recipe = [config.vocab_size, RECIPE_VERSION, SAMPLE_BYTES, config.validation_fraction]
+    entry = Path(config.cache_directory).expanduser() / f"tokenizer-{_key(recipe, parts)}"
+    if is_builder and is_mixture and not entry.exists():
+        logger.info(
+            "to change data.sources later without tokenizing all of them again, keep this "
+            "tokenizer: data.tokenizer=%s",
+            entry / _TOKENIZER,
+        )
+    _require(entry, sources, partial(_fill_tokenizer, config, sources, splits), is_builder)
+    return load_tokenizer(entry / _TOKENIZER, "the cached tokenizer")
 
 
-def _key(*parts: object) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps([FORMAT_VERSION, *parts]).encode())
-
-
-def _require_rows(
-    sources: list[Source], config: DataConfig, corpus: Corpus, seq_length: int
+def _fill_tokenizer(
+    config: DataConfig, sources: list[Source], splits: list[Split], work: Path
 ) -> None:
-    """Raises UserError if a source does not fill a row, naming the longest row that all fill."""
+    """Train a tokenizer on lines of each source, shared by their weights."""
+    parts = [
+        divide(_open_text(source), split, config.validation_fraction)
+        for source, split in zip(sources, splits, strict=False)
+    ]
+    available = [int(part.spool.num_bytes(part.train).sum()) for part in parts]
+    shares = sample_shares([source.config.weight for source in sources], available)
+    sentences: list[str] = []
+    for part, share in zip(parts, shares, strict=True):
+        sentences.extend(sample_sentences(part.spool, part.train, share))
+    logger.info("training a tokenizer of data.vocab_size=%d pieces", config.vocab_size)
+    cache.write_durably(work / _TOKENIZER, train_tokenizer(sentences, config.vocab_size))
+    cache.write_header(work, [_TOKENIZER], {"format_version": FORMAT_VERSION})
+
+
+def sample_shares(weights: list[float], available: list[int]) -> list[int]:
+    """Divide SAMPLE_BYTES by weights; the others take over what a source does not have."""
+    shares, left, weight_left = [0] * len(weights), SAMPLE_BYTES, sum(weights)
+    # Sources with the least text for their weight come first.
+    for number in sorted(range(len(weights)), key=lambda i: available[i] / weights[i]):
+        share = round(left * weights[number] / max(weight_left, weights[number]))
+        # A single source gets everything, however little text it has.
+        shares[number] = share if len(weights) == 1 else min(available[number], share)
+        left, weight_left = left - shares[number], weight_left - weights[number]
+    return shares
+
+
+def _fill_tokens(
+    source: Source, split: Split, config: DataConfig, tokenizer: Tokenizer, work: Path
+) -> None:
+    """Write the token files and the tokenizer of a source."""
+    started_at = time.perf_counter()
+    spool = _open_text(source)
+    division = divide(spool, split, config.validation_fraction)
+    texts = division.spool
+    cache.write_durably(work / _TOKENIZER, tokenizer.model)
+    summary = report.read_summary(cache.read_header(source.text)["read"], spool)
+    summary["ends_held_out"] = division.num_ends
+    for name, indices in zip(SPLITS, (division.train, division.validation), strict=True):
+        write_token_file(work, name, texts, indices, tokenizer)
+        tokens = open_token_file(work, name, tokenizer.vocab_size)
+        summary[name] = report.split_summary(tokens, texts, indices, tokenizer)
+    names = [_TOKENIZER, *(f"{name}.{part}" for name in SPLITS for part in PARTS)]
+    content = b"".join(cache.file_digest(work / name) for name in names)
+    facts: dict[str, Any] = {
+        "fingerprint": xxh3_128_hexdigest(content),
+        "format_version": FORMAT_VERSION,
+    }
+    facts |= {"vocab_size": tokenizer.vocab_size, "summary": summary}
+    cache.write_header(work, names, facts)
+    for name in SPLITS:
+        (work / f"{name}.{PROGRESS}").unlink()
+    logger.info("tokenized %s in %.1f s", source.keys.section, time.perf_counter() - started_at)
+
+
+def _open(
+    sources: list[Source], held_out: list[Source], entries: list[Path], tokenizer: Tokenizer
+) -> Corpus:
+    headers = [cache.read_header(entry) for entry in entries]
+    train, validation = (
+        [open_token_file(entry, split, tokenizer.vocab_size) for entry in entries]
+        for split in SPLITS
+    )
+    num_sources = len(sources)
+    summaries = [
+        (source.keys.section, header["summary"])
+        for source, header in zip((*sources, *held_out), headers, strict=True)
+    ]
+    summary = report.joined_summary(dict(summaries[:num_sources]))
+    if held_out:
+        validation = validation[num_sources:]
+        # The held-out documents of the sources are among those given.
+        given = report.joined_summary(dict(summaries[num_sources:]))["validation"]
+        excluded = summary["validation"]["documents"]
+        summary = {**summary, "excluded": excluded, "validation": given}
+    fingerprints = [header["fingerprint"] for header in headers]
+    return Corpus(
+        tokenizer=tokenizer,
+        tokenizer_path=entries[0] / _TOKENIZER,
+        train=_join_tokens(train[:num_sources]),
+        validation=_join_tokens(validation),
+        fingerprint=fingerprints[0] if len(entries) == 1 else _join_hashes(fingerprints),
+        summary=summary,
+        weights=tuple(source.config.weight for source in sources),
+        text_fingerprint=_text_fingerprint(sources, held_out),
+        validation_weights=tuple(source.config.weight for source in held_out) or None,
+    )
+
+
+def _join_tokens(files: Sequence[TokenFile]) -> Tokens:
+    return files[0] if len(files) == 1 else JoinedTokens(files)
+
+
+def _check_rows(sources: list[Source], config: DataConfig, corpus: Corpus, seq_length: int) -> None:
+    """Raise UserError if a source does not fill a row, naming the longest row that all fill."""
     if config.sequence_mode != "pack" or config.packing != "stream":
         return
     num_tokens = [tokens.num_tokens for tokens in corpus.train.parts]
@@ -197,81 +412,3 @@ def _require_rows(
             f"do not fill a row of model.seq_length={seq_length}; use more text, model.seq_length="
             f"{fewest - 1} or less, or data.sequence_mode=pad"
         )
-
-
-def _tokenizer(
-    config: DataConfig, sources: list[Source], splits: list[Split], is_maker: bool
-) -> Tokenizer:
-    """The tokenizer that is given, or else one trained on the training text of all sources."""
-    if config.tokenizer is not None:
-        return _given_tokenizer(config, config.tokenizer)
-    is_one = len(sources) == 1  # then its weight means nothing
-    parts = [
-        [source.fingerprint, _digest(split), None if is_one else source.config.weight]
-        for source, split in zip(sources, splits, strict=False)
-    ]
-    recipe = [config.vocab_size, RECIPE_VERSION, SAMPLE_BYTES, config.validation_fraction]
-    entry = Path(config.cache_directory).expanduser() / f"tokenizer-{_key(recipe, parts)}"
-    if is_maker and not is_one and not entry.exists():
-        logger.info(
-            "to change data.sources later without tokenizing all of them again, keep this "
-            "tokenizer: data.tokenizer=%s",
-            entry / TOKENIZER,
-        )
-    _make(entry, sources, partial(fill_tokenizer, config, sources, splits), is_maker)
-    return load_tokenizer(entry / TOKENIZER, "the cached tokenizer")
-
-
-def _given_tokenizer(config: DataConfig, path: str) -> Tokenizer:
-    tokenizer = load_tokenizer(Path(path).expanduser())
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"data.tokenizer={path!r} has {tokenizer.vocab_size} pieces, more than "
-            f"data.vocab_size={config.vocab_size}; set data.vocab_size={tokenizer.vocab_size} or "
-            "more, or use a smaller tokenizer"
-        )
-    return tokenizer
-
-
-def _joined(fingerprints: list[str]) -> str:
-    return xxhash.xxh3_128_hexdigest(" ".join(fingerprints).encode())
-
-
-def _open(sources: list[Source], held_out: list[Source], entries: list[Path]) -> Corpus:
-    headers = [read_header(entry) for entry in entries]
-    train, validation = (
-        [
-            open_token_file(entry, split, header["vocab_size"])
-            for entry, header in zip(entries, headers, strict=True)
-        ]
-        for split in SPLITS
-    )
-    train = train[: len(sources)]
-    fingerprints = [header["fingerprint"] for header in headers]
-    summaries = {
-        source.keys: header["summary"]
-        for source, header in zip([*sources, *held_out], headers, strict=True)
-    }
-    summary = joined_summary({source.keys.section: summaries[source.keys] for source in sources})
-    validation_weights = None
-    if held_out:
-        validation = validation[len(sources) :]
-        given = {source.keys.section: summaries[source.keys] for source in held_out}
-        validation_weights = tuple(source.config.weight for source in held_out)
-        # Documents of the sources that are held out are among those given.
-        summary = {
-            **summary,
-            "excluded": summary["validation"]["documents"],
-            "validation": joined_summary(given)["validation"],
-        }
-    return Corpus(
-        tokenizer=load_tokenizer(entries[0] / TOKENIZER, "the cached tokenizer"),
-        tokenizer_path=entries[0] / TOKENIZER,
-        train=train[0] if len(train) == 1 else JoinedTokens(train),
-        validation=validation[0] if len(validation) == 1 else JoinedTokens(validation),
-        fingerprint=fingerprints[0] if len(entries) == 1 else _joined(fingerprints),
-        summary=summary,
-        weights=tuple(source.config.weight for source in sources),
-        text_fingerprint=_joined_sources(sources, held_out),
-        validation_weights=validation_weights,
-    )

@@ -1,47 +1,66 @@
-"""Documents out of a source, one record after the other.
+"""Read the documents of a source, record by record.
 
-A document is one non-empty string: a text file, or the text column of a row. Whatever is not a
-document is skipped with a reason; docs/data.md has the policy for each kind. Everything streams,
-`datasets` leaves no copy of the corpus in its own cache, and about one document is in memory. Each
-record says where reading goes on after it, so that a killed preparation need not begin again.
+A document is one non-empty string: a text file, or the text column of a row. Everything else is
+skipped with a reason; docs/data.md has the policy. Reading is a stream: about one document is in
+memory, `datasets` stores no copy of the corpus, and each record says where reading resumes.
 
-Text and JSON lines are decoded here. The builders of `datasets` would end at the first byte that is
-not UTF-8; `text` would also translate line ends, and `json` would turn strings that look like dates
-into dates and refuse files whose other columns change type half-way.
+Text and JSON lines are decoded here. The builders of `datasets` would stop at the first byte that
+is not UTF-8; `text` would also translate line ends, and `json` would parse dates and refuse files
+whose other columns change type.
 """
 
+import bz2
 import contextlib
 import glob
+import gzip
+import io
 import itertools
 import json
 import logging
+import lzma
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
-
-import datasets
-import huggingface_hub
+from typing import IO, Any, NamedTuple, cast
 
 from configs.errors import UserError
 from configs.schema import SourceConfig
-from data.corpus import json_files
-from data.corpus.compressed import open_bytes
 from data.corpus.files import SourceKeys
-from data.corpus.hub import requests_to_hub
-from data.corpus.spool import Place, Record
+from data.corpus.spool import START, ReadCursor, Record
 
-# Bytes of a text file, characters elsewhere. A longer text becomes several documents, each far
-# longer than any row.
-LONGEST_DOCUMENT = 16 << 20
+# Bytes of a text file, characters elsewhere. Longer texts are cut into several documents, each
+# much longer than any row.
+MAX_DOCUMENT_SIZE = 16 << 20
+MAX_JSON_SIZE = 256 << 20  # bytes of a line, characters of an item; parsed in memory
+_READ_SIZE = 1 << 20
+_START_BYTES = 1024  # of a JSON file, in which the first character must be
 _CONTINUES = 0b10  # the upper bits of a byte that is not the first of its character
 _NOT_UTF8 = "not UTF-8"
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_MAX_NAMED = 10  # files named in the log because they are not UTF-8
-
-_Item = TypeVar("_Item")
+_SPACE = re.compile(r"[ \t\r\n]*")
+# Python refuses integers beyond 4,300 digits; numbers are never text, so they need not be exact.
+_PARSER = json.JSONDecoder(parse_int=float)
+_MAX_NAMED = 10  # files that the log names because they are not UTF-8
+# Truncated files raise EOFError, pyarrow ValueError, OSError or TypeError, nested JSON
+# RecursionError.
+_READ_ERRORS = (
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    RecursionError,
+    lzma.LZMAError,
+    zlib.error,
+)
 
 logger = logging.getLogger("microtron")
+
+
+class Skip(NamedTuple):
+    """Stands for a record that has no documents."""
+
+    reason: str
 
 
 def read_records(
@@ -49,254 +68,252 @@ def read_records(
     keys: SourceKeys,
     files: list[Path],
     scratch: Path,
-    start: Place,
+    start: ReadCursor = START,
 ) -> Iterator[Record]:
-    """Yields the records of a source in order, from a place on.
+    """Yield the records of a source in order, from a cursor on.
 
-    `scratch` is a folder for the lock files that `datasets` makes. Raises UserError where the
-    source cannot be read, naming the file, or lacks the column `text_field`.
+    `scratch` is a folder for the lock files of `datasets`. Raises UserError, naming the key and the
+    file, if the source cannot be read or lacks the column `text_field`.
     """
-    datasets.disable_progress_bars()
-    # Its own error lines would repeat, with less context, what is raised here.
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    reader = _Reader(source, keys, scratch)
-    places: list[Path | None] = [*files] if source.source != "hub" else [None]
-    for number in range(start.file, len(places)):
-        skip = start.record if number == start.file else 0
-        for record, value in enumerate(reader.values(places[number], skip), start=skip + 1):
-            texts, reason = value if isinstance(value, tuple) else _documents(value)
-            yield Record(texts, reason, Place(number, record))
-    reader.report()
+    undecodable: dict[str, None] = {}
+    for number in range(start.file, len(files) if source.source != "hub" else 1):
+        file = files[number] if files else None
+        skipped = start.record if number == start.file else 0
+        with _errors_naming_source(source, keys, file):
+            values = itertools.islice(_values(source, keys, file, scratch), skipped, None)
+            for record, value in enumerate(values, start=skipped + 1):
+                texts, reason = _documents(value)
+                if file is not None and reason == _NOT_UTF8 and len(undecodable) < _MAX_NAMED:
+                    undecodable[file.name] = None
+                yield Record(texts, reason, ReadCursor(number, record))
+    if undecodable:
+        more = ", ..." if len(undecodable) == _MAX_NAMED else ""
+        logger.info("skipped text that is not UTF-8 in: %s%s", ", ".join(undecodable), more)
 
 
-def commit_of(source: SourceConfig, keys: SourceKeys) -> str:
-    """Returns the commit that a hub dataset's revision stands for; empty for a local folder."""
-    if source.path is None or Path(source.path).is_dir():
-        return ""
-    with requests_to_hub(f"{keys.path}={source.path!r} cannot be read:"):
-        information = huggingface_hub.HfApi().dataset_info(
-            source.path, revision=source.hub_revision
+@contextlib.contextmanager
+def _errors_naming_source(
+    source: SourceConfig, keys: SourceKeys, file: Path | None
+) -> Iterator[None]:
+    """Turn errors of reading into UserErrors that name the key and the file or dataset."""
+    where = f"{keys.path}: {file} cannot be read as {source.source}"
+    kinds: tuple[type[Exception], ...] = _READ_ERRORS
+    if file is None:
+        section, kinds = keys.section, (Exception,)  # network libraries have their own errors
+        where = (
+            f"{keys.path}={source.path!r} ({section}.hub_config={source.hub_config}, "
+            f"{section}.hub_split={source.hub_split}, {section}.hub_revision={source.hub_revision})"
+            f" cannot be read; check these keys and the network, or use a local {section}.source"
         )
-    return information.sha or ""
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        raise UserError(f"{where}: {error}") from error
 
 
-def _documents(text: object) -> tuple[list[str], str | None]:
-    """The documents of a value that should be a text, or why there are none."""
-    if text is None:
+def _documents(value: object) -> tuple[list[str], str | None]:
+    """Return the documents of a value that should be a string, or why there are none."""
+    if isinstance(value, Skip):
+        return [], value.reason
+    if value is None:
         return [], "null"
-    if not isinstance(text, str):
+    if not isinstance(value, str):
         return [], "not a string"
-    if not text:
+    if not value:
         return [], "empty"
-    # JSON can spell half of a surrogate pair, which is no character and has no UTF-8 form.
-    if _SURROGATE.search(text):
+    # JSON can contain half of a surrogate pair, which has no UTF-8 form.
+    if _SURROGATE.search(value):
         return [], _NOT_UTF8
-    return cut_text(text), None
+    return cut_text(value), None
 
 
-def cut_text(text: str, longest: int = LONGEST_DOCUMENT) -> list[str]:
-    """A text as documents of at most `longest` characters, cut after newlines where there are."""
+def cut_text(text: str) -> list[str]:
+    """Cut a text into documents of at most `MAX_DOCUMENT_SIZE` characters, if possible at lines."""
     pieces, start = [], 0
-    while len(text) - start > longest:
-        newline = text.rfind("\n", start, start + longest)
-        end = start + longest if newline < 0 else newline + 1
+    while len(text) - start > MAX_DOCUMENT_SIZE:
+        newline = text.rfind("\n", start, start + MAX_DOCUMENT_SIZE)
+        end = start + MAX_DOCUMENT_SIZE if newline < 0 else newline + 1
         pieces.append(text[start:end])
         start = end
     return [*pieces, text[start:]]
 
 
-class _Reader:
-    """Reads the files of one source."""
+def _values(
+    source: SourceConfig, keys: SourceKeys, file: Path | None, scratch: Path
+) -> Iterator[Any]:
+    """Yield what should be the text of each record."""
+    if file is not None and source.source in ("python_stdlib", "text"):
+        return _text_pieces(file)
+    if file is not None and file.stat().st_size == 0:  # no rows
+        return iter(())
+    if file is None or source.source != "jsonl":
+        return _column(source, keys, _table_rows(source, file, scratch))
+    with open_bytes(file) as stream:
+        start = stream.read(_START_BYTES).removeprefix(b"\xef\xbb\xbf")
+    read = _json_array if start.lstrip().startswith(b"[") else _json_lines
+    return _column(source, keys, read(file, keys))
 
-    def __init__(self, source: SourceConfig, keys: SourceKeys, scratch: Path) -> None:
-        self._source, self._keys, self._scratch = source, keys, scratch
-        self._undecodable: dict[str, None] = {}  # the first of these files, each once
 
-    def values(self, file: Path | None, skip: int) -> Iterator[Any]:
-        """Yields the value of each record of a file (None: of the hub dataset) but the first
-        `skip`: what should be a text, or (documents, reason)."""
-        if self._source.source in ("python_stdlib", "text"):
-            assert file is not None
-            return self._texts(file, skip)
-        return self._column(file, skip)
+def open_bytes(file: Path) -> IO[bytes]:
+    """Open a file for reading; its suffix decides whether it is compressed."""
+    if file.suffix == ".zst":
+        # It comes with `datasets`, and importing it takes time.
+        import pyarrow  # type: ignore[import-untyped]  # noqa: PLC0415
 
-    def report(self) -> None:
-        """Names the files that are not UTF-8."""
-        if names := self._undecodable:
-            more = ", ..." if len(names) == _MAX_NAMED else ""
-            logger.info("skipped what is not UTF-8 in files: %s%s", ", ".join(names), more)
+        stream = pyarrow.input_stream(str(file), compression="zstd")
+        return cast(IO[bytes], io.BufferedReader(stream))
+    opener: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(file.suffix, open)
+    return cast(IO[bytes], opener(file, "rb"))
 
-    def _texts(self, file: Path, skip: int) -> Iterator[Any]:
-        what = f"{self._keys.path}: {file} cannot be read"
-        for content in itertools.islice(
-            _errors_name(what, _stretches(file), _FILE_ERRORS), skip, None
-        ):
-            try:
-                yield content.decode("utf-8")
-            except UnicodeDecodeError:
-                if len(self._undecodable) < _MAX_NAMED:
-                    self._undecodable[file.name] = None
-                yield [], _NOT_UTF8
 
-    def _column(self, file: Path | None, skip: int) -> Iterator[Any]:
-        """The values of the text column; a column that no row of a file's start has is an error."""
-        name, is_first = self._source.text_field, not skip
-        for row in self._rows(file, skip):
-            if isinstance(row, tuple):
-                yield row
-                continue
-            # A row of JSON may lack what others have; a column that is missing at once is a
-            # mistake.
-            if is_first and name not in row:
-                raise UserError(
-                    f"{self._keys.section}.text_field={name!r} is not a column of "
-                    f"{self._keys.path}={self._source.path!r}; "
-                    f"the columns there are: {', '.join(row)}"
-                )
-            is_first = False
-            yield row.get(name)
+def _text_pieces(file: Path) -> Iterator[str | Skip]:
+    """Yield the text of a file, whole or in pieces of at most `MAX_DOCUMENT_SIZE` bytes.
 
-    def _rows(self, file: Path | None, skip: int) -> Iterator[Any]:
-        if file is None:
-            return self._hub_rows(skip)
-        if self._source.source != "jsonl":
-            return self._columnar_rows(self._source.source, file, skip)
-        if file.stat().st_size == 0:
-            return iter(())
-        with _errors_named(f"{self._keys.path}: {file} cannot be read"):
-            is_array = json_files.is_array(file)
-        rows = self._json_array(file) if is_array else self._json_lines(file)
-        return itertools.islice(rows, skip, None)
+    A piece ends with a newline, or with a whole character if there is no newline.
+    """
+    size = MAX_DOCUMENT_SIZE
+    with open_bytes(file) as stream:
+        rest = stream.read(size + 1)
+        while len(rest) > size:
+            end = rest.rfind(b"\n", 0, size) + 1
+            if not end:
+                end = size
+                while end > size - 4 and rest[end] >> 6 == _CONTINUES:
+                    end -= 1
+            yield _decode(rest[:end])
+            rest = rest[end:] + stream.read(end)
+        yield _decode(rest)
 
-    def _columnar_rows(self, builder: str, file: Path, skip: int) -> Iterator[Any]:
-        def rows() -> Iterator[Any]:
-            if file.stat().st_size == 0:  # a file without rows is no error
+
+def _decode(content: bytes) -> str | Skip:
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return Skip(_NOT_UTF8)
+
+
+def _column(source: SourceConfig, keys: SourceKeys, rows: Iterable[Any]) -> Iterator[Any]:
+    """Yield the text column of rows. JSON rows may lack it, but not the first row of a file."""
+    name, is_first = source.text_field, True
+    for row in rows:
+        if isinstance(row, Skip):
+            yield row
+            continue
+        if is_first and name not in row:
+            raise UserError(
+                f"{keys.section}.text_field={name!r} is not a column of {keys.path}="
+                f"{source.path!r}; the columns are: {', '.join(row)}"
+            )
+        is_first = False
+        yield row.get(name)
+
+
+def _table_rows(source: SourceConfig, file: Path | None, scratch: Path) -> Iterable[Any]:
+    """Return a stream of the rows of a columnar file, or of a hub dataset."""
+    import datasets  # noqa: PLC0415  # takes a second, which other sources save
+
+    datasets.disable_progress_bars()
+    # Its error lines would repeat, with less context, the exceptions that follow.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if file is not None:
+        name, split = source.source, "train"
+        options = {"data_files": [glob.escape(str(file.absolute()))]}
+    else:
+        name, split = source.path, source.hub_split
+        options = {"name": source.hub_config, "revision": source.hub_revision}
+    rows = datasets.load_dataset(
+        name, split=split, streaming=True, cache_dir=str(scratch), **options
+    )
+    # Other columns would be decoded, and may hold images. Names may be unknown before reading.
+    if source.text_field in (rows.column_names or ()):
+        rows = rows.select_columns([source.text_field])
+    return rows
+
+
+def _json_lines(file: Path, keys: SourceKeys) -> Iterator[Any]:
+    with open_bytes(file) as stream:
+        for number in itertools.count(1):
+            line = stream.readline(MAX_JSON_SIZE + 1)
+            if not line:
                 return
-            dataset = datasets.load_dataset(
-                builder,
-                data_files=[glob.escape(str(file.absolute()))],
-                split="train",
-                streaming=True,
-                cache_dir=str(self._scratch),
-            )
-            yield from self._one_column(dataset, skip)
-
-        return _errors_name(f"{self._keys.path}: {file} cannot be read as {builder}", rows())
-
-    def _hub_rows(self, skip: int) -> Iterator[Any]:
-        source, keys = self._source, self._keys
-
-        def rows() -> Iterator[Any]:
-            dataset = datasets.load_dataset(
-                source.path,
-                source.hub_config,
-                split=source.hub_split,
-                revision=source.hub_revision,
-                streaming=True,
-                cache_dir=str(self._scratch),
-            )
-            yield from self._one_column(dataset, skip)
-
-        where = (
-            f"{keys.path}={source.path!r} ({keys.section}.hub_config={source.hub_config}, "
-            f"{keys.section}.hub_split={source.hub_split}, {keys.section}.hub_revision="
-            f"{source.hub_revision}) cannot be read; check these keys and the network, or use a "
-            f"local {keys.section}.source"
-        )
-        return _errors_name(where, rows(), Exception)  # its network layers have errors of their own
-
-    def _one_column(self, dataset: Any, skip: int) -> Iterator[Any]:
-        """Yields rows without other columns, which would be decoded (they may hold images)."""
-        columns = dataset.column_names  # None where it is not known before reading
-        if self._source.text_field in (columns or ()):
-            dataset = dataset.select_columns([self._source.text_field])
-        return iter(dataset.skip(skip) if skip else dataset)
-
-    def _json_lines(self, file: Path) -> Iterator[Any]:
-        numbered = json_files.lines(file)
-        for number, line in _errors_name(f"{self._keys.path}: {file} cannot be read", numbered):
-            if line is None:
-                yield [], f"longer than {json_files.LONGEST_VALUE >> 20} MiB"
+            if len(line) > MAX_JSON_SIZE:
+                while line and not line.endswith(b"\n"):
+                    line = stream.readline(_READ_SIZE)
+                yield Skip(f"longer than {MAX_JSON_SIZE >> 20} MiB")
             elif line.strip():
-                yield self._json_row(f"line {number} of {file}", line)
-
-    def _json_row(self, where: str, line: bytes) -> Any:
-        try:
-            row = json_files.PARSER.decode(line.decode("utf-8").removeprefix("\ufeff"))
-        except UnicodeDecodeError:
-            return [], _NOT_UTF8
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(
-                f"{self._keys.path}: {where} is not JSON ({error}); {self._keys.section}.source="
-                "jsonl needs one object a line, or a file that is one array of objects"
-            ) from error
-        return self._object(where, row)
-
-    def _object(self, where: str, row: object) -> dict[str, Any]:
-        if not isinstance(row, dict):
-            raise UserError(
-                f"{self._keys.path}: {where} is not a JSON object; write each document as "
-                '{"text": "..."}'
-            )
-        return row
-
-    def _json_array(self, file: Path) -> Iterator[dict[str, Any]]:
-        """The items of a file that is one array, one by one."""
-        where, items = (
-            f"{self._keys.path}: {file} cannot be read as json",
-            json_files.array_items(file),
-        )
-        for number, item in enumerate(_errors_name(where, items), start=1):
-            yield self._object(f"item {number} of {file}", item)
+                yield _parse_line(f"{keys.path}: line {number} of {file}", line, keys)
 
 
-def _stretches(file: Path, longest: int = LONGEST_DOCUMENT) -> Iterator[bytes]:
-    """The content of a file, once, or if it is longer in stretches that end with a newline.
+def _parse_line(where: str, line: bytes, keys: SourceKeys) -> Any:
+    text = _decode(line)
+    if isinstance(text, Skip):
+        return text
+    try:
+        row = _PARSER.decode(text.removeprefix("\ufeff"))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(
+            f"{where} is not JSON ({error}); {keys.section}.source=jsonl needs one object per "
+            "line, or a file that is one array of objects"
+        ) from error
+    return _require_object(where, row)
 
-    Where there is no newline, at the end of a character.
+
+def _require_object(where: str, row: object) -> object:
+    if not isinstance(row, dict):
+        raise UserError(f'{where} is not a JSON object; write each document as {{"text": "..."}}')
+    return row
+
+
+def _json_array(file: Path, keys: SourceKeys) -> Iterator[Any]:
+    """Yield the items of a file that is one array, with one block of it in memory.
+
+    Bytes that are not UTF-8 become surrogates, so that only the strings with them are skipped.
     """
     with open_bytes(file) as stream:
-        rest = stream.read(longest + 1)
-        while len(rest) > longest:
-            end = rest.rfind(b"\n", 0, longest) + 1
-            if not end:
-                end = longest
-                while end > longest - 4 and rest[end] >> 6 == _CONTINUES:
-                    end -= 1
-            yield rest[:end]
-            rest = rest[end:] + stream.read(end)
-        yield rest
+        reader = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
+        text = reader.read(max(_START_BYTES, _READ_SIZE))
+        place = _skip_space(text, 0) + 1  # after the bracket
+        for number in itertools.count(1):
+            while (found := _next_item(text, place)) is None:
+                if len(text) - place > MAX_JSON_SIZE:
+                    raise ValueError(f"item {number} is longer than {MAX_JSON_SIZE >> 20} MiB")
+                # Twice as much each time, or a long item would be parsed over and over.
+                more = reader.read(max(_READ_SIZE, len(text) - place))
+                if not more:
+                    raise ValueError(f"item {number} is incomplete or not JSON")
+                text, place = text[place:] + more, 0
+            item, place, is_end = found
+            if is_end:
+                break
+            yield _require_object(f"{keys.path}: item {number} of {file}", item)
+        rest = text[place:]
+        while not rest.strip() and (more := reader.read(_READ_SIZE)):
+            rest = more
+        if rest.strip():
+            raise ValueError("there is text after the end of the array")
 
 
-# That of a compressed file that was cut off is an EOFError.
-_FILE_ERRORS = (OSError, EOFError)
-# Those of pyarrow are ValueErrors, OSErrors or TypeErrors, that of JSON in a thousand brackets a
-# RecursionError.
-_READING_ERRORS = (*_FILE_ERRORS, ValueError, TypeError, RecursionError)
+def _next_item(text: str, place: int) -> tuple[Any, int, bool] | None:
+    """Return (item, place after it and its comma, whether the array ends instead of an item).
 
-
-@contextlib.contextmanager
-def _errors_named(
-    where: str, kinds: type[Exception] | tuple[type[Exception], ...] = _READING_ERRORS
-) -> Iterator[None]:
-    """Says where it was that something went wrong."""
+    None: the text does not reach beyond the item. A number may continue in the text that follows.
+    """
+    place = _skip_space(text, place)
+    if text.startswith("]", place):
+        return None, place + 1, True
     try:
-        yield
-    except kinds as error:
-        raise UserError(f"{where}: {error}") from error
+        item, end = _PARSER.raw_decode(text, place)
+    except json.JSONDecodeError:
+        return None
+    end = _skip_space(text, end)
+    if end == len(text):
+        return None
+    if text[end] not in ",]":
+        raise ValueError(f"an item is followed by {text[end]!r}, not by , or ]")
+    return item, end + (text[end] == ","), False
 
 
-def _errors_name(
-    where: str,
-    items: Iterable[_Item],
-    kinds: type[Exception] | tuple[type[Exception], ...] = _READING_ERRORS,
-) -> Iterator[_Item]:
-    """Yields the items; what goes wrong on the way says where."""
-    iterator = iter(items)
-    while True:
-        with _errors_named(where, kinds):
-            try:
-                item = next(iterator)
-            except StopIteration:
-                return
-        yield item
+def _skip_space(text: str, place: int) -> int:
+    return cast(re.Match[str], _SPACE.match(text, place)).end()

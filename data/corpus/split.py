@@ -1,13 +1,13 @@
-"""Which documents are held out for evaluation, in all sources of a run alike.
+"""Decide which documents are held out for evaluation, alike in all sources of a run.
 
-Held-out text that is given (`validation_path`) is held out, and nothing else. Otherwise a document
-is held out if the hash of its text says so, whatever else there is. Small sources make exceptions
-necessary; each holds for the same text in every source, so that no text is in both splits:
+If held-out text is given (`validation_path`), exactly that text is held out. Otherwise the hash of
+a document decides, independent of all other documents. Small sources need exceptions; each applies
+to the same text in every source, so that no text is in both splits:
 
-1. A source all of whose documents are held out gets the one with the largest hash back.
-2. A source without a held-out document holds out the one with the smallest hash, unless another
-   source has nothing else to train on or it is too large to be spared.
-3. If nothing is held out then, the end of every document is.
+1. A source whose documents are all held out keeps the one with the largest hash for training.
+2. A source without held-out documents holds out the one with the smallest hash, unless another
+   source has no other training document, or it is too large.
+3. If still nothing is held out, the end of every document is.
 """
 
 from collections.abc import Sequence
@@ -18,17 +18,17 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from data.corpus.durable import write_durably
+from data.corpus.cache import write_durably
 from data.corpus.spool import Spool
 
 DOCUMENT_FILES = ("hashes", "sizes")
-TRAINED_ON, HELD_OUT, END_HELD_OUT = range(3)  # what a split says of a document
+TRAINED_ON, HELD_OUT, END_HELD_OUT = range(3)  # the values of a split
 _HASH_BUCKETS = 1_000_000  # resolution of data.validation_fraction
-# A document of this size may be held out, though it be more than data.validation_fraction.
-_SPARED_BYTES = 1 << 20
+# Documents up to this size may be held out even if that exceeds data.validation_fraction.
+_SMALL_BYTES = 1 << 20
 _CONTINUES = 0b10  # the upper bits of a byte that is not the first of its character
 
-Split = npt.NDArray[np.uint8]
+Split = npt.NDArray[np.uint8]  # [n], for each document of a source
 
 
 class Documents(NamedTuple):
@@ -39,25 +39,26 @@ class Documents(NamedTuple):
 
 
 def write_documents(folder: Path, spool: Spool) -> None:
-    """Writes what `read_documents` reads."""
+    """Write hashes and sizes for `read_documents`."""
     for name, values in zip(DOCUMENT_FILES, (spool.hashes, spool.sizes), strict=True):
         write_durably(folder / name, values.tobytes())
 
 
 def read_documents(folder: Path) -> Documents:
-    """Reads hashes and sizes; an empty file cannot be mapped, and there is none."""
+    """Map hashes and sizes; there is at least one document."""
     hashes, sizes = (folder / name for name in DOCUMENT_FILES)
     return Documents(np.memmap(hashes, "<u8", mode="r"), np.memmap(sizes, "<i8", mode="r"))
 
 
 def split_by_hash(sources: Sequence[Documents], fraction: float) -> list[Split]:
-    """Splits the documents of all sources; `fraction` of them are held out, or of their bytes."""
+    """Split the documents of all sources, and hold out about `fraction` of them."""
     splits = [
         (hashes % np.uint64(_HASH_BUCKETS) < fraction * _HASH_BUCKETS).astype(np.uint8)
         for hashes, _ in sources
     ]
     if fraction == 0:
         return splits
+
     for (hashes, _), split in zip(sources, splits, strict=True):
         if (split == HELD_OUT).all():
             _assign(hashes.max(), TRAINED_ON, sources, splits)
@@ -72,7 +73,7 @@ def split_by_hash(sources: Sequence[Documents], fraction: float) -> list[Split]:
 def _assign(
     text: np.uint64, value: int, sources: Sequence[Documents], splits: Sequence[Split]
 ) -> None:
-    """Says the same of a text in every source."""
+    """Assign a text to the same split in every source."""
     for (hashes, _), split in zip(sources, splits, strict=True):
         split[hashes == text] = value
 
@@ -80,20 +81,20 @@ def _assign(
 def _hold_out_smallest(
     source: Documents, fraction: float, sources: Sequence[Documents], splits: Sequence[Split]
 ) -> None:
-    """Holds out the document with the smallest hash, of those that can be spared."""
+    """Hold out the document with the smallest hash, unless it is large or needed for training."""
     needed = [
         other.hashes[np.argmin(split)]
         for other, split in zip(sources, splits, strict=True)
-        if len(split) - np.count_nonzero(split) == 1
+        if np.count_nonzero(split == TRAINED_ON) == 1
     ]
-    is_small = source.sizes <= max(_SPARED_BYTES, fraction * source.sizes.sum())
+    is_small = source.sizes <= max(_SMALL_BYTES, fraction * source.sizes.sum())
     spare = source.hashes[is_small & ~np.isin(source.hashes, needed)]
     if len(spare):
         _assign(spare.min(), HELD_OUT, sources, splits)
 
 
 def split_by_given(sources: Sequence[Documents], held_out: Sequence[Documents]) -> list[Split]:
-    """Splits the documents of sources by whether they are among those given to be held out."""
+    """Split the documents of sources; those that are also in `held_out` are held out."""
     given = np.concatenate([hashes for hashes, _ in held_out])
     return [np.isin(hashes, given).astype(np.uint8) for hashes, _ in sources]
 
@@ -103,13 +104,12 @@ class Division(NamedTuple):
 
     spool: Spool
     train: npt.NDArray[np.int64]  # in the order of the source
-    # In the order of hashes, in which every first part is a fair sample.
-    validation: npt.NDArray[np.int64]
-    num_ends: int  # documents whose end is a text of its own
+    validation: npt.NDArray[np.int64]  # in the order of hashes, so that each prefix is a sample
+    num_ends: int  # documents whose end is a held-out text
 
 
 def divide(spool: Spool, split: Split, fraction: float) -> Division:
-    """Divides the texts of a source; a held-out end is the last `fraction` of bytes, or more."""
+    """Divide the texts of a source; a held-out end is the last `fraction` of bytes, or more."""
     cut = np.flatnonzero(split == END_HELD_OUT)
     lengths = np.array([_start_of_end(spool, int(i), fraction) for i in cut], dtype=np.int64)
     cut, lengths = cut[lengths > 0], lengths[lengths > 0]
@@ -130,10 +130,10 @@ def divide(spool: Spool, split: Split, fraction: float) -> Division:
 
 
 def _start_of_end(spool: Spool, index: int, fraction: float) -> int:
-    """Where the held-out end of a document begins, in bytes; 0 if it is too short to be cut.
+    """Return the byte at which the held-out end of a document begins; 0 if it is too short.
 
-    After a blank line, else after a line, else after a space, as long as the end is no more than
-    twice as long as asked for.
+    After a blank line, else after a line, else after a space, if the end is then at most twice as
+    long as `fraction` asks for.
     """
     text, start, size = spool.text, int(spool.starts[index]), int(spool.sizes[index])
     wanted = max(1, round(fraction * size))

@@ -1,4 +1,4 @@
-"""A hub that is down, silent or refuses: one line says which, and nothing waits forever."""
+"""A hub that is down, silent or refuses: a one-line error after a limited time."""
 
 import socket
 import threading
@@ -11,7 +11,7 @@ import pytest
 from configs import UserError
 from configs.schema import SourceConfig
 from data.corpus.files import SourceKeys
-from data.corpus.sources import commit_of
+from data.corpus.hub import commit_of
 from interop.source import download
 
 KEYS = SourceKeys("data.sources[1]", "data.sources[1].path")
@@ -37,10 +37,10 @@ def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
 
 @contextmanager
 def hub(status: int, error_code: str) -> Iterator[str]:
-    """One that answers everything so."""
+    """Run a hub that gives this answer to every request."""
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # the library's name
+        def do_GET(self) -> None:  # the name that http.server calls
             self.send_response(status)
             self.send_header("X-Error-Code", error_code)
             self.send_header("Content-Length", "0")
@@ -59,7 +59,7 @@ def hub(status: int, error_code: str) -> Iterator[str]:
 
 
 def refused(asked: str, endpoint: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ask, and be told in one line."""
+    """Check that a request ends in a one-line error."""
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
     call, beginning = ASKS[asked]
     with pytest.raises(UserError, match=beginning + message) as caught:
@@ -70,7 +70,7 @@ def refused(asked: str, endpoint: str, message: str, monkeypatch: pytest.MonkeyP
 @ask
 @pytest.mark.timeout(60)
 def test_a_hub_that_never_answers(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It accepts connections: the system does so for a socket that listens."""
+    """The system accepts connections for a listening socket."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
         refused(
@@ -80,7 +80,7 @@ def test_a_hub_that_never_answers(asked: str, monkeypatch: pytest.MonkeyPatch) -
 
 @ask
 def test_a_network_that_is_down(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody listens."""
+    """Nothing listens on the port."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
     message = rf"the hub at {endpoint} cannot be reached \(.*refused\); check the network"
@@ -90,16 +90,16 @@ def test_a_network_that_is_down(asked: str, monkeypatch: pytest.MonkeyPatch) -> 
 @ask
 def test_a_network_that_is_switched_off(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    refused(asked, "http://127.0.0.1:1", "the cache does not have it, and HF_HUB_OFF", monkeypatch)
+    refused(asked, "http://127.0.0.1:1", "it is not cached, and HF_HUB_OFF", monkeypatch)
 
 
 @ask
 @pytest.mark.parametrize(
     ("status", "code", "message"),
     [
-        (404, "RepoNotFound", "the hub has no such repository, or keeps it private"),
-        (404, "RevisionNotFound", "the hub has it, but not in this revision"),
-        (403, "GatedRepo", "the hub gives it only to accounts with access"),
+        (404, "RepoNotFound", "the hub has no such repository, or it is private"),
+        (404, "RevisionNotFound", "the hub has it, but not this revision"),
+        (403, "GatedRepo", "the hub requires access to it"),
         (500, "", r"the hub at \S+ answers with an error \(HTTPStatusError: .*500"),
     ],
 )
@@ -110,7 +110,7 @@ def test_a_hub_that_refuses(
         refused(asked, endpoint, message, monkeypatch)
 
 
-def test_a_name_that_the_hub_cannot_have(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_repository_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"no folder here, and it is not a name that the hub could"):
+    with pytest.raises(UserError, match=r"no folder here, and it is not a valid repository name"):
         download("no folder, no name", None)

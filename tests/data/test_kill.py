@@ -1,4 +1,4 @@
-"""A preparation that is killed goes on from what was durable, and makes the same corpus."""
+"""A killed preparation resumes from its last durable state and builds the same corpus."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ import pytest
 from data import prepare_corpus
 from data import token_file as token_module
 from data.corpus import spool as spool_module
-from data.corpus.durable import replace_durably
+from data.corpus.cache import replace_durably
 from data.corpus.files import source_fingerprint
 from tests.data_corpora import random_text, text_config, write_texts
 from tests.lines import ROOT
@@ -32,19 +32,19 @@ prepare_corpus(DataConfig(source="text", path=sys.argv[1], vocab_size=320, valid
 
 
 class Killed(BaseException):
-    """Takes the place of kill -9: nothing of ours may catch it."""
+    """Stands for kill -9; no code of ours may catch it."""
 
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes what is done durable every few documents."""
+    """Make progress durable every few documents."""
     monkeypatch.setattr(spool_module, "_DURABLE_BYTES", 2_000)
     monkeypatch.setattr(token_module, "_DURABLE_BYTES", 2_000)
     monkeypatch.setattr(token_module, "_BATCH_BYTES", 1_000)
 
 
 def die_at(monkeypatch: pytest.MonkeyPatch, call: int, *, after: bool) -> list[str]:
-    """Ends the preparation at its n-th durable write; returns the list of those there were."""
+    """End the preparation at its n-th durable write; return the list of all writes."""
     calls: list[str] = []
 
     def replace(path: Path, content: bytes) -> None:
@@ -53,7 +53,7 @@ def die_at(monkeypatch: pytest.MonkeyPatch, call: int, *, after: bool) -> list[s
             raise Killed
         replace_durably(path, content)
         if len(calls) == call:
-            # What was written after that may be on the disk or not, or half of it.
+            # Later writes may be on disk in part.
             for file in path.parent.glob("*[!n]"):
                 if file.is_file() and file.suffix not in (".json", ".model"):
                     with file.open("ab") as stream:
@@ -67,23 +67,23 @@ def die_at(monkeypatch: pytest.MonkeyPatch, call: int, *, after: bool) -> list[s
 
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("after", [False, True])
-def test_killed_at_every_durable_write_it_makes_the_same_corpus(
+def test_a_kill_at_any_durable_write_gives_the_same_corpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: bool
 ) -> None:
-    """One attempt after the other gets one write further, until one gets to the end."""
+    """Each attempt gets one write further, until one finishes."""
     texts = write_texts(tmp_path, 12)
     (tmp_path / "texts" / "latin.txt").write_bytes(b"\xe9")
     (tmp_path / "texts" / "again.txt").write_text(texts[3])
     expected = prepare_corpus(text_config(tmp_path, cache_directory=str(tmp_path / "b")), 16, 0)
     attempts = 0
     while True:
-        # The first two writes of an attempt may tell of nothing new.
+        # The first two writes of an attempt may repeat the state of the last one.
         calls = die_at(monkeypatch, 3, after=after)
         attempts += 1
         try:
             corpus = prepare_corpus(text_config(tmp_path), 16, 0)
         except Killed:
-            assert attempts < 60, "it does not get on"
+            assert attempts < 60, "no progress"
             continue
         break
     assert len(calls) < 3
@@ -92,10 +92,8 @@ def test_killed_at_every_durable_write_it_makes_the_same_corpus(
 
 
 @pytest.mark.usefixtures("small_pieces")
-def test_what_was_durable_is_not_done_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After a kill in the middle of encoding, nothing is read and the rest alone is encoded."""
+def test_durable_work_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a kill during encoding, nothing is read again and only the rest is encoded."""
     write_texts(tmp_path, 30)
     die_at(monkeypatch, 1_000_000, after=True)
     counted = prepare_corpus(text_config(tmp_path, cache_directory=str(tmp_path / "b")), 16, 0)
@@ -115,12 +113,12 @@ def test_what_was_durable_is_not_done_again(
     corpus = prepare_corpus(text_config(tmp_path), 16, 0)
     assert corpus.fingerprint == counted.fingerprint
     assert again[0].endswith("progress.json")
-    assert "progress.json" not in again  # that of the spool
+    assert "spool.progress.json" not in again
     assert 0 < sum(encoded) < 28
 
 
 def progress(cache: Path) -> set[tuple[str, int]]:
-    """Returns what preparations in a cache have made durable, by name and time."""
+    """Return the durable states of preparations in a cache, by name and time."""
     found = set()
     for path in cache.glob("*.partial/*progress.json"):
         with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
@@ -128,8 +126,8 @@ def progress(cache: Path) -> set[tuple[str, int]]:
     return found
 
 
-def test_after_kill_9_the_next_process_goes_on(tmp_path: Path) -> None:
-    """Again and again, each time as soon as there is something new to go on from."""
+def test_after_kill_9_the_next_process_resumes(tmp_path: Path) -> None:
+    """Three times, each as soon as there is new durable progress."""
     (tmp_path / "texts").mkdir()
     for number in range(150):
         (tmp_path / "texts" / f"{number:03}.txt").write_text(random_text(number, 60))
@@ -152,8 +150,8 @@ def test_after_kill_9_the_next_process_goes_on(tmp_path: Path) -> None:
     assert not list((tmp_path / "cache").glob("*.partial"))
 
 
-def test_an_abandoned_preparation_is_swept_up(tmp_path: Path) -> None:
-    """What nobody has gone on with for a week; what is younger stays."""
+def test_an_abandoned_preparation_is_deleted(tmp_path: Path) -> None:
+    """After a week without writes, not earlier."""
     write_texts(tmp_path, 6)
     old, young = (tmp_path / "cache" / f"text-{name}.partial" for name in ("old", "young"))
     for folder in (old, young):
@@ -170,7 +168,7 @@ def test_an_abandoned_preparation_is_swept_up(tmp_path: Path) -> None:
 def test_a_file_is_read_again_only_if_it_has_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By size and time; one that was written just now is not trusted to stay."""
+    """Known by size and times, unless it was written just now."""
     write_texts(tmp_path, 3)
     config, cache = text_config(tmp_path), tmp_path / "cache"
     files = sorted((tmp_path / "texts").iterdir())
@@ -179,9 +177,9 @@ def test_a_file_is_read_again_only_if_it_has_changed(
         os.utime(file, (long_ago, long_ago))
     first = source_fingerprint(config, files, cache)
     hashed: list[str] = []
-    digest = sys.modules["data.corpus.files"].file_digest
+    digest = sys.modules["data.corpus.cache"].file_digest
     monkeypatch.setattr(
-        "data.corpus.files.file_digest", lambda file: hashed.append(file.name) or digest(file)
+        "data.corpus.cache.file_digest", lambda file: hashed.append(file.name) or digest(file)
     )
     assert source_fingerprint(config, files, cache) == first
     assert hashed == [files[0].name]

@@ -9,7 +9,7 @@ import pytest
 
 from configs import DataConfig, WeightedSource
 from data import prepare_corpus
-from data.corpus.build import sample_shares
+from data.corpus.prepare import sample_shares
 from data.rows import Rows
 from data.sampler import SampleOrder
 from data.token_file import JoinedTokens

@@ -1,4 +1,4 @@
-"""Preparation: what is in the cache, who makes it, and that nothing can leave half of it."""
+"""Preparing a corpus: the content of the cache, its integrity, and concurrent builders."""
 
 import fcntl
 import json
@@ -19,10 +19,10 @@ import pytest
 
 from configs import UserError
 from configs.schema import DataConfig
-from data import Corpus, prepare_corpus
-from data.corpus.build import SPLITS
-from data.corpus.files import file_digest
-from data.corpus.spool import Place, Record, open_spool, sample_sentences, write_spool
+from data import Corpus, prepare_corpus, text_fingerprint
+from data.corpus.cache import file_digest
+from data.corpus.prepare import SPLITS
+from data.corpus.spool import Record, open_spool, sample_sentences, write_spool
 from data.rows import Rows
 from data.token_file import PARTS, TokenFile, Tokens, encode_documents, open_token_file
 from tests.data_corpora import random_text, small_tokenizer, text_config, write_texts
@@ -39,22 +39,22 @@ prepare_corpus(DataConfig(source="text", path=sys.argv[1], vocab_size=320, valid
 
 
 def start_preparing(folder: Path) -> "subprocess.Popen[str]":
-    """Starts another process that prepares `text_config(folder)`, with its log as stderr."""
+    """Start another process that prepares `text_config(folder)`, with its log as stderr."""
     command = [sys.executable, "-c", PREPARE, str(folder / "texts"), str(folder / "cache")]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
 
 def wait_for_line(process: "subprocess.Popen[str]", words: str) -> None:
-    """Returns when the process has logged a line with these words."""
+    """Return when the process has logged a line with these words."""
     assert process.stderr is not None
     for line in process.stderr:
         if words in line:
             return
-    raise AssertionError(f"the process ended without saying {words!r}")
+    raise AssertionError(f"the process ended without logging {words!r}")
 
 
 def documents(corpus: Corpus, file: Tokens) -> list[str]:
-    """Returns the texts of a split; checks that each begins with bos and ends with eos."""
+    """Return the texts of a split; check that each begins with bos and ends with eos."""
     texts = []
     for start, end in zip(file.document_offsets[:-1], file.document_offsets[1:], strict=True):
         ids = file.span(start, end).tolist()
@@ -65,18 +65,18 @@ def documents(corpus: Corpus, file: Tokens) -> list[str]:
 
 
 def all_tokens(corpus: Corpus) -> np.ndarray[Any, Any]:
-    """Returns the tokens of the training split."""
+    """Return the tokens of the training split."""
     return corpus.train.span(0, corpus.train.num_tokens)
 
 
 def entries(folder: Path) -> list[str]:
-    """Returns what is in the cache besides lock files and what is known of other files."""
+    """Return the names in the cache, without lock files and the index of digests."""
     names = (path.name for path in (folder / "cache").iterdir() if path.suffix != ".lock")
     return sorted(name for name in names if name != "digests.json")
 
 
 def test_every_document_is_in_one_split_unchanged(tmp_path: Path) -> None:
-    """Train keeps the source's order; duplicates are dropped and counted; the summary counts."""
+    """Train keeps the source's order, duplicates are dropped, and the summary has the counts."""
     texts = write_texts(tmp_path, 30)
     (tmp_path / "texts" / "again.txt").write_text(texts[3])
     corpus = prepare_corpus(text_config(tmp_path), 16, 0)
@@ -95,8 +95,8 @@ def test_every_document_is_in_one_split_unchanged(tmp_path: Path) -> None:
     assert corpus.tokenizer_path.read_bytes() == corpus.tokenizer.model
 
 
-def test_a_document_stays_in_its_split_when_others_come(tmp_path: Path) -> None:
-    """The split depends on the content of a document alone."""
+def test_a_document_stays_in_its_split_when_others_are_added(tmp_path: Path) -> None:
+    """The split depends only on the content of a document."""
     write_texts(tmp_path, 40)
     before = prepare_corpus(text_config(tmp_path), 16, 0)
     for number in range(40, 60):
@@ -118,27 +118,27 @@ def test_the_end_of_a_single_document_is_held_out(
     assert head.endswith("\n")
     assert 0.1 <= len(end) / len(text) < 0.105
     assert corpus.summary["records"] == corpus.summary["ends_held_out"] == 1
-    assert f"only {len(end):,} bytes of text are held out" in caplog.text
+    assert f"held-out text is only {len(end):,} bytes" in caplog.text
 
 
 @pytest.mark.parametrize("num_lines", [600, 20_000])
-def test_little_held_out_text_is_warned_of_at_every_start(
+def test_every_start_warns_about_little_held_out_text(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, num_lines: int
 ) -> None:
-    """Not when the cache is built alone; and not for enough text."""
+    """Also when the corpus is in the cache already; not for enough text."""
     write_texts(tmp_path, 1, num_lines=num_lines)
     for _ in range(2):
         caplog.clear()
         corpus = prepare_corpus(text_config(tmp_path, validation_fraction=0.05), 16, 0)
         is_little = corpus.summary["validation"]["bytes"] < 10_000
         assert is_little == (num_lines == 600)
-        assert ("bytes of text are held out" in caplog.text) == is_little
+        assert ("held-out text is only" in caplog.text) == is_little
 
 
-def test_text_too_short_to_be_cut_is_warned_of(
+def test_text_too_short_to_be_cut_gives_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """There is no evaluation; not so if none is wanted."""
+    """No warning if no evaluation is configured."""
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "x.txt").write_text("x")
     model = tmp_path / "given.model"
@@ -148,14 +148,14 @@ def test_text_too_short_to_be_cut_is_warned_of(
         caplog.clear()
         corpus = prepare_corpus(config, 16, 0)
         assert corpus.validation.num_documents == 0
-        assert "there is no held-out text, and so no evaluation; use" in caplog.text
+        assert "there is no held-out text, so there is no evaluation; use" in caplog.text
     caplog.clear()
     prepare_corpus(replace(config, validation_fraction=0), 16, 0)
     assert "held-out" not in caplog.text
 
 
 def test_a_source_without_documents_says_what_was_skipped(tmp_path: Path) -> None:
-    """Key, value and the counts; and there is no entry."""
+    """The error has key, value and counts, and there is no entry."""
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "empty.txt").write_bytes(b"")
     (tmp_path / "texts" / "latin.txt").write_bytes(b"\xe9")
@@ -165,7 +165,7 @@ def test_a_source_without_documents_says_what_was_skipped(tmp_path: Path) -> Non
 
 
 def test_too_little_text_for_a_row_names_the_longest_that_works(tmp_path: Path) -> None:
-    """In mode pack there must be one row; mode pad takes shorter documents."""
+    """Mode pack needs one row; mode pad accepts shorter documents."""
     write_texts(tmp_path, 3)
     with pytest.raises(UserError, match=r"model\.seq_length=8192") as error:
         prepare_corpus(text_config(tmp_path), 8192, 0)
@@ -179,7 +179,7 @@ def test_too_little_text_for_a_row_names_the_longest_that_works(tmp_path: Path) 
 
 
 def test_a_given_tokenizer_is_used_and_checked(tmp_path: Path) -> None:
-    """Its pieces may be fewer than data.vocab_size, not more."""
+    """It may have fewer pieces than data.vocab_size, but not more."""
     write_texts(tmp_path, 5)
     path = tmp_path / "given.model"
     path.write_bytes(small_tokenizer().model)
@@ -192,7 +192,7 @@ def test_a_given_tokenizer_is_used_and_checked(tmp_path: Path) -> None:
 
 
 def test_a_second_start_reads_the_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Nothing is prepared again, also after the source has moved; other settings are apart."""
+    """Even after the source has moved; other settings have their own entries."""
     write_texts(tmp_path, 10)
     first = prepare_corpus(text_config(tmp_path), 16, 0)
     (tmp_path / "texts").rename(tmp_path / "moved")
@@ -211,8 +211,8 @@ def test_a_second_start_reads_the_cache(tmp_path: Path, caplog: pytest.LogCaptur
     assert kinds == ["documents", "tokenizer", "tokenizer", "tokens", "tokens"]
 
 
-def test_preparing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
-    """The fingerprint in checkpoints must hold on another machine with the same source."""
+def test_preparation_is_reproducible(tmp_path: Path) -> None:
+    """The fingerprint in checkpoints must match on another machine with the same source."""
     write_texts(tmp_path, 10)
     first = prepare_corpus(text_config(tmp_path), 16, 0)
     second = prepare_corpus(text_config(tmp_path, cache_directory=str(tmp_path / "b")), 16, 0)
@@ -221,12 +221,12 @@ def test_preparing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def cut_short(path: Path) -> None:
-    """Takes the last byte off a file."""
+    """Remove the last byte of a file."""
     path.write_bytes(path.read_bytes()[:-1])
 
 
 def flip_bytes(path: Path) -> None:
-    """Changes bytes in the middle of a file, which keeps its size."""
+    """Change bytes in the middle of a file, which keeps its size."""
     content = bytearray(path.read_bytes())
     middle = len(content) // 2
     content[middle : middle + 4] = bytes(byte ^ 0xFF for byte in content[middle : middle + 4])
@@ -246,13 +246,13 @@ ENTRY_FILES = [
 
 @pytest.mark.parametrize("damage", [cut_short, flip_bytes, Path.unlink])
 @pytest.mark.parametrize("pattern", ENTRY_FILES)
-def test_a_damaged_entry_is_made_again(
+def test_a_damaged_entry_is_rebuilt(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     pattern: str,
     damage: Callable[[Path], None],
 ) -> None:
-    """A file of any entry that is missing, has another size, or has other bytes; with a warning."""
+    """With a warning, if any file is missing or has another size or other bytes."""
     write_texts(tmp_path, 10)
     first = prepare_corpus(text_config(tmp_path), 16, 0)
     before = entries(tmp_path)
@@ -270,18 +270,18 @@ def test_a_damaged_entry_is_made_again(
 def test_facts_of_an_entry_are_verified_too(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A header that is well formed, and not what was written."""
+    """A header may be well formed, but not what was written."""
     write_texts(tmp_path, 10)
     first = prepare_corpus(text_config(tmp_path), 16, 0)
     path = first.tokenizer_path.parent / "header.json"
     path.write_text(path.read_text().replace('"vocab_size": 320', '"vocab_size": 321'))
     prepare_corpus(text_config(tmp_path), 16, 0)
-    assert "is damaged; making it again" in caplog.text
+    assert "is damaged; rebuilding it" in caplog.text
     assert json.loads(path.read_text())["vocab_size"] == 320
 
 
 def test_a_damaged_entry_is_not_opened_by_other_ranks(tmp_path: Path) -> None:
-    """They wait until local rank 0 has made it again."""
+    """They wait until local rank 0 has rebuilt it."""
     write_texts(tmp_path, 10)
     first = prepare_corpus(text_config(tmp_path), 16, 0)
     expected = all_tokens(first).tolist()
@@ -301,10 +301,10 @@ def test_a_damaged_entry_is_not_opened_by_other_ranks(tmp_path: Path) -> None:
     assert found == [expected]
 
 
-def test_an_entry_is_verified_once_until_a_file_of_it_is_new(
+def test_an_entry_is_verified_again_only_when_a_file_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By size, times and inode; the result is kept beside the entries."""
+    """A change of size, times or inode; the result is stored next to the entries."""
     write_texts(tmp_path, 10)
     prepare_corpus(text_config(tmp_path), 16, 0)
     long_ago = time.time() - 100
@@ -313,7 +313,7 @@ def test_an_entry_is_verified_once_until_a_file_of_it_is_new(
     prepare_corpus(text_config(tmp_path), 16, 0)
     hashed: list[str] = []
     monkeypatch.setattr(
-        "data.corpus.files.file_digest", lambda file: hashed.append(file.name) or file_digest(file)
+        "data.corpus.cache.file_digest", lambda file: hashed.append(file.name) or file_digest(file)
     )
     prepare_corpus(text_config(tmp_path), 16, 0)
     assert hashed == []
@@ -326,8 +326,8 @@ def test_an_entry_is_verified_once_until_a_file_of_it_is_new(
     assert hashed == ["train.offsets"]
 
 
-def test_a_text_edited_in_place_with_its_old_time_is_seen(tmp_path: Path) -> None:
-    """The time of modification can be set; that of the last change of state cannot."""
+def test_a_text_edited_in_place_with_its_old_mtime_is_noticed(tmp_path: Path) -> None:
+    """mtime can be set at will; ctime cannot."""
     write_texts(tmp_path, 10)
     file = tmp_path / "texts" / "003.txt"
     long_ago = time.time() - 100
@@ -343,7 +343,7 @@ def test_a_text_edited_in_place_with_its_old_time_is_seen(tmp_path: Path) -> Non
 
 
 def test_other_ranks_wait_for_local_rank_0(tmp_path: Path) -> None:
-    """They make nothing themselves, and get the same corpus."""
+    """They build nothing themselves, and get the same corpus."""
     write_texts(tmp_path, 10)
     found: list[Corpus] = []
     rank_1 = threading.Thread(
@@ -357,24 +357,53 @@ def test_other_ranks_wait_for_local_rank_0(tmp_path: Path) -> None:
 
 
 def test_two_runs_at_once_prepare_once(tmp_path: Path) -> None:
-    """Both wait for the lock; one makes the corpus and the other finds it made."""
+    """Both wait for the lock; one builds the corpus and the other finds it."""
     write_texts(tmp_path, 10)
     prepare_corpus(text_config(tmp_path, cache_directory=str(tmp_path / "b")), 16, 0)
-    (lock,) = (tmp_path / "b").glob("text-*.lock")  # the name tells which source it is of
+    (lock,) = (tmp_path / "b").glob("text-*.lock")  # named by the source
     (tmp_path / "cache").mkdir()
     with (tmp_path / "cache" / lock.name).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         runs = [start_preparing(tmp_path) for _ in range(2)]
         for run in runs:
-            wait_for_line(run, "waiting for another run")
+            wait_for_line(run, "waiting for another process")
     logs = [run.communicate(timeout=60)[1] for run in runs]
     assert [run.returncode for run in runs] == [0, 0]
     assert "".join(logs).count("tokenized data in") == 1
     assert len(entries(tmp_path)) == 3
 
 
+def test_a_rank_waits_while_another_hashes_the_files(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The other process may be a rank of the same run, so the log must not name another run."""
+    write_texts(tmp_path, 1)
+    (tmp_path / "cache").mkdir()
+    with (tmp_path / "cache" / "digests.json.lock").open("w") as file, caplog.at_level("INFO"):
+        fcntl.flock(file, fcntl.LOCK_EX)
+        rank = threading.Thread(target=text_fingerprint, args=[text_config(tmp_path)])
+        rank.start()
+        while "waiting for another process" not in caplog.text:
+            time.sleep(0.01)
+        fcntl.flock(file, fcntl.LOCK_UN)
+        rank.join()
+    assert "run" not in caplog.text.replace(str(tmp_path), "")
+
+
+def test_the_log_counts_in_singular_and_plural(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """1 record, 2 documents; lengths are ranges of tokens."""
+    write_texts(tmp_path, 1, num_lines=600)
+    with caplog.at_level("INFO"):
+        prepare_corpus(text_config(tmp_path), 16, 0)
+    assert "1 record gave 1 document, 1 with their end held out\n" in caplog.text
+    assert "train: 1 document, " in caplog.text
+    assert "document lengths in tokens: 16385-32768 100%" in caplog.text
+
+
 def test_wide_vocabularies_take_four_bytes(tmp_path: Path) -> None:
-    """65536 ids fit two bytes, one more does not."""
+    """65536 ids fit in two bytes, one more does not."""
     for vocab_size, dtype in ((65_536, "<u2"), (65_537, "<u4")):
         for part, content in (("tokens", np.array([65_535], dtype)), ("offsets", np.array([0, 1]))):
             (tmp_path / f"x.{part}").write_bytes(content.tobytes())
@@ -382,8 +411,8 @@ def test_wide_vocabularies_take_four_bytes(tmp_path: Path) -> None:
         assert open_token_file(tmp_path, "x", vocab_size).tokens.tolist() == [65_535]
 
 
-def test_an_id_beyond_the_vocabulary_is_an_error_that_names_it(tmp_path: Path) -> None:
-    """When the file is damaged after it was verified: with its place, and how to mend it."""
+def test_an_id_beyond_the_vocabulary_is_an_error(tmp_path: Path) -> None:
+    """A file damaged after it was verified: the error has the place and the fix."""
     write_texts(tmp_path, 6)
     file = prepare_corpus(text_config(tmp_path), 16, 0).train
     assert isinstance(file, TokenFile)
@@ -396,8 +425,8 @@ def test_an_id_beyond_the_vocabulary_is_an_error_that_names_it(tmp_path: Path) -
         file.span(30, 50)
 
 
-def test_a_tokenizer_that_gives_ids_beyond_its_size_is_refused() -> None:
-    """Before they are in a file that counts as verified."""
+def test_a_tokenizer_with_ids_beyond_its_size_is_rejected() -> None:
+    """Before they are in a verified file."""
     tokenizer = copy(small_tokenizer())
     tokenizer.vocab_size = 10
     with pytest.raises(ValueError, match=r"gives id \d+, but has 10 pieces"):
@@ -405,9 +434,9 @@ def test_a_tokenizer_that_gives_ids_beyond_its_size_is_refused() -> None:
 
 
 def test_the_tokenizer_learns_from_a_bounded_sample_of_training_lines(tmp_path: Path) -> None:
-    """Lines are spread evenly, keep their indentation, and are about as many bytes as asked for."""
+    """Lines are evenly spread, keep their indentation, and have about the requested size."""
     texts = [random_text(seed, 200) for seed in range(20)]
-    write_spool(tmp_path, lambda _: [Record([text], None, Place()) for text in texts])
+    write_spool(tmp_path, lambda _: [Record([text], None) for text in texts])
     spool = open_spool(tmp_path)
     lines = list(sample_sentences(spool, np.arange(5, 20), max_bytes=30_000))
     allowed = {line for text in texts[5:] for line in text.split("\n")}
@@ -418,8 +447,8 @@ def test_the_tokenizer_learns_from_a_bounded_sample_of_training_lines(tmp_path: 
     assert everything == [line for text in texts for line in text.split("\n") if line]
 
 
-def test_the_default_source_works_as_it_is(tmp_path: Path) -> None:
-    """The standard library's sources: thousands of documents, no download, bytes exact."""
+def test_the_default_source_works(tmp_path: Path) -> None:
+    """The standard library: thousands of documents, no download, exact bytes."""
     config = DataConfig(vocab_size=1024, cache_directory=str(tmp_path))
     corpus = prepare_corpus(config, 256, 0)
     counts: dict[str, Any] = corpus.summary

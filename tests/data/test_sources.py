@@ -1,4 +1,4 @@
-"""Every kind of source: what is a document, what is skipped, and what an error says."""
+"""Every kind of source: documents, skipped records, and errors."""
 
 import json
 from collections import Counter
@@ -13,19 +13,18 @@ from configs import UserError
 from configs.schema import DataConfig
 from data.corpus.files import DATA_KEYS, source_files, source_fingerprint
 from data.corpus.sources import read_records
-from data.corpus.spool import Place
 
 
 def read(config: DataConfig, scratch: Path) -> tuple[list[str], dict[str, int]]:
-    """Returns the documents of a source, and what was skipped by reason."""
+    """Return the documents of a source, and the number of skipped records by reason."""
     files = source_files(config)
-    records = list(read_records(config, DATA_KEYS, files, scratch / "scratch", Place()))
+    records = list(read_records(config, DATA_KEYS, files, scratch / "scratch"))
     skipped = Counter(record.reason for record in records if record.reason is not None)
     return [text for record in records for text in record.texts], dict(skipped)
 
 
 def write_lines(path: Path, rows: list[Any]) -> None:
-    """Writes one JSON value a line."""
+    """Write one JSON value per line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -55,7 +54,7 @@ def test_a_path_is_a_file_a_folder_or_a_glob(tmp_path: Path) -> None:
 
 
 def test_json_lines(tmp_path: Path) -> None:
-    """Only non-empty strings are documents; what looks like a date or a number stays text."""
+    """Only non-empty strings are documents; strings that look like dates stay text."""
     rows: list[Any] = [
         {"text": "a\r\nb\u2028c", "meta": None},
         {"text": "2020-01-01T00:00:00", "meta": {"k": [1]}},
@@ -84,7 +83,7 @@ def test_json_lines(tmp_path: Path) -> None:
 
 
 def test_json_columns_may_change_type_far_into_the_file(tmp_path: Path) -> None:
-    """Other columns do not matter, beyond the first block that a reader would look at."""
+    """Other columns do not matter, even beyond the first block."""
     long_text = "x" * 5000
     rows: list[Any] = [{"text": long_text, "meta": None}] * 2500
     write_lines(tmp_path / "a.jsonl", [*rows, {"text": "last", "meta": {"k": 1}}])
@@ -112,15 +111,15 @@ def test_columnar_files(tmp_path: Path, source: Any) -> None:
 
 
 def test_hub_datasets_are_opened_by_name(tmp_path: Path) -> None:
-    """`datasets` takes a local folder for a name too, which needs no network."""
+    """`datasets` also accepts a local folder, which needs no network."""
     (tmp_path / "repo").mkdir()
     write_lines(tmp_path / "repo" / "train.jsonl", [{"text": "a"}, {"text": ""}, {"text": "b"}])
     config = DataConfig(source="hub", path=str(tmp_path / "repo"))
     assert read(config, tmp_path) == (["a", "b"], {"empty": 1})
 
 
-def test_a_hub_dataset_that_is_not_there_names_the_keys(tmp_path: Path) -> None:
-    """The message has what was asked for, and a way out."""
+def test_a_missing_hub_dataset_names_the_keys(tmp_path: Path) -> None:
+    """The message has the values and a way out."""
     (tmp_path / "repo").mkdir()
     write_lines(tmp_path / "repo" / "train.jsonl", [{"text": "a"}])
     config = DataConfig(source="hub", path=str(tmp_path / "repo"), hub_split="nosplit")
@@ -129,14 +128,12 @@ def test_a_hub_dataset_that_is_not_there_names_the_keys(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["jsonl", "parquet"])
-def test_a_missing_column_names_those_there_are(tmp_path: Path, source: Any) -> None:
-    """Key, value, and what could be meant."""
+def test_a_missing_column_names_the_others(tmp_path: Path, source: Any) -> None:
+    """The error has key, value and the existing columns."""
     write_lines(tmp_path / "a.jsonl", [{"content": "x", "id": 1}])
     table = pyarrow.table({"content": ["x"], "id": [1]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(
-        ValueError, match=r"data\.text_field='text'.*columns there are: content, id"
-    ):
+    with pytest.raises(ValueError, match=r"data\.text_field='text'.*columns are: content, id"):
         read(DataConfig(source=source, path=str(tmp_path)), tmp_path)
 
 
@@ -151,7 +148,7 @@ def test_a_missing_column_names_those_there_are(tmp_path: Path, source: Any) -> 
     ],
 )
 def test_a_broken_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    """The message has the key and the file, and for lines the number."""
+    """The message has the key, the file and the number of a line."""
     (tmp_path / name).write_bytes(content)
     source: Any = {"a.json": "jsonl"}.get(name, name.removeprefix("a."))
     with pytest.raises(ValueError, match=r"data\.path.*" + message):
@@ -159,7 +156,7 @@ def test_a_broken_file_is_named(tmp_path: Path, name: str, content: bytes, messa
 
 
 def test_a_path_without_files_names_what_is_needed(tmp_path: Path) -> None:
-    """No path, and a path where nothing is."""
+    """No path, and a path without matching files."""
     with pytest.raises(ValueError, match=r"data\.path is null; data\.source=parquet needs"):
         source_files(DataConfig(source="parquet"))
     with pytest.raises(ValueError, match=r"data\.path is null; data\.source=hub needs"):
@@ -171,7 +168,7 @@ def test_a_path_without_files_names_what_is_needed(tmp_path: Path) -> None:
 
 
 def test_the_standard_library_is_found_without_installed_packages() -> None:
-    """Its own modules, by name; nothing that pip put there."""
+    """Only its own modules, nothing that pip installed."""
     files = source_files(DataConfig())
     names = {file.name for file in files}
     assert {"argparse.py", "dataclasses.py", "this.py"} <= names
@@ -179,12 +176,12 @@ def test_the_standard_library_is_found_without_installed_packages() -> None:
     assert len(files) > 500
 
 
-def test_the_fingerprint_is_that_of_the_content(tmp_path: Path) -> None:
-    """A moved folder is the same source; one changed byte, or another order, is not."""
+def test_the_fingerprint_depends_on_the_content(tmp_path: Path) -> None:
+    """Not on the folder; one changed byte or another order changes it."""
 
     def fingerprint(folder: str, **changes: Any) -> str:
         config = DataConfig(**{"source": "text", "path": str(tmp_path / folder), **changes})
-        return source_fingerprint(config, source_files(config))
+        return source_fingerprint(config, source_files(config), tmp_path / "cache")
 
     for folder, texts in (("x", "ab"), ("moved", "ab"), ("changed", "ac"), ("swapped", "ba")):
         (tmp_path / folder).mkdir()
@@ -193,7 +190,7 @@ def test_the_fingerprint_is_that_of_the_content(tmp_path: Path) -> None:
     assert fingerprint("x") == fingerprint("moved")
     assert len({fingerprint(folder) for folder in ("x", "changed", "swapped")}) == 3
     before = fingerprint("x", path=str(tmp_path / "x" / "0*"))
-    (tmp_path / "x" / "0.txt").rename(tmp_path / "x" / "0.txt.gz")  # is read in another way
+    (tmp_path / "x" / "0.txt").rename(tmp_path / "x" / "0.txt.gz")  # decides how it is read
     assert fingerprint("x", path=str(tmp_path / "x" / "0*")) != before
     hub = [fingerprint("x", source="hub", hub_revision=revision) for revision in (None, "v2")]
     assert hub[0] != hub[1]

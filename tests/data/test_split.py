@@ -1,4 +1,4 @@
-"""What is held out: the same of a text in every source, and always something to train on."""
+"""Held-out text: the same in every source, and always something left to train on."""
 
 import random
 from dataclasses import replace
@@ -11,13 +11,13 @@ from configs import ConfigError, UserError, WeightedSource, parse_config
 from configs.schema import DataConfig
 from data import Corpus, EvaluationSet, prepare_corpus, text_fingerprint
 from data.corpus.split import END_HELD_OUT, HELD_OUT, TRAINED_ON, Documents, divide, split_by_hash
-from data.corpus.spool import Place, Record, Spool, open_spool, write_spool
+from data.corpus.spool import Record, Spool, open_spool, write_spool
 from tests.data.test_prepare import documents
 from tests.data_corpora import random_text, small_tokenizer
 
 
 def sources(*hashes: list[int], size: int = 10) -> list[Documents]:
-    """Sources of documents with these hashes, all of one size."""
+    """Return sources of documents with these hashes, all of the same size."""
     return [Documents(np.array(each, dtype=np.uint64), np.full(len(each), size)) for each in hashes]
 
 
@@ -27,21 +27,21 @@ def split(fraction: float, *hashes: list[int], size: int = 10) -> list[list[int]
 
 
 def test_documents_are_held_out_by_their_hash() -> None:
-    """By its last six digits, whatever else there is, as long as there are enough documents."""
+    """By its last six digits, independent of other documents, if there are enough of them."""
     assert split(0.4, [500_000, 300_000, 900_000]) == [[0, 1, 0]]
     assert split(0.4, [500_000, 7_000_300_000, 300_000]) == [[0, 1, 1]]
     assert split(0, [1, 2]) == [[0, 0]]
 
 
 def test_a_source_has_both_splits_if_it_has_two_documents() -> None:
-    """Whatever the fraction: the smallest hash is held out, the largest is trained on."""
+    """For any fraction: the smallest hash is held out, the largest is trained on."""
     assert split(1e-6, [500_000, 300_000, 900_000]) == [[0, 1, 0]]
     assert split(0.99, [500_000, 300_000, 900_000]) == [[1, 1, 0]]
     assert split(0.01, [500_000, 300_000], [1, 900_000]) == [[0, 1], [1, 0]]
 
 
 def test_exceptions_hold_in_every_source() -> None:
-    """A text that a source needs is trained on, or one that it spares held out, everywhere."""
+    """A text that one source needs is trained on everywhere; one that it spares is held out."""
     assert split(0.01, [500_000], [500_000, 600_000]) == [[0], [0, 1]]
     assert split(0.01, [600_000], [500_000, 600_000]) == [[0], [1, 0]]
     assert split(0.01, [5], [5, 600_000, 7]) == [[0], [0, 0, 1]]
@@ -49,7 +49,7 @@ def test_exceptions_hold_in_every_source() -> None:
 
 
 def test_ends_are_held_out_if_no_document_can_be() -> None:
-    """Of sources of one document, and of documents that are too large to be spared."""
+    """For sources of one document, and for documents too large to be held out."""
     assert split(0.01, [5]) == split(0.01, [500_000]) == [[END_HELD_OUT]]
     assert split(0.01, [5], [5], [7]) == [[END_HELD_OUT]] * 3
     assert split(0.01, [500_000, 600_000], size=2 << 20) == [[END_HELD_OUT] * 2]
@@ -59,7 +59,7 @@ def test_ends_are_held_out_if_no_document_can_be() -> None:
 
 
 def test_no_text_is_in_both_splits_of_any_mixture() -> None:
-    """Random mixtures of few documents, many of them in several sources."""
+    """In random mixtures of few documents, many of them in several sources."""
     rng = random.Random(0)
     for _ in range(2000):
         fraction = rng.choice([0.01, 0.3, 0.9])
@@ -76,9 +76,9 @@ def test_no_text_is_in_both_splits_of_any_mixture() -> None:
 
 
 def spool_of(folder: Path, *texts: str) -> Spool:
-    """Texts as a source has them."""
+    """Return a spool of these texts."""
     folder.mkdir()
-    write_spool(folder, lambda _: [Record([text], None, Place()) for text in texts])
+    write_spool(folder, lambda _: [Record([text], None) for text in texts])
     return open_spool(folder)
 
 
@@ -97,7 +97,7 @@ def spool_of(folder: Path, *texts: str) -> Spool:
 def test_an_end_begins_where_text_may_be_cut(
     tmp_path: Path, text: str, fraction: float, end: str
 ) -> None:
-    """At a blank line, a line, a word, a character: as long as wanted, up to twice as long."""
+    """At a blank line, a line, a word or a character; up to twice the requested length."""
     spool = spool_of(tmp_path / "spool", "first", text)
     division = divide(spool, np.array([0, END_HELD_OUT], dtype=np.uint8), fraction)
     train = [division.spool.document(int(i)) for i in division.train]
@@ -107,14 +107,14 @@ def test_an_end_begins_where_text_may_be_cut(
 
 
 def test_text_of_one_character_has_no_end(tmp_path: Path) -> None:
-    """It stays whole."""
+    """It is not cut."""
     spool = spool_of(tmp_path / "spool", "漢")
     division = divide(spool, np.array([END_HELD_OUT], dtype=np.uint8), 0.5)
     assert (division.train.tolist(), division.validation.tolist()) == ([0], [])
 
 
 def mixture(folder: Path, *texts: list[str], given: int | None = None) -> DataConfig:
-    """Sources of these texts; held-out text is given for the last, by the number of its texts."""
+    """Return sources of these texts; source `given` gets the last one as its held-out text."""
     folder.mkdir(exist_ok=True)
     model = folder / "given.model"
     model.write_bytes(small_tokenizer().model)
@@ -137,12 +137,12 @@ def mixture(folder: Path, *texts: list[str], given: int | None = None) -> DataCo
 
 
 def texts_of(corpus: Corpus) -> tuple[list[str], list[str]]:
-    """The texts trained on, and those held out, in order."""
+    """Return the training texts and the held-out texts, in order."""
     return documents(corpus, corpus.train), documents(corpus, corpus.validation)
 
 
 def test_a_text_held_out_in_one_source_is_held_out_in_all(tmp_path: Path) -> None:
-    """Sources {X} and {X, Y}: Y can be spared, X cannot, whichever has the smaller hash."""
+    """Sources {X} and {X, Y}: Y is held out, whichever has the smaller hash."""
     x, y = random_text(1, 30), random_text(2, 30)
     for name, (first, second) in {"a": (x, y), "b": (y, x)}.items():
         config = mixture(tmp_path / name, [first], [first, second])
@@ -154,7 +154,7 @@ def test_a_text_held_out_in_one_source_is_held_out_in_all(tmp_path: Path) -> Non
 
 
 def test_given_text_is_held_out_of_every_source(tmp_path: Path) -> None:
-    """And nothing else is; the fraction has no effect."""
+    """Nothing else is held out; the fraction has no effect."""
     a, b, c, d = (random_text(number, 30) for number in range(4))
     config = mixture(tmp_path, [a, b], [b, c], [d, b], given=0)
     corpus = prepare_corpus(config, 16, 0)
@@ -184,8 +184,8 @@ def test_given_text_is_held_out_of_every_source(tmp_path: Path) -> None:
     assert scored.num_targets == corpus.validation.num_tokens - 2 * 2
 
 
-def test_nothing_but_given_text_is_an_error(tmp_path: Path) -> None:
-    """One source has the same documents to train on and to hold out."""
+def test_a_source_with_only_held_out_text_is_an_error(tmp_path: Path) -> None:
+    """The source and its held-out text have the same documents."""
     a, b = random_text(1, 30), random_text(2, 30)
     config = mixture(tmp_path, [a, b], [b, a], given=0)
     with pytest.raises(UserError, match=r"every document of data\.sources\[0\]\.path=.* held out"):
@@ -208,7 +208,7 @@ def test_an_unreadable_validation_path_is_named_by_its_own_key(tmp_path: Path) -
 
 
 def test_a_wrong_validation_path_is_named(tmp_path: Path) -> None:
-    """Before anything is started, by its own key."""
+    """The error names its own key, before anything starts."""
     (tmp_path / "x.txt").write_text("x")
     arguments = ["config=gpt_debug.yaml", "data.source=text", f"data.path={tmp_path / 'x.txt'}"]
     given = "data.validation_path=/nowhere"
