@@ -24,7 +24,7 @@ from configs import (
     machine_errors_as_user_errors,
     run_config,
 )
-from configs.inputs import check_inputs
+from configs.validate import check_inputs
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ def parse(arguments: list[str]) -> tuple[Settings, Config]:
         longest = config.model.seq_length
         if settings.stride is not None and settings.stride > longest:
             raise ConfigError(
-                f"stride={settings.stride} is more than a window holds; choose "
-                f"model.seq_length={longest} or less",
+                f"stride={settings.stride} is more than model.seq_length={longest}, the length of "
+                f"a window; choose stride={longest} or less",
                 "stride",
             )
         if settings.source != "held_out":

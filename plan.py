@@ -15,8 +15,8 @@ Usage: python plan.py config=NAME.yaml [section.key=value ...] [nproc=N] [memory
 What each rank of `torchrun ... train.py config=NAME.yaml ...` would hold and send, per layer and in
 all. Needs no GPU and no torchrun.
 
-  nproc       ranks, those of all nodes; default: parallel.tensor_model_parallel_size
-  memory_gib  memory of a device in GiB, to say whether it fits; default: 80
+  nproc       (integer) number of ranks of all nodes; default: parallel.tensor_model_parallel_size
+  memory_gib  (number) memory of a device in GiB, to say whether it fits; default: 80
 
 Settings are those of train.py: python train.py --help
 """

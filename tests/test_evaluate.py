@@ -99,7 +99,10 @@ def test_what_does_not_go_together_is_one_line(
         (["path=x"], "path=x has no meaning for source=held_out; say what it holds"),
         (["source=text"], "path is missing: source=text needs a file, a folder or a glob"),
         (["source=text", "path=/nowhere"], "data.path=/nowhere does not exist"),
-        (["stride=38"], "stride=38 is more than a window holds; choose model.seq_length=37"),
+        (
+            ["stride=38"],
+            "stride=38 is more than model.seq_length=37, the length of a window",
+        ),
         (["output=/nowhere/x.json"], "output=/nowhere/x.json is in no folder that exists"),
         (["windows=3"], "there is no key windows; "),
     ):

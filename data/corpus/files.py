@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import xxhash
 
 from configs.errors import UserError
-from configs.inputs import COMPRESSED, SOURCE_EXTENSIONS, extensions_in_words
 from configs.schema import SourceConfig
+from configs.validate import COMPRESSED, SOURCE_EXTENSIONS, extensions_in_words
 from data.corpus.durable import locked, replace_durably
 from data.corpus.progress import Progress
 
