@@ -39,9 +39,9 @@ def threads_per_rank(config: Config, environ: Mapping[str, str]) -> int:
     """
     if config.train.num_threads is not None:
         return config.train.num_threads
-    omp = environ.get("OMP_NUM_THREADS", "")
-    if "SLURM_CPUS_PER_TASK" in environ:
-        cores = int(environ["SLURM_CPUS_PER_TASK"])
+    slurm, omp = (environ.get(name, "") for name in ("SLURM_CPUS_PER_TASK", "OMP_NUM_THREADS"))
+    if slurm.isdecimal():
+        cores = int(slurm)
     elif omp.isdecimal() and not (omp == "1" and "TORCHELASTIC_RUN_ID" in environ):
         return max(1, int(omp))
     elif hasattr(os, "sched_getaffinity"):

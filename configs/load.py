@@ -186,9 +186,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     except RecursionError as error:
         raise ConfigError(f"{file}: is nested too deeply; sections hold plain values") from error
     except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        problem = problem or " ".join(str(error).split())
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
         hint = "; indent with spaces, not tabs" if "\\t" in problem else ""
         raise ConfigError(f"{file}{line}: is not valid YAML: {problem}{hint}") from error
     if not isinstance(contents, dict | None):
@@ -205,14 +205,9 @@ def _values(contents: dict[Any, Any]) -> dict[str, Any]:
     """Convert the contents of a file to values by key."""
     values = {}
     for section, settings in contents.items():
-        if section in SECTIONS and settings is None:
-            continue
-        is_section = section in SECTIONS and isinstance(settings, dict)
-        items = (
-            {f"{section}.{k}": v for k, v in settings.items()}
-            if is_section
-            else {section: settings}
-        )
+        items = {section: settings}
+        if section in SECTIONS and isinstance(settings, dict | None):
+            items = {f"{section}.{leaf}": value for leaf, value in (settings or {}).items()}
         for key, value in items.items():
             name = current_name(key)
             if name not in KEYS:
@@ -234,13 +229,8 @@ def _use_run_folder(path: Path, values: dict[str, Any], overrides: Mapping[str, 
     for key in _OF_ONE_LAUNCH:
         values.pop(key, None)
     if is_rank_zero():
-        logger.warning(
-            "%s has all settings of run %s, including the command line of its last launch "
-            "(except %s)",
-            path,
-            name,
-            " and ".join(_OF_ONE_LAUNCH),
-        )
+        kept = f"{path} has all settings of run {name}, including the command line of its last"
+        logger.warning("%s launch (except %s)", kept, " and ".join(_OF_ONE_LAUNCH))
 
 
 def _build(values: Mapping[str, Any], path: Path) -> Config:
