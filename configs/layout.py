@@ -29,48 +29,33 @@ def check_layout(config: Config, world_size: int) -> None:
     tp = config.parallel.tensor_model_parallel_size
     if tp > world_size:
         ranks = "there is 1 rank" if world_size == 1 else f"there are {world_size} ranks"
-        raise bad_setting(
-            _TP,
-            tp,
-            f"needs {tp} ranks, or a multiple of it, and {ranks}; start with torchrun "
-            f"--nproc-per-node {tp} ..., or choose {_TP}={world_size}",
-        )
+        fix = f"start with torchrun --nproc-per-node {tp} ..., or choose {_TP}={world_size}"
+        raise bad_setting(_TP, tp, f"needs {tp} ranks, or a multiple of it, and {ranks}; {fix}")
     if world_size % tp:
-        raise bad_setting(
-            _TP,
-            tp,
-            f"does not divide the number of ranks {world_size} (torchrun's nodes x "
-            f"--nproc-per-node); choose a divisor of {world_size} "
-            f"({_listed(divisors(world_size))})",
-        )
+        problem = f"does not divide the number of ranks {world_size} (torchrun's nodes x"
+        fix = f"choose a divisor of {world_size} ({listed(divisors(world_size))})"
+        raise bad_setting(_TP, tp, f"{problem} --nproc-per-node); {fix}")
     _check_split(config, tp)
     _check_shards(config, tp, world_size // tp)
     _check_batch(config, world_size // tp)
 
 
 def _check_split(config: Config, tp: int) -> None:
-    heads, groups, ffn = (
-        config.model.num_attention_heads,
-        config.model.num_groups,
-        config.model.ffn_size,
-    )
+    model = config.model
+    heads, groups, ffn = model.num_attention_heads, model.num_groups, model.ffn_size
     if heads % tp:
-        fix = f"choose a divisor of {heads} ({_listed(divisors(heads))})"
         problem = f"model.num_attention_heads={heads} is not divisible by {_TP}={tp}"
+        fix = f"choose a divisor of {heads} ({listed(divisors(heads))})"
         raise ConfigError(f"{problem}; {fix}", _TP)
     if not _groups_fit(groups, tp):
         fitting = [divisor for divisor in divisors(heads) if _groups_fit(groups, divisor)]
-        raise bad_setting(
-            "model.num_query_groups",
-            groups,
-            f"neither divides {_TP}={tp} nor is divisible by it; choose {_TP}={_listed(fitting)}, "
-            "or another model.num_query_groups",
-        )
+        problem = f"neither divides {_TP}={tp} nor is divisible by it"
+        fix = f"choose {_TP}={listed(fitting)}, or another model.num_query_groups"
+        raise bad_setting("model.num_query_groups", groups, f"{problem}; {fix}")
     if ffn % tp:
-        sizes = _neighbours(ffn, tp, "model.ffn_hidden_size")
-        raise bad_setting(
-            "model.ffn_hidden_size", ffn, f"is not divisible by {_TP}={tp}; choose {sizes}"
-        )
+        fix = f"choose {multiples('model.ffn_hidden_size', ffn, tp)}"
+        problem = f"is not divisible by {_TP}={tp}; {fix}"
+        raise bad_setting("model.ffn_hidden_size", ffn, problem)
 
 
 def _groups_fit(groups: int, tp: int) -> bool:
@@ -83,7 +68,7 @@ def _check_shards(config: Config, tp: int, dp: int) -> None:
         world_size = tp * dp
         working = [size for size in divisors(world_size) if _splits(config, size, world_size)]
         fix = (
-            f"with {world_size} ranks, parallel.tensor_model_parallel_size={_listed(working)} works"
+            f"with {world_size} ranks, parallel.tensor_model_parallel_size={listed(working)} works"
             if working
             else f"no layout of {world_size} ranks works, so use fewer ranks or a larger {key}"
         )
@@ -134,27 +119,24 @@ def _tensors_with_an_empty_shard(config: Config, tp: int, dp: int) -> Iterator[t
 
 
 def _check_batch(config: Config, dp: int) -> None:
-    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
-    unit = micro * dp
-    if batch % unit == 0:
+    key, batch = "train.global_batch_size", config.train.global_batch_size
+    micro = config.train.micro_batch_size
+    if batch % (micro * dp) == 0:
         return
-    fix = _neighbours(batch, unit, "train.global_batch_size")
+    fix = f"choose {multiples(key, batch, micro * dp)}"
     if batch % dp == 0:
         smaller = max(size for size in divisors(batch // dp) if size <= micro)
         fix += f", or train.micro_batch_size={smaller}"
-    raise bad_setting(
-        "train.global_batch_size",
-        batch,
-        f"is not divisible by train.micro_batch_size={micro} x data parallel size {dp} = {unit}; "
-        f"choose {fix}",
-    )
+    problem = f"train.micro_batch_size={micro} x data parallel size {dp} = {micro * dp}"
+    raise bad_setting(key, batch, f"is not divisible by {problem}; {fix}")
 
 
-def _neighbours(value: int, unit: int, key: str) -> str:
-    """Return `key=` the multiples of `unit` on both sides of a value."""
+def multiples(key: str, value: int, unit: int) -> str:
+    """Return `key=` the multiples of `unit` nearest to a value, as an error offers them."""
     lower = value // unit * unit
     return f"{key}={f'{lower} or ' if lower else ''}{lower + unit}"
 
 
-def _listed(sizes: list[int]) -> str:
+def listed(sizes: list[int]) -> str:
+    """Return sizes separated by commas."""
     return ", ".join(map(str, sizes))

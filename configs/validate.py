@@ -9,7 +9,7 @@ from dataclasses import fields
 
 from configs.errors import ConfigError, bad_setting, format_value
 from configs.fields import KEYS, flatten
-from configs.layout import check_layout, divisors
+from configs.layout import check_layout, divisors, listed, multiples
 from configs.schema import MAX_STEP, Config, SourceConfig, WeightedSource
 
 # A trained tokenizer begins with 256 byte pieces, three special ones and the newline.
@@ -51,17 +51,14 @@ def validate(config: Config, world_size: int) -> None:
     values = flatten(config)
     for key, (other, needed) in _ONLY_WITH.items():
         if values[key] != KEYS[key].default and values[other] != needed:
-            default = format_value(KEYS[key].default)
-            problem = f"has no effect with {other}={values[other]}; set {key}={default}, or"
-            raise bad_setting(key, values[key], f"{problem} {other}={needed}")
+            fix = f"set {key}={format_value(KEYS[key].default)}, or {other}={needed}"
+            raise bad_setting(
+                key, values[key], f"has no effect with {other}={values[other]}; {fix}"
+            )
     steps = config.logging.profile_steps
     if steps is not None and not 1 <= steps[0] <= steps[1] <= MAX_STEP:
-        raise bad_setting(
-            "logging.profile_steps",
-            steps,
-            "is not a valid step range; write the first and the last step, like [10, 12]; the "
-            f"smallest is 1, the largest {MAX_STEP}",
-        )
+        fix = f"write the first and the last step, from 1 to {MAX_STEP}, like [10, 12]"
+        raise bad_setting("logging.profile_steps", steps, f"is not a valid step range; {fix}")
     check_layout(config, world_size)
 
 
@@ -69,36 +66,24 @@ def _check_model(config: Config) -> None:
     model = config.model
     h, heads = model.hidden_size, model.num_attention_heads
     if h % heads:
-        lower, upper = h // heads * heads, (h // heads + 1) * heads
-        raise bad_setting(
-            "model.hidden_size",
-            h,
-            f"is not divisible by model.num_attention_heads={heads}; choose model.hidden_size="
-            f"{f'{lower} or ' if lower else ''}{upper}, or a divisor of {h} as "
-            "model.num_attention_heads",
-        )
+        problem = f"is not divisible by model.num_attention_heads={heads}"
+        fix = f"choose {multiples('model.hidden_size', h, heads)}, or a divisor of {h} as"
+        raise bad_setting("model.hidden_size", h, f"{problem}; {fix} model.num_attention_heads")
     if heads % model.num_groups:
-        raise bad_setting(
-            "model.num_query_groups",
-            model.num_groups,
-            f"does not divide model.num_attention_heads={heads}; choose one of "
-            f"{', '.join(map(str, divisors(heads)))}",
-        )
+        fix = f"choose one of {listed(divisors(heads))}"
+        problem = f"does not divide model.num_attention_heads={heads}; {fix}"
+        raise bad_setting("model.num_query_groups", model.num_groups, problem)
     if model.position_embedding_type == "rope" and model.head_dim % 2:
-        raise bad_setting(
-            "model.position_embedding_type",
-            "rope",
-            f"rotates pairs of channels, but a head has {model.head_dim} (model.hidden_size={h} / "
-            f"model.num_attention_heads={heads}); choose model.hidden_size={h + heads}, or "
-            "model.position_embedding_type=learned_absolute",
+        key, division = "model.position_embedding_type", f"{h} / model.num_attention_heads={heads}"
+        problem = (
+            f"needs an even head dimension, not {model.head_dim} (model.hidden_size={division})"
         )
+        fix = f"choose model.hidden_size={h + heads}, or {key}=learned_absolute"
+        raise bad_setting(key, "rope", f"{problem}; {fix}")
     if model.seq_length * h > _LARGEST_ACTIVATION:
-        raise bad_setting(
-            "model.seq_length",
-            model.seq_length,
-            f"x model.hidden_size={h} is more than 2^32, beyond which dropout masks would repeat; "
-            f"choose model.seq_length={_LARGEST_ACTIVATION // h} or less",
-        )
+        problem = f"x model.hidden_size={h} is more than 2^32, so dropout masks would repeat"
+        fix = f"choose model.seq_length={_LARGEST_ACTIVATION // h} or less"
+        raise bad_setting("model.seq_length", model.seq_length, f"{problem}; {fix}")
 
 
 def _check_data(config: Config) -> None:
@@ -111,12 +96,11 @@ def _check_data(config: Config) -> None:
     for prefix, source in data.mixture.items():
         _check_source(prefix, source)
     if data.tokenizer is None and data.vocab_size < _SMALLEST_TRAINED_VOCABULARY:
-        raise bad_setting(
-            "data.vocab_size",
-            data.vocab_size,
-            "is too small to train a tokenizer, which begins with all 256 bytes and special pieces;"
-            f" choose {_SMALLEST_TRAINED_VOCABULARY} or more, or give data.tokenizer",
+        problem = (
+            "is too small to train a tokenizer, which begins with 256 bytes and special pieces"
         )
+        fix = f"choose {_SMALLEST_TRAINED_VOCABULARY} or more, or give data.tokenizer"
+        raise bad_setting("data.vocab_size", data.vocab_size, f"{problem}; {fix}")
 
 
 def _check_source(prefix: str, source: WeightedSource) -> None:
@@ -138,13 +122,10 @@ def _check_source(prefix: str, source: WeightedSource) -> None:
 def _check_schedule(config: Config) -> None:
     optimizer = config.optimizer
     if optimizer.lr_decay_style != "constant" and optimizer.final_lr > optimizer.lr:
-        raise bad_setting(
-            "optimizer.min_lr",
-            optimizer.min_lr,
-            f"is above optimizer.lr={optimizer.lr}, but the learning rate decays from lr to min_lr;"
-            f" choose optimizer.min_lr={optimizer.lr / 10:g} (a tenth) or less, or "
-            "optimizer.lr_decay_style=constant",
-        )
+        problem = f"is above optimizer.lr={optimizer.lr}, where the decay to min_lr starts"
+        fix = f"choose optimizer.min_lr={optimizer.lr / 10:g} (a tenth) or less"
+        fix += ", or optimizer.lr_decay_style=constant"
+        raise bad_setting("optimizer.min_lr", optimizer.min_lr, f"{problem}; {fix}")
 
 
 def check_inputs(config: Config) -> None:

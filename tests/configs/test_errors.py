@@ -123,16 +123,16 @@ ARGUMENTS = [
     ),
     (
         "model.position_embedding_type=rope model.hidden_size=132",
-        "model.position_embedding_type=rope rotates pairs of channels, but a head has 33 (model.hidden_size=132 / model.num_attention_heads=4); choose model.hidden_size=136, or model.position_embedding_type=learned_absolute",
+        "model.position_embedding_type=rope needs an even head dimension, not 33 (model.hidden_size=132 / model.num_attention_heads=4); choose model.hidden_size=136, or model.position_embedding_type=learned_absolute",
     ),
     ("model.rotary_base=0", "model.rotary_base=0.0 is out of range; it must be at least 1"),
     (
         "model.seq_length=100000000",
-        "model.seq_length=100000000 x model.hidden_size=128 is more than 2^32, beyond which dropout masks would repeat; choose model.seq_length=33554432 or less",
+        "model.seq_length=100000000 x model.hidden_size=128 is more than 2^32, so dropout masks would repeat; choose model.seq_length=33554432 or less",
     ),
     (
         "optimizer.min_lr=1",
-        "optimizer.min_lr=1.0 is above optimizer.lr=0.002, but the learning rate decays from lr to min_lr; choose optimizer.min_lr=0.0002 (a tenth) or less, or optimizer.lr_decay_style=constant",
+        "optimizer.min_lr=1.0 is above optimizer.lr=0.002, where the decay to min_lr starts; choose optimizer.min_lr=0.0002 (a tenth) or less, or optimizer.lr_decay_style=constant",
     ),
     (
         "optimizer.lr_wsd_decay_steps=10",
@@ -140,7 +140,7 @@ ARGUMENTS = [
     ),
     (
         "data.vocab_size=256",
-        "data.vocab_size=256 is too small to train a tokenizer, which begins with all 256 bytes and special pieces; choose 300 or more, or give data.tokenizer",
+        "data.vocab_size=256 is too small to train a tokenizer, which begins with 256 bytes and special pieces; choose 300 or more, or give data.tokenizer",
     ),
     (
         "data.path=x",
