@@ -52,9 +52,8 @@ def validate(config: Config, world_size: int) -> None:
     for key, (other, needed) in _ONLY_WITH.items():
         if values[key] != KEYS[key].default and values[other] != needed:
             fix = f"set {key}={format_value(KEYS[key].default)}, or {other}={needed}"
-            raise bad_setting(
-                key, values[key], f"has no effect with {other}={values[other]}; {fix}"
-            )
+            problem = f"has no effect with {other}={values[other]}; {fix}"
+            raise bad_setting(key, values[key], problem)
     steps = config.logging.profile_steps
     if steps is not None and not 1 <= steps[0] <= steps[1] <= MAX_STEP:
         fix = f"write the first and the last step, from 1 to {MAX_STEP}, like [10, 12]"
@@ -74,10 +73,9 @@ def _check_model(config: Config) -> None:
         problem = f"does not divide model.num_attention_heads={heads}; {fix}"
         raise bad_setting("model.num_query_groups", model.num_groups, problem)
     if model.position_embedding_type == "rope" and model.head_dim % 2:
-        key, division = "model.position_embedding_type", f"{h} / model.num_attention_heads={heads}"
-        problem = (
-            f"needs an even head dimension, not {model.head_dim} (model.hidden_size={division})"
-        )
+        key = "model.position_embedding_type"
+        sizes = f"model.hidden_size={h} / model.num_attention_heads={heads}"
+        problem = f"needs an even head dimension, not {model.head_dim} ({sizes})"
         fix = f"choose model.hidden_size={h + heads}, or {key}=learned_absolute"
         raise bad_setting(key, "rope", f"{problem}; {fix}")
     if model.seq_length * h > _LARGEST_ACTIVATION:
@@ -96,9 +94,7 @@ def _check_data(config: Config) -> None:
     for prefix, source in data.mixture.items():
         _check_source(prefix, source)
     if data.tokenizer is None and data.vocab_size < _SMALLEST_TRAINED_VOCABULARY:
-        problem = (
-            "is too small to train a tokenizer, which begins with 256 bytes and special pieces"
-        )
+        problem = "is too small to train a tokenizer, which has 256 bytes and special pieces"
         fix = f"choose {_SMALLEST_TRAINED_VOCABULARY} or more, or give data.tokenizer"
         raise bad_setting("data.vocab_size", data.vocab_size, f"{problem}; {fix}")
 

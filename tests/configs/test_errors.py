@@ -140,7 +140,7 @@ ARGUMENTS = [
     ),
     (
         "data.vocab_size=256",
-        "data.vocab_size=256 is too small to train a tokenizer, which begins with 256 bytes and special pieces; choose 300 or more, or give data.tokenizer",
+        "data.vocab_size=256 is too small to train a tokenizer, which has 256 bytes and special pieces; choose 300 or more, or give data.tokenizer",
     ),
     (
         "data.path=x",
