@@ -53,11 +53,11 @@ Prompt = Annotated[str, "may be empty"]
 class RunConfig:
     """Name and folder of the run, its seed, and how it starts and stops."""
 
-    name: str | None = None  # name of the run's folder; null: the config file's name without .yaml
-    directory: str = "runs"  # folder that holds the run folders
+    name: str | None = None  # Name of the run's folder; null: the config file's name without .yaml
+    directory: str = "runs"  # Folder that holds the run folders
     # Seed of the initial weights, dropout masks, sample order and sampled text.
     seed: Annotated[int, Range(0, 2**63 - 1)] = 1234
-    # auto: resume from the newest checkpoint, if any; must: fail without one; never: start over.
+    # Whether to resume from the newest checkpoint; must: fail without one; never: start over.
     resume: Literal["auto", "never", "must"] = "auto"
     # Save and stop after this step; a later launch can resume. null: stop at train.train_steps.
     stop_at_step: Annotated[int, Range(1, MAX_STEP)] | None = None
@@ -76,28 +76,28 @@ class RunConfig:
 class ModelConfig:
     """Shape of the GPT."""
 
-    num_layers: Count = 12  # number of transformer blocks
-    hidden_size: Count = 768  # channels of the residual stream
-    num_attention_heads: Count = 12  # number of query heads
-    num_query_groups: Count | None = None  # key-value heads (GQA); null: as many as query heads
+    num_layers: Count = 12  # Number of transformer blocks
+    hidden_size: Count = 768  # Channels of the residual stream
+    num_attention_heads: Count = 12  # Number of query heads
+    num_query_groups: Count | None = None  # Key-value heads (GQA); null: as many as query heads
     # Channels inside the MLP; null: 4 x hidden_size, or 8/3 for swiglu, rounded up to 64.
     ffn_hidden_size: Count | None = None
-    seq_length: Count = 1024  # tokens per sequence (context length)
-    hidden_dropout: Fraction = 0.0  # dropout rate after the embedding, attention and MLP
+    seq_length: Count = 1024  # Tokens per sequence (context length)
+    hidden_dropout: Fraction = 0.0  # Dropout rate after the embedding, attention and MLP
     # Dropout rate of attention probabilities; the masks, and so the loss, depend on the layout.
     attention_dropout: Fraction = 0.0
-    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"  # type of norm
-    norm_epsilon: Positive = 1e-5  # added to the variance in norms
+    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"  # Type of norm
+    norm_epsilon: Positive = 1e-5  # Added to the variance in norms
     # MLP activation: exact GELU, its tanh approximation (as in GPT-2), or SwiGLU.
     activation: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu_tanh"
     # Type of position embedding: a learned table, or rotary (RoPE).
     position_embedding_type: Literal["learned_absolute", "rope"] = "learned_absolute"
     rotary_base: Annotated[float, Range(1)] = 10000.0  # RoPE base (theta)
-    add_bias_linear: bool = True  # add biases to all linear layers
-    qk_layernorm: bool = False  # normalize queries and keys per head, before RoPE
-    untie_embeddings_and_output_weights: bool = False  # separate weights for the output layer
-    init_method_std: Positive = 0.02  # standard deviation of initial matrices and embeddings
-    use_scaled_init_method: bool = True  # residual projections: std / sqrt(2 x num_layers)
+    add_bias_linear: bool = True  # Add biases to all linear layers
+    qk_layernorm: bool = False  # Normalize queries and keys per head, before RoPE
+    untie_embeddings_and_output_weights: bool = False  # Separate weights for the output layer
+    init_method_std: Positive = 0.02  # Standard deviation of initial matrices and embeddings
+    use_scaled_init_method: bool = True  # Residual projections: std / sqrt(2 layers)
 
     @property
     def head_dim(self) -> int:
@@ -137,8 +137,8 @@ Recompute = Literal["none", "selective", "full"]
 class ParallelConfig:
     """Layout of model and batch over the ranks; data parallelism uses the remaining ranks."""
 
-    tensor_model_parallel_size: Count = 1  # number of ranks that share each layer (TP)
-    sequence_parallel: bool = True  # split norms and dropout over the sequence among TP ranks
+    tensor_model_parallel_size: Count = 1  # Number of ranks that share each layer (TP)
+    sequence_parallel: bool = True  # Split norms and dropout over the sequence among TP ranks
     # Overlap TP communication with matmuls: in backward, or in both directions in chunks (for slow
     # networks). none: no overlap; gathered inputs are then kept for backward.
     tp_comm_overlap: Literal["none", "backward", "both"] = "backward"
@@ -160,11 +160,11 @@ class SourceConfig:
 
     # Kind of source; python_stdlib is the source code of Python's standard library.
     source: Literal["python_stdlib", "text", "jsonl", "parquet", "arrow", "hub"] = "python_stdlib"
-    path: str | None = None  # file, folder, glob or hub dataset; null only for python_stdlib
-    text_field: str = "text"  # column that holds the text, in jsonl, parquet, arrow and hub rows
-    hub_config: str | None = None  # configuration of the hub dataset; null: its default
-    hub_split: str = "train"  # split of the hub dataset
-    hub_revision: str | None = None  # branch, tag or commit of the hub dataset; null: the newest
+    path: str | None = None  # File, folder, glob or hub dataset; null only for python_stdlib
+    text_field: str = "text"  # Column that holds the text, in jsonl, parquet, arrow and hub rows
+    hub_config: str | None = None  # Configuration of the hub dataset; null: its default
+    hub_split: str = "train"  # Split of the hub dataset
+    hub_revision: str | None = None  # Branch, tag or commit of the hub dataset; null: the newest
     # Validation text (file, folder, glob or hub dataset, same format), never trained on; replaces
     # validation_fraction. null: hold out part of the source.
     validation_path: str | None = None
@@ -185,10 +185,10 @@ class DataConfig(SourceConfig):
     # A mixture instead of one source: [{source: text, path: a.txt, weight: 3}, {...}], where weight
     # (default 1) is the relative number of sequences.
     sources: tuple[WeightedSource, ...] = ()
-    tokenizer: str | None = None  # sentencepiece model file; null: train one on the source
+    tokenizer: str | None = None  # Sentencepiece model file; null: train one on the source
     # Rows of the embedding; also the vocabulary size of a trained tokenizer.
     vocab_size: Annotated[int, Range(1, 2**31)] = 8192
-    # pack: fill sequences with several documents; pad: one document per sequence.
+    # Fill each sequence with several documents (pack), or pad each document to one (pad).
     sequence_mode: Literal["pack", "pad"] = "pack"
     # With pack: cut concatenated documents (stream), or split only documents longer than a sequence
     # (best_fit), at the cost of a little padding.
@@ -197,7 +197,7 @@ class DataConfig(SourceConfig):
     inter_document_masking: bool = False
     # Fraction of documents held out for evaluation; of the bytes, if there are few documents.
     validation_fraction: Fraction = 0.01
-    cache_directory: str = "~/.cache/microtron"  # folder for tokenized text and trained tokenizers
+    cache_directory: str = "~/.cache/microtron"  # Folder for tokenized text and trained tokenizers
 
     @property
     def mixture(self) -> dict[str, WeightedSource]:
@@ -212,18 +212,18 @@ class DataConfig(SourceConfig):
 class TrainConfig:
     """Length of the run, batch sizes, numerics and hardware."""
 
-    train_steps: Steps = 1000  # number of optimizer steps
-    global_batch_size: Count = 32  # sequences per step, over all ranks
-    micro_batch_size: Count = 8  # sequences per forward and backward pass of one data-parallel rank
+    train_steps: Steps = 1000  # Number of optimizer steps
+    global_batch_size: Count = 32  # Sequences per step, over all ranks
+    micro_batch_size: Count = 8  # Sequences per forward and backward pass of one data-parallel rank
     # Weight of the z-loss, mean(logsumexp(logits)^2) (PaLM: 1e-4); train/loss excludes it.
     z_loss_coeff: NonNegative = 0.0
     # Skip up to this many consecutive steps with a non-finite loss or gradient norm, then roll back
     # to the newest checkpoint and skip the samples seen since.
     max_consecutive_skips: CountOrZero = 5
-    max_rollbacks: CountOrZero = 2  # rollbacks to the same checkpoint before exit code 5
+    max_rollbacks: CountOrZero = 2  # Rollbacks to the same checkpoint before exit code 5
     # Also skip a step whose loss is this many nats above the median of the last 32; null: never.
     loss_spike_threshold_nats: Positive | None = None
-    precision: Literal["bf16", "fp32"] = "bf16"  # bf16: compute in bfloat16, weights in float32
+    precision: Literal["bf16", "fp32"] = "bf16"  # Precision of compute; weights are in float32
     # Device of all ranks; auto: one GPU per rank if there are any GPUs, else CPUs.
     device: Literal["auto", "cuda", "cpu"] = "auto"
     # CPU threads per rank; null: from SLURM_CPUS_PER_TASK or OMP_NUM_THREADS, else cores / ranks.
@@ -236,17 +236,17 @@ class TrainConfig:
 class OptimizerConfig:
     """AdamW, its learning rate schedule, and gradient clipping."""
 
-    lr: NonNegative = 6e-4  # peak learning rate
-    min_lr: NonNegative | None = None  # learning rate at the end of the decay; null: lr / 10
+    lr: NonNegative = 6e-4  # Peak learning rate
+    min_lr: NonNegative | None = None  # Learning rate at the end of the decay; null: lr / 10
     # Shape of the decay after warmup; WSD: constant, then linear at the end.
     lr_decay_style: Literal["constant", "linear", "cosine", "WSD"] = "cosine"
-    lr_warmup_steps: CountOrZero = 0  # steps of linear warmup from 0 to lr
-    lr_wsd_decay_steps: Count | None = None  # steps of WSD's final decay; null: train_steps / 10
-    weight_decay: NonNegative = 0.1  # of matrices and embeddings; norms and biases have none
-    adam_beta1: Fraction = 0.9  # decay rate of the first moment
-    adam_beta2: Fraction = 0.95  # decay rate of the second moment
-    adam_eps: Positive = 1e-8  # added to the denominator
-    clip_grad: NonNegative = 1.0  # maximum global gradient norm; 0: no clipping
+    lr_warmup_steps: CountOrZero = 0  # Steps of linear warmup from 0 to lr
+    lr_wsd_decay_steps: Count | None = None  # Steps of WSD's final decay; null: train_steps / 10
+    weight_decay: NonNegative = 0.1  # Of matrices and embeddings, not of norms and biases
+    adam_beta1: Fraction = 0.9  # Decay rate of the first moment
+    adam_beta2: Fraction = 0.95  # Decay rate of the second moment
+    adam_eps: Positive = 1e-8  # Added to the denominator of the update
+    clip_grad: NonNegative = 1.0  # Maximum global gradient norm; 0: no clipping
 
     @property
     def final_lr(self) -> float:
@@ -258,32 +258,32 @@ class OptimizerConfig:
 class EvaluateConfig:
     """Evaluation on held-out documents during training, and a text sample."""
 
-    interval: CountOrZero = 250  # steps between evaluations, plus one at the end; 0: never
-    max_sequences: Count = 128  # maximum number of held-out sequences; documents are not cut
-    sample_tokens: CountOrZero = 128  # tokens to generate at each evaluation; 0: no sample
+    interval: CountOrZero = 250  # Steps between evaluations, plus one at the end; 0: never
+    max_sequences: Count = 128  # Maximum number of held-out sequences; documents are not cut
+    sample_tokens: CountOrZero = 128  # Tokens to generate at each evaluation; 0: no sample
     # Prompt of the sample, without trailing space; null: the beginning of a held-out document.
     sample_prompt: Prompt | None = None
-    sample_temperature: NonNegative = 0.7  # sampling temperature; 0: greedy
+    sample_temperature: NonNegative = 0.7  # Sampling temperature; 0: greedy
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     """When to save, and how many checkpoints to keep."""
 
-    save_interval: CountOrZero = 250  # steps between saves; 0: only at the end and on a signal
-    keep: CountOrZero = 2  # number of newest checkpoints to keep; 0: all
-    max_failed_saves: Count = 2  # exit with code 1 after this many consecutive failed saves
-    async_save: bool = True  # write in the background, if memory allows a copy of the state
+    save_interval: CountOrZero = 250  # Steps between saves; 0: only at the end and on a signal
+    keep: CountOrZero = 2  # Number of newest checkpoints to keep; 0: all
+    max_failed_saves: Count = 2  # Exit with code 1 after this many consecutive failed saves
+    async_save: bool = True  # Write in the background, if memory allows a copy of the state
 
 
 @dataclass(frozen=True)
 class LoggingConfig:
     """Console, profiler and Weights & Biases; metrics.jsonl always has every step."""
 
-    log_interval: Count = 1  # steps between console lines
-    # [first, last] step to trace with torch.profiler, into profile/ of the run; null: no profile.
+    log_interval: Count = 1  # Steps between console lines
+    # First and last step to trace with torch.profiler, into profile/ of the run; null: none.
     profile_steps: tuple[int, int] | None = None
-    # Weights & Biases. offline: write to the run folder; auto: online if an API key is set.
+    # Weights & Biases mode. offline: write to the run folder; auto: online if an API key is set.
     wandb: Literal["auto", "online", "offline", "disabled"] = "offline"
     wandb_project: str = "microtron"  # Weights & Biases project
 

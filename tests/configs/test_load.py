@@ -209,10 +209,10 @@ def test_help_names_every_key_and_every_shipped_file() -> None:
     text = usage()
     assert all(f"  {key}  (" in text for key in KEYS)
     assert config_list() in text
-    assert KEYS["optimizer.lr"].comment == "peak learning rate"
+    assert KEYS["optimizer.lr"].comment == "Peak learning rate"
     assert KEYS["parallel.gradient_sync"].comment.startswith("Reduce gradients over data-parallel")
     assert (
-        "  run.directory  (string; default runs)\n      folder that holds the run folders\n" in text
+        "  run.directory  (string; default runs)\n      Folder that holds the run folders\n" in text
     )
     assert "  optimizer.lr  (number; default 0.0006)\n" in text
     assert "  train.compile  (true or false; default true)\n" in text
@@ -228,7 +228,7 @@ def test_every_setting_has_a_help_text_and_a_row_in_the_table() -> None:
     head, line, *rows = table.splitlines()
     assert (head, line) == ("| section | key | type | default | meaning |", "|" + " --- |" * 5)
     assert [".".join(row.split(" | ")[:2]).lstrip("| ") for row in rows] == list(KEYS)
-    assert "| optimizer | lr | number | 0.0006 | peak learning rate |" in rows
+    assert "| optimizer | lr | number | 0.0006 | Peak learning rate |" in rows
 
 
 @pytest.mark.parametrize("argument", ["--help", "-h", "help", "config=list"])
