@@ -70,17 +70,17 @@ def _describe(hint: Any) -> str:
 def fields_of(owner: type[Any], prefix: str = "") -> dict[str, Field]:
     """Return the fields of a dataclass by name, with `prefix` before each name."""
     hints, comments = get_type_hints(owner, include_extras=True), _comments(owner)
-    ranges = getattr(owner, "RANGES", {})
+    ranges: Mapping[str, Range] = getattr(owner, "RANGES", {})
     found = {}
     for field in dataclasses.fields(owner):
         hint, name = hints[field.name], f"{prefix}{field.name}"
         if nullable := NoneType in get_args(hint):
             hint = get_args(hint)[0]
-        markers = ranges.get(field.name, ()) and (ranges[field.name],)
+        markers: tuple[Any, ...] = (ranges[field.name],) if field.name in ranges else ()
         if get_origin(hint) is Annotated:
-            hint, *markers = get_args(hint)
+            hint, markers = get_args(hint)[0], get_args(hint)[1:]
         comment = comments.get(field.name, "")
-        found[name] = Field(name, hint, field.default, nullable, comment, tuple(markers))
+        found[name] = Field(name, hint, field.default, nullable, comment, markers)
     return found
 
 

@@ -29,7 +29,7 @@ _CONFIG = Field("config", str, default=None, markers=("literal",))
 _OF_ONE_LAUNCH = ("run.resume", "run.stop_at_step")
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """Keeps scalars as text, except for null."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own declaration
@@ -146,7 +146,8 @@ def _parse_yaml(text: str, file: str = "", root: str = "") -> tuple[Any, dict[st
     """Return the contents of a YAML text, and `file:line: ` of each key in it."""
     stream = io.StringIO(text)
     stream.name = file  # for error messages
-    loader, places = _Loader(stream), {}
+    loader = _Loader(stream)
+    places: dict[str, str] = {}
     try:
         node = loader.get_single_node()
         contents = loader.construct_document(node) if node else None

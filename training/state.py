@@ -294,8 +294,8 @@ def _may_change(key: str, is_imported: bool) -> bool:
 def _require_same_settings(checkpoint: Checkpoint, config: Config) -> None:
     """Refuse settings that would make the continued run another one, naming the keys."""
     # A key that came after the checkpoint had, in effect, its default.
-    settings = {RENAMED.get(key, key): v for key, v in checkpoint.state["config"].items()}
-    stored, now = flatten(Config()) | settings, flatten(config)
+    saved = {RENAMED.get(key, key): v for key, v in checkpoint.state["config"].items()}
+    stored, now = flatten(Config()) | saved, flatten(config)
     for settings in (stored, now):  # of a mixture, fingerprints tell all but the weights
         settings["data.sources"] = _weights(settings["data.sources"])
     changed = [key for key in sorted(stored.keys() | now.keys()) if stored.get(key) != now.get(key)]
