@@ -138,12 +138,13 @@ def convert(field: Field, value: object) -> Any:
         if len(hints) == len(value):
             items = [Field(f"{name}[{i}]", item_hint, MISSING) for i, item_hint in enumerate(hints)]
             return tuple(convert(item, value[i]) for i, item in enumerate(items))
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        fields, items = fields_of(hint, f"{name}."), {f"{name}.{k}": v for k, v in value.items()}
-        for key in items.keys() - fields:
-            raise unknown_key(key, items[key], fields)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        fields = fields_of(hint, f"{name}.")
+        for key in value:
+            if f"{name}.{key}" not in fields:
+                raise unknown_key(f"{name}.{key}", value[key], fields)
         return hint(**{k: convert(fields[f"{name}.{k}"], v) for k, v in value.items()})
-    converted = _convert_scalar(field, value) if isinstance(value, str) else None
+    converted: Any = _convert_scalar(field, value) if isinstance(value, str) else None
     if converted is None:
         raise bad_setting(name, value, f"is not {field.allowed}{_fix(field, value)}")
     if field.range is not None and converted not in field.range:
