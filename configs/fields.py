@@ -139,17 +139,22 @@ def convert(field: Field, value: object) -> Any:
             items = [Field(f"{name}[{i}]", item_hint, MISSING) for i, item_hint in enumerate(hints)]
             return tuple(convert(item, value[i]) for i, item in enumerate(items))
     if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        fields = fields_of(hint, f"{name}.")
-        for key in value:
-            if f"{name}.{key}" not in fields:
-                raise unknown_key(f"{name}.{key}", value[key], fields)
-        return hint(**{k: convert(fields[f"{name}.{k}"], v) for k, v in value.items()})
+        return _convert_mapping(hint, name, value)
     converted: Any = _convert_scalar(field, value) if isinstance(value, str) else None
     if converted is None:
         raise bad_setting(name, value, f"is not {field.allowed}{_fix(field, value)}")
     if field.range is not None and converted not in field.range:
         raise bad_setting(name, converted, f"is out of range; it must be {field.range}")
     return converted
+
+
+def _convert_mapping(owner: type[Any], name: str, mapping: dict[Any, object]) -> Any:
+    """Convert a mapping to a dataclass."""
+    fields = fields_of(owner, f"{name}.")
+    for key, value in mapping.items():
+        if f"{name}.{key}" not in fields:
+            raise unknown_key(f"{name}.{key}", value, fields)
+    return owner(**{key: convert(fields[f"{name}.{key}"], mapping[key]) for key in mapping})
 
 
 def _convert_scalar(field: Field, text: str) -> int | float | str | bool | None:
