@@ -22,7 +22,7 @@ from configs import (
     machine_errors_as_user_errors,
     run_config,
 )
-from configs.inputs import check_inputs
+from configs.validate import check_inputs
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ def parse(arguments: list[str]) -> tuple[Settings, Config]:
         longest = config.model.seq_length
         if settings.stride is not None and settings.stride > longest:
             raise ConfigError(
-                f"stride={settings.stride} is larger than a window; choose at most "
-                f"model.seq_length={longest}",
+                f"stride={settings.stride} is more than model.seq_length={longest}, the length of "
+                f"a window; choose stride={longest} or less",
                 "stride",
             )
         if settings.source != "held_out":

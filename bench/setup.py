@@ -9,7 +9,7 @@ import sys
 import tomllib
 
 from bench.sides import ENVIRONMENTS, PEERS
-from configs.usage import SHIPPED
+from configs.load import SHIPPED
 
 ROOT = SHIPPED[0].parent.parent
 

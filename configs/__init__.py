@@ -1,69 +1,36 @@
-"""Settings: one page of typed keys, the shipped files, loading and validation. No torch here."""
+"""Settings: schema, shipped files, loading and validation. No torch here."""
 
-from configs.cli import (
-    exit_on_config_error,
-    load_settings,
-    parse_settings,
-    run_config,
-)
-from configs.errors import ConfigError, UserError, machine_errors_as_user_errors, os_error_text
-from configs.fields import Text, flatten
-from configs.launch import (
-    EXIT_BEFORE_TRAINING,
-    exit_with_error,
-    launch_id,
-    leave_error,
-)
-from configs.load import load_config, parse_config, read_config, to_yaml
-from configs.schema import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    DebugConfig,
-    EvaluateConfig,
-    LoggingConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    RunConfig,
-    SourceConfig,
-    TrainConfig,
-    WeightedSource,
-)
-from configs.validate import Range, validate
-
-__all__ = [
-    "EXIT_BEFORE_TRAINING",
-    "CheckpointConfig",
-    "Config",
-    "ConfigError",
-    "DataConfig",
-    "DebugConfig",
-    "EvaluateConfig",
-    "LoggingConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "ParallelConfig",
-    "Range",
-    "RunConfig",
-    "SourceConfig",
-    "Text",
-    "TrainConfig",
-    "UserError",
-    "WeightedSource",
-    "exit_on_config_error",
-    "exit_with_error",
-    "flatten",
-    "launch_id",
-    "leave_error",
-    "load_config",
-    "load_settings",
-    "machine_errors_as_user_errors",
-    "os_error_text",
-    "parse_config",
-    "parse_settings",
-    "read_config",
-    "run_config",
-    "to_yaml",
-    "validate",
-]
+from configs.cli import exit_on_config_error as exit_on_config_error
+from configs.cli import load_config as load_config
+from configs.cli import load_settings as load_settings
+from configs.cli import parse_settings as parse_settings
+from configs.cli import run_config as run_config
+from configs.errors import ConfigError as ConfigError
+from configs.errors import UserError as UserError
+from configs.errors import machine_errors_as_user_errors as machine_errors_as_user_errors
+from configs.errors import os_error_text as os_error_text
+from configs.fields import Text as Text
+from configs.fields import flatten as flatten
+from configs.launch import EXIT_BEFORE_TRAINING as EXIT_BEFORE_TRAINING
+from configs.launch import exit_with_error as exit_with_error
+from configs.launch import launch_id as launch_id
+from configs.launch import leave_error as leave_error
+from configs.load import parse_config as parse_config
+from configs.load import read_config as read_config
+from configs.load import to_yaml as to_yaml
+from configs.schema import RENAMED as RENAMED
+from configs.schema import CheckpointConfig as CheckpointConfig
+from configs.schema import Config as Config
+from configs.schema import DataConfig as DataConfig
+from configs.schema import DebugConfig as DebugConfig
+from configs.schema import EvaluateConfig as EvaluateConfig
+from configs.schema import LoggingConfig as LoggingConfig
+from configs.schema import ModelConfig as ModelConfig
+from configs.schema import OptimizerConfig as OptimizerConfig
+from configs.schema import ParallelConfig as ParallelConfig
+from configs.schema import Range as Range
+from configs.schema import RunConfig as RunConfig
+from configs.schema import SourceConfig as SourceConfig
+from configs.schema import TrainConfig as TrainConfig
+from configs.schema import WeightedSource as WeightedSource
+from configs.validate import validate as validate

@@ -1,51 +1,91 @@
-"""The error that every wrong setting ends in, and how values are shown in its text.
+"""Errors for users, and suggestions for mistyped keys.
 
-A text names the key, the value, what is allowed and the fix, in one line:
+A message names the key, the value, what is allowed and the fix, in one line:
 `model.hidden_size=130 is not divisible by model.num_attention_heads=4; choose 128 or 132`.
 """
 
 import contextlib
+import difflib
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 _SHOWN_CHARACTERS = 60
-# Errors of the machine rather than of the program: full, read-only or failing storage, missing
-# permission, limits of the system.
+# Errors of the machine rather than the program: storage, permissions, system limits.
 _MACHINE_ERRORS = {
-    errno.EACCES,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EIO,
-    errno.ELOOP,
-    errno.EMFILE,
-    errno.ENAMETOOLONG,
-    errno.ENFILE,
-    errno.ENOSPC,
-    errno.ENOTDIR,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ESTALE,
+    getattr(errno, name)
+    for name in [
+        "EACCES",
+        "EDQUOT",
+        "EFBIG",
+        "EIO",
+        "ELOOP",
+        "EMFILE",
+        "ENAMETOOLONG",
+        "ENFILE",
+        "ENOSPC",
+        "ENOTDIR",
+        "EPERM",
+        "EROFS",
+        "ESTALE",
+    ]
 }
+
+# Our names, and what nanoGPT, Hugging Face, Megatron-LM and the literature call the same setting.
+_ALIASES = {
+    "num_layers": "n_layer num_hidden_layers",
+    "hidden_size": "n_embd d_model",
+    "num_attention_heads": "n_head num_heads",
+    "num_query_groups": "n_kv_heads num_key_value_heads",
+    "ffn_hidden_size": "intermediate_size",
+    "seq_length": "block_size context_length max_position_embeddings",
+    "hidden_dropout attention_dropout": "dropout",
+    "rotary_base": "rope_theta",
+    "untie_embeddings_and_output_weights": "tie_word_embeddings",
+    "tensor_model_parallel_size": "tp tp_size",
+    "recompute_granularity": "gradient_checkpointing",
+    "global_batch_size micro_batch_size num_samples": "batch_size",
+    "global_batch_size": "gradient_accumulation_steps",
+    "train_steps": "max_iters max_steps train_iters",
+    "precision": "dtype",
+    "lr": "learning_rate",
+    "lr_warmup_steps": "warmup_iters warmup_steps",
+    "clip_grad": "grad_clip max_grad_norm",
+    "adam_beta1": "beta1",
+    "adam_beta2": "beta2",
+    "source path": "dataset",
+    "evaluate.interval": "eval_interval",
+    "save_interval": "save_steps",
+    "run.directory output": "output_dir out_dir",
+    "temperature": "temp",
+    "run": "model checkpoint",
+    "prompt path": "text",
+}
+ALIASES = {alias: ours.split() for ours, theirs in _ALIASES.items() for alias in theirs.split()}
 
 
 class UserError(ValueError):
-    """What the user of a program can fix: printed as one line, without a traceback, exit code 2.
+    """An error that the user can fix: printed as one line, without a traceback, exit code 2.
 
-    Raise it deliberately. Every other exception is a defect of ours and keeps its traceback.
+    Raise it deliberately. Every other exception is a bug and keeps its traceback.
     """
 
 
 class ConfigError(UserError):
-    """A setting that cannot be used; `key` is the one to change, where there is one."""
+    """A setting that cannot be used; `key` is the setting to change, if there is one."""
 
     def __init__(self, message: str, key: str | None = None) -> None:
         super().__init__(message)
         self.key = key
 
 
+def bad_setting(key: str, value: object, problem: str) -> ConfigError:
+    """Return the error `key=value problem`."""
+    return ConfigError(f"{key}={format_value(value)} {problem}", key)
+
+
 @contextlib.contextmanager
 def machine_errors_as_user_errors(task: str) -> Iterator[None]:
-    """Raise errors of the machine as UserError `cannot {task}: reason: file`; others pass."""
+    """Raise errors of the machine as UserError `cannot {task}: reason: file`; pass on others."""
     try:
         yield
     except OSError as error:
@@ -56,19 +96,53 @@ def machine_errors_as_user_errors(task: str) -> Iterator[None]:
 
 
 def os_error_text(error: OSError) -> str:
-    """Why the system refused; errors that Python raises by itself have no strerror, only a text."""
+    """Return the reason for an OSError; those that Python raises itself have no strerror."""
     return error.strerror or str(error) or type(error).__name__
 
 
 def format_value(value: object) -> str:
-    """A value as one short line: null and booleans as in YAML, unprintable text escaped."""
+    """Format a value as one short line: null and booleans as in YAML, unprintable text escaped."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
+    if isinstance(value, dict):
+        return "{...}"
     if isinstance(value, tuple | list):
         value = f"[{', '.join(map(format_value, value))}]"
     text = str(value)
     if not text.isprintable() or text != text.strip() or not text:
         text = repr(text)
-    if len(text) > _SHOWN_CHARACTERS:
-        text = text[:_SHOWN_CHARACTERS] + "..."
-    return text
+    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."
+
+
+def nearest(word: str, words: Iterable[str]) -> str | None:
+    """Return the word most similar to `word`, in any case, or None."""
+    by_lower = {known.lower(): known for known in words}
+    near = difflib.get_close_matches(word.lower(), by_lower, 1, 0.8)
+    return by_lower[near[0]] if near else None
+
+
+def suggest(name: str, keys: Iterable[str]) -> str | None:
+    """Return the existing key, or keys, that an unknown name probably means.
+
+    Keys of the named section come first.
+    """
+    keys = list(keys)
+    section, _, leaf = name.lower().replace("-", "_").rpartition(".")
+    in_section = [key for key in keys if key.startswith(f"{section}.")]
+    if near := _matching(leaf, in_section):
+        return near
+    # Every section could have a name.
+    return None if section and leaf == "name" else _matching(leaf, keys)
+
+
+def _matching(leaf: str, keys: list[str]) -> str | None:
+    """Return the keys whose last part, or an alias of it, equals or resembles `leaf`."""
+    words: dict[str, list[str]] = {}
+    for key in keys:
+        for word in {key, key.rpartition(".")[2]}:
+            words.setdefault(word, []).append(key)
+    for alias, ours in ALIASES.items():
+        if meant := [key for word in ours for key in words.get(word, ())]:
+            words.setdefault(alias, meant)
+    near = [leaf] if leaf in words else difflib.get_close_matches(leaf, words, 1, 0.7)
+    return " or ".join(words[near[0]]) if near else None

@@ -1,8 +1,7 @@
-"""What torchrun tells a process, and ending with one message for all ranks.
+"""The environment of a launch, and exits with one message for all ranks.
 
-torchrun ends all ranks as soon as one has failed, and shows what the first one left in its error
-file. So rank 0 speaks and fails, and the others give it time to. They speak only if they outlive
-that: then it is their own machine on which something is wrong.
+torchrun stops all ranks as soon as one has failed, and shows the first error file written. So rank
+0 prints and fails, while the others wait. A rank that survives the wait prints its own error.
 """
 
 import json
@@ -10,34 +9,55 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
 from configs.errors import ConfigError, format_value
+from configs.schema import Config
 
-EXIT_BEFORE_TRAINING = 2  # the exit code of everything that is found before training
+EXIT_BEFORE_TRAINING = 2  # exit code of every error before training
 _SPINS = "3000"  # before a waiting thread sleeps; libgomp's default is 300,000
-_WAIT_FOR_RANK_ZERO_S = 5.0  # torchrun looks at its processes ten times a second
+_WAIT_FOR_RANK_ZERO_S = 5.0  # torchrun polls its processes ten times per second
 
 
 def limit_thread_spinning() -> None:
-    """Let waiting OpenMP threads sleep after a short spin; libgomp reads this when it is loaded.
+    """Let waiting OpenMP threads sleep after a short spin; call this before importing torch.
 
-    By default they spin for milliseconds at each barrier. Where something else runs on the machine,
-    that keeps the thread they wait for from its core (measured in docs/performance.md). Users who
-    set a policy keep it.
+    By default they spin for milliseconds at each barrier, which takes cores from other processes
+    (measured in docs/performance.md). A policy set by the user stays.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
 
 
+def threads_per_rank(config: Config, environ: Mapping[str, str]) -> int:
+    """Return the number of CPU threads of this rank.
+
+    In this order: train.num_threads, SLURM_CPUS_PER_TASK / local ranks, OMP_NUM_THREADS (unless it
+    is 1 under torchrun, which sets that itself), cores / local ranks.
+    """
+    if config.train.num_threads is not None:
+        return config.train.num_threads
+    slurm, omp = (environ.get(name, "") for name in ("SLURM_CPUS_PER_TASK", "OMP_NUM_THREADS"))
+    if slurm.isdecimal():
+        cores = int(slurm)
+    elif omp.isdecimal() and not (omp == "1" and "TORCHELASTIC_RUN_ID" in environ):
+        return max(1, int(omp))
+    elif hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:  # macOS
+        cores = os.cpu_count() or 1
+    return max(1, cores // int(environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def is_rank_zero() -> bool:
-    """True for the one process that speaks for all; also without torchrun."""
+    """Return whether this process prints for all ranks."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def world_size_from_environment() -> int:
-    """The number of ranks that torchrun has started, 1 without torchrun."""
+    """Return the number of ranks that torchrun started; 1 without torchrun."""
     if "RANK" not in os.environ:
         return 1
     text = os.environ.get("WORLD_SIZE", "")
@@ -50,7 +70,7 @@ def world_size_from_environment() -> int:
 
 
 def launch_id() -> str:
-    """What the attempts of one launch have in common, and other launches have not."""
+    """Return an identifier that the restarts of one launch share."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return f"{socket.gethostname()}:{os.getppid()}" if run_id == "none" else run_id
 
@@ -58,7 +78,7 @@ def launch_id() -> str:
 def exit_with_error(
     message: str, code: int = EXIT_BEFORE_TRAINING, *, only_here: bool = False
 ) -> NoReturn:
-    """Prints a message once for all ranks, or what `only_here` was found, and ends this process."""
+    """Print a message once for all ranks (or for `only_here`, with the rank) and exit."""
     if only_here:
         message = f"[rank {os.environ.get('RANK', '0')}] {message}"
     elif not is_rank_zero():
@@ -71,7 +91,7 @@ def exit_with_error(
 
 
 def leave_error(message: str) -> None:
-    """Leaves the message where torchrun takes its "Root Cause" from, which is else a traceback."""
+    """Write the message where torchrun looks for the "Root Cause", in place of a traceback."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is None:
         return

@@ -1,79 +1,60 @@
-"""How the model and the batch divide over the ranks, and which sizes would work instead.
+"""How model and batch divide over the ranks, and which sizes would work instead.
 
 [Note: no rank without rows]
-Every tensor is cut by rows over tp (or not), and what a tp rank has is cut by rows over dp, both
-times in pieces of ceil(rows / parts) with a shorter last one. Uneven pieces are fine, an empty one
-is not: FSDP2's backward fails on a rank that has no row of a tensor.
+Every tensor is split by rows over tp (or not), and each tp shard by rows over dp, in chunks of
+ceil(rows / parts) with a shorter last one. Uneven chunks work; empty ones do not, because FSDP2's
+backward fails on a rank that has no row of a tensor.
 """
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, bad_setting
 from configs.schema import Config
 from configs.weights import model_weights
 
+_TP = "parallel.tensor_model_parallel_size"
+
 
 def last_chunk(n: int, parts: int) -> int:
-    """Rows in the last piece when `n` rows are cut into `parts` pieces of ceil(n / parts) rows."""
+    """Return the rows of the last chunk of `n` rows in `parts` chunks of ceil(n / parts) rows."""
     return max(0, n - -(-n // parts) * (parts - 1))
 
 
 def divisors(n: int) -> list[int]:
-    """All divisors of `n`, smallest first."""
+    """Return all divisors of `n`, smallest first."""
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def check_layout(config: Config, world_size: int) -> None:
-    """Raises ConfigError if the model or the batch cannot be spread over this many ranks."""
+    """Raise ConfigError if the model or the batch cannot be divided over this many ranks."""
     tp = config.parallel.tensor_model_parallel_size
-    _check_ranks(tp, world_size)
-    _check_split(config, tp)
-    dp = world_size // tp
-    _check_shards(config, tp, dp)
-    _check_batch(config, dp)
-
-
-def _check_ranks(tp: int, world_size: int) -> None:
-    key = "parallel.tensor_model_parallel_size"
     if tp > world_size:
         ranks = "there is 1 rank" if world_size == 1 else f"there are {world_size} ranks"
-        raise ConfigError(
-            f"{key}={tp} needs {tp} ranks, or a multiple of it, and {ranks}; start with torchrun "
-            f"--nproc-per-node {tp} ..., or choose {key}={world_size}",
-            key,
-        )
+        fix = f"start with torchrun --nproc-per-node {tp} ..., or choose {_TP}={world_size}"
+        raise bad_setting(_TP, tp, f"needs {tp} ranks, or a multiple of it, and {ranks}; {fix}")
     if world_size % tp:
-        raise ConfigError(
-            f"{key}={tp} does not divide the number of ranks {world_size} (torchrun's nodes x "
-            f"--nproc-per-node); choose a divisor of {world_size} "
-            f"({_listed(divisors(world_size))})",
-            key,
-        )
+        problem = f"does not divide the number of ranks {world_size} (torchrun's nodes x"
+        fix = f"choose a divisor of {world_size} ({listed(divisors(world_size))})"
+        raise bad_setting(_TP, tp, f"{problem} --nproc-per-node); {fix}")
+    _check_split(config, tp)
+    _check_shards(config, tp, world_size // tp)
+    _check_batch(config, world_size // tp)
 
 
 def _check_split(config: Config, tp: int) -> None:
-    size = f"parallel.tensor_model_parallel_size={tp}"
-    heads, ffn = config.model.num_attention_heads, config.model.ffn_size
-    groups = config.model.num_groups
+    model = config.model
+    heads, groups, ffn = model.num_attention_heads, model.num_groups, model.ffn_size
     if heads % tp:
-        raise ConfigError(
-            f"model.num_attention_heads={heads} is not divisible by {size}; choose a divisor of "
-            f"{heads} ({_listed(divisors(heads))})",
-            "parallel.tensor_model_parallel_size",
-        )
+        problem = f"model.num_attention_heads={heads} is not divisible by {_TP}={tp}"
+        fix = f"choose a divisor of {heads} ({listed(divisors(heads))})"
+        raise ConfigError(f"{problem}; {fix}", _TP)
     if not _groups_fit(groups, tp):
         fitting = [divisor for divisor in divisors(heads) if _groups_fit(groups, divisor)]
-        raise ConfigError(
-            f"model.num_query_groups={groups} neither divides {size} nor is divisible by it; "
-            f"choose parallel.tensor_model_parallel_size={_listed(fitting)}, or another "
-            "model.num_query_groups",
-            "model.num_query_groups",
-        )
+        problem = f"neither divides {_TP}={tp} nor is divisible by it"
+        fix = f"choose {_TP}={listed(fitting)}, or another model.num_query_groups"
+        raise bad_setting("model.num_query_groups", groups, f"{problem}; {fix}")
     if ffn % tp:
-        lower, upper = ffn // tp * tp, (ffn // tp + 1) * tp
-        raise ConfigError(
-            f"model.ffn_hidden_size={ffn} is not divisible by {size}; choose model.ffn_hidden_size="
-            f"{f'{lower} or ' if lower else ''}{upper}",
-            "model.ffn_hidden_size",
-        )
+        fix = f"choose {multiples('model.ffn_hidden_size', ffn, tp)}"
+        problem = f"is not divisible by {_TP}={tp}; {fix}"
+        raise bad_setting("model.ffn_hidden_size", ffn, problem)
 
 
 def _groups_fit(groups: int, tp: int) -> bool:
@@ -85,17 +66,17 @@ def _check_shards(config: Config, tp: int, dp: int) -> None:
     weight = _weight_with_empty_shard(config, tp, dp)
     if weight is None:
         return
-    key, world_size = "parallel.tensor_model_parallel_size", tp * dp
+    world_size = tp * dp
     working = [size for size in divisors(world_size) if _splits(config, size, world_size)]
     fix = (
-        f"with {world_size} ranks, choose {key}={_listed(working)}"
+        f"with {world_size} ranks, choose {_TP}={listed(working)}"
         if working
         else f"no layout of {world_size} ranks works; use fewer ranks or a larger model"
     )
     raise ConfigError(
-        f"{weight} has too few rows to shard over {key}={tp} x data parallel size {dp}: a rank "
+        f"{weight} has too few rows to shard over {_TP}={tp} x data parallel size {dp}: a rank "
         f"would have none; {fix}",
-        key,
+        _TP,
     )
 
 
@@ -121,21 +102,24 @@ def _weight_with_empty_shard(config: Config, tp: int, dp: int) -> str | None:
 
 
 def _check_batch(config: Config, dp: int) -> None:
-    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
-    unit = micro * dp
-    if batch % unit == 0:
+    key, batch = "train.global_batch_size", config.train.global_batch_size
+    micro = config.train.micro_batch_size
+    if batch % (micro * dp) == 0:
         return
-    nearest = [size for size in (batch // unit * unit, batch // unit * unit + unit) if size]
-    fixes = [f"train.global_batch_size={' or '.join(map(str, nearest))}"]
+    fix = f"choose {multiples(key, batch, micro * dp)}"
     if batch % dp == 0:
         smaller = max(size for size in divisors(batch // dp) if size <= micro)
-        fixes.append(f"train.micro_batch_size={smaller}")
-    raise ConfigError(
-        f"train.global_batch_size={batch} is not divisible by train.micro_batch_size={micro} x "
-        f"data parallel size {dp} = {unit}; choose {', or '.join(fixes)}",
-        "train.global_batch_size",
-    )
+        fix += f", or train.micro_batch_size={smaller}"
+    problem = f"train.micro_batch_size={micro} x data parallel size {dp} = {micro * dp}"
+    raise bad_setting(key, batch, f"is not divisible by {problem}; {fix}")
 
 
-def _listed(sizes: list[int]) -> str:
+def multiples(key: str, value: int, unit: int) -> str:
+    """Return `key=` the multiples of `unit` nearest to a value, as an error offers them."""
+    lower = value // unit * unit
+    return f"{key}={f'{lower} or ' if lower else ''}{lower + unit}"
+
+
+def listed(sizes: list[int]) -> str:
+    """Return sizes separated by commas."""
     return ", ".join(map(str, sizes))

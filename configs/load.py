@@ -1,252 +1,266 @@
-"""From a command line to a checked `Config`: defaults < config=NAME.yaml < section.key=value."""
+"""From arguments and a YAML file to a checked `Config`."""
 
 import dataclasses
-import difflib
+import functools
+import io
+import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast, get_origin
 
 import yaml
 from omegaconf import OmegaConf
 
-from configs.errors import ConfigError, format_value, os_error_text
-from configs.fields import KEYS, SECTIONS
-from configs.inputs import check_inputs
-from configs.launch import (
-    exit_with_error,
-    is_rank_zero,
-    limit_thread_spinning,
-    world_size_from_environment,
-)
-from configs.schema import Config
-from configs.suggest import suggest
-from configs.usage import SHIPPED, config_list, usage
-from configs.validate import validate
-from configs.values import argument_node, compose, convert, display, error, mapping_items
+from configs.errors import ConfigError, bad_setting, format_value, nearest, os_error_text
+from configs.fields import KEYS, SECTIONS, Field, convert, unknown_key
+from configs.launch import is_rank_zero, world_size_from_environment
+from configs.schema import RENAMED, Config
+from configs.validate import check_inputs, validate
 
-HELP = {"--help", "-h", "help"}
+logger = logging.getLogger("microtron")
+
+SHIPPED: list[Path] = sorted(Path(__file__).parent.glob("*.yaml"))
 _RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
-Settings = dict[str, yaml.Node]  # by section.key
+_CONFIG = Field("config", str, default=None, markers=("literal",))
+# Settings of a single launch, which a run folder's config.yaml does not hand on.
+_OF_ONE_LAUNCH = ("run.resume", "run.stop_at_step")
 
 
-def load_config(arguments: list[str], num_ranks: Callable[[Config], int] | None = None) -> Config:
-    """The configuration of a training launch; ends the process if there is none.
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """Keeps scalars as text, except for null."""
 
-    `--help` and `config=list` print and exit with 0; an error prints one line and exits with 2.
-    `num_ranks`: see parse_config.
-    """
-    limit_thread_spinning()
-    text = usage() if HELP & set(arguments) else None
-    if text or "config=list" in arguments:
-        if is_rank_zero():
-            sys.stdout.write(text or config_list())
-        raise SystemExit(0)
-    try:
-        return parse_config(arguments, num_ranks)
-    except ConfigError as problem:
-        exit_with_error(f"config error: {problem}")
+    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own declaration
+        first: [(tag, pattern) for tag, pattern in resolvers if tag == "tag:yaml.org,2002:null"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 def parse_config(arguments: list[str], num_ranks: Callable[[Config], int] | None = None) -> Config:
-    """The configuration, checked against the number of ranks and the input files, or ConfigError.
-
-    With `num_ranks`, it is checked against that many ranks and no files, as a plan needs it.
-    """
-    name, overrides = _command_line(arguments)
-    path = _find(name)
-    from_file = _read(path)
-    config = _merge(from_file, overrides)
+    """Return the configuration, checked against ranks and input files, or against `num_ranks`."""
+    overrides = parse_arguments(arguments, {"config": _CONFIG, **KEYS})
+    path = _find(overrides.pop("config", ""))
+    values, places = _read(path)
+    if path.name == "config.yaml" and (path.parent / "checkpoints").is_dir():
+        _use_run_folder(path, values, overrides)
     try:
-        config = _with_run_name(config, path)
+        config = _build(values | overrides, path)
         validate(config, num_ranks(config) if num_ranks else world_size_from_environment())
         if num_ranks is None:
             check_inputs(config)
-    except ConfigError as problem:
-        raise _located(problem, from_file, overrides) from problem
+    except ConfigError as error:
+        raise _located(error, places, overrides) from error
     return config
 
 
 def read_config(path: Path) -> Config:
-    """The configuration in a file, such as a run folder's, for any number of ranks.
-
-    Types and ranges are checked; ranks and input files are not, as an evaluation needs neither.
-    """
-    config = _with_run_name(_merge(_read(path), {}), path)
-    validate(config, config.parallel.tensor_model_parallel_size)
+    """Read a configuration, such as a run folder's, without checking ranks and input files."""
+    values, places = _read(path)
+    try:
+        config = _build(values, path)
+        validate(config, config.parallel.tensor_model_parallel_size)
+    except ConfigError as error:
+        raise _located(error, places, {}) from error
     return config
 
 
 def to_yaml(config: Config) -> str:
-    """The text of a YAML file that reads back as the same configuration."""
+    """Return the text of a YAML file that reads back as the same configuration."""
     text: str = yaml.safe_dump(
         dataclasses.asdict(config), sort_keys=False, allow_unicode=True, width=sys.maxsize
     )
-    return f"# All settings of run {config.run.name}.\n{text}"
+    return f"# All settings of run {config.run.name}, command-line overrides included.\n{text}"
 
 
-def split_argument(argument: str, known: Container[str]) -> tuple[str, str, str]:
-    """The key of `key=value` without dashes, the value, and the key as it was written."""
-    written, equals, value = argument.partition("=")
-    key = written.strip().lstrip("-")
-    if not equals:
-        if argument.endswith(".yaml") or argument in {path.stem for path in SHIPPED}:
-            fix = f"config={argument}"
-        elif "run" in known and os.path.isdir(argument):
-            fix = f"run={argument}"
-        else:
-            fix = f"{key if key in known else 'key'}=value, without spaces or dashes"
-        raise ConfigError(f"{format_value(argument)} has no '='; write {fix} (all keys: --help)")
-    return key, value, written.strip()
-
-
-def _command_line(arguments: list[str]) -> tuple[str, Settings]:
-    """The config's name and the settings after it; of a key given twice the last counts."""
-    name, settings = "", Settings()
+def parse_arguments(arguments: list[str], fields: Mapping[str, Field]) -> dict[str, Any]:
+    """Return the values of `key=value` arguments by key; the last one of a key counts."""
+    texts: dict[str, str] = {}
     for argument in arguments:
-        key, value, written = split_argument(argument, {*KEYS, "config"})
-        if key in SECTIONS or (key != "config" and key not in KEYS):
-            raise ConfigError(_explain_unknown(key, format_value(value)))
-        if key != written:
-            raise ConfigError(f"{argument} has dashes; write {key}={format_value(value)}")
-        if key == "config":
-            if name:
-                both = f"{format_value(name)} and {format_value(value)}"
-                raise ConfigError(f"config is given twice, as {both}; give one")
-            name = value
-        else:
-            settings[key] = argument_node(KEYS[key], value)
-    if not name:
-        raise ConfigError(f"config=NAME.yaml is required; {_shipped_names()}")
-    return name, settings
+        # Arguments are UTF-8 in any locale; bytes that are not become surrogates again.
+        text = os.fsencode(argument).decode("utf-8", "surrogateescape")
+        written, equals, text = text.partition("=")
+        key = written.strip().lstrip("-")
+        if not equals:
+            raise ConfigError(
+                f"{format_value(argument)} has no '='; write {_with_equals(key, fields)}"
+            )
+        name = current_name(key)
+        if name not in fields and key in KEYS:  # a program's setting, written as for train.py
+            name = key.rpartition(".")[2]
+        if name not in fields:
+            raise unknown_key(key, text, fields)
+        if key != written.strip():
+            raise ConfigError(f"{argument} has dashes; write {key}={format_value(text)}", key)
+        texts[name] = text
+    return {n: convert(fields[n], _parse_value(fields[n], text)) for n, text in texts.items()}
 
 
-def _explain_unknown(name: str, value: str) -> str:
-    section = name.partition(".")[0]
-    keys = [key for key in KEYS if key.startswith(f"{section}.")]
-    if name in SECTIONS:
-        return (
-            f"{name}={value} gives a value to a section; set its keys one by one, such as "
-            f"{keys[0]}, or choose a file with config=NAME.yaml"
-        )
-    if meant := suggest(name, KEYS):
-        fix = f"did you mean {meant}?"
-    elif keys:
-        leaves = ", ".join(key.partition(".")[2] for key in keys)
-        fix = f"the keys of {section} are: {leaves}"
-    else:
-        fix = f"the sections are: {', '.join(SECTIONS)} (all keys: python train.py --help)"
-    return f"{name}={value}: there is no key {name}; {fix}"
+def _with_equals(key: str, fields: Mapping[str, Field]) -> str:
+    """Return what an argument without `=` was probably meant to be."""
+    if "config" in fields and (key.endswith(".yaml") or key in {path.stem for path in SHIPPED}):
+        return f"config={key}"
+    if "run" in fields and os.path.isdir(key):
+        return f"run={key}"
+    return f"{key if key in fields else 'key'}=value, without spaces or dashes (all keys: --help)"
+
+
+def _parse_value(field: Field, text: str) -> object:
+    """Return the text of an argument, null, or the parsed YAML of a list or a quoted string."""
+    is_string = field.hint is str
+    is_quoted = is_string and len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+    if "literal" in field.markers:
+        return text
+    if is_quoted or get_origin(field.hint) is tuple:
+        try:
+            return _parse_yaml(text, root=field.name)[0]
+        except (yaml.YAMLError, RecursionError):
+            raise bad_setting(field.name, text, "is not valid YAML") from None
+    return None if text.lower() in ("~", "null") or not (text or is_string) else text
+
+
+@functools.cache
+def current_name(key: str) -> str:
+    """Return the current name of a key; warn once about an old name."""
+    if key in RENAMED and is_rank_zero():
+        logger.warning("%s is now called %s; the old name still works", key, RENAMED[key])
+    return RENAMED.get(key, key)
 
 
 def _find(name: str) -> Path:
-    """The file that config=NAME means: as given, then a shipped one; .yaml may be left out."""
-    folder = Path(__file__).parent
-    given = Path(os.path.expanduser(name))
+    """Return the file that config=NAME means: as given, else a shipped one; .yaml is optional."""
+    shipped = f"shipped: {', '.join(path.name for path in SHIPPED)} (config=list describes them)"
+    if not name:
+        raise ConfigError(f"config=NAME.yaml is required; {shipped}")
+    folder, given = Path(__file__).parent, Path(os.path.expanduser(os.fsdecode(name.encode())))
     for path in (given, Path(f"{given}.yaml"), folder / given, folder / f"{given}.yaml"):
         if os.path.isfile(path):  # False for a name that is too long, where Path raises
             return path
-    nearest = difflib.get_close_matches(given.stem, [path.stem for path in SHIPPED], n=1)
-    hint = f"did you mean config={nearest[0]}.yaml? " if nearest else ""
-    raise ConfigError(
-        f"config={format_value(name)} is not a file here or in configs/; {hint}{_shipped_names()}"
-    )
+    near = nearest(given.stem, [path.stem for path in SHIPPED])
+    hint = f"did you mean config={near}.yaml? " if near else ""
+    raise bad_setting("config", name, f"is not a file here or in configs/; {hint}{shipped}")
 
 
-def _shipped_names() -> str:
-    return f"shipped: {', '.join(path.name for path in SHIPPED)} (config=list describes them)"
-
-
-def _read(path: Path) -> Settings:
-    """The settings of a YAML file, as nodes; an empty file or section has none."""
-    root = _compose_file(path)
-    if root is None:
-        return {}
-    if not isinstance(root, yaml.MappingNode):
-        example = "write for example 'train:' and below it, indented, 'train_steps: 100'"
-        raise error(root, f"this is not a mapping of sections; {example}", "")
-    return dict(setting for item in mapping_items(root, "") for setting in _section(*item))
-
-
-def _section(name: str, node: yaml.Node, content: yaml.Node) -> Iterator[tuple[str, yaml.Node]]:
-    if name in KEYS:
-        section, leaf = name.split(".")
-        fix = f"write '{section}:' and below it, indented, '{leaf}: VALUE'"
-        raise error(node, f"{name} is written with a dot; in a file {fix}", name)
-    is_empty = isinstance(content, yaml.ScalarNode) and content.value in ("", "~", "null")
-    if name in SECTIONS and is_empty:
-        return
-    if name not in SECTIONS or not isinstance(content, yaml.MappingNode):
-        raise error(node, _explain_unknown(name, display(content)), name)
-    for key, key_node, value in mapping_items(content, f"{name}."):
-        if key not in KEYS:
-            raise error(key_node, _explain_unknown(key, display(value)), key)
-        yield key, value
-
-
-def _compose_file(path: Path) -> yaml.Node | None:
-    file = display_path(path)
+def _parse_yaml(text: str, file: str = "", root: str = "") -> tuple[Any, dict[str, str]]:
+    """Return the contents of a YAML text, and `file:line: ` of each key in it."""
+    stream = io.StringIO(text)
+    stream.name = file  # for error messages
+    loader = _Loader(stream)
+    places: dict[str, str] = {}
     try:
-        return compose(path.read_text("utf-8-sig"), file)
-    except OSError as problem:
-        raise ConfigError(f"{file}: cannot be read: {os_error_text(problem)}") from problem
-    except UnicodeDecodeError as problem:
-        raise ConfigError(f"{file}: is not UTF-8 text (byte {problem.start})") from problem
-    except RecursionError as problem:
-        raise ConfigError(f"{file}: is nested too deeply; sections hold plain values") from problem
-    except yaml.MarkedYAMLError as problem:
-        line = f":{problem.problem_mark.line + 1}" if problem.problem_mark else ""
-        hint = "; indent with spaces, not tabs" if "\\t" in str(problem.problem) else ""
-        raise ConfigError(f"{file}{line}: is not valid YAML: {problem.problem}{hint}") from problem
-    except yaml.YAMLError as problem:
-        raise ConfigError(
-            f"{file}: is not valid YAML: {' '.join(str(problem).split())}"
-        ) from problem
+        node = loader.get_single_node()
+        contents = loader.construct_document(node) if node else None
+    finally:
+        loader.dispose()
+    for key, line in _lines(node, root):
+        place = f"{file}:{line}: " if file else ""
+        if key in places:
+            raise ConfigError(f"{place}{key} is already set; remove one of the two", key)
+        places[key] = place
+    return contents, places
 
 
-def display_path(path: Path) -> str:
-    """A path as a person would type it: relative if it lies below the working directory."""
+def _lines(node: yaml.Node | None, key: str) -> Iterator[tuple[str, int]]:
+    """Yield the full name and the line of each key and list item below a YAML node."""
+    children: list[tuple[str, yaml.Node, yaml.Node]] = []
+    if isinstance(node, yaml.MappingNode):
+        prefix = f"{key}." if key else ""
+        children = [(f"{prefix}{name.value}", name, value) for name, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        children = [(f"{key}[{i}]", item, item) for i, item in enumerate(node.value)]
+    for name, place, value in children:
+        yield name, place.start_mark.line + 1
+        yield from _lines(value, name)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the values of a YAML file by key, and the place of each key."""
     relative = os.path.relpath(path)
-    return str(path) if relative.startswith("..") else relative
+    file = str(path) if relative.startswith("..") else relative
+    try:
+        contents, places = _parse_yaml(path.read_text("utf-8-sig"), file)
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {os_error_text(error)}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: is not UTF-8 text (byte {error.start})") from error
+    except RecursionError as error:
+        raise ConfigError(f"{file}: is nested too deeply; sections hold plain values") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        hint = "; indent with spaces, not tabs" if "\\t" in problem else ""
+        raise ConfigError(f"{file}{line}: is not valid YAML: {problem}{hint}") from error
+    if not isinstance(contents, dict | None):
+        example = "write for example 'train:' and below it, indented, 'train_steps: 100'"
+        raise ConfigError(f"{file}:1: this is not a mapping of sections; {example}")
+    places = {RENAMED.get(key, key): place for key, place in places.items()}
+    try:
+        return _values(contents or {}), places
+    except ConfigError as error:
+        raise _located(error, places, {}) from error
 
 
-def _merge(*layers: Settings) -> Config:
-    """Each layer over the one before, over the defaults."""
-    merged = OmegaConf.structured(Config)
-    for layer in layers:
-        values: dict[str, dict[str, object]] = {}
-        for key, node in layer.items():
-            section, leaf = key.split(".")
-            values.setdefault(section, {})[leaf] = convert(KEYS[key], node)
-        merged = OmegaConf.merge(merged, values)
-    return cast(Config, OmegaConf.to_object(merged))
+def _values(contents: dict[Any, Any]) -> dict[str, Any]:
+    """Convert the contents of a file to values by key."""
+    values = {}
+    for section, settings in contents.items():
+        items = {section: settings}
+        if section in SECTIONS and isinstance(settings, dict | None):
+            items = {f"{section}.{leaf}": value for leaf, value in (settings or {}).items()}
+        for key, value in items.items():
+            name = current_name(key)
+            if name not in KEYS:
+                raise unknown_key(str(key), value, KEYS)
+            values[name] = convert(KEYS[name], value)
+    return values
 
 
-def _located(problem: ConfigError, from_file: Settings, overrides: Settings) -> ConfigError:
-    """The error with the file and line to change, unless it names a key of the command line."""
+def _use_run_folder(path: Path, values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Prepare the values of a run folder's config.yaml for another launch, and log that."""
+    folder, name = path.parent.resolve(), values.get("run.name")
+    own = Path(os.path.expanduser(values.get("run.directory", "runs")), name or "").resolve()
+    if own != folder and "run.name" not in overrides:
+        raise ConfigError(
+            f"config={format_value(str(path))} belongs to {own}; give run.name, and run.directory "
+            f"(run.name={folder.name} run.directory={folder.parent} to use this folder)",
+            "run.name",
+        )
+    for key in _OF_ONE_LAUNCH:
+        values.pop(key, None)
+    if is_rank_zero():
+        kept = f"{path} has all settings of run {name}, including the command line of its last"
+        logger.warning("%s launch (except %s)", kept, " and ".join(_OF_ONE_LAUNCH))
 
-    def is_named(key: str) -> bool:
-        wrong = str(problem).partition(";")[0]
-        return f"{key}=" in wrong or f"{key}[" in wrong
 
-    if any(map(is_named, overrides)):
-        return problem
-    # The key to change may have its default; then another one in the error shows where to look.
-    keys = [key for key in from_file if key == problem.key] or filter(is_named, from_file)
-    node = next((from_file[key] for key in keys), None)
-    return error(node, str(problem), problem.key or "") if node else problem
-
-
-def _with_run_name(config: Config, path: Path) -> Config:
-    """Fill in the run's name, which becomes a folder, and refuse one that could lead elsewhere."""
-    name = path.stem if config.run.name is None else config.run.name
+def _build(values: Mapping[str, Any], path: Path) -> Config:
+    """Put values over the defaults; the run's name is that of the file unless it is given."""
+    sections: dict[str, dict[str, Any]] = {"run": {}}
+    for key, value in values.items():
+        section, leaf = key.split(".")
+        sections.setdefault(section, {})[leaf] = value
+    origin = "" if sections["run"].get("name") else f" (from the file {path.name})"
+    name = sections["run"]["name"] = sections["run"].get("name") or path.stem
     if not _RUN_NAME.fullmatch(name):
-        origin = f" (from the file {display_path(path)})" if config.run.name is None else ""
         raise ConfigError(
             f"run.name={format_value(name)}{origin} cannot be the name of a folder; use 1 to 64 of "
             "the characters A-Z a-z 0-9 . _ - and begin with a letter, a digit or _",
             "run.name",
         )
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
+    return cast(
+        Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), sections))
+    )
+
+
+def _located(
+    error: ConfigError, places: Mapping[str, str], overrides: Mapping[str, Any]
+) -> ConfigError:
+    """Return the error with the file and line to change, unless it names an override."""
+    wrong = str(error).partition(";")[0]
+    named = [key for key in (*overrides, *places) if f"{key}=" in wrong or f"{key}[" in wrong]
+    if any(key in overrides for key in named):
+        return error
+    # The key to change may have its default; then another key in the error shows where to look.
+    place = next((places[key] for key in (error.key or "", *named) if key in places), "")
+    return ConfigError(f"{place}{error}", error.key)

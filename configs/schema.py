@@ -1,69 +1,112 @@
-"""The one page of settings: every key, its type, its default and its unit.
+"""Every setting: its key, type, range, default and help text.
 
-Defaults < `config=NAME.yaml` < `section.key=value` on the command line. The dataclasses are frozen,
-so a run cannot change its own configuration. Facts that follow from several keys are properties
-here, so that no second place works them out. What is allowed is checked in `configs/validate.py`.
-
-Names are Megatron-LM's where Megatron-LM has one. Nothing here imports torch.
+The comment next to a field, or above it, is its help text. Names are Megatron-LM's where it has
+one. Values that follow from several settings are properties here; `configs/validate.py` checks how
+settings fit together.
 """
 
+import math
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Annotated, Literal
 
+MAX_STEP = 99_999_999  # checkpoint folders have eight digits
+_MAX_HANG_TIMEOUT_S = 1500  # collectives time out after 1800
 _SWIGLU_MULTIPLE = 64  # divides over up to 64 tensor-parallel ranks
+
+# Renamed keys, old to new; the old name still works and logs a warning.
+RENAMED = {
+    "train.max_skipped_in_a_row": "train.max_consecutive_skips",
+    "train.loss_spike_nats": "train.loss_spike_threshold_nats",
+}
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers from `low` to `high`; an open end is excluded."""
+
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        return above and (value < self.high if self.open_high else value <= self.high)
+
+    def __str__(self) -> str:
+        low = f"{'more than' if self.open_low else 'at least'} {self.low}"
+        if self.high == math.inf:
+            return low
+        return f"{low} and {'less than' if self.open_high else 'at most'} {self.high}"
+
+
+Count = Annotated[int, Range(1)]
+CountOrZero = Annotated[int, Range(0)]
+Steps = Annotated[int, Range(0, MAX_STEP)]
+Positive = Annotated[float, Range(0, open_low=True)]
+NonNegative = Annotated[float, Range(0)]
+Fraction = Annotated[float, Range(0, 1, open_high=True)]
+Prompt = Annotated[str, "may be empty"]
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Which run this is: its folder, its seed, and how it starts and ends."""
+    """Name and folder of the run, its seed, and how it starts and stops."""
 
-    name: str | None = None  # folder below `directory`; null: the stem of the config file
-    directory: str = "runs"
-    seed: int = 1234  # decides initial weights, dropout masks and the order of samples
+    name: str | None = None  # Name of the run's folder; null: the config file's name without .yaml
+    directory: str = "runs"  # Folder that holds the run folders
+    # Seed of the initial weights, dropout masks, sample order and sampled text.
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 1234
+    # Whether to resume from the newest checkpoint; must: fail without one; never: start over.
     resume: Literal["auto", "never", "must"] = "auto"
-    stop_at_step: int | None = None  # save and end this launch there; null: at train.train_steps
-    # Seconds during training in which no rank makes progress: then the stuck rank is named, its
-    # stack traces are written to the run folder, and the run ends with exit code 75; 0: no watch.
-    # Reading and writing checkpoints may take ten times as long.
-    hang_timeout_s: float = 480.0
+    # Save and stop after this step; a later launch can resume. null: stop at train.train_steps.
+    stop_at_step: Annotated[int, Range(1, MAX_STEP)] | None = None
+    # After this many seconds without progress on any rank, name the stuck rank, write all stack
+    # traces to the run folder and stop with exit code 75 (checkpoint files: ten times as long).
+    # 0: no hang detection.
+    hang_timeout_s: Annotated[float, Range(0, _MAX_HANG_TIMEOUT_S)] = 480.0
 
     @property
     def file_timeout_s(self) -> float:
-        """The limit of one wait for a file of a checkpoint: flushing a large one is no hang."""
+        """Seconds that one wait for a checkpoint file may take."""
         return 10 * self.hang_timeout_s
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of the GPT."""
+    """Shape of the GPT."""
 
-    num_layers: int = 12
-    hidden_size: int = 768
-    num_attention_heads: int = 12
-    num_query_groups: int | None = None  # key-value heads (GQA); null: as many as attention heads
-    ffn_hidden_size: int | None = None  # null: 4 x hidden_size; swiglu: 8/3, up to a multiple of 64
-    seq_length: int = 1024  # positions in a row, also the rows of a learned position table
-    hidden_dropout: float = 0.0  # after the embedding, the attention projection and the MLP
-    attention_dropout: float = 0.0  # on attention probabilities; depends on the layout
-    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
-    norm_epsilon: float = 1e-5
-    activation: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu_tanh"  # exact, GPT-2's form, gated
+    num_layers: Count = 12  # Number of transformer blocks
+    hidden_size: Count = 768  # Channels of the residual stream
+    num_attention_heads: Count = 12  # Number of query heads
+    num_query_groups: Count | None = None  # Key-value heads (GQA); null: as many as query heads
+    # Channels inside the MLP; null: 4 x hidden_size, or 8/3 for swiglu, rounded up to 64.
+    ffn_hidden_size: Count | None = None
+    seq_length: Count = 1024  # Tokens per sequence (context length)
+    hidden_dropout: Fraction = 0.0  # Dropout rate after the embedding, attention and MLP
+    # Dropout rate of attention probabilities; the masks, and so the loss, depend on the layout.
+    attention_dropout: Fraction = 0.0
+    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"  # Type of norm
+    norm_epsilon: Positive = 1e-5  # Added to the variance in norms
+    # MLP activation: exact GELU, its tanh approximation (as in GPT-2), or SwiGLU.
+    activation: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu_tanh"
+    # Type of position embedding: a learned table, or rotary (RoPE).
     position_embedding_type: Literal["learned_absolute", "rope"] = "learned_absolute"
-    rotary_base: float = 10000.0  # of rope: pair i of d/2 turns once in 2 pi base^(2 i / d) tokens
-    add_bias_linear: bool = True  # biases of all linear layers
-    qk_layernorm: bool = False  # normalise each head's query and key, before rope
-    untie_embeddings_and_output_weights: bool = False
-    init_method_std: float = 0.02  # of all matrices and embeddings
-    use_scaled_init_method: bool = True  # residual projections: divided by sqrt(2 x num_layers)
+    rotary_base: Annotated[float, Range(1)] = 10000.0  # RoPE base (theta)
+    add_bias_linear: bool = True  # Add biases to all linear layers
+    qk_layernorm: bool = False  # Normalize queries and keys per head, before RoPE
+    untie_embeddings_and_output_weights: bool = False  # Separate weights for the output layer
+    init_method_std: Positive = 0.02  # Standard deviation of initial matrices and embeddings
+    use_scaled_init_method: bool = True  # Residual projections: std / sqrt(2 layers)
 
     @property
     def head_dim(self) -> int:
-        """Channels of one attention head, `d = h / a`."""
+        """Channels per attention head, `d = h / a`."""
         return self.hidden_size // self.num_attention_heads
 
     @property
     def num_groups(self) -> int:
-        """Key-value heads, `g`; each serves a/g query heads."""
+        """Number of key-value heads, `g`; each serves a/g query heads."""
         return self.num_query_groups or self.num_attention_heads
 
     @property
@@ -72,13 +115,13 @@ class ModelConfig:
         if self.ffn_hidden_size is not None:
             return self.ffn_hidden_size
         if self.activation == "swiglu":
-            # Three matrices of 8/3 h have the weights of two of 4 h (Shazeer 2020).
+            # Three matrices of 8/3 h have as many weights as two of 4 h (Shazeer 2020).
             return -(-8 * self.hidden_size // (3 * _SWIGLU_MULTIPLE)) * _SWIGLU_MULTIPLE
         return 4 * self.hidden_size
 
     @property
     def has_chains(self) -> bool:
-        """Whether there are chains of operations on single elements for train.compile to fuse."""
+        """Whether the model has chains of pointwise operations that train.compile can fuse."""
         return (
             self.hidden_dropout > 0
             or self.normalization == "RMSNorm"
@@ -92,38 +135,38 @@ Recompute = Literal["none", "selective", "full"]
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How one model and one batch are spread over the ranks; data parallel size is what remains."""
+    """Layout of model and batch over the ranks; data parallelism uses the remaining ranks."""
 
-    tensor_model_parallel_size: int = 1
-    sequence_parallel: bool = True  # split norms and dropout over the sequence; no effect at size 1
-    # When a tp rank sends under a product of a linear layer: where backward allows it, or of both
-    # directions in pieces (for slow wires); none: never, and it keeps gathered inputs.
+    tensor_model_parallel_size: Count = 1  # Number of ranks that share each layer (TP)
+    sequence_parallel: bool = True  # Split norms and dropout over the sequence among TP ranks
+    # Overlap TP communication with matmuls: in backward, or in both directions in chunks (for slow
+    # networks). none: no overlap; gathered inputs are then kept for backward.
     tp_comm_overlap: Literal["none", "backward", "both"] = "backward"
-    # Gather weights and (with gradient_sync=step) sum gradients over dp under the work of other
-    # layers. GPUs always do; with shared_memory there is nothing to hide.
+    # CPU only: overlap all-gathers of weights (and, for gradient_sync=step, reduce-scatters) with
+    # computation. No effect with shared_memory. GPUs always overlap.
     dp_comm_overlap: bool = True
-    # On processors, ranks of one host meet in memory that they share, not through gloo's sockets.
+    # CPU only: ranks on one host communicate through shared memory instead of gloo sockets.
     shared_memory: bool = True
-    # What backward makes again: selective, the outputs of norms and activations (nearly free);
-    # full, all but the inputs of layers (a third more products).
+    # Activation checkpointing. selective: recompute norms and activation functions (nearly free);
+    # full: store only the input of each layer (a third more matmul work).
     recompute_granularity: Recompute = "none"
-    # When gradients are reduced over dp: once a step (least traffic), or after every micro-batch
-    # (least memory: no unsharded float32 gradients are kept).
+    # Reduce gradients over data-parallel ranks per step (faster) or per micro_batch (less memory).
     gradient_sync: Literal["step", "micro_batch"] = "step"
 
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """Where text comes from."""
+    """Where the text comes from."""
 
+    # Kind of source; python_stdlib is the source code of Python's standard library.
     source: Literal["python_stdlib", "text", "jsonl", "parquet", "arrow", "hub"] = "python_stdlib"
-    path: str | None = None  # file, folder, glob or hub name; null only for python_stdlib
-    text_field: str = "text"  # the column of jsonl, parquet, arrow and hub rows that holds the text
-    hub_config: str | None = None  # configuration name of a hub dataset
-    hub_split: str = "train"
-    hub_revision: str | None = None
-    # Held-out text in the same format, a file, folder, glob or hub name; documents that are in it
-    # are not trained on, and validation_fraction has no effect. null: hold out part of the source.
+    path: str | None = None  # File, folder, glob or hub dataset; null only for python_stdlib
+    text_field: str = "text"  # Column that holds the text, in jsonl, parquet, arrow and hub rows
+    hub_config: str | None = None  # Configuration of the hub dataset; null: its default
+    hub_split: str = "train"  # Split of the hub dataset
+    hub_revision: str | None = None  # Branch, tag or commit of the hub dataset; null: the newest
+    # Validation text (file, folder, glob or hub dataset, same format), never trained on; replaces
+    # validation_fraction. null: hold out part of the source.
     validation_path: str | None = None
 
 
@@ -131,77 +174,79 @@ class SourceConfig:
 class WeightedSource(SourceConfig):
     """One source of a mixture."""
 
-    weight: float = 1.0  # its share of the rows of training is weight / sum of weights
+    # Relative weight: the source supplies weight / (sum of weights) of the training sequences.
+    weight: Annotated[float, Range(0, 1e9, open_low=True)] = 1.0
 
 
 @dataclass(frozen=True)
 class DataConfig(SourceConfig):
-    """Where text comes from and how it becomes rows of tokens."""
+    """Where the text comes from, and how it becomes sequences of tokens."""
 
-    # A mixture in place of one source: [{source: text, path: a.txt, weight: 3}, {...}]. A mapping
-    # has the keys above, without data., and weight (default 1), a source's share of the rows.
+    # A mixture instead of one source: [{source: text, path: a.txt, weight: 3}, {...}], where weight
+    # (default 1) is the relative number of sequences.
     sources: tuple[WeightedSource, ...] = ()
-    tokenizer: str | None = None  # a sentencepiece model file; null: train one on the source
-    vocab_size: int = 8192  # rows of the embedding; a trained tokenizer has as many pieces
+    tokenizer: str | None = None  # Sentencepiece model file; null: train one on the source
+    # Rows of the embedding; also the vocabulary size of a trained tokenizer.
+    vocab_size: Annotated[int, Range(1, 2**31)] = 8192
+    # Fill each sequence with several documents (pack), or pad each document to one (pad).
     sequence_mode: Literal["pack", "pad"] = "pack"
-    # Of pack: stream cuts rows from documents laid end to end; best_fit splits only documents
-    # longer than a row, and leaves a few slots empty.
+    # With pack: cut concatenated documents (stream), or split only documents longer than a sequence
+    # (best_fit), at the cost of a little padding.
     packing: Literal["stream", "best_fit"] = "stream"
-    # Of pack: attention and positions stay inside each document (in pad they always do). Attention
-    # then takes a mask, [s, s] for each row, where else it knows to be causal.
+    # With pack: restart attention and positions at each document; slower (explicit mask).
     inter_document_masking: bool = False
-    # Share of documents held out for evaluation; of a single document, or of a few large ones, the
-    # share of bytes at the end.
-    validation_fraction: float = 0.01
-    cache_directory: str = "~/.cache/microtron"
+    # Fraction of documents held out for evaluation; of the bytes, if there are few documents.
+    validation_fraction: Fraction = 0.01
+    cache_directory: str = "~/.cache/microtron"  # Folder for tokenized text and trained tokenizers
 
     @property
     def mixture(self) -> dict[str, WeightedSource]:
-        """All sources, by what their keys begin with; one if only the single keys are given."""
+        """All sources by the prefix of their keys: `data`, or `data.sources[i]` for a mixture."""
         if self.sources:
-            return {f"data.sources[{number}]": one for number, one in enumerate(self.sources)}
+            return {f"data.sources[{i}]": source for i, source in enumerate(self.sources)}
         single = {field.name: getattr(self, field.name) for field in fields(SourceConfig)}
         return {"data": WeightedSource(**single)}
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long and in which pieces; batch sizes are in sequences."""
+    """Length of the run, batch sizes, numerics and hardware."""
 
-    train_steps: int = 1000  # updates of the weights
-    global_batch_size: int = 32  # sequences a step over all ranks
-    micro_batch_size: int = 8  # sequences in one forward and backward of one data-parallel rank
-    # Times the mean square of log sum exp of the logits, added to the loss; keeps logits from
-    # drifting (PaLM: 1e-4). train/loss in the logs is without it.
-    z_loss_coeff: float = 0.0
-    # Steps whose loss or gradient norm is not finite are left out, so many in a row; one more, and
-    # the run goes back to its newest checkpoint and passes over the samples since.
-    max_skipped_in_a_row: int = 5
-    max_rollbacks: int = 2  # to one checkpoint; one more ends the run with exit code 5
-    # A loss so many nats above the median of the last 32 counts as not finite; null: none does.
-    loss_spike_nats: float | None = None
-    precision: Literal["bf16", "fp32"] = "bf16"  # bf16: bfloat16 compute, float32 master weights
-    # auto: GPUs if there are any, and then each rank needs one of its own.
+    train_steps: Steps = 1000  # Number of optimizer steps
+    global_batch_size: Count = 32  # Sequences per step, over all ranks
+    micro_batch_size: Count = 8  # Sequences per forward and backward pass of one data-parallel rank
+    # Weight of the z-loss, mean(logsumexp(logits)^2) (PaLM: 1e-4); train/loss excludes it.
+    z_loss_coeff: NonNegative = 0.0
+    # Skip up to this many consecutive steps with a non-finite loss or gradient norm, then roll back
+    # to the newest checkpoint and skip the samples seen since.
+    max_consecutive_skips: CountOrZero = 5
+    max_rollbacks: CountOrZero = 2  # Rollbacks to the same checkpoint before exit code 5
+    # Also skip a step whose loss is this many nats above the median of the last 32; null: never.
+    loss_spike_threshold_nats: Positive | None = None
+    precision: Literal["bf16", "fp32"] = "bf16"  # Precision of compute; weights are in float32
+    # Device of all ranks; auto: one GPU per rank if there are any GPUs, else CPUs.
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    # Make one kernel each of dropout with its residual, RMSNorm, rotary positions and SwiGLU, with
-    # torch.compile: up to a minute at the first start on a machine, seconds later on.
+    # CPU threads per rank; null: from SLURM_CPUS_PER_TASK or OMP_NUM_THREADS, else cores / ranks.
+    num_threads: Count | None = None
+    # Fuse pointwise operations with torch.compile; the first start takes up to a minute longer.
     compile: bool = True
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, its schedule and gradient clipping."""
+    """AdamW, its learning rate schedule, and gradient clipping."""
 
-    lr: float = 6e-4  # peak learning rate
-    min_lr: float | None = None  # learning rate at the end of the decay; null: a tenth of lr
+    lr: NonNegative = 6e-4  # Peak learning rate
+    min_lr: NonNegative | None = None  # Learning rate at the end of the decay; null: lr / 10
+    # Shape of the decay after warmup; WSD: constant, then linear at the end.
     lr_decay_style: Literal["constant", "linear", "cosine", "WSD"] = "cosine"
-    lr_warmup_steps: int = 0
-    lr_wsd_decay_steps: int | None = None  # of WSD's final decay; null: a tenth of train_steps
-    weight_decay: float = 0.1  # on matrices and embeddings; never on norms and biases
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    clip_grad: float = 1.0  # largest global gradient norm; 0: no clipping
+    lr_warmup_steps: CountOrZero = 0  # Steps of linear warmup from 0 to lr
+    lr_wsd_decay_steps: Count | None = None  # Steps of WSD's final decay; null: train_steps / 10
+    weight_decay: NonNegative = 0.1  # Of matrices and embeddings, not of norms and biases
+    adam_beta1: Fraction = 0.9  # Decay rate of the first moment
+    adam_beta2: Fraction = 0.95  # Decay rate of the second moment
+    adam_eps: Positive = 1e-8  # Added to the denominator of the update
+    clip_grad: NonNegative = 1.0  # Maximum global gradient norm; 0: no clipping
 
     @property
     def final_lr(self) -> float:
@@ -211,47 +256,45 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Evaluation on held-out documents, and a text sample, while training."""
+    """Evaluation on held-out documents during training, and a text sample."""
 
-    interval: int = 250  # steps between evaluations; there is one at the end too; 0: none at all
-    max_sequences: int = 128  # rows of held-out text at most; whole documents are taken
-    sample_tokens: int = 128  # tokens of text written at each evaluation; 0: no sample
-    sample_prompt: str = "def __init__(self"  # no space at its end: pieces begin with theirs
-    sample_temperature: float = 0.7  # 0: always the likeliest token
+    interval: CountOrZero = 250  # Steps between evaluations, plus one at the end; 0: never
+    max_sequences: Count = 128  # Maximum number of held-out sequences; documents are not cut
+    sample_tokens: CountOrZero = 128  # Tokens to generate at each evaluation; 0: no sample
+    # Prompt of the sample, without trailing space; null: the beginning of a held-out document.
+    sample_prompt: Prompt | None = None
+    sample_temperature: NonNegative = 0.7  # Sampling temperature; 0: greedy
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     """When to save, and how many checkpoints to keep."""
 
-    save_interval: int = 250  # steps; there is a save at the end and on a signal too; 0: only those
-    keep: int = 2  # newest checkpoints kept; 0: all
-    max_failed_saves: int = 2  # so many failures in a row end the run with exit code 1
-    async_save: bool = True  # train on while a copy is written, where there is memory for the copy
+    save_interval: CountOrZero = 250  # Steps between saves; 0: only at the end and on a signal
+    keep: CountOrZero = 2  # Number of newest checkpoints to keep; 0: all
+    max_failed_saves: Count = 2  # Exit with code 1 after this many consecutive failed saves
+    async_save: bool = True  # Write in the background, if memory allows a copy of the state
 
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """What a person sees while it runs; metrics.jsonl gets every step whatever is set here."""
+    """Console, profiler and Weights & Biases; metrics.jsonl always has every step."""
 
-    log_interval: int = 1  # steps between console lines
-    # First and last step of which every rank writes a trace of torch.profiler to profile/, and
-    # rank 0 says where the time went; null: none.
+    log_interval: Count = 1  # Steps between console lines
+    # First and last step to trace with torch.profiler, into profile/ of the run; null: none.
     profile_steps: tuple[int, int] | None = None
-    # offline: kept in the run folder; auto: online if there is a key.
+    # Weights & Biases mode. offline: write to the run folder; auto: online if an API key is set.
     wandb: Literal["auto", "online", "offline", "disabled"] = "offline"
-    wandb_project: str = "microtron"
+    wandb_project: str = "microtron"  # Weights & Biases project
 
 
 @dataclass(frozen=True)
 class DebugConfig:
-    """Checks on the run itself."""
+    """Checks for hardware faults and bugs."""
 
-    # Steps between comparisons, by hash, of what ranks should hold alike (norms and their moments
-    # over tp, gathered weights over dp); there is one at the start always; 0: only that.
-    audit_interval: int = 100
-    # On a GPU: kernels that add in a fixed order, so that a run repeats to the bit; slower. On a
-    # processor all do.
+    # Steps between checks that replicas are equal (by hash) on all ranks; 0: only at the start.
+    audit_interval: CountOrZero = 100
+    # Use deterministic GPU kernels, so that a run repeats bit for bit; slower. CPUs always do.
     deterministic: bool = False
 
 

@@ -45,7 +45,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # the folder of this file
 model, tokenizer = (auto.from_pretrained(folder) for auto in (AutoModelForCausalLM, AutoTokenizer))
-inputs = tokenizer({json.dumps(config.evaluate.sample_prompt)}, return_tensors="pt")
+inputs = tokenizer({json.dumps(config.evaluate.sample_prompt or "def ")}, return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 

@@ -76,7 +76,7 @@ def test_stopped_anywhere_near_bad_steps(mesh: Mesh, corpus: Path, tmp_path: Pat
     With one bad step allowed in a row, checkpoint.keep=1, and a rollback on the way.
     """
     last = 10
-    overrides = ("evaluate.interval=0", "train.max_skipped_in_a_row=1", "checkpoint.keep=1")
+    overrides = ("evaluate.interval=0", "train.max_consecutive_skips=1", "checkpoint.keep=1")
     overrides += ("checkpoint.save_interval=2", f"train.train_steps={last}")
     config = parse_config(settings(corpus, tmp_path, *overrides))
     samples = {*range(16, 40), *range(64, 72)}

@@ -99,7 +99,7 @@ def test_invalid_settings_are_one_line(
         (["path=x"], "path=x is not used with source=held_out; choose its format"),
         (["source=text"], "path is missing: source=text needs a file, a folder or a glob"),
         (["source=text", "path=/nowhere"], "data.path=/nowhere does not exist"),
-        (["stride=38"], "stride=38 is larger than a window; choose at most model.seq_length=37"),
+        (["stride=38"], "stride=38 is more than model.seq_length=37, the length of a window"),
         (["output=/nowhere/x.json"], "output=/nowhere/x.json: its parent directory does not exist"),
         (["windows=3"], "there is no key windows; "),
     ):

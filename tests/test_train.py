@@ -194,7 +194,7 @@ def test_a_run_that_is_not_finite_ends(corpus: Path, tmp_path: Path) -> None:
         tmp_path,
         "optimizer.lr=1e30",
         "optimizer.clip_grad=0",
-        "train.max_skipped_in_a_row=1",
+        "train.max_consecutive_skips=1",
         "train.max_rollbacks=1",
     )
     output = finish(start(1, wild), expected=5)

@@ -26,9 +26,12 @@ def skip_reason(
     reason = None
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         reason = f"the loss is {loss}, the gradient norm {grad_norm}"
-    elif config.loss_spike_nats is not None and len(state.recent_losses) == RunState.NUM_RECENT:
+    elif (
+        config.loss_spike_threshold_nats is not None
+        and len(state.recent_losses) == RunState.NUM_RECENT
+    ):
         usual = statistics.median(state.recent_losses)
-        if loss > usual + config.loss_spike_nats:
+        if loss > usual + config.loss_spike_threshold_nats:
             reason = f"the loss is {loss:.4f}, usually {usual:.4f}"
     # A rank that alone went on would part from the others for good.
     if any_rank(mesh, reason is not None):
@@ -38,7 +41,7 @@ def skip_reason(
 
 def too_many_skipped(state: RunState, config: TrainConfig) -> bool:
     """Whether leaving out updates does not help."""
-    return state.skipped_in_a_row > config.max_skipped_in_a_row
+    return state.skipped_in_a_row > config.max_consecutive_skips
 
 
 def roll_back(run: Run, state: RunState) -> RunState:

@@ -112,7 +112,7 @@ def generate_sample(run: Run, state: RunState) -> str | None:
     )
     tokens = generate(
         run.model,
-        [tokenizer.bos_id, *tokenizer.encode(config.sample_prompt)],
+        [tokenizer.bos_id, *tokenizer.encode(config.sample_prompt or "")],
         config.sample_tokens,
         sampling,
         num_ids=tokenizer.vocab_size,

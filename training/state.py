@@ -16,7 +16,7 @@ import torch
 from torch.optim import AdamW
 
 from checkpoints import Checkpoint, CheckpointError, find_checkpoint, load_tensors
-from configs import Config, OptimizerConfig, exit_with_error, flatten
+from configs import RENAMED, Config, OptimizerConfig, exit_with_error, flatten
 from data import BatchLoader, Corpus, load_tokenizer
 from model import GPT
 from parallel import DeviceError, Mesh, gather_json, init_mesh
@@ -51,11 +51,12 @@ _MAY_CHANGE_KEYS = (
     "train.micro_batch_size",
     "train.compile",
     "train.device",
+    "train.num_threads",
     "train.train_steps",
     "train.precision",
-    "train.max_skipped_in_a_row",
+    "train.max_consecutive_skips",
     "train.max_rollbacks",
-    "train.loss_spike_nats",
+    "train.loss_spike_threshold_nats",
     "data.cache_directory",
     "data.tokenizer",  # what is in it is compared by its fingerprint
     *_PLACES_OF_TEXT,
@@ -75,6 +76,7 @@ _CHANGE_NO_STEP = (
     "train.micro_batch_size",
     "train.compile",
     "train.device",
+    "train.num_threads",
     "data.cache_directory",
     *_PLACES_OF_TEXT,
 )
@@ -292,7 +294,8 @@ def _may_change(key: str, is_imported: bool) -> bool:
 def _require_same_settings(checkpoint: Checkpoint, config: Config) -> None:
     """Refuse settings that would make the continued run another one, naming the keys."""
     # A key that came after the checkpoint had, in effect, its default.
-    stored, now = flatten(Config()) | checkpoint.state["config"], flatten(config)
+    saved = {RENAMED.get(key, key): v for key, v in checkpoint.state["config"].items()}
+    stored, now = flatten(Config()) | saved, flatten(config)
     for settings in (stored, now):  # of a mixture, fingerprints tell all but the weights
         settings["data.sources"] = _weights(settings["data.sources"])
     changed = [key for key in sorted(stored.keys() | now.keys()) if stored.get(key) != now.get(key)]

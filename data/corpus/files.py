@@ -14,8 +14,8 @@ from typing import NamedTuple
 import xxhash
 
 from configs.errors import UserError
-from configs.inputs import COMPRESSED, SOURCE_EXTENSIONS, extensions_in_words
 from configs.schema import SourceConfig
+from configs.validate import COMPRESSED, SOURCE_EXTENSIONS, extensions_in_words
 from data.corpus.cache import digests
 
 # Folders of the standard library that hold installed packages, or nothing to read.

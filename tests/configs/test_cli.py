@@ -1,4 +1,4 @@
-"""Settings of programs beside train.py: every way to get one wrong ends in one line."""
+"""Settings of the programs other than train.py: values, errors and help."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +40,8 @@ class Settings:
 
 
 KEYS = (
-    "the keys of configs/test_cli.py are: run, prompt, max_new_tokens, top_k, temperature, "
-    "precision, tensor_model_parallel_size (python configs/test_cli.py --help)"
+    "choose from run, prompt, max_new_tokens, top_k, temperature, precision, "
+    "tensor_model_parallel_size (--help describes them)"
 )
 ERRORS = [
     ("top_k=abc", "top_k=abc is not an integer or null; write for example 100"),
@@ -51,13 +51,10 @@ ERRORS = [
     ("precision=fp16", "precision=fp16 is not one of fp32, bf16 or null"),
     ("max_tokens=5", "max_tokens=5: there is no key max_tokens; did you mean max_new_tokens?"),
     ("temp=5", "temp=5: there is no key temp; did you mean temperature?"),
-    ("dtype=fp32", "dtype=fp32: there is no key dtype; did you mean precision?"),
+    ("dtype=fp32", "dtype=fp32: there is no key dtype; did you mean precision=fp32?"),
     ("model.top_k=5", "model.top_k=5: there is no key model.top_k; did you mean top_k?"),
     ("xyz=5", f"xyz=5: there is no key xyz; {KEYS}"),
-    (
-        "model.num_layers=5",
-        "model.num_layers=5: settings of the run come from its config.yaml; " + KEYS,
-    ),
+    ("model.num_layers=5", f"model.num_layers=5: there is no key model.num_layers; {KEYS}"),
     ("--top_k=5", "--top_k=5 has dashes; write top_k=5"),
     (
         "prompt",
@@ -67,21 +64,20 @@ ERRORS = [
         "hello",
         "hello has no '='; write key=value, without spaces or dashes (all keys: --help)",
     ),
-    ("run=", "run is empty; give it a value, or leave it out"),
+    ("run=", "run is empty; give a value"),
     ("prompt=\udcff", "prompt='\\udcff' is not valid UTF-8; write it in UTF-8"),
 ]
 
 
 @pytest.mark.parametrize(("argument", "message"), ERRORS)
-def test_one_line_says_what_is_wrong(argument: str, message: str) -> None:
-    """Key, value, what is allowed, the nearest key."""
+def test_error_of_an_argument(argument: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_settings(Settings, ["run=runs/x", argument])
     assert str(caught.value) == message
 
 
-def test_relations_and_what_is_required() -> None:
-    """A class says itself what does not go together."""
+def test_relations_and_required_keys() -> None:
+    """`__post_init__` checks relations."""
     with pytest.raises(ConfigError, match="top_k has no meaning for temperature=0"):
         parse_settings(Settings, ["run=x", "top_k=3", "temperature=0"])
     with pytest.raises(ConfigError, match="run=RUN is required: the folder of a run"):
@@ -89,7 +85,7 @@ def test_relations_and_what_is_required() -> None:
 
 
 def test_values_have_the_types_of_their_fields() -> None:
-    """Text is taken as it is written; a key of train.py may have its section; the last counts."""
+    """Text is literal; a key that train.py has too may name its section; the last value counts."""
     arguments = ["run=~/x", "top_k=1e3", "top_k=null", "precision=bf16", "temperature=2"]
     arguments += ["parallel.tensor_model_parallel_size=2"]
     settings = parse_settings(Settings, arguments)
@@ -107,10 +103,10 @@ def test_help_comes_from_the_class(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended.value.code == 0
     text = capsys.readouterr().out
     assert text.startswith(
-        "Usage: python configs/test_cli.py key=value ...\n\nSay something about a run.\n\n"
-        "  run  (a string; required)\n      the folder of a run\n"
+        "Usage: python test_cli.py key=value ...\n\nSay something about a run.\n\n"
+        "  run  (string; required)\n      the folder of a run\n"
     )
-    assert "  max_new_tokens  (an integer; default 100)\n      Tokens of a line, at" in text
+    assert "  max_new_tokens  (integer; default 100)\n      Tokens of a line, at" in text
     assert "  precision  (one of fp32, bf16 or null; default null)\n      null: the run's\n" in text
 
 
@@ -125,7 +121,7 @@ def test_an_error_ends_the_process(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_configuration_of_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Laid out for the ranks there are; a folder that is not a run, and a layout it cannot have."""
+    """It is for the ranks of this launch; a wrong folder or layout is an error."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/mine").mkdir(parents=True)
     config = parse_config(["config=gpt_debug", "train.global_batch_size=12"])

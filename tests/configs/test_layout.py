@@ -1,4 +1,4 @@
-"""What cannot be laid out on the ranks that torchrun has started, and the text that says so."""
+"""Errors of layouts that do not fit the ranks that torchrun started."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from configs import ConfigError, parse_config
 
 TP = "parallel.tensor_model_parallel_size"
 
-# Ranks, what follows config=gpt_debug, and the error.
+# Number of ranks, arguments after config=gpt_debug, and the error.
 LAYOUTS = [
     (
         1,
@@ -73,10 +73,10 @@ def _error(*arguments: str) -> str:
 
 
 @pytest.mark.parametrize(("ranks", "arguments", "message"), LAYOUTS)
-def test_a_layout_that_cannot_be_is_explained(
+def test_error_of_a_layout(
     ranks: int, arguments: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What torchrun started is known before any process group is formed."""
+    """The environment tells the number of ranks before any process group is formed."""
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     found = _error("config=gpt_debug", *arguments.split(" "))
@@ -84,8 +84,8 @@ def test_a_layout_that_cannot_be_is_explained(
 
 
 @pytest.mark.parametrize("world_size", ["", "0", "two"])
-def test_a_broken_launch_is_explained(world_size: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """RANK without a usable WORLD_SIZE is nobody's launcher."""
+def test_error_of_a_broken_launch(world_size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No launcher sets RANK without a usable WORLD_SIZE."""
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", world_size)
     assert "start with torchrun, or unset RANK" in _error("config=gpt_debug")

@@ -1,4 +1,4 @@
-"""Settings that are lists: the sources of a mixture, in a file and on the command line."""
+"""Settings that are lists, such as the sources of a mixture."""
 
 import dataclasses
 import json
@@ -16,14 +16,14 @@ from configs import (
     to_yaml,
 )
 from configs.fields import KEYS, Field, fields_of
-from configs.values import argument_node, convert
+from configs.load import parse_arguments
 
 MIXTURE = "data.sources=[{source: text, path: a.txt, weight: 3}, {}]"
 
 
 @pytest.fixture(autouse=True)
 def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A working directory of its own with a text, and no torchrun around us."""
+    """Work in a directory with a text file, without torchrun."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RANK", raising=False)
     Path("a.txt").write_text("text")
@@ -49,7 +49,7 @@ def test_a_list_survives_being_written_and_read() -> None:
 
 
 def test_the_single_keys_are_a_mixture_of_one() -> None:
-    """Whoever reads text need not know which way it was given."""
+    """Code that reads text does not need to know how it was given."""
     data = DataConfig(source="jsonl", path="x", text_field="body")
     assert data.mixture == {"data": WeightedSource("jsonl", "x", "body")}
     data = DataConfig(sources=(WeightedSource(), WeightedSource("text", "b")))
@@ -59,42 +59,47 @@ def test_the_single_keys_are_a_mixture_of_one() -> None:
 @pytest.mark.parametrize(
     ("sources", "message"),
     [
-        ("[{wieght: 2}]", "there is no key data.sources[0].wieght; did you mean weight?"),
+        (
+            "[{wieght: 2}]",
+            "data.sources[0].wieght=2: there is no key data.sources[0].wieght; did you mean data."
+            "sources[0].weight?",
+        ),
         (
             "[{}, {a: 2}]",
-            "there is no key data.sources[1].a; its keys are source, path",
+            "data.sources[1].a=2: there is no key data.sources[1].a; the keys of "
+            "data.sources[1] are: source, path",
         ),
         ("[{source: txt}]", "data.sources[0].source=txt is not one of python_stdlib, text"),
         ("[{source: text}]", "data.sources[0].path=null, but data.sources[0].source=text needs"),
         ("[{source: text, path: b}]", "data.sources[0].path=b does not exist; give an existing"),
-        ("[{path: a.txt}]", "data.sources[0].path=a.txt has no meaning for data.sources[0].source"),
+        ("[{path: a.txt}]", "data.sources[0].path=a.txt has no effect with data.sources[0].source"),
         ("[{weight: 0}]", "data.sources[0].weight=0.0 is out of range; it must be more than 0"),
         ("[{weight: 1e999}]", "data.sources[0].weight=1e999 is not a finite number"),
-        ("[{weight: [1]}]", "data.sources[0].weight=[...] is not a finite number"),
+        ("[{weight: [1]}]", "data.sources[0].weight=[1] is not a finite number"),
         (
             "[{weight: !!python/name:os.system 1}]",
-            "data.sources[0].weight has the YAML tag",
+            "data.sources=[{weight: !!python/name:os.system 1}] is not valid YAML",
         ),
-        ("[{text_field: ' '}]", "data.sources[0].text_field is empty; give it, or leave it out"),
+        ("[{text_field: ' '}]", "data.sources[0].text_field is empty; give a value"),
         ("[{weight: 1, weight: 2}]", "data.sources[0].weight is already set; remove one"),
         ("[a.txt]", "data.sources[0]=a.txt is not a mapping {source, path"),
         ("a.txt", "data.sources=a.txt is not a list [a mapping {source, path"),
         ("[{", "data.sources=[{ is not valid YAML"),
-        ("null", "data.sources is null; it must be a list"),
+        ("null", "data.sources=null is not a list"),
         ("{source: text}", "data.sources={...} is not a list"),
     ],
 )
 def test_a_wrong_list_is_refused(sources: str, message: str) -> None:
-    """Naming the item, what is wrong in it and what may stand there."""
+    """The error names the item, the problem and what is allowed."""
     with pytest.raises(ConfigError) as caught:
         parse_config(["config=gpt_debug", f"data.sources={sources}"])
     assert str(caught.value).startswith(message)
 
 
 def test_a_wrong_item_in_a_file_is_found_by_its_line() -> None:
-    """That of the value where there is one, else that of the list."""
+    """The line of the key."""
     Path("mine.yaml").write_text("data:\n  sources:\n    - source: text\n      path: b\n")
-    with pytest.raises(ConfigError, match=r"mine.yaml:3: data.sources\[0\].path=b does not exist"):
+    with pytest.raises(ConfigError, match=r"mine.yaml:4: data.sources\[0\].path=b does not exist"):
         parse_config(["config=mine"])
     Path("mine.yaml").write_text("data:\n  sources:\n    - {}\n    - weight: x\n")
     with pytest.raises(ConfigError, match=r"mine.yaml:4: data.sources\[1\].weight=x is not a fin"):
@@ -102,8 +107,8 @@ def test_a_wrong_item_in_a_file_is_found_by_its_line() -> None:
 
 
 def test_sources_and_the_single_keys_exclude_each_other() -> None:
-    """One of the two would silently be left out."""
-    with pytest.raises(ConfigError, match=r"^data.text_field=body has no meaning beside data.sou"):
+    """One of the two would have no effect."""
+    with pytest.raises(ConfigError, match=r"^data.text_field=body has no effect together with"):
         parse_config(["config=gpt_debug", MIXTURE, "data.text_field=body"])
 
 
@@ -113,25 +118,25 @@ def test_sources_and_the_single_keys_exclude_each_other() -> None:
         ("[1, 2]", (1, 2)),
         ("[1e1, 1_0]", (10, 10)),
         ("null", None),
-        ("[1]", "pair has 1 item; it must be a list [an integer, an integer] or null"),
+        ("[1]", "pair=[1] is not a list [an integer, an integer] or null"),
         ("[1, x]", "pair[1]=x is not an integer; write for example 100"),
-        ("[1, null]", "pair[1] is null; it must be an integer"),
+        ("[1, null]", "pair[1]=null is not an integer"),
         ("12", "pair=12 is not a list [an integer, an integer] or null"),
     ],
 )
 def test_a_list_of_numbers(text: str, expected: object) -> None:
-    """Of a given length, each read as a number alone would be."""
+    """Its items are converted like single numbers."""
     field = Field("pair", tuple[int, int], default=None, nullable=True)
     if not isinstance(expected, str):
-        assert convert(field, argument_node(field, text)) == expected
+        assert parse_arguments([f"pair={text}"], {"pair": field}) == {"pair": expected}
         return
     with pytest.raises(ConfigError) as caught:
-        convert(field, argument_node(field, text))
+        parse_arguments([f"pair={text}"], {"pair": field})
     assert str(caught.value).startswith(expected)
 
 
 def test_the_fields_of_a_source_are_keys() -> None:
-    """With the types and defaults that the single keys have."""
+    """They have the types and defaults of the single keys."""
     fields = fields_of(WeightedSource)
     assert fields.pop("weight").default == 1.0
     for leaf, field in fields.items():
@@ -144,15 +149,18 @@ def test_the_fields_of_a_source_are_keys() -> None:
         ("[10, 12]", (10, 12)),
         ("[7, 7]", (7, 7)),
         ("null", None),
-        ("[0, 2]", "logging.profile_steps=[0, 2] is no range of steps; write the first and the"),
-        ("[5, 4]", "logging.profile_steps=[5, 4] is no range of steps"),
-        ("[1, 100000000]", "logging.profile_steps=[1, 100000000] is no range of steps"),
-        ("[5]", "logging.profile_steps has 1 item; it must be a list [an integer, an integer]"),
+        (
+            "[0, 2]",
+            "logging.profile_steps=[0, 2] is not a valid step range; write the first",
+        ),
+        ("[5, 4]", "logging.profile_steps=[5, 4] is not a valid step range"),
+        ("[1, 100000000]", "logging.profile_steps=[1, 100000000] is not a valid step range"),
+        ("[5]", "logging.profile_steps=[5] is not a list [an integer, an integer]"),
         ("5", "logging.profile_steps=5 is not a list [an integer, an integer]"),
     ],
 )
 def test_the_steps_to_profile(steps: str, expected: object) -> None:
-    """Two of them, from 1 on and in order."""
+    """The first and the last step, from 1 on."""
     arguments = ["config=gpt_debug", f"logging.profile_steps={steps}"]
     if not isinstance(expected, str):
         assert parse_config(arguments).logging.profile_steps == expected

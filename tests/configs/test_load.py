@@ -1,6 +1,7 @@
-"""Loading: what wins, how texts become values, what is shipped, and how a process ends."""
+"""Loading: precedence, types, shipped files, run folders, help and exit codes."""
 
 import dataclasses
+import logging
 import os
 import subprocess
 import sys
@@ -11,12 +12,13 @@ import pytest
 import yaml
 
 from configs import Config, ConfigError, flatten, parse_config, read_config, to_yaml
+from configs.cli import config_list, settings_table, usage
 from configs.fields import KEYS
-from configs.inputs import SOURCE_EXTENSIONS
+from configs.launch import threads_per_rank
 from configs.layout import check_layout, last_chunk
-from configs.schema import TrainConfig
-from configs.usage import SHIPPED, config_list, usage
-from configs.validate import RANGES
+from configs.load import SHIPPED, current_name
+from configs.schema import RENAMED, RunConfig, TrainConfig
+from configs.validate import SOURCE_EXTENSIONS
 from tests.lines import ROOT
 
 PROGRAM = "import sys; from configs import load_config; load_config(sys.argv[1:]); print('started')"
@@ -24,7 +26,7 @@ PROGRAM = "import sys; from configs import load_config; load_config(sys.argv[1:]
 
 @pytest.fixture(autouse=True)
 def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A working directory of its own, and no torchrun around us."""
+    """Work in an empty directory, without torchrun."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
@@ -43,7 +45,7 @@ def _python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[st
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_defaults() -> None:
-    """One key from each of the three."""
+    """One key of each."""
     Path("mine.yaml").write_text("train:\n  train_steps: 7\n  global_batch_size: 24\n")
     config = parse_config(["config=mine", "train.train_steps=9"])
     assert config.train == TrainConfig(train_steps=9, global_batch_size=24)
@@ -72,8 +74,8 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults() -> Non
         ("evaluate.sample_prompt='", "'"),
     ],
 )
-def test_a_text_is_read_by_the_type_of_its_key(argument: str, value: object) -> None:
-    """Where YAML would guess, the key decides."""
+def test_a_value_is_converted_by_the_type_of_its_key(argument: str, value: object) -> None:
+    """YAML would guess the type of each."""
     key = argument.partition("=")[0]
     found = flatten(parse_config(["config=gpt_debug", argument]))[key]
     assert found == value
@@ -84,7 +86,7 @@ def test_a_text_is_read_by_the_type_of_its_key(argument: str, value: object) -> 
     "text", ["", "# nothing yet\n", "model:\n", "model: null\n", "model: {}\n"]
 )
 def test_an_empty_file_or_section_means_the_defaults(text: str) -> None:
-    """A file in which everything is commented out is a valid one."""
+    """A file in which everything is commented out is valid."""
     Path("mine.yaml").write_text(text)
     config = parse_config(["config=mine.yaml"])
     expected = Config()
@@ -94,18 +96,18 @@ def test_an_empty_file_or_section_means_the_defaults(text: str) -> None:
 
 
 def test_a_file_here_wins_over_a_shipped_one() -> None:
-    """config=NAME.yaml is looked up as given first."""
+    """config=NAME.yaml is first looked up as given."""
     Path("gpt_debug.yaml").write_text("run:\n  seed: 99\n")
     assert parse_config(["config=gpt_debug"]).run.seed == 99
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_every_shipped_file_starts_as_one_process_from_anywhere(path: Path) -> None:
-    """Each has a description, takes its name as the run's, needs one rank, and can be exported."""
+    """Each has a description, names the run, needs one rank, and can be exported."""
     config = parse_config([f"config={path.name}"])
     assert config.run.name == path.stem
     assert config.parallel.tensor_model_parallel_size == 1
-    # What GPT2LMHeadModel and LlamaForCausalLM compute.
+    # The activations of GPT2LMHeadModel and LlamaForCausalLM.
     expected = "swiglu" if path.stem.startswith("llama") else "gelu_tanh"
     assert config.model.activation == expected
     assert path.read_text().startswith("# ")
@@ -152,8 +154,8 @@ def test_a_written_configuration_reads_back_the_same(path: Path) -> None:
 @pytest.mark.parametrize(
     "prompt", ["def ", "", "null", "a\n\t'\"b", "# é ☃ \x00", "1e4", " x " * 99]
 )
-def test_any_text_survives_being_written(prompt: str) -> None:
-    """Whatever YAML would make of it unquoted."""
+def test_any_string_reads_back_the_same(prompt: str) -> None:
+    """YAML would read some of them differently without quotes."""
     config = parse_config(["config=gpt_debug"])
     evaluate = dataclasses.replace(config.evaluate, sample_prompt=prompt)
     config = dataclasses.replace(config, evaluate=evaluate)
@@ -163,7 +165,7 @@ def test_any_text_survives_being_written(prompt: str) -> None:
 
 
 def test_a_run_of_many_ranks_can_be_read_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Evaluating a run needs neither its ranks nor its corpus."""
+    """An evaluation needs neither the ranks nor the corpus."""
     Path("corpus.txt").write_text("text")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -177,7 +179,7 @@ def test_a_run_of_many_ranks_can_be_read_by_one(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("source", SOURCE_EXTENSIONS)
 def test_a_source_may_be_a_file_a_glob_or_a_folder(source: str) -> None:
-    """What the data package will read is accepted here."""
+    """All that the data package can read is accepted."""
     name = f"deep/below{SOURCE_EXTENSIONS[source][0]}"
     Path("deep").mkdir()
     Path(name).touch()
@@ -185,8 +187,8 @@ def test_a_source_may_be_a_file_a_glob_or_a_folder(source: str) -> None:
         parse_config(["config=gpt_debug", f"data.source={source}", f"data.path={path}"])
 
 
-def test_pieces_are_cut_as_torch_does() -> None:
-    """The last of `parts` pieces; worked out by hand."""
+def test_last_chunk_equals_torch() -> None:
+    """Sizes of the last chunk, worked out by hand."""
     assert [last_chunk(*cut) for cut in [(603, 2), (5, 4), (8, 4), (3, 2), (1, 2)]] == [
         301,
         0,
@@ -197,32 +199,49 @@ def test_pieces_are_cut_as_torch_does() -> None:
 
 
 def test_every_number_has_a_range() -> None:
-    """A key without one would accept -1."""
+    """A number without a range would accept -1."""
     numbers = {name for name, field in KEYS.items() if field.hint in (int, float)}
-    assert numbers == set(RANGES)
+    assert numbers == {name for name, field in KEYS.items() if field.range}
 
 
 def test_help_names_every_key_and_every_shipped_file() -> None:
-    """The comments of the schema are the documentation, including those above a key."""
+    """Help texts are the comments behind or above the fields of the schema."""
     text = usage()
     assert all(f"  {key}  (" in text for key in KEYS)
     assert config_list() in text
-    assert KEYS["optimizer.lr"].comment == "peak learning rate"
-    assert KEYS["parallel.gradient_sync"].comment.startswith("When gradients are reduced")
-    assert KEYS["model.num_attention_heads"].comment == ""
+    assert KEYS["optimizer.lr"].comment == "Peak learning rate"
+    assert KEYS["parallel.gradient_sync"].comment.startswith("Reduce gradients over data-parallel")
+    assert (
+        "  run.directory  (string; default runs)\n      Folder that holds the run folders\n" in text
+    )
+    assert "  optimizer.lr  (number; default 0.0006)\n" in text
+    assert "  train.compile  (true or false; default true)\n" in text
+    for key in ("parallel.dp_comm_overlap", "parallel.shared_memory"):
+        assert KEYS[key].comment.startswith("CPU only: ")
+
+
+def test_every_setting_has_a_help_text_and_a_row_in_the_table() -> None:
+    """`python -m configs` prints the table of docs/settings.md."""
+    assert [key for key, field in KEYS.items() if not field.comment] == []
+    table = _python("-m", "configs").stdout
+    assert table == settings_table()
+    head, line, *rows = table.splitlines()
+    assert (head, line) == ("| section | key | type | default | meaning |", "|" + " --- |" * 5)
+    assert [".".join(row.split(" | ")[:2]).lstrip("| ") for row in rows] == list(KEYS)
+    assert "| optimizer | lr | number | 0.0006 | Peak learning rate |" in rows
 
 
 @pytest.mark.parametrize("argument", ["--help", "-h", "help", "config=list"])
 def test_information_exits_with_0(argument: str) -> None:
-    """On stdout, and nothing else on it."""
+    """It goes to stdout, alone."""
     done = _python("-c", PROGRAM, argument)
     assert (done.returncode, done.stderr) == (0, "")
     assert "gpt_laptop.yaml" in done.stdout
     assert "started" not in done.stdout
 
 
-def test_a_wrong_key_costs_no_import_of_torch() -> None:
-    """One line, exit code 2, and no waiting."""
+def test_a_wrong_key_is_reported_before_torch_is_imported() -> None:
+    """One line and exit code 2, quickly."""
     started_at = time.perf_counter()
     done = _python("-c", PROGRAM, "config=gpt_debug", "lr=1")
     elapsed_s = time.perf_counter() - started_at
@@ -232,13 +251,13 @@ def test_a_wrong_key_costs_no_import_of_torch() -> None:
 
 
 def test_loading_imports_no_torch() -> None:
-    """Nor anything that would."""
+    """Nor numpy."""
     program = f"{PROGRAM}; assert 'torch' not in sys.modules; assert 'numpy' not in sys.modules"
     assert _python("-c", program, "config=gpt_debug").stdout == "started\n"
 
 
 def test_under_torchrun_an_error_is_printed_once_and_is_the_root_cause() -> None:
-    """Rank 0 prints; torchrun shows the same line in place of a traceback."""
+    """Rank 0 prints; torchrun shows the same line instead of a traceback."""
     Path("program.py").write_text(PROGRAM)
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0")
     done = _python(*torchrun, "program.py", "config=gpt_debug", "lr=1")
@@ -250,17 +269,108 @@ def test_under_torchrun_an_error_is_printed_once_and_is_the_root_cause() -> None
     assert done.stdout == ""
 
 
-def test_two_configs_are_refused() -> None:
-    """The second would silently start another model."""
-    with pytest.raises(
-        ConfigError, match="config is given twice, as gpt_debug and gpt_1b; give one"
-    ):
-        parse_config(["config=gpt_debug", "config=gpt_1b"])
-
-
-def test_the_last_of_two_settings_counts() -> None:
-    """A script can add to a command line without knowing what is in it."""
+def test_the_last_value_of_a_key_counts() -> None:
+    """A script can append to a command line without knowing what is in it; so for config."""
     assert parse_config(["config=gpt_debug", "run.seed=5", "run.seed=6"]).run.seed == 6
+    assert parse_config(["config=gpt_1b", "config=gpt_debug"]).model.num_layers == 2
+    arguments = ["config=gpt_debug", "optimizer.min_lr=1e-5", "optimizer.min_lr=null"]
+    assert parse_config(arguments).optimizer.min_lr is None
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_an_old_name_works_and_warns_once(
+    old: str, new: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the command line, in a file, and in a run folder."""
+    monkeypatch.setattr(logging.getLogger("microtron"), "propagate", True)
+    current_name.cache_clear()
+    section, leaf = old.split(".")
+    Path("config.yaml").write_text(f"{section}:\n  {leaf}: 3\n")
+    configs = [
+        parse_config(["config=gpt_debug", f"{old}=3"]),
+        parse_config(["config=config.yaml"]),
+        read_config(Path("config.yaml")),
+    ]
+    assert [flatten(config)[new] for config in configs] == [3, 3, 3]
+    warning = f"{old} is now called {new}; the old name still works"
+    assert [record.message for record in caplog.records] == [warning]
+    Path("config.yaml").write_text(f"{section}:\n  {leaf}: x\n")
+    with pytest.raises(ConfigError, match=rf"^config.yaml:2: {new}=x is not"):
+        read_config(Path("config.yaml"))
+
+
+def _write_run(folder: Path, *arguments: str) -> str:
+    config = parse_config(["config=gpt_debug", *arguments])
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.yaml").write_text(to_yaml(config))
+    return f"config={folder}/config.yaml"
+
+
+def test_the_configuration_of_a_run_folder_is_that_run_and_says_so(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the overrides of its last launch, except the ones that concern that launch only."""
+    monkeypatch.setattr(logging.getLogger("microtron"), "propagate", True)
+    overrides = ["run.name=mine", "run.seed=5", "run.resume=never", "run.stop_at_step=3"]
+    run = _write_run(Path("runs/mine"), *overrides)
+    assert parse_config([run]).run == RunConfig(name="mine", seed=5)
+    assert parse_config([run, "run.name=other"]).run.name == "other"
+    assert parse_config([run, "run.resume=must"]).run.resume == "must"
+    assert {record.message for record in caplog.records} == {
+        "runs/mine/config.yaml has all settings of run mine, including the command line of its "
+        "last launch (except run.resume and run.stop_at_step)"
+    }
+
+
+def test_the_configuration_of_a_moved_run_folder_needs_a_run_name(tmp_path: Path) -> None:
+    """Its run.name would continue in the folder where the run was before."""
+    run = _write_run(Path("runs/copy"), "run.name=mine")
+    with pytest.raises(ConfigError) as caught:
+        parse_config([run])
+    assert str(caught.value) == (
+        f"config=runs/copy/config.yaml belongs to {tmp_path}/runs/mine; give run.name, and "
+        f"run.directory (run.name=copy run.directory={tmp_path}/runs to use this folder)"
+    )
+    assert parse_config([run, "run.name=copy"]).run.name == "copy"
+
+
+@pytest.mark.parametrize("variables", [{}, {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
+def test_files_and_arguments_are_utf8_in_the_c_locale(variables: dict[str, str]) -> None:
+    """Python decodes arguments as ASCII there, unless it chooses its UTF-8 mode."""
+    Path("é.yaml").write_text('run:\n  name: a\nevaluate:\n  sample_prompt: "é☃"\n', "utf-8")
+    Path("ü.txt").touch()
+    program = (
+        "import sys; from configs import load_config; config = load_config(sys.argv[1:]); "
+        "print(ascii((config.evaluate.sample_prompt, config.logging.wandb_project)))"
+    )
+    arguments = ("-c", program, "config=é.yaml", "logging.wandb_project=ü")
+    done = _python(*arguments, LC_ALL="C", **variables)
+    assert (done.stdout, done.stderr) == ("('\\xe9\\u2603', '\\xfc')\n", "")
+    done = _python(*arguments, "data.source=text", "data.path=ü.txt", LC_ALL="C", **variables)
+    error = "config error: data.path=\\xfc.txt is not a valid file name in the locale's encoding "
+    assert done.stderr.startswith(error) if variables else done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "environment", "expected"),
+    [
+        ("3", {"SLURM_CPUS_PER_TASK": "8", "OMP_NUM_THREADS": "2"}, 3),
+        ("null", {"SLURM_CPUS_PER_TASK": "8", "OMP_NUM_THREADS": "2"}, 8),
+        ("null", {"SLURM_CPUS_PER_TASK": "8", "LOCAL_WORLD_SIZE": "4"}, 2),
+        ("null", {"OMP_NUM_THREADS": "2", "LOCAL_WORLD_SIZE": "4"}, 2),
+        ("null", {"OMP_NUM_THREADS": "1"}, 1),
+        ("null", {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none"}, 12),
+        ("null", {"LOCAL_WORLD_SIZE": "5"}, 2),
+        ("null", {"LOCAL_WORLD_SIZE": "50"}, 1),
+    ],
+)
+def test_threads_per_rank(
+    setting: str, environment: dict[str, str], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The setting, Slurm, OpenMP (whose 1 is torchrun's own), else the cores of 12."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12))
+    config = parse_config(["config=gpt_debug", f"train.num_threads={setting}"])
+    assert threads_per_rank(config, environment) == expected
 
 
 def test_waiting_threads_sleep_soon_unless_the_user_has_a_policy() -> None:

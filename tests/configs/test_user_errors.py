@@ -1,4 +1,4 @@
-"""One line for what a user can fix, a traceback for everything else."""
+"""One line for errors that the user can fix, a traceback for all others."""
 
 import errno
 import os
@@ -29,7 +29,7 @@ def _raise(error: Exception) -> Callable[..., None]:
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A start has no peers to compare with, and finds no checkpoint."""
+    """Start without other ranks and without a checkpoint."""
     monkeypatch.setattr(train, "require_same_on_all_ranks", lambda *_: None)
     monkeypatch.setattr(train, "find_own_checkpoint", lambda *_: None)
 
@@ -39,7 +39,7 @@ def _start(config: Config) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("zip()"), KeyError("x"), FileNotFoundError(2, "y")])
-def test_a_defect_of_the_preparation_keeps_its_traceback(
+def test_a_bug_in_the_preparation_keeps_its_traceback(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     monkeypatch.setattr(train, "prepare_corpus", _raise(error))
@@ -48,8 +48,8 @@ def test_a_defect_of_the_preparation_keeps_its_traceback(
     assert caught.value is error
 
 
-def test_a_cache_that_cannot_be_made_names_its_key(corpus: Path, tmp_path: Path) -> None:
-    """ENOTDIR stands for the errors that a root user cannot provoke, such as a read-only disk."""
+def test_error_of_a_cache_folder_names_its_key(corpus: Path, tmp_path: Path) -> None:
+    """ENOTDIR stands for errors that root cannot provoke, such as a read-only disk."""
     (tmp_path / "file").touch()
     cache = f"data.cache_directory={tmp_path}/file/cache"
     with pytest.raises(UserError, match=rf"{cache}: Not a directory: {tmp_path}/file"):
@@ -71,10 +71,10 @@ def test_errors_of_the_machine_are_one_line(number: int) -> None:
         raise OSError(number, reason)
 
 
-def test_damaged_checkpoints_end_a_rollback_and_not_a_start(
+def test_a_rollback_to_damaged_checkpoints_ends_as_non_finite(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The run has trained: its exit code is that of a loss that is not finite, not 2."""
+    """The run has trained, so the exit code is 5 and not 2."""
     monkeypatch.setattr(divergence, "find_checkpoint", _raise(CheckpointError("all damaged")))
     run: Any = SimpleNamespace(
         config=SimpleNamespace(train=TrainConfig()),

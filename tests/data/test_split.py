@@ -214,9 +214,9 @@ def test_a_wrong_validation_path_is_named(tmp_path: Path) -> None:
     given = "data.validation_path=/nowhere"
     with pytest.raises(ConfigError, match=f"^{given} does not exist; give an existing file"):
         parse_config([*arguments, given])
-    with pytest.raises(ConfigError, match=r"data\.validation_path=x has no meaning for .*stdlib"):
+    with pytest.raises(ConfigError, match=r"data\.validation_path=x has no effect with .*stdlib"):
         parse_config(["config=gpt_debug.yaml", "data.validation_path=x"])
-    with pytest.raises(ConfigError, match=r"data\.validation_path=x has no meaning beside"):
+    with pytest.raises(ConfigError, match=r"data\.validation_path=x has no effect together"):
         parse_config(
             [
                 "config=gpt_debug.yaml",

@@ -36,7 +36,7 @@ def config(corpus: Path, tmp_path: Path) -> Config:
     overrides = (
         "evaluate.interval=0",
         "checkpoint.save_interval=2",
-        "train.max_skipped_in_a_row=1",
+        "train.max_consecutive_skips=1",
         "train.micro_batch_size=2",
     )
     return parse_config(settings(corpus, tmp_path, *overrides))
@@ -223,7 +223,9 @@ def test_a_loss_that_jumps_is_left_out(mesh: Mesh, config: Config) -> None:
         patch.setattr(MicroBatch, "inputs", nonsense)
         patch.setattr(RunState, "NUM_RECENT", 4)
         for name, nats in (("off", None), ("on", 1.0)):
-            curves[name] = run(mesh, changed(config, train={"loss_spike_nats": nats}), name=name)
+            curves[name] = run(
+                mesh, changed(config, train={"loss_spike_threshold_nats": nats}), name=name
+            )
     assert [row.get("train/skipped_steps", 0) for row in curves["off"]] == [0] * 10
     assert [row.get("train/skipped_steps", 0) for row in curves["on"]] == [*[0] * 8, 1, 1]
     assert curves["on"][8]["train/loss"] == curves["off"][8]["train/loss"]

@@ -85,7 +85,7 @@ def test_scores_are_those_of_the_reference(mesh: Mesh, config: Config) -> None:
     assert result.bits_per_byte == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
     assert result.perplexity == pytest.approx(math.exp(nats / num_targets), rel=1e-4)
     assert result.sample is not None
-    assert result.sample.startswith(config.evaluate.sample_prompt)
+    assert result.sample.startswith(config.evaluate.sample_prompt or "")
 
 
 @distributed(Layout(tp=2))

@@ -246,7 +246,7 @@ def test_exit_json_comes_before_wandb_and_pruning(
     mesh: Mesh, corpus: Path, tmp_path: Path, ending: str
 ) -> None:
     """Whatever may hold up the end of a run comes after its report."""
-    overrides = ["evaluate.interval=0", "train.max_skipped_in_a_row=0", "checkpoint.keep=1"]
+    overrides = ["evaluate.interval=0", "train.max_consecutive_skips=0", "checkpoint.keep=1"]
     overrides += ["run.stop_at_step=5", "checkpoint.save_interval=3", "checkpoint.async_save=false"]
     run_config = changed(
         parse_config(settings(corpus, tmp_path, *overrides)),
