@@ -37,8 +37,8 @@ train: setup  ## train a small GPT on two tensor-parallel ranks, about five minu
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 train.py config=gpt_laptop.yaml \
 	  parallel.tensor_model_parallel_size=2 $(ARGS)
 
-dashboard: setup  ## watch runs in a browser, live; ARGS="runs=DIR port=N"
-	@$(BIN)/python -m tracking.dashboard $(ARGS)
+dashboard: setup  ## watch runs in TensorBoard on localhost:6006; ARGS="--logdir=DIR --port=N"
+	@$(BIN)/tensorboard --host localhost --load_fast=false --logdir runs $(ARGS)
 
 trace: setup  ## follow one block over two ranks: what each holds, what is sent; docs/sequence-parallelism.md
 	@OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m docs.trace_layer

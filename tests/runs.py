@@ -62,7 +62,7 @@ def rows(directory: Path, name: str = "test") -> list[dict[str, Any]]:
         {
             key: value
             for key, value in json.loads(line).items()
-            if not key.startswith(("speed", "mem"))
+            if not key.startswith(("speed", "mem", "time_s"))
         }
         for line in lines
     ]

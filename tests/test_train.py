@@ -53,8 +53,7 @@ def test_a_signal_saves_and_the_run_goes_on(
     assert f"resume with\n  {report['resume']}\n" in output
     (saved,) = (tmp_path / "test" / "checkpoints").iterdir()
     assert saved.name == f"step_{report['step']:08d}"
-    assert f"\n  checkpoint   {saved}\n" in output
-    assert f"\n  this launch  {report['step']} steps, " in output
+    assert f"checkpoint:        {saved}\n" in output
     assert f"resuming from {saved}" in finish(start(ranks, arguments))
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, 41))
 
@@ -78,12 +77,14 @@ def test_the_run_folder_holds_what_it_should(
         "exit.json",
         "metrics.jsonl",
         "samples.jsonl",
+        "tensorboard",
         "tokenizer.model",
         "wandb",
     }
     assert json.loads((folder / "exit.json").read_text())["code"] == 0
     (log,) = logs(folder)
-    assert [row["item"]["step"] for row in records(log, "history")] == [1, 2, 3, 4, 5, 6]
+    sent = [row["item"]["step"] for row in records(log, "history") if "train/loss" in row["item"]]
+    assert sent == [1, 2, 3, 4, 5, 6]
     assert str(corpus).encode() not in log.read_bytes()
     for path in folder.rglob("*"):
         if path.is_file():

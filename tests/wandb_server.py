@@ -1,8 +1,6 @@
-"""A stand-in for the server of wandb 0.31, on this machine: as little of it as its client needs.
+"""A stand-in for the server of wandb 0.31 that answers the requests its client (wandb-core) makes.
 
-Found by writing down what the client (wandb-core) asks for. Runs are kept by their id as the real
-server would have them: history by line, summary, configuration, files. Artifacts are declined,
-which costs the client nothing but a line in its log: a table is a file of the run as well.
+Keeps runs by id as the real server would: history, summary, configuration, files.
 """
 
 import json
@@ -23,7 +21,7 @@ KEY = "local" + 35 * "0"  # any forty characters
 
 @dataclass
 class StoredRun:
-    """What the server has of a run."""
+    """The server's copy of a run."""
 
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
@@ -33,12 +31,12 @@ class StoredRun:
 
     @property
     def steps(self) -> list[int]:
-        """Of each row, in the order of the history."""
-        return [row["step"] for row in self.history]
+        """Steps of the training rows, in the order of the history."""
+        return [row["step"] for row in self.history if "train/loss" in row]
 
 
 class WandbServer(ThreadingHTTPServer):
-    """Answers at `url` from `with serve() as server:` on."""
+    """Answers at `url` inside `with serve() as server:`."""
 
     daemon_threads = True
     block_on_close = False
@@ -47,16 +45,17 @@ class WandbServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.runs: dict[str, StoredRun] = {}
-        self.requests: list[str] = []  # everything that anyone has said to it
+        self.deleted: set[str] = set()  # ids that the server rejects for good
+        self.requests: list[str] = []  # with headers and body
         self.answers = True
-        self.stops = False  # whether somebody has pressed the run's stop button
+        self.stops = False  # whether someone has pressed the run's stop button
         self.lock = threading.Lock()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up, or is killed, is not worth a word."""
+        """Ignore clients that hang up or are killed."""
 
     def graphql(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
-        """The answer to one query."""
+        """Answer one query."""
         kind = re.search(r"(?:query|mutation)\s+(\w+)", query)
         name = kind.group(1) if kind else query
         run = self.runs.get(variables.get("name", ""))
@@ -65,9 +64,11 @@ class WandbServer(ThreadingHTTPServer):
             user = {"id": "U", "entity": "me", "username": "me", "email": "", "flags": "{}"}
             return {"data": {"viewer": {**user, "teams": {"edges": []}}}}
         if name == "RunResumeStatus":
-            bucket = run and _as_resumed(variables["name"], run)
+            bucket = run and _resume_status(variables["name"], run)
             return {"data": {"model": {**project, "bucket": bucket}}}
         if name == "UpsertBucket":
+            if variables["name"] in self.deleted:
+                return {"errors": [{"message": "this run was deleted"}], "status": 409}
             is_new = run is None
             run = self.runs.setdefault(variables["name"], StoredRun())
             if variables["config"]:
@@ -87,12 +88,10 @@ class WandbServer(ThreadingHTTPServer):
             place = f"{self.url}/upload/{variables['run']}"
             files = [{"name": file, "uploadUrl": f"{place}/{file}"} for file in variables["files"]]
             return {"data": {"createRunFiles": {"runID": "R", "uploadHeaders": [], "files": files}}}
-        if name == "ArtifactType":  # of an artifact that is not there
-            return {"data": {"project": {"artifact": None}}}
-        return {"errors": [{"message": f"the stand-in has no {name}"}]}
+        return {"errors": [{"message": f"the stand-in does not implement {name}"}]}
 
     def file_stream(self, run: StoredRun, body: dict[str, Any]) -> None:
-        """Rows and summary as they come, each with the line at which it begins."""
+        """Store rows, which come with the line at which they begin, and the summary."""
         for name, new in body.get("files", {}).items():
             lines = [json.loads(line) for line in new["content"]]
             if name == "wandb-history.jsonl":
@@ -103,7 +102,7 @@ class WandbServer(ThreadingHTTPServer):
             run.exit_code = body["exitcode"]
 
 
-def _as_resumed(name: str, run: StoredRun) -> dict[str, Any]:
+def _resume_status(name: str, run: StoredRun) -> dict[str, Any]:
     return {
         "id": f"ID-{name}",
         "name": name,
@@ -117,7 +116,7 @@ def _as_resumed(name: str, run: StoredRun) -> dict[str, Any]:
         "config": json.dumps(run.config),
         "tags": [],
         "notes": None,
-        "wandbConfig": json.dumps({"t": 1}),  # says that the run has begun
+        "wandbConfig": json.dumps({"t": 1}),  # marks the run as started
     }
 
 
@@ -126,10 +125,8 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def _answer(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode(
-            "utf-8", "replace"
-        )
-        server = self.server
+        content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body, server = content.decode("utf-8", "replace"), self.server
         with server.lock:
             server.requests.append(f"{self.command} {self.path}\n{self.headers}\n{body}")
         while not server.answers:
@@ -144,22 +141,22 @@ class _Handler(BaseHTTPRequestHandler):
                 answer = {"stopped": server.stops}
             elif upload := re.fullmatch(r"/upload/([^/]+)/(.+)", self.path):
                 server.runs[upload.group(1)].files[upload.group(2)] = body
+        self.send_response(answer.pop("status", 200))
         content = json.dumps(answer).encode()
-        self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
 
-    do_GET = do_POST = do_PUT = _answer  # noqa: N815 - names that http.server asks for
+    do_GET = do_POST = do_PUT = _answer  # noqa: N815 - names required by http.server
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: stderr is the tests'."""
+        """Log nothing: stderr belongs to the tests."""
 
 
 @contextmanager
 def serve() -> Iterator[WandbServer]:
-    """A server in a thread of this process; within it, `server.url` answers."""
+    """Run a server in a thread of this process."""
     server = WandbServer()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
@@ -173,14 +170,14 @@ def serve() -> Iterator[WandbServer]:
 
 
 def logs(folder: Path) -> list[Path]:
-    """The files that wandb has left, one a launch, the oldest first."""
+    """Return the files that wandb has written, one per launch, oldest first."""
     return sorted(
         folder.glob("wandb/*run-*/run-*.wandb"), key=lambda log: log.parent.name.split("run-")[1]
     )
 
 
 def records(log: Path, kind: str) -> list[Any]:
-    """What is in one, as far as wandb itself can read it."""
+    """Return the records of one kind that wandb's own reader finds in a file."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [json.loads(line) for line in ended.stdout.splitlines()]
@@ -188,6 +185,6 @@ def records(log: Path, kind: str) -> list[Any]:
 
 
 def sync(folder: Path, *options: str) -> None:
-    """Send what is there to the server, as a person does it."""
+    """Upload the files of a run folder with `wandb sync`."""
     command = [sys.executable, "-m", "wandb", "sync", "--yes", *options, str(folder / "wandb")]
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=60, cwd=folder)

@@ -1,1 +1,1 @@
-"""What a run reports: metrics.jsonl, the console, wandb, profiles."""
+"""Reports of a run: metrics.jsonl, console, TensorBoard, wandb, profiles."""

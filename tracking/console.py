@@ -1,9 +1,4 @@
-"""What a person sees on the console: plain lines, with colours on a terminal alone.
-
-Whoever logs a line writes its text; a `Line` also says how its parts look. Only the handler that
-writes to a terminal knows about colours, so a file, a pipe or another handler gets the same text
-without.
-"""
+"""Console output: plain text, coloured only on a terminal."""
 
 import logging
 import os
@@ -14,53 +9,50 @@ from typing import Literal, TextIO
 
 logger = logging.getLogger("microtron")
 
-Look = Literal["plain", "bold", "dim", "yellow", "red"]
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
+Style = Literal["plain", "bold", "dim", "yellow", "red"]
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 # ECMA-48, 8.3.117: select graphic rendition.
-_CODES: dict[Look, str] = {"bold": "1", "dim": "2", "yellow": "33", "red": "31"}
+_CODES: dict[Style, str] = {"bold": "1", "dim": "2", "yellow": "33", "red": "31"}
 
 
-class Line:
-    """A line to log, in parts that each have a look; as a text it is the parts alone."""
+class StyledLine:
+    """A log message in parts, each with a style that only a terminal shows."""
 
-    def __init__(self, *parts: tuple[str, Look]) -> None:
+    def __init__(self, *parts: tuple[str, Style]) -> None:
         self.parts = parts
 
     def __str__(self) -> str:
         return "".join(text for text, _ in self.parts)
 
-    def painted(self) -> str:
-        """The line for a terminal."""
-        return "".join(paint(text, look) for text, look in self.parts)
+
+def paint(text: str, style: Style) -> str:
+    """Wrap text in the escape codes of a style."""
+    return text if style == "plain" else f"\x1b[{_CODES[style]}m{text}\x1b[0m"
 
 
-def paint(text: str, look: Look) -> str:
-    """The text with what makes a terminal show it so."""
-    return text if look == "plain" else f"\x1b[{_CODES[look]}m{text}\x1b[0m"
-
-
-def has_colours(stream: TextIO) -> bool:
-    """Whether it is a terminal that shows colours, for somebody who has not declined them."""
-    # https://no-color.org: set to anything, and not empty.
+def supports_colour(stream: TextIO) -> bool:
+    """Return whether the stream is a colour terminal and `NO_COLOR` is unset or empty."""
     wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     return wanted and stream.isatty()
 
 
-class _Colours(logging.Formatter):
-    """Warnings yellow, errors red, and lines as they say."""
+class _ColourFormatter(logging.Formatter):
+    """Colours warnings yellow, errors red, and a StyledLine by its parts."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The text of a record."""
+        if record.levelno >= logging.ERROR:
+            return paint(super().format(record), "red")
         if record.levelno >= logging.WARNING:
-            look: Look = "red" if record.levelno >= logging.ERROR else "yellow"
-            return paint(super().format(record), look)
-        return record.msg.painted() if isinstance(record.msg, Line) else super().format(record)
+            return paint(super().format(record), "yellow")
+        if isinstance(record.msg, StyledLine):
+            return "".join(paint(text, style) for text, style in record.msg.parts)
+        return super().format(record)
 
 
 def set_up_logging(rank: int) -> None:
-    """INFO from rank 0, warnings from every rank with its number, on stderr."""
+    """Log to stderr: INFO from rank 0, warnings with the rank number from all others."""
     prefix = "" if rank == 0 else f"[rank {rank}] "
-    formatter = _Colours if has_colours(sys.stderr) else logging.Formatter
+    formatter = _ColourFormatter if supports_colour(sys.stderr) else logging.Formatter
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter(f"{prefix}%(message)s"))
     logger.handlers = [handler]
@@ -69,20 +61,20 @@ def set_up_logging(rank: int) -> None:
 
 
 def log_table(facts: Mapping[str, str]) -> None:
-    """A line for each fact, under one another behind their names; none for one that is empty."""
-    width = max(map(len, facts))
+    """Log one aligned line per fact, leaving out empty ones."""
+    width = max(map(len, facts)) + 1
     for name, fact in facts.items():
         if fact:
-            logger.info(Line((f"  {name:<{width}}  ", "dim"), (fact, "plain")))
+            logger.info(StyledLine((f"  {name + ':':<{width}}  ", "dim"), (fact, "plain")))
 
 
 def printable(text: str) -> str:
-    """A text that a model has written, without what would make a terminal do something."""
-    return _CONTROLS.sub(lambda match: repr(match[0])[1:-1], text)
+    """Escape control characters, so that generated text cannot control the terminal."""
+    return _CONTROL_CHARACTERS.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 def duration(seconds: float) -> str:
-    """Minutes and seconds, and hours if there are any."""
+    """Format as `m:ss`, or `h:mm:ss` from one hour on."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

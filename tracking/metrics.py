@@ -1,13 +1,14 @@
-"""What a person and a program can see of a run: the console, metrics.jsonl, and a wandb view of it.
+"""Log a run: metrics.jsonl, samples.jsonl, the console, TensorBoard and wandb.
 
-metrics.jsonl is the truth: a JSON object for each step, flushed, in full precision; samples.jsonl
-has the texts. A resume cuts both at the checkpoint's step, so they hold each step once. Only rank 0
-writes. wandb is sent what these files say (tracking/wandb_view.py).
+metrics.jsonl is the source of truth: one JSON object per line, in full precision, flushed at every
+step. Resuming truncates it and samples.jsonl at the checkpoint, so that no step is there twice.
+Only rank 0 writes files.
 """
 
 import json
 import logging
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
@@ -17,45 +18,39 @@ import torch
 from configs import Config
 from model import flops_per_token
 from parallel import sum_over
-from tracking.console import Line, duration, printable
-from tracking.wandb_run import Launch, about
-from tracking.wandb_view import WandbView
+from tracking.console import StyledLine, duration, printable
+from tracking.tensorboard_writer import TensorBoardWriter
+from tracking.wandb_forwarder import WandbForwarder, wandb_config
 from training.evaluation import Evaluation
 from training.hardware import peak_flops_per_second, peak_memory_gib
-from training.state import Run, RunState, StepResult, curve_fingerprint
+from training.state import Run, RunState, StepResult
 
 logger = logging.getLogger("microtron")
 
-# A rate from the last few seconds says more about the time left than one from the first step on.
-_RATE_MEMORY = 0.9
+_SMOOTHING = 0.9  # of the step time from which the time left is estimated
 
 
 class RunLog:
     """The open log of a run."""
 
     def __init__(self, run: Run, state: RunState) -> None:
-        self.config, self.mesh = run.config, run.mesh
+        self.config, self.mesh, self.samples = run.config, run.mesh, run.folder.samples
         self.is_writer = run.mesh.world.rank == 0
         peak = peak_flops_per_second(run.mesh.device, run.config.train.precision)
-        of_rank = torch.tensor(peak, dtype=torch.float64, device=run.mesh.device)
-        self.peak_flops = sum_over(run.mesh.world, of_rank).item()
+        rank_peak = torch.tensor(peak, dtype=torch.float64, device=run.mesh.device)
+        self.peak_flops = sum_over(run.mesh.world, rank_peak).item()
         self.seconds_per_step: float | None = None
         self.file: IO[str] | None = None
-        self.samples = run.folder.samples
-        self.wandb: WandbView | None = None
+        self.views: list[TensorBoardWriter | WandbForwarder] = []
         if self.is_writer:
-            cut_rows(run.folder.metrics, state.step)
-            cut_rows(run.folder.samples, state.step)
+            truncate_rows(run.folder.metrics, state.step)
+            truncate_rows(run.folder.samples, state.step)
             self.file = run.folder.metrics.open("a")
-            launch = Launch(
-                wandb_id=state.wandb_id,
-                step=state.step,
-                curve_fingerprint=curve_fingerprint(
-                    run.config, state.skipped_windows, run.corpus.identity
-                ),
-                about=about(run.config, run.mesh),
-            )
-            self.wandb = WandbView(run.config.logging, run.folder.path, launch)
+            folder, sent_config = run.folder.path, wandb_config(run.config, run.mesh)
+            self.views = [
+                TensorBoardWriter(folder / "tensorboard", state.step + 1),
+                WandbForwarder(run.config.logging, folder, state.wandb_id, sent_config),
+            ]
 
     def __enter__(self) -> "RunLog":
         return self
@@ -63,15 +58,15 @@ class RunLog:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.file is not None:
             self.file.close()
-        if self.wandb is not None:
-            self.wandb.finish(failed=kind is not None)
+        for view in self.views:
+            view.finish(failed=kind is not None)
 
     def step(self, state: RunState, result: StepResult) -> None:
-        """One finished update."""
+        """Log a finished step."""
         tokens_per_second = result.num_targets / result.elapsed_s
         model, vocab_size = self.config.model, self.config.data.vocab_size
         flops = tokens_per_second * flops_per_token(model, vocab_size, result.mean_row_length)
-        self.peak_flops = max(self.peak_flops, flops)  # it may have been measured on a busy machine
+        self.peak_flops = max(self.peak_flops, flops)  # a measured peak may be too low
         row = {
             "step": state.step,
             "tokens": state.tokens,
@@ -87,50 +82,52 @@ class RunLog:
         self._write(row)
         is_first, is_last = self.seconds_per_step is None, state.step == last_step(self.config)
         previous = self.seconds_per_step or result.elapsed_s
-        self.seconds_per_step = _RATE_MEMORY * previous + (1 - _RATE_MEMORY) * result.elapsed_s
+        self.seconds_per_step = _SMOOTHING * previous + (1 - _SMOOTHING) * result.elapsed_s
         if result.why_skipped is not None and self.is_writer:
-            logger.warning("step %d: %s; its update is left out", state.step, result.why_skipped)
+            logger.warning("step %d: %s; skipping its update", state.step, result.why_skipped)
         if is_first or is_last or state.step % self.config.logging.log_interval == 0:
             logger.info(self._step_line(state, row))
 
     def evaluation(self, state: RunState, evaluation: Evaluation) -> None:
-        """One evaluation, and its sample."""
+        """Log an evaluation and its sample."""
         row = {
             "step": state.step,
             "eval/loss": evaluation.loss,
             "eval/perplexity": evaluation.perplexity,
             "eval/bits_per_byte": evaluation.bits_per_byte,
         }
+        message = "evaluation at step %d: loss %.4f, perplexity %.2f, %.4f bits per byte"
+        logger.info(message, *row.values())
         if evaluation.num_unknown:
             row["eval/unknown_fraction"] = evaluation.num_unknown / evaluation.num_targets
         self._write(row)
-        logger.info(
-            "evaluation at step %d: loss %.4f, perplexity %.2f, %.4f bits per byte",
-            state.step,
-            evaluation.loss,
-            evaluation.perplexity,
-            evaluation.bits_per_byte,
-        )
         for warning in evaluation.warnings if self.is_writer else ():
             logger.warning("%s", warning)
         if evaluation.sample is not None:
-            sample = printable(evaluation.sample.rstrip())
-            logger.info("--- sample ---\n%s\n--------------", sample)
-            if self.is_writer:
-                with self.samples.open("a") as file:
-                    file.write(json.dumps({"step": state.step, "text": evaluation.sample}) + "\n")
+            self._write_sample(state.step, evaluation.sample)
 
     def _write(self, row: Mapping[str, float | int]) -> None:
         if self.file is not None:
-            # JSON has no NaN: what is not finite is null.
+            row = {**row, "time_s": time.time()}
+            # JSON has no NaN or infinity: they become null.
             finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
             self.file.write(json.dumps(finite, allow_nan=False) + "\n")
             self.file.flush()
+            for view in self.views:
+                view.log({key: value for key, value in finite.items() if value is not None})
 
-    def _step_line(self, state: RunState, row: Mapping[str, float | int]) -> Line:
+    def _write_sample(self, step: int, text: str) -> None:
+        logger.info("--- sample ---\n%s\n--------------", printable(text.rstrip()))
+        if self.is_writer:
+            with self.samples.open("a") as file:
+                file.write(json.dumps({"step": step, "text": text}) + "\n")
+            for view in self.views:
+                view.log({"step": step, "time_s": time.time(), "sample": text})
+
+    def _step_line(self, state: RunState, row: Mapping[str, float | int]) -> StyledLine:
         last = last_step(self.config)
         assert self.seconds_per_step is not None
-        return Line(
+        return StyledLine(
             (f"step {state.step:>{len(str(last))}}/{last}", "plain"),
             (" | ", "dim"),
             (f"loss {row['train/loss']:.4f}", "bold"),
@@ -147,20 +144,18 @@ class RunLog:
 
 
 def last_step(config: Config) -> int:
-    """The step at which this launch ends."""
+    """Return the step at which this launch ends."""
     stop = config.run.stop_at_step
     return config.train.train_steps if stop is None else min(stop, config.train.train_steps)
 
 
-def cut_rows(path: Path, step: int) -> None:
-    """Drop the rows after `step`, and a last line that a kill has torn."""
+def truncate_rows(path: Path, step: int) -> None:
+    """Remove the rows after `step`, and an incomplete last line that a kill has left."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text().splitlines(keepends=True):
-        if not line.endswith("\n"):
-            break
-        if json.loads(line)["step"] <= step:
+        if line.endswith("\n") and json.loads(line)["step"] <= step:
             kept.append(line)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text("".join(kept))

@@ -203,7 +203,7 @@ class RunFolder:
     def _refuse_links(self) -> None:
         """What a run writes and deletes lies in its folder, not where somebody's link leads."""
         names = ("checkpoints", "metrics.jsonl", "samples.jsonl", "profile", "wandb", ".lock")
-        for path in (self.path, *(self.path / name for name in names)):
+        for path in (self.path, self.path / "tensorboard", *(self.path / name for name in names)):
             if path.is_symlink():
                 raise UserError(
                     f"{path} is a symbolic link to {path.readlink()}; a run writes to its own "

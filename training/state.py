@@ -4,15 +4,12 @@ Randomness and the order of samples are functions of these numbers, so they, the
 optimizer's moments are all that decides the next step.
 """
 
-import hashlib
-import json
 import logging
 import uuid
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch.optim import AdamW
 
 from checkpoints import Checkpoint, CheckpointError, find_checkpoint, load_tensors
@@ -63,23 +60,6 @@ _MAY_CHANGE_KEYS = (
 )
 # Of an imported model, which has read no text yet, all else is still to be chosen.
 _OF_THE_MODEL = ("model.", "data.vocab_size")
-_PACKAGES = ("configs", "ops", "parallel", "data", "model", "checkpoints", "training", "tracking")
-# What changes nothing that metrics.jsonl says of a step, but for rounding, the clock and when there
-# is an evaluation.
-_CHANGE_NO_STEP = (
-    "parallel.",
-    "run.",
-    "logging.",
-    "evaluate.",
-    "checkpoint.",
-    "debug.",
-    "train.micro_batch_size",
-    "train.compile",
-    "train.device",
-    "train.num_threads",
-    "data.cache_directory",
-    *_PLACES_OF_TEXT,
-)
 
 
 @dataclass(frozen=True)
@@ -196,18 +176,15 @@ def find_own_checkpoint(
     return checkpoint
 
 
-def begun_file(folder: Path) -> Path:
-    """Where a launch records its wandb id and curve until its first checkpoint."""
-    return folder / "wandb" / "begun.json"
+def wandb_id_file(folder: Path) -> Path:
+    """Return the file in which rank 0 records the id of the wandb run."""
+    return folder / "wandb" / "id"
 
 
-def begun_id(folder: Path, curve_fingerprint: str) -> str | None:
-    """The wandb id of a launch of the same curve that died before its first checkpoint."""
-    try:
-        begun = json.loads(begun_file(folder).read_text())
-        return str(begun["id"]) if begun["curve_fingerprint"] == curve_fingerprint else None
-    except (OSError, ValueError, KeyError, TypeError):  # none, or torn: then it is a new one
-        return None
+def recorded_wandb_id(folder: Path) -> str | None:
+    """Return the wandb id that an earlier launch in this folder has recorded, if any."""
+    file = wandb_id_file(folder)
+    return (file.read_text() or None) if file.exists() else None
 
 
 def resume(run: Run, checkpoint: Checkpoint | None) -> RunState:
@@ -216,11 +193,7 @@ def resume(run: Run, checkpoint: Checkpoint | None) -> RunState:
     Raises CheckpointError if its tokens or its tokenizer are not the run's.
     """
     if checkpoint is None:
-        known = None
-        if not run.folder.starts_over:
-            known = begun_id(
-                run.folder.path, curve_fingerprint(run.config, text=run.corpus.identity)
-            )
+        known = None if run.folder.starts_over else recorded_wandb_id(run.folder.path)
         return RunState(wandb_id=gather_json(run.mesh, known or uuid.uuid4().hex[:12])[0])
     corpus = run.corpus
     found = {
@@ -244,31 +217,6 @@ def load(run: Run, checkpoint: Checkpoint) -> RunState:
     state = RunState(**progress)
     set_num_updates(run.optimizer, state.num_updates)
     return state
-
-
-def curve_fingerprint(
-    config: Config, skipped_windows: tuple[tuple[int, int, int], ...] = (), text: str = ""
-) -> str:
-    """A hash of all that decides a step: launches with equal fingerprints take equal steps.
-
-    `text`: the fingerprints of what they are trained on.
-    """
-    changes_no_step = list(_CHANGE_NO_STEP)
-    if config.model.attention_dropout > 0:  # whose masks depend on the layout
-        changes_no_step.remove("parallel.")
-    settings = {
-        key: value
-        for key, value in flatten(config).items()
-        if key == "run.seed" or not key.startswith(tuple(changes_no_step))
-    }
-    decides = [settings, skipped_windows, text, torch.__version__]
-    digest = hashlib.sha256(json.dumps(decides, default=asdict).encode())
-    root = Path(__file__).parent.parent
-    for pattern in ("*.py", *(f"{name}/**/*.py" for name in _PACKAGES)):
-        for file in sorted(root.glob(pattern)):
-            if file.is_file():  # an editor's lock is a link to nothing
-                digest.update(file.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def training_batches(run: Run, state: RunState) -> BatchLoader:

@@ -1,4 +1,4 @@
-"""The console: one text for all, and colours where they are wanted alone."""
+"""The console: plain text everywhere, colours only on a terminal."""
 
 import contextlib
 import logging
@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 
 from planning.page import size
-from tracking.console import Line, duration, log_table, printable, set_up_logging
+from tracking.console import StyledLine, duration, log_table, printable, set_up_logging
 
-LINE = Line(("step 1/9", "plain"), (" | ", "dim"), ("loss 2.5000", "bold"))
-PLAIN = "step 1/9 | loss 2.5000\n  model  2 layers\n  step   9 tokens\na warning\nan error\n"
+LINE = StyledLine(("step 1/9", "plain"), (" | ", "dim"), ("loss 2.5000", "bold"))
+PLAIN = "step 1/9 | loss 2.5000\n  model:  2 layers\n  step:   9 tokens\na warning\nan error\n"
 
 
 @pytest.fixture(autouse=True)
 def _restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The logger as it was; an ordinary terminal, whatever ours is."""
+    """Restore the logger afterwards, and use an ordinary terminal."""
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     logger = logging.getLogger("microtron")
@@ -38,50 +38,50 @@ def log_something(rank: int = 0) -> None:
 
 
 def on_a_terminal(monkeypatch: pytest.MonkeyPatch, rank: int = 0) -> str:
-    """What a real one is sent."""
+    """Return what a pseudo-terminal receives."""
     ours, theirs = pty.openpty()
     with os.fdopen(theirs, "w") as stream, monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", stream)
         log_something(rank)
     pieces = []
     with contextlib.suppress(OSError), os.fdopen(ours, "rb", buffering=0) as terminal:
-        while piece := terminal.read(4096):  # raises where all has been read of what is closed
+        while piece := terminal.read(4096):  # raises OSError at the end
             pieces.append(piece)
     return b"".join(pieces).decode().replace("\r\n", "\n")
 
 
 def test_a_terminal_gets_colours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss bold, names and separators dim, warnings yellow, errors red; all else as it is."""
+    """Bold loss, dim names and separators, yellow warnings, red errors."""
     assert on_a_terminal(monkeypatch) == (
         "step 1/9\x1b[2m | \x1b[0m\x1b[1mloss 2.5000\x1b[0m\n"
-        "\x1b[2m  model  \x1b[0m2 layers\n"
-        "\x1b[2m  step   \x1b[0m9 tokens\n"
+        "\x1b[2m  model:  \x1b[0m2 layers\n"
+        "\x1b[2m  step:   \x1b[0m9 tokens\n"
         "\x1b[33ma warning\x1b[0m\n"
         "\x1b[31man error\x1b[0m\n"
     )
 
 
 @pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
-def test_who_wants_no_colours_gets_none(
+def test_colours_can_be_switched_off(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     monkeypatch.setenv(name, value)
     assert on_a_terminal(monkeypatch) == PLAIN
 
 
-def test_an_empty_no_color_declines_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_no_color_keeps_colours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "")
     assert "\x1b[1mloss" in on_a_terminal(monkeypatch)
 
 
-def test_a_file_gets_the_text_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_gets_plain_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (tmp_path / "log").open("w") as stream, monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", stream)
         log_something()
     assert (tmp_path / "log").read_text() == PLAIN
 
 
-def test_other_ranks_warn_with_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_ranks_log_warnings_with_their_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert on_a_terminal(monkeypatch, rank=3) == (
         "\x1b[33m[rank 3] a warning\x1b[0m\n\x1b[31m[rank 3] an error\x1b[0m\n"
     )
@@ -101,5 +101,5 @@ def test_a_size(num_bytes: int, text: str) -> None:
     assert size(num_bytes) == text
 
 
-def test_what_a_model_writes_cannot_steer_the_terminal() -> None:
+def test_generated_text_cannot_control_the_terminal() -> None:
     assert printable("a\tb\nc\x1b[31m\x07\r\x9bé") == "a\tb\nc\\x1b[31m\\x07\\r\\x9bé"

@@ -1,4 +1,4 @@
-"""metrics.jsonl after a resume, and MFU."""
+"""The rows of metrics.jsonl, their truncation on resume, and MFU."""
 
 import json
 from pathlib import Path
@@ -13,20 +13,20 @@ from configs import Config, parse_config
 from model import flops_per_token, num_parameters
 from parallel import Mesh
 from tests.distributed import Layout, distributed
-from tracking.metrics import RunLog, cut_rows
+from tracking.metrics import RunLog, truncate_rows
 from training.hardware import peak_flops_per_second
 from training.state import RunState, StepResult
 
 
-def test_a_resume_cuts_the_file_at_its_step(tmp_path: Path) -> None:
-    """Rows after the checkpoint go, and a line that a kill has torn; the rest stays as it is."""
+def test_a_resume_truncates_the_file_at_its_step(tmp_path: Path) -> None:
+    """Remove rows after the checkpoint and an incomplete last line; keep the rest as it is."""
     path = tmp_path / "metrics.jsonl"
     rows = [{"step": 1, "train/loss": 0.1}, {"step": 2}, {"step": 2, "eval/loss": 0.3}, {"step": 3}]
     lines = [json.dumps(row) + "\n" for row in rows]
     path.write_text("".join(lines) + '{"step": 4, "tr')
-    cut_rows(path, 2)
+    truncate_rows(path, 2)
     assert path.read_text() == "".join(lines[:3])
-    cut_rows(path, 0)
+    truncate_rows(path, 0)
     assert path.read_text() == ""
 
 
@@ -35,10 +35,9 @@ def config_of_run(*overrides: str) -> Config:
 
 
 def mfus_of(config: Config, mesh: Mesh, path: Path, *results: StepResult) -> list[float]:
-    """What a run's log says of steps; each rank can do 1e9 FLOP/s more than the one before."""
+    """Log these steps; rank r has a peak of 1e9 (r + 1) FLOP/s."""
     folder = SimpleNamespace(metrics=path / "metrics.jsonl", samples=path / "samples", path=path)
-    corpus = SimpleNamespace(identity="")
-    run: Any = SimpleNamespace(config=config, mesh=mesh, folder=folder, corpus=corpus)
+    run: Any = SimpleNamespace(config=config, mesh=mesh, folder=folder)
     peak = 1e9 * (1 + mesh.world.rank)
     with (
         mock.patch("tracking.metrics.peak_flops_per_second", return_value=peak),
@@ -57,8 +56,8 @@ def step_of(num_targets: int, mean_row_length: float, elapsed_s: float) -> StepR
 
 
 @distributed(Layout(dp=2), Layout(tp=2, dp=2))
-def test_mfu_is_a_fraction_of_what_all_ranks_can_do(mesh: Mesh, tmp_path: Path) -> None:
-    """Of ranks that differ, the sum; it is raised by what is reached, so that none is above 1."""
+def test_mfu_is_relative_to_the_peak_of_all_ranks(mesh: Mesh, tmp_path: Path) -> None:
+    """Relative to the peak of all ranks together, or to the best step if that is faster."""
     config = config_of_run()
     model, vocab_size = config.model, config.data.vocab_size
     size = mesh.world.size
@@ -70,8 +69,8 @@ def test_mfu_is_a_fraction_of_what_all_ranks_can_do(mesh: Mesh, tmp_path: Path) 
         assert mfus == pytest.approx([0.25, 1.0, 0.5])
 
 
-def test_attention_is_counted_as_far_as_rows_reach() -> None:
-    """Documents of 17 tokens at s = 2048, h = 64, of which a full row has 5.2 times the work."""
+def test_attention_flops_depend_on_document_length() -> None:
+    """Documents of 17 tokens at s = 2048, h = 64; a full row takes 5.2 times as many FLOPs."""
     config = config_of_run(
         "model.hidden_size=64", "model.seq_length=2048", "model.num_layers=2", "data.vocab_size=331"
     )
@@ -97,8 +96,8 @@ def test_attention_is_counted_as_far_as_rows_reach() -> None:
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 2 * 8192**3 / 0.25),
     ],
 )
-def test_boards_are_known_by_their_full_name(name: str, rate: float) -> None:
-    """Others, and parts of a board, are measured."""
+def test_gpus_are_recognised_by_their_full_name(name: str, rate: float) -> None:
+    """Other GPUs and MIG slices are measured."""
     with (
         mock.patch("torch.cuda.get_device_name", return_value=name),
         mock.patch("torch.ones", return_value=torch.zeros(1, dtype=torch.bfloat16)),

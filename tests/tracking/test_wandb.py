@@ -1,11 +1,16 @@
-"""wandb as a view of metrics.jsonl: what it is sent, on one axis and once, online and offline."""
+"""wandb: one run on the `step` axis over all launches, and training never waits for it.
+
+The real client talks to a stand-in for its server.
+"""
 
 import json
 import logging
+import os
+import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +19,25 @@ import wandb
 from wandb.sdk.lib import wbauth
 
 from configs import LoggingConfig, parse_config
+from parallel import Mesh
 from tests.distributed import Layout, distributed
 from tests.lines import ROOT
+from tests.runs import finish, rows, settings, start, steps_done, wait_for, workers_of
 from tests.wandb_server import KEY, WandbServer, logs, records, serve, sync
-from tracking import wandb_run
-from tracking.wandb_run import Launch, about
-from tracking.wandb_view import WandbView
-from training.state import begun_id, curve_fingerprint
+from tracking import wandb_forwarder
+from tracking.wandb_forwarder import WandbForwarder, wandb_config
 
-ABOUT = {"optimizer": {"lr": 1e-3}, "layout": {"tp": 2, "dp": 1}, "num_parameters": 1234}
+CONFIG = {"optimizer": {"lr": 1e-3}, "layout": {"tp": 2, "dp": 1}}
 ID = "abc123"
 
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No account on this machine, whoever runs the tests; wandb's own files are kept apart."""
+    """Hide any wandb account of this machine, and keep wandb's own files apart."""
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     monkeypatch.setattr(logging.getLogger("microtron"), "propagate", True)
     yield
     wandb.teardown()
@@ -39,7 +45,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
-    """What wandb takes for its own; sent rows each second (the least there is), not each 15 s."""
+    """Serve this machine's wandb, which sends rows every second instead of every 15 s."""
     with serve() as server:
         monkeypatch.setenv("WANDB_API_KEY", KEY)
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
@@ -48,329 +54,236 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
         wandb.teardown()
 
 
-class Training:
-    """Writes what a run would write, and is watched by wandb."""
+def begin(folder: Path, steps: range, mode: Any = "auto", wandb_id: str = ID) -> WandbForwarder:
+    """Begin a launch that trains these steps and evaluates at every third one."""
+    folder.mkdir(exist_ok=True)
+    forwarder = WandbForwarder(LoggingConfig(wandb=mode), folder, wandb_id, CONFIG)
+    for step in steps:
+        forwarder.log({"step": step, "tokens": 10 * step, "train/loss": 1 / step})
+        if step % 3 == 0:
+            forwarder.log({"step": step, "eval/loss": abs(step - 6) + 0.5})
+            forwarder.log({"step": step, "sample": f"def f():\n  <{step}>"})
+    return forwarder
 
-    def __init__(
-        self, folder: Path, mode: Any = "auto", step: int = 0, curve_fingerprint: str = "A"
-    ) -> None:
-        self.folder, self.step = folder, step
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            path = folder / name
-            path.touch()
-            lines = path.read_text().splitlines(keepends=True)
-            path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
-        launch = Launch(ID, step, curve_fingerprint, ABOUT)
-        self.view = WandbView(LoggingConfig(wandb=mode), folder, launch)
 
-    def to(self, last: int, evaluate_at: tuple[int, ...] = ()) -> "Training":
-        """Train to this step."""
-        for step in range(self.step + 1, last + 1):
-            row = {"step": step, "tokens": 10 * step, "train/loss": 1 / step}
-            self._write("metrics.jsonl", row | {"speed/tokens_per_second": 36.0})
-            if step in evaluate_at:
-                self._write("metrics.jsonl", {"step": step, "eval/loss": abs(step - 4) + 0.5})
-                self._write("samples.jsonl", {"step": step, "text": f"def at_{step}(self):\n"})
-        self.step = last
-        return self
-
-    def save(self) -> None:
-        """What a checkpoint of this step leaves."""
-        (self.folder / "checkpoints" / f"step_{self.step:08d}").mkdir()
-
-    def end(self, *, failed: bool = False) -> float:
-        """Seconds that it has to wait for wandb."""
-        started_at = time.monotonic()
-        self.view.finish(failed=failed)
-        return time.monotonic() - started_at
-
-    def _write(self, name: str, row: dict[str, Any]) -> None:
-        with (self.folder / name).open("a") as file:
-            file.write(json.dumps(row) + "\n")
+def end(forwarder: WandbForwarder, *, failed: bool = False) -> float:
+    """Finish a launch; return the seconds that this takes."""
+    started_at = time.monotonic()
+    forwarder.finish(failed=failed)
+    return time.monotonic() - started_at
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
-    """The rows of all launches."""
+    """Return the rows of all launches in wandb's files."""
     return [row["item"] for log in logs(folder) for row in records(log, "history")]
 
 
-def steps(folder: Path) -> list[int]:
-    return [row["step"] for row in history(folder)]
-
-
-def wait_until(condition: Any) -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 40
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-def test_an_offline_run_reads_back(tmp_path: Path) -> None:
-    """Without a key: every row once with step and tokens, its evaluation in it, and the rest."""
-    training = Training(tmp_path / "gpt").to(5, evaluate_at=(3, 5))
-    training.save()
-    training.end()
+def test_an_offline_run_has_everything(tmp_path: Path) -> None:
+    """Without a key: all rows, the step axis, settings, the best evaluation, samples."""
+    end(begin(tmp_path / "gpt", range(1, 10)))
     (log,) = logs(tmp_path / "gpt")
     assert log.parent.name.startswith("offline-run-")
-    rows = history(tmp_path / "gpt")
-    assert [(row["step"], row["tokens"], row["train/loss"]) for row in rows] == [
-        (step, 10 * step, 1 / step) for step in range(1, 6)
-    ]
-    assert [row["step"] for row in rows if "eval/loss" in row] == [3, 5]
-    table = json.loads((log.parent / "files" / rows[4]["samples.path"]).read_text())
-    assert table["columns"] == ["step", "text"]
-    assert table["data"] == [[3, "def at_3(self):\n"], [5, "def at_5(self):\n"]]
+    written = history(tmp_path / "gpt")
+    assert [
+        (row["step"], row["tokens"], row["train/loss"]) for row in written if "train/loss" in row
+    ] == [(step, 10 * step, 1 / step) for step in range(1, 10)]
+    assert [row["step"] for row in written if "eval/loss" in row] == [3, 6, 9]
+    samples = [row for row in written if "sample.path" in row]
+    assert [row["step"] for row in samples] == [3, 6, 9]
+    sample = (log.parent / "files" / samples[0]["sample.path"]).read_text()
+    assert "<pre>def f():\n  &lt;3&gt;</pre>" in sample
     assert {row["step_metric"] for row in records(log, "metric") if "glob_name" in row} == {"step"}
     (run,) = records(log, "run")
     assert (run["run_id"], run["display_name"], run["project"]) == (ID, "gpt", "microtron")
-    config: dict[str, Any] = {}
-    for record in records(log, "config"):
-        config |= record["update"]
-    assert {key: config[key] for key in ABOUT} == ABOUT
-    summary: dict[str, Any] = {}
-    for record in records(log, "summary"):
-        summary |= record["update"]
-    assert summary["best/eval_loss"] == 1.5
-    assert summary["best/step"] == 3
-    assert summary["checkpoint"] == "step_00000005"
-    assert (summary["total/steps"], summary["total/tokens"]) == (5, 50)
-    assert summary["total/training_hours"] == pytest.approx(50 / 36 / 3600)
+    config = {k: v for record in records(log, "config") for k, v in record["update"].items()}
+    assert {key: config[key] for key in CONFIG} == CONFIG
     assert [record["exit_code"] for record in records(log, "exit")] == [0]
 
 
-def test_a_resume_draws_one_curve(tmp_path: Path) -> None:
-    """Steps that are done again are sent once, also those that the first launch has not got out."""
-    Training(tmp_path, "offline").to(40, evaluate_at=(10,)).end()
-    (first,) = logs(tmp_path)
-    first.write_bytes(first.read_bytes()[: first.stat().st_size // 2])  # the machine has died
-    kept = steps(tmp_path)
-    assert kept == list(range(1, len(kept) + 1))
-    assert 10 < len(kept) < 35
-    Training(tmp_path, "offline", step=35).to(45, evaluate_at=(40,)).end()
-    Training(tmp_path, "offline", step=42).to(44).end()  # and does no new step
-    logs(tmp_path)[-1].write_bytes(b":W&")  # nor has it got far
-    Training(tmp_path, "offline", step=42).to(47).end()
-    assert steps(tmp_path) == list(range(1, 48))
-    assert [row["step"] for row in history(tmp_path) if "eval/loss" in row] == [10, 40]
-
-
-def test_steps_that_differ_are_sent_again(tmp_path: Path) -> None:
-    """Rows after the checkpoint are sent again when the curve has changed, and only they."""
-    Training(tmp_path, "offline").to(10).end()
-    Training(tmp_path, "offline", step=6, curve_fingerprint="B").to(8).end()
-    Training(tmp_path, "offline", step=6, curve_fingerprint="B").to(12).end()
-    rows = history(tmp_path)
-    assert [row["step"] for row in rows] == [*range(1, 11), 7, 8, 9, 10, 11, 12]
-    assert [row["curve_fingerprint"] for row in rows] == 10 * ["A"] + 6 * ["B"]
-
-
-def test_what_makes_steps_differ() -> None:
-    """Settings of how to train and passed-over samples; not where and on how many ranks."""
-    config = ["config=gpt_debug.yaml"]
-    same = curve_fingerprint(parse_config(config))
-    for change in (
-        "parallel.sequence_parallel=false",
-        "train.micro_batch_size=1",
-        "run.name=other",
-        "evaluate.interval=7",
-    ):
-        assert curve_fingerprint(parse_config([*config, change])) == same, change
-    for change in ("optimizer.lr=3e-3", "run.seed=7", "train.precision=fp32"):
-        assert curve_fingerprint(parse_config([*config, change])) != same, change
-    assert curve_fingerprint(parse_config(config), ((4, 32, 64),)) != same
-
-
-def test_a_run_that_dies_before_its_first_checkpoint_keeps_its_id(tmp_path: Path) -> None:
-    """It does the same steps again; another run in the folder gets an id of its own."""
-    assert begun_id(tmp_path, "A") is None
-    Training(tmp_path, "offline").to(3).end()
-    assert begun_id(tmp_path, "A") == ID
-    assert begun_id(tmp_path, "B") is None
-    Training(tmp_path, "offline").to(5).end()
-    assert steps(tmp_path) == [1, 2, 3, 4, 5]
-
-
-def test_rows_arrive_while_training_and_a_resume_goes_on(
-    tmp_path: Path, server: WandbServer
-) -> None:
-    """Online: live, resumed by the server's word, with nothing of this machine in any request."""
-    training = Training(tmp_path / "gpt").to(6, evaluate_at=(3,))
-    wait_until(lambda: ID in server.runs and server.runs[ID].steps == [1, 2, 3, 4, 5])
+def test_a_resume_continues_the_online_run(tmp_path: Path, server: WandbServer) -> None:
+    """Rows arrive during training; repeated steps are sent again; no request names the machine."""
+    forwarder = begin(tmp_path / "gpt", range(1, 8))
+    wait_until(lambda: ID in server.runs and server.runs[ID].steps == list(range(1, 8)))
     run = server.runs[ID]
     assert run.exit_code is None
-    training.end(failed=True)
-    assert (run.steps, run.exit_code) == ([1, 2, 3, 4, 5, 6], 1)
-    assert json.loads(run.files[run.history[2]["samples"]["path"]])["data"] == [
-        [3, "def at_3(self):\n"]
-    ]
-    for log in logs(tmp_path / "gpt"):
-        log.unlink()  # it is not asked
-    training = Training(tmp_path / "gpt", step=4).to(9, evaluate_at=(7,))
-    training.save()
-    training.end()
-    assert (run.steps, run.exit_code) == (list(range(1, 10)), 0)
-    assert [row["_step"] for row in run.history] == list(range(9))
-    assert run.config["layout"]["value"] == ABOUT["layout"]
-    assert {key: run.summary[key] for key in ("best/step", "total/steps", "checkpoint")} == {
-        "best/step": 3,
-        "total/steps": 9,
-        "checkpoint": "step_00000009",
-    }
-    said = "\n".join(server.requests)
+    end(forwarder, failed=True)
+    assert run.exit_code == 1
+    assert run.summary["eval/loss"]["min"] == 0.5
+    end(begin(tmp_path / "gpt", range(5, 11)))
+    assert list(server.runs) == [ID]
+    assert (run.steps, run.exit_code) == ([*range(1, 8), *range(5, 11)], 0)
+    assert [row["_step"] for row in run.history] == list(range(len(run.history)))
+    assert run.config["layout"]["value"] == CONFIG["layout"]
+    requests = "\n".join(server.requests)
     for private in (str(tmp_path), str(ROOT), sys.executable, f'"{socket.gethostname()}"'):
-        assert private not in said, private
+        assert private not in requests, private
 
 
-def test_sync_makes_one_history_of_two_launches(tmp_path: Path, server: WandbServer) -> None:
-    """Offline, killed before the end of its second launch, and sent later."""
-    Training(tmp_path, "offline").to(10, evaluate_at=(5,)).end()
-    Training(tmp_path, "offline", step=8).to(14, evaluate_at=(12,)).end()
+def test_sync_merges_offline_launches(tmp_path: Path, server: WandbServer) -> None:
+    """The second launch was to use another id, as if the first had died without a checkpoint."""
+    end(begin(tmp_path, range(1, 8), "offline"))
+    end(begin(tmp_path, range(6, 10), "offline", wandb_id="another"))
     assert server.runs == {}
     sync(tmp_path)
-    run = server.runs[ID]
-    assert run.steps == list(range(1, 15))
-    assert [row["_step"] for row in run.history] == list(range(14))
-    assert run.summary["best/step"] == 5
-    sync(tmp_path)
-    Training(tmp_path, step=14).to(15).end()
-    assert run.steps == list(range(1, 16))
+    assert list(server.runs) == [ID]
+    assert server.runs[ID].steps == [*range(1, 8), *range(6, 10)]
 
 
-def test_offline_rows_that_wait_for_sync_are_not_sent_again(
-    tmp_path: Path, server: WandbServer
+def test_a_deleted_run_gets_a_new_id(
+    tmp_path: Path,
+    server: WandbServer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A run that goes on online leaves to `wandb sync` what it has been entrusted with."""
-    Training(tmp_path, "offline").to(5).end()
-    Training(tmp_path, step=4).to(8).end()
-    assert server.runs[ID].steps == [6, 7, 8]
-    sync(tmp_path)
-    assert sorted(server.runs[ID].steps) == list(range(1, 9))
+    """One warning, in the first launch that the server rejects (HTTP 409); nothing is lost."""
+    monkeypatch.setattr(wandb_forwarder, "INIT_TIMEOUT_S", 3.0)
+    server.deleted.add(ID)
+    end(begin(tmp_path, range(1, 4)))
+    (new_id,) = server.runs
+    assert caplog.text.count("WARNING") == 1
+    assert f"wandb: run id {ID} is rejected (deleted?); using a new one" in caplog.text
+    caplog.clear()
+    end(begin(tmp_path, range(4, 6)))
+    assert "WARNING" not in caplog.text
+    assert list(server.runs) == [new_id]
+    assert server.runs[new_id].steps == [1, 2, 3, 4, 5]
 
 
-def test_a_server_that_never_answers_holds_nothing_up(
+def test_a_silent_server_delays_nothing(
     tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Training starts at once and its end is soon; all rows are in a file for `wandb sync`."""
-    monkeypatch.setattr(wandb_run, "BEGIN_TIMEOUT_S", 2.0)
+    """Training starts at once and ends soon; `wandb sync` uploads all rows later."""
+    monkeypatch.setattr(wandb_forwarder, "INIT_TIMEOUT_S", 2.0)
     server.answers = False
     started_at = time.monotonic()
-    training = Training(tmp_path).to(5, evaluate_at=(3,))
+    forwarder = begin(tmp_path, range(1, 6))
     assert time.monotonic() - started_at < 0.5
-    assert training.end() < 10
-    assert steps(tmp_path) == [1, 2, 3, 4, 5]
+    assert end(forwarder) < 10
     wandb.teardown()
     server.answers = True
     sync(tmp_path)
     assert server.runs[ID].steps == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("fault", ["falls silent", "dies"])
-def test_a_server_that_is_lost_costs_nothing_but_time_at_the_end(
+def test_a_server_that_dies_delays_only_the_end(
     tmp_path: Path,
     server: WandbServer,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    fault: str,
 ) -> None:
-    """In the middle of training; the next launch, or `wandb sync`, sends the rest."""
-    for name in ("BEGIN_TIMEOUT_S", "END_TIMEOUT_S"):
-        monkeypatch.setattr(wandb_run, name, 2.0)
-    monkeypatch.setattr(wandb.Api, "_HTTP_TIMEOUT", 2)  # what a table waits for
-    training = Training(tmp_path).to(4)
-    wait_until(lambda: ID in server.runs and server.runs[ID].steps == [1, 2, 3])
+    """The warning gives the command that uploads the rest, which it does."""
+    monkeypatch.setattr(wandb_forwarder, "FINISH_TIMEOUT_S", 2.0)
+    forwarder = begin(tmp_path, range(1, 5))
+    wait_until(lambda: ID in server.runs and len(server.runs[ID].steps) == 4)
     server.answers = False
-    if fault == "dies":
-        server.shutdown()
-        server.server_close()
-    assert training.to(500, evaluate_at=(10,)).end() < 15
-    assert "wandb sync --include-online" in caplog.text
-    if fault == "falls silent":
-        server.answers = True
-        Training(tmp_path, step=490).to(510).end()
-        assert server.runs[ID].steps == list(range(1, 511))
-    else:
-        with serve() as another:
-            monkeypatch.setenv("WANDB_BASE_URL", another.url)
-            sync(tmp_path, "--include-online")
-            assert another.runs[ID].steps == list(range(1, 501))
+    server.shutdown()
+    server.server_close()
+    started_at = time.monotonic()
+    for step in range(5, 501):
+        forwarder.log({"step": step, "train/loss": 1.0})
+    forwarder.log({"step": 500, "sample": "a sample"})
+    assert time.monotonic() - started_at < 0.5
+    assert end(forwarder) < 15
+    assert f"wandb sync --include-online {tmp_path / 'wandb'}" in caplog.text
+    with serve() as another:
+        monkeypatch.setenv("WANDB_BASE_URL", another.url)
+        sync(tmp_path, "--include-online")
+        assert another.runs[ID].steps == list(range(1, 501))
 
 
 def test_disabled_leaves_nothing(tmp_path: Path) -> None:
-    """Not even a folder, nor a thread."""
-    training = Training(tmp_path, "disabled").to(2)
-    assert training.end() < 1
-    assert not (tmp_path / "wandb").exists()
+    assert end(begin(tmp_path, range(1, 3), "disabled")) < 1
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("broken", ["init", "log", "finish"])
-def test_a_failing_wandb_does_not_end_a_run(
+def test_a_failing_wandb_is_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
 ) -> None:
-    """Whatever it raises, wherever: one warning, and then silence."""
-
     def fail(*_: object, **__: object) -> None:
         raise wandb.errors.CommError("no route to host")
 
     with monkeypatch.context() as patches:
         patches.setattr(wandb if broken == "init" else wandb.Run, broken, fail)
-        Training(tmp_path, "offline").to(2).end()
+        end(begin(tmp_path, range(1, 3), "offline"))
     assert caplog.text.count("no route to host") == 1
 
 
 def test_no_secret_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A key in the environment or in the arguments of the process is in none of wandb's files."""
     monkeypatch.setenv("MY_SECRET_TOKEN", "s3cr3t-environment")
     monkeypatch.setattr("sys.argv", ["train.py", "s3cr3t-argument"])
-    Training(tmp_path, "offline").to(1).end()
+    end(begin(tmp_path, range(1, 3), "offline"))
     for path in (tmp_path / "wandb").rglob("*"):
         if path.is_file():
             assert b"s3cr3t" not in path.read_bytes(), path
 
 
 @distributed(Layout(tp=2))
-def test_what_is_said_about_a_run(mesh: Any, corpus: Path) -> None:
-    """Settings, size, layout and environment; of paths nothing but the name of a hub's data set."""
+def test_the_config_has_settings_and_no_path(mesh: Mesh, corpus: Path) -> None:
     mixture = f"data.sources=[{{source: text, path: {corpus}, weight: 2}}]"
-    folder = ("data.source=hub", f"data.path={corpus.parent}")  # in place of a name
-    for overrides in (("data.source=text", f"data.path={corpus}"), (mixture,), folder):
-        said = about(parse_config(["config=gpt_debug.yaml", *overrides]), mesh)
-        assert str(corpus.parent) not in json.dumps(said)
-        assert "/" not in json.dumps(said["data"]) + json.dumps(said["run"])
-    assert said["layout"]["world"] == said["layout"]["tp"] * said["layout"]["dp"] == mesh.world.size
-    assert said["optimizer"]["lr"] == parse_config(["config=gpt_debug.yaml"]).optimizer.lr
-    assert said["environment"]["device_type"] == "cpu"
-    assert said["environment"]["device"]
-    hub = ("data.source=hub", "data.path=org/books")
-    assert about(parse_config(["config=gpt_debug.yaml", *hub]), mesh)["data"]["path"] == "org/books"
+    for overrides in (("data.source=text", f"data.path={corpus}"), (mixture,)):
+        config = wandb_config(parse_config(["config=gpt_debug.yaml", *overrides]), mesh)
+        assert "/" not in json.dumps(config["data"]) + json.dumps(config["run"])
+    assert config["layout"] == {"tp": 2, "dp": 1, "world": 2}
+    assert config["optimizer"]["lr"] == parse_config(["config=gpt_debug.yaml"]).optimizer.lr
 
 
-@pytest.mark.parametrize("host", ["the default", "http://localhost:4321"])
-def test_a_key_is_found_where_wandb_login_writes_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, host: str
+@pytest.mark.parametrize("key", ["in netrc", "none", "malformed"])
+def test_online_only_with_a_key(
+    tmp_path: Path,
+    server: WandbServer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    key: str,
 ) -> None:
-    """In netrc, under whatever name wandb gives the server; a key of another server is none."""
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    if host != "the default":
-        monkeypatch.setenv("WANDB_BASE_URL", host)
-    assert not wandb_run._has_key(wandb)
-    wandb.teardown()
-    url = wandb.setup(settings=wandb.Settings(silent=True)).settings.base_url
-    wbauth.write_netrc_auth(host=url, api_key=KEY)
-    assert wandb_run._has_key(wandb)
-    wandb.teardown()
-    monkeypatch.setenv("WANDB_BASE_URL", "http://localhost:9")
-    assert not wandb_run._has_key(wandb)
-    monkeypatch.setenv("WANDB_API_KEY", "short")
-    wandb.teardown()
-    assert not wandb_run._has_key(wandb)
+    """wandb reads it from the environment or netrc; without one it logs offline, unprompted."""
+    monkeypatch.delenv("WANDB_API_KEY")
+    if key == "in netrc":
+        wbauth.write_netrc_auth(host=server.url, api_key=KEY)
+    if key == "malformed":
+        monkeypatch.setenv("WANDB_API_KEY", "short")
+    end(begin(tmp_path, range(1, 3)))
+    assert (ID in server.runs) == (key == "in netrc")
+    assert ("logging offline, upload with `wandb sync`" in caplog.text) == (key != "in netrc")
+    assert len(history(tmp_path)) == 2
 
 
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"id": "x"}', '{"id": "x", "curve_fingerprint": "B"}']
-)
-def test_torn_notes_are_no_notes(tmp_path: Path, content: str) -> None:
-    """A run that died at a bad moment starts anew in wandb, and starts."""
-    (tmp_path / "wandb").mkdir()
-    (tmp_path / "wandb" / "begun.json").write_text(content)
-    assert begun_id(tmp_path, "A") is None
+@pytest.mark.drill
+@pytest.mark.timeout(300)
+def test_a_killed_run_keeps_its_id(corpus: Path, tmp_path: Path, server: WandbServer) -> None:
+    """Killed before its first checkpoint and after it, then moved to DP=2: the last row counts."""
+    more = ("train.train_steps=400", "evaluate.interval=100", "logging.wandb=online")
+    arguments = settings(corpus, tmp_path, *more)
+    for launch in (arguments, [*arguments, "checkpoint.save_interval=5"]):
+        process = start(1, launch)
+        wait_for(lambda: len(server.runs) == 1 and steps_done(tmp_path) >= 20, process)
+        for victim in (process.pid, *workers_of(tmp_path)):
+            os.kill(victim, signal.SIGKILL)
+        process.communicate(timeout=60)
+    more = ("train.train_steps=30", "parallel.tensor_model_parallel_size=1")
+    finish(start(2, [*arguments, *more]))
+    (run,) = server.runs.values()
+    for row in rows(tmp_path):
+        loss = next(key for key in row if key.endswith("/loss"))
+        sent = [other for other in run.history if other["step"] == row["step"] and loss in other]
+        assert {key: sent[-1][key] for key in row} == row
+    assert run.config["layout"]["value"]["dp"] == 2
+
+
+@pytest.mark.drill
+def test_the_stop_button_saves(corpus: Path, tmp_path: Path, server: WandbServer) -> None:
+    """The button on wandb's page, for which wandb asks every 15 s, acts like Ctrl-C."""
+    more = ("train.train_steps=100000", "evaluate.interval=0", "logging.wandb=online")
+    process = start(1, settings(corpus, tmp_path, *more))
+    wait_for(lambda: any(run.history for run in server.runs.values()), process)
+    server.stops = True
+    output = finish(process, expected=130)
+    (run,) = server.runs.values()
+    assert f"run test stopped by SIGINT: step {run.steps[-1]} of 100000" in output

@@ -43,7 +43,7 @@ def plant_finished_run(directory: Path) -> None:
 
 @distributed(ONE_RANK, Layout(dp=2))
 @pytest.mark.parametrize(
-    "name", ["", "checkpoints", "metrics.jsonl", "samples.jsonl", "profile", ".lock"]
+    "name", ["", "checkpoints", "metrics.jsonl", "samples.jsonl", "tensorboard", ".lock"]
 )
 def test_a_link_is_refused_and_what_it_leads_to_left_alone(
     mesh: Mesh, tmp_path: Path, name: str
@@ -253,7 +253,7 @@ def test_exit_json_comes_before_wandb_and_pruning(
         parallel={"tensor_model_parallel_size": mesh.tp.size},
     )
     seen: list[tuple[str, Any]] = []
-    prune, finish = saving_module.prune_checkpoints, metrics_module.WandbView.finish
+    prune, finish = saving_module.prune_checkpoints, metrics_module.WandbForwarder.finish
     exit_file = tmp_path / "test" / "exit.json"
 
     def look(what: str) -> None:
@@ -275,7 +275,7 @@ def test_exit_json_comes_before_wandb_and_pruning(
         RunFolder(run_config, mesh) as folder,
     ):
         patch.setattr(saving_module, "prune_checkpoints", watched_prune)
-        patch.setattr(metrics_module.WandbView, "finish", watched_finish)
+        patch.setattr(metrics_module.WandbForwarder, "finish", watched_finish)
         if ending == "signal":
             agreed = signals.agreed
             patch.setattr(
