@@ -182,7 +182,9 @@ def load_eval_corpus(source: SourceConfig, tokenizer: Tokenizer, tokenizer_path:
     tokens = np.concatenate(documents)
     offsets = np.cumsum([0, *(len(document) for document in documents)])
     file = TokenFile(tokens, offsets, np.array(document_bytes, dtype=np.int64))
-    digest = xxhash.xxh3_128(b"".join((tokens, offsets, file.document_bytes)))
+    digest = xxhash.xxh3_128()
+    for part in (tokens, offsets, file.document_bytes):
+        digest.update(part.tobytes())
     unknown = int(np.count_nonzero(tokens == tokenizer.unk_id))
     validation = {"unknown": unknown, "lossy": lossy, "compared": len(documents)}
     summary = {"skipped": dict(skipped), "validation": validation}

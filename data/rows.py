@@ -14,7 +14,7 @@ Legend: s = seq_length, b = rows of a micro-batch. Batch first here: [b, s].
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -57,7 +57,7 @@ class MicroBatch:
         tensors = self._model_tensors().items()
         return replace(self, **{name: tensor.pin_memory() for name, tensor in tensors})
 
-    def _model_tensors(self) -> dict[str, Tensor]:
+    def _model_tensors(self) -> dict[str, Any]:
         names = ("tokens", "positions", "targets", "documents")
         tensors = {name: getattr(self, name) for name in names}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}

@@ -103,9 +103,10 @@ def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
 
 def open_token_file(directory: Path, split: str, vocab_size: int) -> TokenFile:
     """Map a split that `write_token_file` wrote."""
-    dtypes = (token_dtype(vocab_size), _INDEX_DTYPE, _INDEX_DTYPE)
-    paths = [directory / f"{split}.{part}" for part in PARTS]
-    return TokenFile(*map(_map_array, paths, dtypes), vocab_size, paths[0])
+    path, offsets, num_bytes = (directory / f"{split}.{part}" for part in PARTS)
+    tokens = _map_array(path, token_dtype(vocab_size))
+    documents = _map_array(offsets, _INDEX_DTYPE), _map_array(num_bytes, _INDEX_DTYPE)
+    return TokenFile(tokens, *documents, vocab_size, path)
 
 
 def _map_array(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
@@ -174,5 +175,6 @@ def encode_documents(
                 f"the tokenizer gives id {ids.max()}, but has {tokenizer.vocab_size} pieces; use "
                 "another data.tokenizer"
             )
-        document = [[tokenizer.bos_id], ids, [tokenizer.eos_id]]
-        yield np.concatenate(document, dtype=dtype, casting="unsafe")
+        document = np.empty(len(ids) + 2, dtype)
+        document[0], document[1:-1], document[-1] = tokenizer.bos_id, ids, tokenizer.eos_id
+        yield document

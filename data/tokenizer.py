@@ -85,13 +85,14 @@ class Tokenizer:
         """Return the ids of each text, without bos and eos, using all cores."""
         parts_of_texts = [self._parts(text) for text in texts]
         parts = list(itertools.chain(*parts_of_texts))
-        encoded = self._processor.encode(parts, out_type="numpy", num_threads=self._num_threads)
+        encoded: list[npt.NDArray[np.int32]] = self._processor.encode(
+            parts, out_type="numpy", num_threads=self._num_threads
+        )
         if self.can_cut:
             pairs = zip(parts, encoded, strict=True)
             encoded = [self._block_ids if part == _BLOCK else ids for part, ids in pairs]
-        ids = iter(encoded)
-        none = np.empty(0, np.int32)
-        return [np.concatenate([none, *itertools.islice(ids, len(p))]) for p in parts_of_texts]
+        rest, none = iter(encoded), np.empty(0, np.int32)
+        return [np.concatenate([none, *itertools.islice(rest, len(p))]) for p in parts_of_texts]
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids; bos and eos have none."""
