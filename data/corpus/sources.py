@@ -217,15 +217,14 @@ def _table_rows(source: SourceConfig, file: Path | None, scratch: Path) -> Itera
     datasets.disable_progress_bars()
     # Its error lines would repeat, with less context, the exceptions that follow.
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    options: dict[str, Any]
     if file is not None:
-        name, split = source.source, "train"
-        options = {"data_files": [glob.escape(str(file.absolute()))]}
+        data_files = [glob.escape(str(file.absolute()))]
+        options = {"path": source.source, "split": "train", "data_files": data_files}
     else:
-        name, split = source.path, source.hub_split
-        options = {"name": source.hub_config, "revision": source.hub_revision}
-    rows = datasets.load_dataset(
-        name, split=split, streaming=True, cache_dir=str(scratch), **options
-    )
+        options = {"path": source.path, "name": source.hub_config, "split": source.hub_split}
+        options["revision"] = source.hub_revision
+    rows = datasets.load_dataset(**options, streaming=True, cache_dir=str(scratch))
     # Other columns would be decoded, and may hold images. Names may be unknown before reading.
     if source.text_field in (rows.column_names or ()):
         rows = rows.select_columns([source.text_field])
