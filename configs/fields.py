@@ -197,7 +197,8 @@ def _fix(field: Field, value: object) -> str:
     if field.hint in (int, float):
         if str(value).endswith("%") and _NUMBER.fullmatch(str(value)[:-1]):
             return f"; write {Decimal(str(value)[:-1]) / 100:f}"
-        return f"; write for example {field.default if field.default else 100}"
+        example = field.default if isinstance(field.default, int | float) else 100
+        return f"; write for example {example}"
     word = nearest(str(value), field.words)
     return f"; did you mean {word}?" if word else ""
 

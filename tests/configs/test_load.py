@@ -30,6 +30,7 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)  # set by load_config in other tests
 
 
 def _python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
