@@ -23,7 +23,7 @@ class TensorBoardWriter:
     def __init__(self, directory: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - only rank 0 needs it
 
-        self.writer = SummaryWriter(
+        self.writer: Any = SummaryWriter(
             str(directory), purge_step=first_step, max_queue=1000, flush_secs=1
         )
         self.writer.add_custom_scalars(_LAYOUT)
