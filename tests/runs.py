@@ -1,4 +1,4 @@
-"""Whole runs of train.py for tests: inside the pool of workers, and through the command line."""
+"""Whole runs of train.py for tests: in the pool of workers, and through the command line."""
 
 import dataclasses
 import json
@@ -16,9 +16,9 @@ from tests.distributed import Layout, run_on
 from tests.lines import ROOT
 from train import train
 from training.run_folder import RunFolder
-from training.stopping import StopSignals
+from training.signals import StopSignals
 
-# Forty steps on two ranks: long enough to be met in the middle.
+# Forty steps on two ranks: long enough to interrupt in the middle.
 LONG = ("train.train_steps=40", "checkpoint.save_interval=5", "evaluate.interval=0")
 
 
@@ -55,7 +55,7 @@ def settings(corpus: Path, directory: Path, *overrides: str) -> list[str]:
 
 
 def rows(directory: Path, name: str = "test") -> list[dict[str, Any]]:
-    """What metrics.jsonl says, without what depends on the clock."""
+    """The rows of metrics.jsonl without speed and memory."""
     lines = (directory / name / "metrics.jsonl").read_text().splitlines()
     return [
         {
@@ -68,7 +68,7 @@ def rows(directory: Path, name: str = "test") -> list[dict[str, Any]]:
 
 
 def run_in_pool(mesh: Mesh, config: Config) -> None:
-    """train.py's story on one rank of the pool."""
+    """Train on one rank of the pool."""
     with RunFolder(config, mesh) as folder:
         assert train(config, mesh, folder, StopSignals()) == 0
 
@@ -83,9 +83,9 @@ def train_on(layout: Layout, arguments: list[str]) -> None:
 
 
 def command(ranks: int, arguments: list[str], flags: Sequence[str] = ()) -> list[str]:
-    """The command that a person would type, of tensor-parallel ranks unless the arguments differ.
+    """The command that a user would type; ranks are tensor-parallel unless the arguments differ.
 
-    `flags` are torchrun's; one rank is started by torchrun only with them.
+    `flags` are torchrun's; a single rank is started by torchrun only if there are any.
     """
     tp = "parallel.tensor_model_parallel_size"
     layout = [] if any(argument.startswith(tp) for argument in arguments) else [f"{tp}={ranks}"]
@@ -102,10 +102,12 @@ def start(
     flags: Sequence[str] = (),
     *,
     largest_file_kib: int | None = None,
+    terminal: int = subprocess.PIPE,
 ) -> "subprocess.Popen[str]":
     """Start a run, away from the repository and in a process group of its own.
 
     `largest_file_kib`: the system refuses to write a larger file, as a full disk would.
+    `terminal`: the file descriptor that the run prints to, in place of a pipe.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     limited: list[str] = []
@@ -113,7 +115,7 @@ def start(
         limited = ["bash", "-c", 'ulimit -f "$0"; exec "$@"', str(largest_file_kib)]
     return subprocess.Popen(
         [*limited, *command(ranks, arguments, flags)],
-        stdout=subprocess.PIPE,
+        stdout=terminal,
         stderr=subprocess.STDOUT,
         text=True,
         cwd="/",
@@ -123,14 +125,14 @@ def start(
 
 
 def finish(process: "subprocess.Popen[str]", expected: int = 0) -> str:
-    """Wait for the end; returns what was printed."""
+    """Wait for the end; return the output."""
     output, _ = process.communicate(timeout=100)
     assert process.returncode == expected, output
     return output
 
 
 def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
-    """Poll until something has happened in the run folder."""
+    """Poll until a condition of the run folder holds."""
     deadline = time.monotonic() + 60
     while not condition():
         assert process.poll() is None, process.communicate()[0]
@@ -139,7 +141,7 @@ def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]") ->
 
 
 def steps_done(directory: Path) -> int:
-    """Lines in metrics.jsonl so far."""
+    """The number of lines in metrics.jsonl."""
     path = directory / "test" / "metrics.jsonl"
     return len(path.read_text().splitlines()) if path.exists() else 0
 
@@ -157,7 +159,7 @@ def workers_of(directory: Path) -> Iterator[int]:
 
 
 def ranks_of(directory: Path) -> dict[int, int]:
-    """The process id of each rank of a run under torchrun that has read its environment."""
+    """The process id of each rank of a run under torchrun."""
     ranks = {}
     for worker in workers_of(directory):
         try:

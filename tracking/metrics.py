@@ -20,7 +20,7 @@ from parallel import sum_over
 from tracking.console import Line, duration, printable
 from tracking.wandb_run import Launch, about
 from tracking.wandb_view import WandbView
-from training.evaluation import Evaluation
+from training.evaluation import EvalResult
 from training.hardware import peak_flops_per_second, peak_memory_gib
 from training.state import Run, RunState, StepResult, curve_fingerprint
 
@@ -93,7 +93,7 @@ class RunLog:
         if is_first or is_last or state.step % self.config.logging.log_interval == 0:
             logger.info(self._step_line(state, row))
 
-    def evaluation(self, state: RunState, evaluation: Evaluation) -> None:
+    def evaluation(self, state: RunState, evaluation: EvalResult) -> None:
         """One evaluation, and its sample."""
         row = {
             "step": state.step,

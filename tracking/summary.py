@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from checkpoints import checkpoint_directories
+from checkpoints.manifest import step_directory
 from configs import Config
 from data import SampleOrder, rows_of_corpus
 from model import num_parameters
@@ -78,19 +78,20 @@ def report_end(run: Run, began: RunState, state: RunState, stop: signal.Signals 
         state.step - began.step,
     )
     progress = read_progress(folder.metrics, began)
-    saved = checkpoint_directories(folder.checkpoints)
+    # Loaded or committed by this launch, so it is whole; a newer directory may be damaged.
+    saved = step_directory(folder.checkpoints, state.step) if state.step else None
     log_table(
         {
             "best": _best(progress),
             "this launch": _launch(progress, began, state, time.monotonic() - folder.opened_at),
             "skipped": _skipped(state),
-            "checkpoint": str(saved[-1]) if saved else "",
+            "checkpoint": str(saved or ""),
             "to look at": _dashboard(run.config),
             "to sample": f"python generate.py run={shlex.quote(str(folder.path))}" if saved else "",
         }
     )
     if reason == "finished":
-        more = folder.resume_command(f"train.train_steps={2 * num_steps or 1}")
+        more = folder.resume_command(f"train.train_steps={2 * max(num_steps, state.step) or 1}")
         logger.info("train on with\n  %s", more)
     else:
         logger.info("resume with\n  %s", folder.resume_command())
