@@ -122,7 +122,7 @@ class Watchdog:
         del frames[: max(inside, default=-1) + 1]
         before, step = self._beat, self._folder.step or 0
         position = (step, [(frame.f_code, frame.f_lineno) for frame in frames])
-        own = next((number for number, frame in enumerate(frames) if _is_ours(frame)), 0)
+        own = next((number for number, frame in enumerate(frames) if _own_line(frame)), 0)
         blocks = is_blocking_frame(frames[own].f_code)
         calls = [frame.f_code for frame in frames]
         story = calls.index(self._story) if self._story in calls else 0
@@ -132,7 +132,7 @@ class Watchdog:
             samples=before.samples + 1,
             step=step,
             phase=calls[max(story - 1, 0)].co_name,
-            line=_line(frames[own + blocks]),
+            line=_own_line(frames[own + blocks]) or calls[own + blocks].co_filename,
             is_waiting=blocks or in_torch,
             is_in_file=any(is_file_access(code) for code in calls),
             stuck=0.0,
@@ -213,19 +213,12 @@ def _describe(rank: int, beat: Beat, answers: bool) -> str:
     )
 
 
-def _path(frame: FrameType) -> Path:
-    # Python keeps ".." in the path of a program.
-    return Path(os.path.normpath(frame.f_code.co_filename))
-
-
-def _is_ours(frame: FrameType) -> bool:
-    path = _path(frame)
-    return path.is_relative_to(_ROOT) and "site-packages" not in path.parts
-
-
-def _line(frame: FrameType) -> str:
-    path = _path(frame)
-    return f"{path.relative_to(_ROOT) if path.is_relative_to(_ROOT) else path}:{frame.f_lineno}"
+def _own_line(frame: FrameType) -> str | None:
+    """Where a frame is in our own code; None elsewhere."""
+    path = Path(os.path.normpath(frame.f_code.co_filename))  # a program's path may contain ".."
+    if path.is_relative_to(_ROOT) and "site-packages" not in path.parts:
+        return f"{path.relative_to(_ROOT)}:{frame.f_lineno}"
+    return None
 
 
 def _kill_if_stopped(beat: Beat) -> None:

@@ -184,7 +184,6 @@ def test_ctrl_c_leaves_the_resume_command_last_on_the_terminal(
     assert report["code"] == 130
     assert report["resume"].startswith("torchrun --nproc-per-node 1 --standalone ")
     assert text.count("\nsaving; press again to stop now\n") == 1
-    assert "SignalException" in text
     assert text.endswith(f"resume with\n  {report['resume']}\n")
 
 
