@@ -117,7 +117,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from data import Corpus, load_eval_corpus, prepare_corpus
 from parallel import close_mesh
 from tracking.console import set_up_logging
-from training.evaluation import Score, eval_batches, score
+from training.evaluation import EvalResult, eval_batches, score
 from training.inference import (
     LoadedModel,
     exit_on_error,
@@ -125,8 +125,8 @@ from training.inference import (
     require_fingerprint,
 )
 from training.run_folder import require_same_on_all_ranks
+from training.signals import StopSignals
 from training.state import mesh_from_config
-from training.stopping import StopSignals
 
 logger = logging.getLogger("microtron")
 
@@ -151,7 +151,7 @@ def text_to_score(trained: LoadedModel, settings: Settings) -> tuple[Corpus, int
     return corpus, settings.max_sequences or config.evaluate.max_sequences
 
 
-def report(result: Score, output: str | None) -> None:
+def report(result: EvalResult, output: str | None) -> None:
     """Print the result, and write it to a JSON file in full precision."""
     numbers = {
         "loss": result.loss,

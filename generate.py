@@ -100,8 +100,8 @@ from model.generation.continuation import Continuation
 from parallel import Mesh, close_mesh, gather_json
 from tracking.console import printable, set_up_logging
 from training.inference import LoadedModel, exit_on_error, load_for_inference
+from training.signals import StopSignals
 from training.state import mesh_from_config
-from training.stopping import StopSignals
 
 logger = logging.getLogger("microtron")
 

@@ -1,6 +1,6 @@
 """Train a GPT: `torchrun train.py config=NAME.yaml section.key=value ...`.
 
-The story of a run. What a step does is in `training/step.py`; all communication in `parallel/`.
+This file tells the story of a run. `training/step.py` has a step; `parallel/` all communication.
 """
 
 import logging
@@ -16,68 +16,76 @@ from configs import (
 )
 
 if __name__ == "__main__":
-    # Before torch is imported, which takes seconds, so that a mistyped key is answered at once.
+    # Before importing torch, which takes seconds, so that a mistyped key is reported at once.
     CONFIG = load_config(sys.argv[1:])
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from data import prepare_corpus, text_fingerprint
 from model import build_model, num_parameters
-from parallel import (
-    Mesh,
-    close_mesh,
-    lost_connection,
-)
+from parallel import Mesh, close_mesh, lost_connection
 from tracking.console import set_up_logging
 from tracking.metrics import RunLog, last_step
 from tracking.profiling import Profiler
 from tracking.summary import outcome, report_end, report_start
 from training.checkpoint_writer import CheckpointWriter
-from training.divergence import roll_back, too_many_skipped
-from training.evaluation import evaluate, held_out
+from training.divergence import check_replicas, roll_back, too_many_skipped
+from training.evaluation import evaluate, validation_set
 from training.hardware import set_up_allocator, use_deterministic_kernels
+from training.launcher import print_after_launcher
 from training.optimizer import build_optimizer
-from training.replica_check import check_replicas
-from training.run_folder import RunFolder, require_same_on_all_ranks
-from training.state import (
-    Run,
-    RunState,
-    find_own_checkpoint,
-    mesh_from_config,
-    resume,
-    training_batches,
-)
+from training.resume import find_own_checkpoint, resume
+from training.run_folder import FatalError, RunFolder, require_same_on_all_ranks
+from training.signals import StopSignals
+from training.state import Run, RunState, mesh_from_config, training_batches
 from training.step import train_step
-from training.stopping import FatalError, StopSignals
 from training.watchdog import Watchdog
 
 logger = logging.getLogger("microtron")
 
 
 def train(config: Config, mesh: Mesh, folder: RunFolder, signals: StopSignals) -> int:
-    """Train from the newest checkpoint, or the start, to the last step; returns the exit code."""
+    """Train from the newest checkpoint, or from scratch, to the last step; return the exit code."""
     run, state = start(config, mesh, folder)
-    last, began = last_step(config), state
+    began, last, stop = state, last_step(config), None
     folder.step = state.step
     check_replicas(run, state)
     if state.step >= last:
-        folder.write_exit(*outcome(config, state, stop=None))
-        return report_end(run, began, state, stop=None)
+        folder.write_exit(*outcome(config, state, stop))
+        return report_end(run, began, state, stop)
 
     report_start(run, state)
     signals.training()
-    stop: signal.Signals | None = None
     while state.step < last and stop is None:
         state, stop = train_until_stop_or_rollback(run, state, signals)
     return report_end(run, began, state, stop)
 
 
+def start(config: Config, mesh: Mesh, folder: RunFolder) -> tuple[Run, RunState]:
+    """Prepare the text, the model and the optimizer, and load the newest checkpoint."""
+    cache = config.data.cache_directory
+    with machine_errors_as_user_errors(f"prepare the corpus in data.cache_directory={cache}"):
+        text = text_fingerprint(config.data)
+        require_same_on_all_ranks(mesh, text, "the text")
+        # Refuse a checkpoint of another text before tokenizing, which may take hours.
+        checkpoint = find_own_checkpoint(config, text, mesh, folder)
+        if checkpoint is not None:
+            folder.step = checkpoint.step
+        corpus = prepare_corpus(config.data, config.model.seq_length, mesh.local_rank)
+        require_same_on_all_ranks(mesh, corpus.fingerprint, "the tokenized text")
+    set_up_allocator(mesh, num_parameters(config.model, config.data.vocab_size))
+    model = build_model(config, mesh)
+    optimizer = build_optimizer(model, config.optimizer)
+    run = Run(config, mesh, folder, corpus, model, optimizer)
+    return run, resume(run, checkpoint)
+
+
 def train_until_stop_or_rollback(
     run: Run, state: RunState, signals: StopSignals
 ) -> tuple[RunState, signal.Signals | None]:
-    """Train to the last step, to a signal, or to a rollback, from whose state to train on."""
+    """Train to the last step, a signal, or a rollback; return the state to continue from."""
     config, folder, last = run.config, run.folder, last_step(run.config)
-    documents = held_out(run)
+    documents = validation_set(run)
     evaluation_interval = config.evaluate.interval if documents.num_targets else 0
     batches = training_batches(run, state)
     folder.begin(run.corpus.tokenizer_path)
@@ -85,7 +93,7 @@ def train_until_stop_or_rollback(
     with (
         batches,
         RunLog(run, state) as log,
-        CheckpointWriter(run, state) as saving,
+        CheckpointWriter(run, state) as saves,
         Profiler(config.logging.profile_steps, folder.profile, run.mesh) as profiler,
         Watchdog(run),
         folder.recording_failure(),
@@ -100,44 +108,27 @@ def train_until_stop_or_rollback(
                 log.evaluation(state, evaluate(run, state, documents))
             if due(state.step, config.debug.audit_interval):
                 check_replicas(run, state)
-            saving.commit_if_written()
+            saves.commit_if_written()
             if due(state.step, config.checkpoint.save_interval):
-                saving.begin(state, background=config.checkpoint.async_save)
+                saves.begin(state, background=config.checkpoint.async_save)
             if too_many_skipped(state, config.train):
-                saving.commit_if_written(wait=True)
+                saves.commit_if_written(wait=True)
                 return roll_back(run, state), None
         folder.announce_last_save()
-        saving.end(state)
+        saves.end(state)
         folder.write_exit(*outcome(config, state, stop))
-        saving.prune()
+        saves.prune()
     return state, stop
 
 
-def start(config: Config, mesh: Mesh, folder: RunFolder) -> tuple[Run, RunState]:
-    """Prepare text, model and optimizer, and take up the run where it was left."""
-    cache = config.data.cache_directory
-    with machine_errors_as_user_errors(f"prepare the corpus in data.cache_directory={cache}"):
-        text = text_fingerprint(config.data)
-        require_same_on_all_ranks(mesh, text, "the text")
-        # Compared with the run's before it is tokenized, which may take hours.
-        checkpoint = find_own_checkpoint(config, text, mesh, folder)
-        corpus = prepare_corpus(config.data, config.model.seq_length, mesh.local_rank)
-        require_same_on_all_ranks(mesh, corpus.fingerprint, "the tokenized text")
-    set_up_allocator(mesh, num_parameters(config.model, config.data.vocab_size))
-    model = build_model(config, mesh)
-    optimizer = build_optimizer(model, config.optimizer)
-    run = Run(config, mesh, folder, corpus, model, optimizer)
-    return run, resume(run, checkpoint)
-
-
 def due(step: int, interval: int, at_end: int | None = None) -> bool:
-    """Whether what is done every `interval` steps (0: never), and at the end, is due."""
+    """Whether something is due that happens every `interval` steps (0: never) and at the end."""
     return interval > 0 and (step % interval == 0 or step == at_end)
 
 
 @record
 def main(config: Config) -> int:
-    """Join the other ranks, lock the run folder, and train."""
+    """Join the other ranks, lock the run folder, and train; return the exit code."""
     signals = StopSignals()
     if config.debug.deterministic:
         use_deterministic_kernels()
@@ -154,7 +145,9 @@ def main(config: Config) -> int:
         if (loss := lost_connection(error)) is None:
             raise
         exit_with_error(loss, 1, only_here=True)
-    # Only here: with an error under way, a peer may be in a collective, and leaving waits for it.
+    if code and mesh.world.rank == 0:  # stopped by a signal
+        print_after_launcher(f"resume with\n  {folder.resume_command()}")
+    # Not after an error: closing waits for peers, which may be in a collective.
     close_mesh()
     return code
 

@@ -1,15 +1,13 @@
-"""Kills runs at random moments and looks whether anything is lost; the longest of `make drills`.
+"""Kill runs at random moments and check that nothing is lost; the longest of `make drills`.
 
-    python -m tests.kill_fuzz 200        two hundred kills; the last line says what came of them
+    python -m tests.kill_fuzz 200        two hundred kills; the last line has the result
 
-Two tensor-parallel ranks train in float32 with dropout and save at every step, in the background.
-One of them, or both at once, get kill -9: half of the times at any moment of the start or of the
-training, half of them as soon as a save is seen to be under way. Then the run is started again,
-eight times at most, and left to finish; every loss of it must be, to the bit, that of a run that
-nothing happened to. And again.
+Two tensor-parallel ranks train in float32 with dropout and save at every step in the background.
+One of them, or both, get kill -9: half of the time at any moment, half of the time during a save.
+Then the run is restarted, and killed again, at most eight times; after that it finishes. Every loss
+must equal that of an uninterrupted run bit for bit.
 
-Most of a start is the import of torch. It is done once, here, where nothing is computed; ranks are
-forks of this process and go through `train` as under torchrun.
+torch is imported once, in this process, which computes nothing; ranks are forks of it.
 """
 
 import dataclasses
@@ -37,7 +35,7 @@ from tests.conftest import write_corpus
 from tests.runs import rows, settings
 from train import train
 from training.run_folder import RunFolder
-from training.stopping import StopSignals
+from training.signals import StopSignals
 
 RANKS = 2
 _KILLS_OF_A_RUN = 8
@@ -48,7 +46,7 @@ _POLL_S = 0.0002
 
 @dataclass
 class Tally:
-    """What has happened so far."""
+    """The kills so far."""
 
     kills: int = 0
     kills_in_a_save: int = 0
@@ -57,7 +55,7 @@ class Tally:
 
 
 def main(num_kills: int, seed: int = 1) -> int:
-    """Kill so many times; the exit code is 1 if a run has other losses than the unbroken one."""
+    """Kill `num_kills` times; return 1 if a run has other losses than the uninterrupted one."""
     choose, tally, started_at = random.Random(seed), Tally(), time.perf_counter()
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
@@ -78,14 +76,14 @@ def main(num_kills: int, seed: int = 1) -> int:
                 return 1
             shutil.rmtree(folder / str(config.run.name))
     sys.stdout.write(
-        f"{tally.kills} of {tally.kills} kills survived to the bit, {tally.kills_in_a_save} of "
+        f"{tally.kills} of {tally.kills} kills survived bit for bit, {tally.kills_in_a_save} of "
         f"them inside a save, in {tally.runs} runs and {time.perf_counter() - started_at:.0f} s\n"
     )
     return 0
 
 
 def configuration(folder: Path, name: str) -> Config:
-    """A run of thirty small steps that saves at each."""
+    """A run of thirty small steps that saves at every step."""
     overrides = (
         f"run.name={name}",
         "train.train_steps=30",
@@ -98,7 +96,7 @@ def configuration(folder: Path, name: str) -> Config:
 
 
 def run_to_its_end(config: Config, harm: Callable[[list[ForkProcess]], None]) -> int:
-    """Start the run again and again, each time with `harm`, until it is finished; the kills."""
+    """Restart the run, each time with `harm`, until it finishes; return how often it died."""
     for deaths in range(10**6):
         with tempfile.TemporaryDirectory() as rendezvous:
             context = multiprocessing.get_context("fork")
@@ -116,7 +114,7 @@ def run_to_its_end(config: Config, harm: Callable[[list[ForkProcess]], None]) ->
 
 
 def _wait_for_the_end(ranks: list[ForkProcess]) -> None:
-    """As torchrun does: once a rank is dead, its peers are asked to end, and soon made to."""
+    """Like torchrun: once a rank is dead, terminate its peers, and soon kill them."""
     deadline = time.monotonic() + _LONGEST_LIFE_S
     while any(process.is_alive() for process in ranks):
         if any(process.exitcode for process in ranks):
@@ -132,7 +130,7 @@ def _wait_for_the_end(ranks: list[ForkProcess]) -> None:
 def kill(
     ranks: list[ForkProcess], config: Config, choose: random.Random, tally: Tally, num_kills: int
 ) -> None:
-    """Kill one rank or both, at a moment that is drawn; nobody once there were enough."""
+    """Kill one rank or both at a random moment, unless there were enough kills."""
     if tally.kills >= num_kills or tally.kills_of_this_run >= _KILLS_OF_A_RUN:
         return
     checkpoints = Path(config.run.directory, str(config.run.name), "checkpoints")
@@ -163,7 +161,7 @@ def _wait_for_a_save(ranks: list[ForkProcess], checkpoints: Path) -> None:
 
 
 def _rank(rank: int, config: Config, rendezvous: str) -> None:
-    """One rank, as train.py's main has it."""
+    """Run one rank as train.py's main does."""
     output = os.open(os.devnull, os.O_WRONLY)
     os.dup2(output, 1)
     os.dup2(output, 2)

@@ -1,4 +1,4 @@
-"""Runs as train.py leaves them, with random weights, written by the pool of workers in no time."""
+"""Run folders with random weights, written quickly by the pool of workers."""
 
 import json
 import zlib
@@ -15,7 +15,7 @@ from tests.data_corpora import small_tokenizer
 from tests.distributed import Layout, run_on
 from training.optimizer import build_optimizer, training_tensors
 
-VOCAB = 603  # of which the tokenizer has 320; no multiple of anything
+VOCAB = 603  # the tokenizer has 320 of them; no multiple of a power of two
 STEP, TOKENS = 7, 12_345
 _SHAPE = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 37}
 LLAMA = ModelConfig(
@@ -44,14 +44,14 @@ def run_of(model: ModelConfig, folder: Path) -> Config:
 
 
 def weight(name: str, shape: torch.Size) -> Tensor:
-    """A function of the name: no weight is zero or one, norms and biases neither."""
+    """A function of the name; no weight, norm or bias is zero or one."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     middle = 1.0 if name.endswith("norm.weight") else 0.0
     return middle + 0.2 * torch.randn(shape, generator=generator)
 
 
 def write_run(folder: Path, model: ModelConfig, layout: Layout) -> Config:
-    """A run folder whose checkpoint this layout has written; returns its configuration."""
+    """Write a run folder with a checkpoint of this layout; return its configuration."""
     config = run_of(model, folder)
     run_on(layout, _write, folder=folder, config=config)
     (folder / "config.yaml").write_text(to_yaml(config))

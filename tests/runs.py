@@ -1,9 +1,11 @@
-"""Whole runs of train.py for tests: inside the pool of workers, and through the command line."""
+"""Whole runs of train.py for tests: in the pool of workers, and through the command line."""
 
 import dataclasses
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -17,9 +19,9 @@ from tests.fork_server import REGISTRY, Program
 from tests.lines import ROOT
 from train import train
 from training.run_folder import RunFolder
-from training.stopping import StopSignals
+from training.signals import StopSignals
 
-# Forty steps on two ranks: long enough to be met in the middle.
+# Forty steps on two ranks: long enough to interrupt in the middle.
 LONG = ("train.train_steps=40", "checkpoint.save_interval=5", "evaluate.interval=0")
 
 
@@ -56,7 +58,7 @@ def settings(corpus: Path, directory: Path, *overrides: str) -> list[str]:
 
 
 def rows(directory: Path, name: str = "test") -> list[dict[str, Any]]:
-    """What metrics.jsonl says, without what depends on the clock."""
+    """The rows of metrics.jsonl without speed and memory."""
     lines = (directory / name / "metrics.jsonl").read_text().splitlines()
     return [
         {
@@ -69,7 +71,7 @@ def rows(directory: Path, name: str = "test") -> list[dict[str, Any]]:
 
 
 def run_in_pool(mesh: Mesh, config: Config) -> None:
-    """train.py's story on one rank of the pool."""
+    """Train on one rank of the pool."""
     with RunFolder(config, mesh) as folder:
         assert train(config, mesh, folder, StopSignals()) == 0
 
@@ -119,15 +121,45 @@ def _registry_of(directory: Path) -> Path:
     return Path(tempfile.gettempdir(), f"ranks-{name}")
 
 
-def finish(process: Program, expected: int = 0) -> str:
-    """Wait for the end; returns what was printed."""
+def launch(
+    ranks: int,
+    arguments: list[str],
+    flags: Sequence[str] = (),
+    *,
+    terminal: int = subprocess.PIPE,
+) -> "subprocess.Popen[str]":
+    """Start train.py as a user does, without the fork server: for what only a shell can show.
+
+    `terminal`: the file descriptor that the run prints to, in place of a pipe.
+    """
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *flags]
+    layout = f"parallel.tensor_model_parallel_size={ranks}"
+    return subprocess.Popen(
+        [
+            sys.executable,
+            *(launcher if ranks > 1 or flags else ()),
+            str(ROOT / "train.py"),
+            layout,
+            *arguments,
+        ],
+        stdout=terminal,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd="/",
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+def finish(process: "Program | subprocess.Popen[str]", expected: int = 0) -> str:
+    """Wait for the end; return the output."""
     output, _ = process.communicate(timeout=100)
     assert process.returncode == expected, output
     return output
 
 
-def wait_for(condition: Callable[[], bool], process: Program) -> None:
-    """Poll until something has happened in the run folder."""
+def wait_for(condition: Callable[[], bool], process: "Program | subprocess.Popen[str]") -> None:
+    """Poll until a condition of the run folder holds."""
     deadline = time.monotonic() + 60
     while not condition():
         assert process.poll() is None, process.communicate()[0]
@@ -136,7 +168,7 @@ def wait_for(condition: Callable[[], bool], process: Program) -> None:
 
 
 def steps_done(directory: Path) -> int:
-    """Lines in metrics.jsonl so far."""
+    """The number of lines in metrics.jsonl."""
     path = directory / "test" / "metrics.jsonl"
     return len(path.read_text().splitlines()) if path.exists() else 0
 

@@ -1,4 +1,4 @@
-"""What a run survives again and again; short here, at length as `make drills` (mark `drill`)."""
+"""Repeated failures that a run survives; short here, long in `make drills` (mark `drill`)."""
 
 import json
 import os
@@ -24,13 +24,13 @@ GRIDS = [Layout(tp=tp, dp=dp) for tp in (1, 2, 4) for dp in (1, 2, 4) if tp * dp
 
 
 def at_length(number: int) -> object:
-    """A number that takes minutes."""
+    """A parameter that takes minutes."""
     return pytest.param(number, marks=[pytest.mark.drill, pytest.mark.timeout(3600)])
 
 
 @pytest.mark.parametrize("num_kills", [6, at_length(200)])
-def test_every_kill_is_survived_to_the_bit(num_kills: int) -> None:
-    """See kill_fuzz.py. At least a quarter of the kills meet a save."""
+def test_every_kill_is_survived_bit_for_bit(num_kills: int) -> None:
+    """See kill_fuzz.py. At least a quarter of the kills hit a save."""
     ended = subprocess.run(
         [sys.executable, "-m", "tests.kill_fuzz", str(num_kills)],
         cwd=ROOT,
@@ -45,8 +45,8 @@ def test_every_kill_is_survived_to_the_bit(num_kills: int) -> None:
 
 
 @pytest.mark.parametrize("num_changes", [3, at_length(20)])
-def test_a_run_goes_from_layout_to_layout(corpus: Path, tmp_path: Path, num_changes: int) -> None:
-    """Each time a step on another grid, drawn: the curve within 1e-5 of one process's, dropout on.
+def test_a_run_moves_from_layout_to_layout(corpus: Path, tmp_path: Path, num_changes: int) -> None:
+    """One step on each random grid, with dropout: the curve is within 1e-5 of one process's.
 
     Micro-batches change too.
     """
@@ -71,9 +71,9 @@ def test_a_run_goes_from_layout_to_layout(corpus: Path, tmp_path: Path, num_chan
 @pytest.mark.drill
 @distributed(ONE_RANK, Layout(tp=2))
 def test_stopped_anywhere_near_bad_steps(mesh: Mesh, corpus: Path, tmp_path: Path) -> None:
-    """Steps 3, 4 and 5 are bad, then 8: each stop saves its step, and the curve is the unbroken's.
+    """Steps 3, 4, 5 and 8 are bad: each stop saves its step, and does not change the curve.
 
-    With one bad step allowed in a row, checkpoint.keep=1, and a rollback on the way.
+    One consecutive bad step is allowed, checkpoint.keep=1, and there is a rollback on the way.
     """
     last = 10
     overrides = ("evaluate.interval=0", "train.max_consecutive_skips=1", "checkpoint.keep=1")
@@ -87,7 +87,7 @@ def test_stopped_anywhere_near_bad_steps(mesh: Mesh, corpus: Path, tmp_path: Pat
             run(mesh, config, name=name, stop_at_step=stop)
             assert steps_saved(tmp_path / name / "checkpoints")[-1] == stop
             assert run(mesh, config, name=name) == whole, stop
-        for step in range(1, last + 1):  # and at every step of one run
+        for step in range(1, last + 1):  # one run stops at every step
             assert run(mesh, config, name="often", stop_at_step=step)[-1]["step"] == step
     assert rows(tmp_path, "often") == whole
 
@@ -96,7 +96,7 @@ def test_stopped_anywhere_near_bad_steps(mesh: Mesh, corpus: Path, tmp_path: Pat
 def test_a_folder_that_ranks_do_not_share_is_refused(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A relative run.directory, and rank 1 in another working directory, as on another host."""
+    """With a relative run.directory and rank 1 in another working directory, as on another host."""
     (tmp_path / "inject").mkdir()
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
@@ -113,7 +113,7 @@ def test_a_folder_that_ranks_do_not_share_is_refused(
 @pytest.mark.drill
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_among_foreign_entries(corpus: Path, tmp_path: Path, ranks: int) -> None:
-    """It trains, prunes and resumes, and they are there afterwards."""
+    """It trains, prunes and resumes, and leaves them alone."""
     checkpoints = tmp_path / "test" / "checkpoints"
     checkpoints.mkdir(parents=True)
     (checkpoints / "step_00000001").write_text("a file")
@@ -132,10 +132,10 @@ def test_a_run_among_foreign_entries(corpus: Path, tmp_path: Path, ranks: int) -
 
 
 @pytest.mark.drill
-def test_killed_in_its_last_save_it_has_not_ended(
+def test_a_run_killed_in_its_last_save_has_not_ended(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """exit.json says so, with code 1 and how to resume; a resume loses the unsaved steps alone."""
+    """exit.json says so, with code 1 and how to resume; a resume repeats only the unsaved steps."""
     with monkeypatch.context() as patch:
         slow_down(patch, tmp_path / "slow", save_s=20.0)
         process = start(1, settings(corpus, tmp_path, *LONG))
@@ -156,7 +156,7 @@ def test_killed_in_its_last_save_it_has_not_ended(
 @pytest.mark.drill
 @pytest.mark.timeout(900)
 def test_readers_beside_a_run_that_prunes(corpus: Path, tmp_path: Path) -> None:
-    """It saves at every step and keeps one: each reader finds a whole checkpoint and reads it."""
+    """It saves at every step and keeps one; each reader finds and reads a whole checkpoint."""
     often = ("checkpoint.save_interval=1", "checkpoint.keep=1", "evaluate.interval=0")
     writer = start(1, settings(corpus, tmp_path, *often, "train.train_steps=1000000"))
     wait_for(lambda: steps_done(tmp_path) >= 3, writer)

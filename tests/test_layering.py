@@ -31,9 +31,15 @@ TRAINING = (
     "checkpoints/save.py",
     *(
         f"training/{name}.py"
-        for name in ("step", "evaluation", "saving", "optimizer", "stopping", "divergence")
+        for name in (
+            "step",
+            "evaluation",
+            "checkpoint_writer",
+            "optimizer",
+            "signals",
+            "divergence",
+        )
     ),
-    "training/replica_check.py",
 )
 
 SOURCES = source_files()

@@ -1,4 +1,4 @@
-"""torchrun --max-restarts: a job that has lost a process comes back without a person."""
+"""torchrun --max-restarts: a job that loses a process recovers by itself."""
 
 import json
 import os
@@ -24,12 +24,12 @@ from tests.runs import (
 )
 
 
-def test_killed_ranks_come_back(
+def test_killed_ranks_are_restarted(
     corpus: Path, tmp_path: Path, unbroken: list[dict[str, Any]]
 ) -> None:
-    """Once before there is a checkpoint, and once after: every loss is the unbroken run's.
+    """Killed before the first checkpoint and after it, every loss equals the uninterrupted run's.
 
-    `run.resume=never` is meant for the first attempt: the others go on with what that has done.
+    `run.resume=never` applies to the first attempt only: later ones continue its work.
     """
     arguments = settings(corpus, tmp_path, *LONG, "run.resume=never", "checkpoint.save_interval=20")
     process = start(2, arguments, ("--max-restarts=2",))
@@ -50,8 +50,8 @@ def test_killed_ranks_come_back(
     assert not list((tmp_path / "test").glob("previous_*"))
 
 
-def test_a_killed_rank_is_named_by_all(corpus: Path, tmp_path: Path) -> None:
-    """By its number in the run, also by a rank that shares no group with it; one line each."""
+def test_all_ranks_name_a_killed_rank(corpus: Path, tmp_path: Path) -> None:
+    """In one line each, even ranks that share no group with it."""
     arguments = settings(corpus, tmp_path, *LONG, "parallel.tensor_model_parallel_size=2")
     process = start(4, arguments)
     wait_for(lambda: steps_done(tmp_path) >= 2, process)
@@ -64,20 +64,20 @@ def test_a_killed_rank_is_named_by_all(corpus: Path, tmp_path: Path) -> None:
         assert f"rank 2 (process {killed}) has ended" in message or "after rank 2 had" in message
     reason = json.loads((tmp_path / "test" / "exit.json").read_text())["reason"]
     assert "rank 2" in reason
-    # torch begins each line of a traceback so.
+    # torch begins each line of a traceback like this.
     assert not re.findall(r"^\[rank\d\]:", output, re.MULTILINE)
 
 
 @pytest.mark.drill
 @pytest.mark.timeout(600)
-def test_a_node_that_is_replaced_joins_the_others(
+def test_a_replaced_node_joins_the_others(
     corpus: Path,
     tmp_path: Path,
     unbroken: list[dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two agents of one rank each; the new one counts attempts from 0, the other one from 1."""
-    # Without it no agent of torch 2.13 tells a new one where the store is.
+    """Two agents with one rank each; the new one counts attempts from 0, the other from 1."""
+    # Without it, agents of torch 2.13 do not tell a new one where the store is.
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -92,7 +92,7 @@ def test_a_node_that_is_replaced_joins_the_others(
         "--local-addr=localhost",
     )
     first = start(1, arguments, flags)
-    time.sleep(5)  # it must be the one that has the store
+    time.sleep(5)  # it must host the store
     lost = start(1, arguments, flags)
     while steps_done(tmp_path) < 12:
         assert first.poll() is None, first.communicate()[0]
@@ -104,7 +104,7 @@ def test_a_node_that_is_replaced_joins_the_others(
     output = "".join(process.communicate(timeout=400)[0] for process in (first, replacement))
     assert (first.returncode, replacement.returncode) == (0, 0), output
     assert "resuming from" in output
-    # Each rank has all CPUs of its node to itself here, and threads add in another order.
+    # Each rank has all CPUs of its node here, and threads add in another order.
     losses, expected = ([row["train/loss"] for row in r] for r in (rows(tmp_path), unbroken))
     assert losses == pytest.approx(expected, rel=1e-5)
 
@@ -115,6 +115,6 @@ def _children(pid: int) -> list[int]:
 
 
 def _is_new(attempts: list[set[int]], directory: Path) -> bool:
-    """Whether there are two ranks, none of which was in an attempt before."""
+    """Whether there are two ranks, both started after earlier attempts."""
     workers = set(workers_of(directory))
     return len(workers) == 2 and all(workers.isdisjoint(before) for before in attempts)

@@ -1,7 +1,8 @@
-"""A run as a person has it: start, kill, Ctrl-C, resume, all through the real command line."""
+"""Runs through the real command line: start, kill, Ctrl-C, resume."""
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -9,7 +10,18 @@ from typing import Any
 
 import pytest
 
-from tests.runs import LONG, finish, rows, settings, start, steps_done, wait_for, workers_of
+from tests.lines import ROOT
+from tests.runs import (
+    LONG,
+    finish,
+    launch,
+    rows,
+    settings,
+    start,
+    steps_done,
+    wait_for,
+    workers_of,
+)
 from tests.training.test_watchdog import inject
 from tests.wandb_server import logs, records
 
@@ -20,7 +32,7 @@ SECRETS = ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "SOME_PASSWORD"
 def test_kill_9_loses_nothing(
     corpus: Path, tmp_path: Path, unbroken: list[dict[str, Any]], victim: str
 ) -> None:
-    """Killed in the middle and started again: every loss is the unbroken run's, to the bit."""
+    """After a kill and a resume, every loss equals the uninterrupted run's, bit for bit."""
     arguments = settings(corpus, tmp_path, *LONG)
     process = start(2, arguments)
     wait_for(lambda: steps_done(tmp_path) >= 12, process)
@@ -37,19 +49,20 @@ def test_kill_9_loses_nothing(
 
 
 @pytest.mark.parametrize(("number", "ranks"), [(signal.SIGINT, 2), (signal.SIGTERM, 1)])
-def test_a_signal_saves_and_the_run_goes_on(
+def test_a_signal_saves_and_the_run_resumes(
     corpus: Path, tmp_path: Path, number: signal.Signals, ranks: int
 ) -> None:
-    """Ctrl-C or SIGTERM: all ranks save the same step, and the run says how to resume."""
+    """Ctrl-C or SIGTERM: all ranks save the same step, and the run prints how to resume."""
     arguments = settings(corpus, tmp_path, *LONG, "checkpoint.save_interval=0")
-    process = start(ranks, arguments)
+    process = launch(ranks, arguments, ("--max-restarts=0",) if ranks > 1 else ())
     wait_for(lambda: steps_done(tmp_path) >= 3, process)
     process.send_signal(number)
     output = finish(process, expected=128 + number if ranks == 1 else 1)
     report = json.loads((tmp_path / "test" / "exit.json").read_text())
     assert report["code"] == 128 + number
     assert f"run test stopped by {number.name}: step {report['step']} of 40" in output
-    assert report["resume"].startswith("python" if ranks == 1 else "torchrun --nproc-per-node 2")
+    launcher = "python " if ranks == 1 else "torchrun --nproc-per-node 2 --max-restarts=0 "
+    assert report["resume"].startswith(f"{launcher}{ROOT / 'train.py'} ")
     assert f"resume with\n  {report['resume']}\n" in output
     (saved,) = (tmp_path / "test" / "checkpoints").iterdir()
     assert saved.name == f"step_{report['step']:08d}"
@@ -58,10 +71,10 @@ def test_a_signal_saves_and_the_run_goes_on(
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, 41))
 
 
-def test_the_run_folder_holds_what_it_should(
+def test_the_run_folder_has_the_promised_files(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every file of the contract, no pickle, no secret; a finished or moved folder goes on."""
+    """And no pickle and no secret; a finished or moved run resumes."""
     secrets = {name: f"planted-{name.lower()}-0123456789abcdef0123456789" for name in SECRETS}
     for name, secret in secrets.items():
         monkeypatch.setenv(name, secret)
@@ -101,7 +114,18 @@ def test_the_run_folder_holds_what_it_should(
     assert "resuming from" in finish(start(1, extended))
 
 
-def test_what_may_not_change_is_refused(corpus: Path, tmp_path: Path) -> None:
+def test_the_end_names_a_whole_checkpoint_and_more_steps(corpus: Path, tmp_path: Path) -> None:
+    """Not a newer one that is damaged; the command to train on exceeds the steps of the run."""
+    finish(start(1, settings(corpus, tmp_path)))
+    checkpoints = tmp_path / "test" / "checkpoints"
+    shutil.copytree(checkpoints / "step_00000006", checkpoints / "step_00000099")
+    output = finish(start(1, settings(corpus, tmp_path, "train.train_steps=2")))
+    assert f" {checkpoints / 'step_00000006'}\n" in output
+    assert not re.search(r"^  checkpoint .*step_00000099", output, re.MULTILINE)
+    assert re.findall(r"train\.train_steps=(\d+)$", output, re.MULTILINE) == ["12"]
+
+
+def test_settings_that_may_not_change_are_refused(corpus: Path, tmp_path: Path) -> None:
     """A resume with another model, seed or global batch names the keys and changes nothing."""
     finish(start(1, settings(corpus, tmp_path)))
     files = sorted(path for path in (tmp_path / "test").rglob("*") if path.is_file())
@@ -121,7 +145,7 @@ def test_what_may_not_change_is_refused(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_another_text_is_refused_before_it_is_tokenized(corpus: Path, tmp_path: Path) -> None:
-    """By what its files hold, wherever they are: a moved folder goes on."""
+    """The content of its files counts, not their place: a moved folder resumes."""
     finish(start(1, settings(corpus, tmp_path, "run.stop_at_step=2")))
     shutil.copytree(corpus, tmp_path / "moved")
     moved = settings(corpus, tmp_path, f"data.path={tmp_path / 'moved'}")
@@ -140,10 +164,10 @@ def test_another_text_is_refused_before_it_is_tokenized(corpus: Path, tmp_path: 
     assert sorted(path.name for path in cache.iterdir()) == before
 
 
-def test_a_rank_that_crashes_alone_says_why(
+def test_a_rank_that_crashes_alone_is_reported(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rank 0 waits for it in a collective; exit.json has the cause and not what followed."""
+    """Rank 0 waits for it in a collective; exit.json has the cause, not what followed."""
     inject(monkeypatch, tmp_path / "inject", 1, "raise KeyError('the cause')")
     output = finish(start(2, settings(corpus, tmp_path, *LONG)), expected=1)
     assert "KeyError: 'the cause'" in output
@@ -154,7 +178,7 @@ def test_a_rank_that_crashes_alone_says_why(
 
 
 def test_must_never_and_in_use(corpus: Path, tmp_path: Path) -> None:
-    """`must` with nothing there is an error; a second writer is refused; `never` loses nothing."""
+    """`must` needs a checkpoint; a second writer is refused; `never` loses nothing."""
     arguments = settings(corpus, tmp_path, "train.train_steps=400", "evaluate.interval=0")
     output = finish(start(1, [*arguments, "run.resume=must"]), expected=2)
     assert "run.resume=must, but there is no checkpoint in" in output
@@ -173,8 +197,8 @@ def test_must_never_and_in_use(corpus: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_compiled_kernels_resume_to_the_bit(corpus: Path, tmp_path: Path) -> None:
-    """Also where the rows that come first after the resume are of another length."""
+def test_compiled_kernels_resume_bit_for_bit(corpus: Path, tmp_path: Path) -> None:
+    """Even if the first rows after the resume have another length."""
     llama = ("model.normalization=RMSNorm", "model.position_embedding_type=rope")
     chains = ("train.compile=true", "model.activation=swiglu", "data.sequence_mode=pad", *llama)
     for name, stops in (("whole", [6]), ("parts", [2, 6])):
@@ -188,7 +212,7 @@ def test_compiled_kernels_resume_to_the_bit(corpus: Path, tmp_path: Path) -> Non
 
 
 def test_a_run_that_is_not_finite_ends(corpus: Path, tmp_path: Path) -> None:
-    """Exit code 5, and no save: what was saved before stays."""
+    """With exit code 5, and without a save: earlier checkpoints stay."""
     finish(start(1, settings(corpus, tmp_path, "run.stop_at_step=2")))
     wild = settings(
         corpus,
@@ -200,11 +224,11 @@ def test_a_run_that_is_not_finite_ends(corpus: Path, tmp_path: Path) -> None:
     )
     output = finish(start(1, wild), expected=5)
     assert "Traceback" not in output
-    assert output.count("going back from step 5 to step 2, passing over samples 16 to 39") == 1
+    assert output.count("rolling back from step 5 to step 2 and skipping samples 16 to 39") == 1
     report = json.loads((tmp_path / "test" / "exit.json").read_text())
     assert report["code"] == 5
     assert report["reason"].startswith(
-        "step 5: 2 updates in a row had to be left out, after going back to step 2 1 times"
+        "step 5: 2 consecutive updates skipped after 1 rollback to step 2"
     )
     assert [path.name for path in (tmp_path / "test" / "checkpoints").iterdir()] == [
         "step_00000002"

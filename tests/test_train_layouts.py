@@ -20,7 +20,7 @@ from training.run_folder import RunFolder
 from training.state import training_batches
 from training.step import train_step
 
-# With two groups, four ranks share each group's keys and values by twos; rows of several documents.
+# With two groups, pairs of four ranks share keys and values; rows have several documents.
 LLAMA = (
     "config=llama_debug.yaml",
     "model.qk_layernorm=true",
@@ -33,7 +33,7 @@ LLAMA = (
 
 @pytest.fixture
 def config(corpus: Path, tmp_path: Path) -> Config:
-    """Micro-batches of two rows that have other numbers of targets each; gradients are clipped."""
+    """Micro-batches of two rows with different numbers of targets; gradients are clipped."""
     overrides = (
         "data.sequence_mode=pad",
         "model.seq_length=69",
@@ -46,9 +46,9 @@ def config(corpus: Path, tmp_path: Path) -> Config:
 
 @distributed(*EVERY_LAYOUT)
 def test_a_step_equals_the_reference(mesh: Mesh, config: Config) -> None:
-    """Loss, norm and every clipped gradient are those of the whole global batch at once, dense.
+    """Loss, norm and every clipped gradient equal those of one dense global batch.
 
-    The optimizer's first moment tells the gradients after the step: (1 - beta1) times each.
+    After the step, the optimizer's first moment is (1 - beta1) times each gradient.
     """
     with RunFolder(config, mesh) as folder:
         run, state = start(config, mesh, folder)
@@ -98,7 +98,7 @@ def test_a_step_equals_the_reference(mesh: Mesh, config: Config) -> None:
 def test_every_layout_gives_the_same_losses(
     corpus: Path, tmp_path: Path, options: tuple[str, ...]
 ) -> None:
-    """Float32, dropout, rows and vocabulary that no layout divides: within 2e-6 over six steps."""
+    """With dropout, and rows and vocabulary that no layout divides: within 2e-6 over six steps."""
     layouts = {
         ONE_RANK: 4,
         Layout(tp=2): 8,
@@ -120,7 +120,7 @@ def test_every_layout_gives_the_same_losses(
     for layout, curve in curves.items():
         for row, expected in zip(curve, reference, strict=True):
             assert row.keys() == expected.keys()
-            # A gradient norm is a sum of squares of differences: an order looser.
+            # Gradients are differences, so their norm has larger relative errors.
             for key, value in row.items():
                 tolerance = 2e-5 if key == "train/grad_norm" else 2e-6
                 assert value == pytest.approx(expected[key], rel=tolerance), (
@@ -135,7 +135,7 @@ def test_every_layout_gives_the_same_losses(
 def test_micro_batches_and_recompute_change_nothing(
     corpus: Path, tmp_path: Path, gradient_sync: str, layout: Layout
 ) -> None:
-    """How a global batch is split, synchronised or recomputed is a matter of memory alone."""
+    """How a global batch is split, synchronised or recomputed only changes memory."""
     curves = []
     for number, (micro_batch_size, recompute) in enumerate([(4, "none"), (2, "full"), (1, "none")]):
         directory = tmp_path / str(number)
@@ -158,14 +158,14 @@ def test_micro_batches_and_recompute_change_nothing(
         (ONE_RANK, Layout(tp=2, dp=2), ()),
         (Layout(tp=2, dp=2), Layout(tp=4), ()),
         (Layout(dp=4), Layout(tp=2, sp=False), ()),
-        (Layout(tp=4), Layout(tp=2, dp=2), LLAMA),  # kv on every rank, then cut
+        (Layout(tp=4), Layout(tp=2, dp=2), LLAMA),  # kv on every rank, then sharded
     ],
     ids=lambda value: "llama" if value == LLAMA else str(value or ""),
 )
 def test_resume_continues_the_curve(
     corpus: Path, tmp_path: Path, before: Layout, after: Layout, options: tuple[str, ...]
 ) -> None:
-    """Stopped at step 3 and resumed: bit for bit on the same layout, to 1e-5 on another."""
+    """Stopped at step 3 and resumed: equal bits on the same layout, within 1e-5 on another."""
     for layout, name in ((before, "whole"), (before, "parts")):
         stop = ("run.stop_at_step=3",) if name == "parts" else ()
         train_on(layout, settings(corpus, tmp_path, *options, f"run.name={name}", *stop))
@@ -181,10 +181,10 @@ def test_resume_continues_the_curve(
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("options", [(), LLAMA], ids=["gpt", "llama"])
-def test_a_run_repeats_to_the_bit(
+def test_a_run_repeats_bit_for_bit(
     corpus: Path, tmp_path: Path, precision: str, options: tuple[str, ...]
 ) -> None:
-    """The same seed, machine and layout: the same bits, evaluations too."""
+    """The same seed, machine and layout give the same bits, evaluations included."""
     curves = []
     for name in ("first", "second"):
         overrides = (*options, f"run.name={name}", f"train.precision={precision}")
@@ -198,7 +198,7 @@ def test_a_run_repeats_to_the_bit(
 def test_bf16_losses_are_near_on_other_layouts(
     corpus: Path, tmp_path: Path, options: tuple[str, ...]
 ) -> None:
-    """Eight bits of mantissa, added up in another order: within 1e-3 over six steps."""
+    """bf16 sums in another order differ: within 1e-3 over six steps."""
     curves = []
     for layout in (ONE_RANK, Layout(tp=2), Layout(tp=2, sp=False), Layout(tp=2, dp=2)):
         directory = tmp_path / str(layout)

@@ -21,7 +21,7 @@ from parallel import sum_over
 from tracking.console import StyledLine, duration, printable
 from tracking.tensorboard_writer import TensorBoardWriter
 from tracking.wandb_forwarder import WandbForwarder, wandb_config
-from training.evaluation import Evaluation
+from training.evaluation import EvalResult
 from training.hardware import peak_flops_per_second, peak_memory_gib
 from training.state import Run, RunState, StepResult
 
@@ -88,7 +88,7 @@ class RunLog:
         if is_first or is_last or state.step % self.config.logging.log_interval == 0:
             logger.info(self._step_line(state, row))
 
-    def evaluation(self, state: RunState, evaluation: Evaluation) -> None:
+    def evaluation(self, state: RunState, evaluation: EvalResult) -> None:
         """Log an evaluation and its sample."""
         row = {
             "step": state.step,

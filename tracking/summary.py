@@ -4,7 +4,7 @@ import logging
 import shlex
 import signal
 
-from checkpoints import checkpoint_directories
+from checkpoints.manifest import step_directory
 from configs import Config
 from data import SampleOrder, rows_of_corpus
 from model import num_parameters
@@ -59,17 +59,18 @@ def report_end(run: Run, began: RunState, state: RunState, stop: signal.Signals 
     logger.info(
         f"run {name} {status}: step {state.step} of {num_steps} ({this_launch} in this launch)"
     )
-    saved = checkpoint_directories(folder.checkpoints)
+    # Loaded or committed by this launch, so it is whole; a newer directory may be damaged.
+    saved = step_directory(folder.checkpoints, state.step) if state.step else None
     generate = f"python generate.py run={shlex.quote(str(folder.path))}"
     log_table(
         {
-            "checkpoint": str(saved[-1]) if saved else "",
+            "checkpoint": str(saved or ""),
             "to generate text": generate if saved else "",
             "dashboard": _dashboard(run.config),
         }
     )
     if reason == "finished":
-        longer = folder.resume_command(f"train.train_steps={2 * num_steps or 1}")
+        longer = folder.resume_command(f"train.train_steps={2 * max(num_steps, state.step) or 1}")
         logger.info("to train longer:\n  %s", longer)
     else:
         logger.info("resume with\n  %s", folder.resume_command())

@@ -1,39 +1,43 @@
-"""When a run saves, and how long that holds it up.
+"""When a run saves, and what a failed save costs.
 
-A save is begun at a step boundary and settled at a later one. In between a thread of each rank
-writes a copy of the weights and moments, and training goes on. There is one save at a time. A
-failed save is logged and dropped: the previous checkpoint remains valid, and training goes on,
-until `checkpoint.max_failed_saves` have failed in a row.
+A save begins at a step boundary and is committed at a later one. Meanwhile a thread of each rank
+writes a copy of the weights and moments, and training continues. There is one save at a time. A
+failed save is logged and dropped, and the previous checkpoint remains valid; the run ends after
+`checkpoint.max_failed_saves` consecutive failures.
 
 [Note: saves and skipped steps]
-The weights after a skipped step are those before it, so a stop there saves them like any others.
-But they may be the reason for skipping, and a rollback must get behind the first step of the row.
-So while training goes on, nothing is saved within a row. A checkpoint that a stop has left there
-does not count towards `checkpoint.keep`, so the one from before the row stays. A rollback loads
+A skipped step leaves the weights as they were, so a stop saves them like any others. But those
+weights may be the reason for skipping, and a rollback must return to before the first step of the
+row. So nothing is saved within a row while training continues, and a checkpoint that a stop left
+there does not count towards `checkpoint.keep`: the one from before the row stays. A rollback loads
 that one and deletes those within the row.
 """
 
 import logging
 import time
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
-
-from torch.distributed.tensor import DTensor
 
 from checkpoints import CheckpointError, Save, begin_save, commit_save, prune_checkpoints
 from configs import flatten
 from parallel import any_rank, are_finite
+from training.divergence import NonFiniteError
 from training.hardware import host_memory_allows
 from training.optimizer import training_tensors
+from training.run_folder import FatalError
 from training.state import RECIPE_VERSIONS, Run, RunState
-from training.stopping import NonFiniteError, SaveError
 
 logger = logging.getLogger("microtron")
 
 
+class SaveError(FatalError):
+    """The last save, or several in a row, failed."""
+
+    exit_code = 1
+
+
 class _NotFiniteError(CheckpointError):
-    """Weights that are not worth a checkpoint."""
+    """Weights that must not be saved."""
 
 
 class CheckpointWriter:
@@ -43,36 +47,66 @@ class CheckpointWriter:
         self.run = run
         self.saved_step = state.step
         self.pending: Save | None = None
-        self.begun_at, self.held_s = 0.0, 0.0
-        self.failure: CheckpointError | None = None  # of the newest save
-        self.failed_step, self.failures_in_a_row = 0, 0
+        self._begun_at, self._blocked_s = 0.0, 0.0
+        self._failure: CheckpointError | None = None  # of the newest save
+        self._failed_step, self._consecutive_failures = 0, 0
         self._last_good_step = state.last_good_step  # of the newest save
 
     def __enter__(self) -> "CheckpointWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
-        # After an error: no thread of this run writes into its folder once the lock is gone.
+        # After an error too, no thread may write into the folder once it is unlocked.
         if self.pending is not None:
             self.pending.wait()
 
     def begin(self, state: RunState, *, background: bool) -> None:
-        """Begin a checkpoint of this state, after the one under way; none within skipped steps."""
+        """Begin a checkpoint of this state, after the previous save; none within skipped steps."""
         if state.skipped_in_a_row == 0:
             self.commit_if_written(wait=True)
             self._begin(state, background=background)
             self.commit_if_written(wait=not background)
 
+    def commit_if_written(self, *, wait: bool = False) -> None:
+        """Commit the pending save if all ranks have written it; `wait` until they have.
+
+        Raises SaveError on all ranks after too many consecutive failures.
+        """
+        if self.pending is not None:
+            if not wait and any_rank(self.run.mesh, not self.pending.is_written):
+                return
+            self._commit()
+            self.prune()
+        limit = self.run.config.checkpoint.max_failed_saves
+        if self._consecutive_failures >= limit:
+            after = f", {limit} failed saves in a row (checkpoint.max_failed_saves={limit})"
+            raise self._save_error(self._failed_step, after)
+
+    def end(self, state: RunState) -> None:
+        """Save this state without pruning; raise SaveError on all ranks if that fails."""
+        self._commit()
+        if state.step > self.saved_step:
+            self._begin(state, background=False)
+            self._commit()
+        if isinstance(self._failure, _NotFiniteError):
+            raise NonFiniteError(state.step, "its weights or moments are not finite")
+        if self._failure is not None:
+            raise self._save_error(state.step)
+
+    def prune(self) -> None:
+        """Delete old checkpoints, on rank 0."""
+        if self.run.mesh.world.rank == 0:
+            keep = self.run.config.checkpoint.keep
+            prune_checkpoints(self.run.folder.checkpoints, keep=keep, up_to=self._last_good_step)
+
     def _begin(self, state: RunState, *, background: bool) -> None:
         run, self._last_good_step = self.run, state.last_good_step
         tensors = training_tensors(run.model, run.optimizer)
-        num_bytes = sum(tensor.to_local().nbytes for tensor in tensors.values())
+        local = [tensor.to_local() for tensor in tensors.values()]
+        num_bytes = sum(tensor.nbytes for tensor in local)
         if background and any_rank(run.mesh, not host_memory_allows(num_bytes)):
-            logger.info(
-                "step %d: no memory for copies of %.1f GiB, so training waits for this save",
-                state.step,
-                num_bytes / 2**30,
-            )
+            message = "step %d: no memory for a copy of %.1f GiB, so training waits for this save"
+            logger.info(message, state.step, num_bytes / 2**30)
             background = False
         contents: dict[str, Any] = {
             "progress": asdict(state),
@@ -82,9 +116,11 @@ class CheckpointWriter:
             "data_fingerprint": run.corpus.fingerprint,
             "tokenizer_fingerprint": run.corpus.tokenizer.fingerprint,
         }
-        self.begun_at = time.perf_counter()
+        self._begun_at = time.perf_counter()
         try:
-            self._require_finite(state, tensors)
+            # A rollback to such weights could not continue from them.
+            if any_rank(run.mesh, not are_finite(local)):
+                raise _NotFiniteError(f"step {state.step}: weights or moments are not finite")
             self.pending = begin_save(
                 run.folder.checkpoints,
                 state.step,
@@ -95,72 +131,37 @@ class CheckpointWriter:
             )
         except CheckpointError as error:
             self._report_failure(state.step, error)
-        self.held_s = time.perf_counter() - self.begun_at
-
-    def commit_if_written(self, *, wait: bool = False) -> None:
-        """Commit the save under way, if all ranks have written it; `wait` until they have.
-
-        Raises SaveError on all ranks if too many saves have failed in a row.
-        """
-        if self.pending is not None:
-            if not wait and any_rank(self.run.mesh, not self.pending.is_written):
-                return
-            self._commit()
-            self.prune()
-        if self.failures_in_a_row >= (allowed := self.run.config.checkpoint.max_failed_saves):
-            raise SaveError(
-                self.failed_step,
-                self.saved_step,
-                str(self.failure),
-                f", {allowed} failed saves in a row (checkpoint.max_failed_saves={allowed})",
-            )
+        self._blocked_s = time.perf_counter() - self._begun_at
 
     def _commit(self) -> None:
-        """Wait until all ranks have written the save under way, and commit it."""
+        """Wait until all ranks have written the pending save, and commit it."""
         if self.pending is None:
             return
-        mesh, pending, self.pending = self.run.mesh, self.pending, None
-        settling_at = time.perf_counter()
+        pending, self.pending = self.pending, None
+        committing_at = time.perf_counter()
         try:
-            directory = commit_save(pending, mesh)
+            directory = commit_save(pending, self.run.mesh)
         except CheckpointError as error:
             self._report_failure(pending.step, error)
             return
         now = time.perf_counter()
-        self.saved_step, self.failure, self.failures_in_a_row = pending.step, None, 0
+        self.saved_step, self._failure, self._consecutive_failures = pending.step, None, 0
         logger.info(
-            "saved %s in %.1f s, of which training waited %.2f s",
+            "saved %s in %.1f s (blocked training for %.2f s)",
             directory,
-            now - self.begun_at,
-            self.held_s + now - settling_at,
+            now - self._begun_at,
+            self._blocked_s + now - committing_at,
         )
 
-    def prune(self) -> None:
-        """Delete old checkpoints, on rank 0."""
-        if self.run.mesh.world.rank == 0:
-            keep = self.run.config.checkpoint.keep
-            prune_checkpoints(self.run.folder.checkpoints, keep=keep, up_to=self._last_good_step)
-
-    def end(self, state: RunState) -> None:
-        """Leave this state saved, without pruning; raises SaveError on all ranks if it cannot."""
-        self._commit()
-        if state.step > self.saved_step:
-            self._begin(state, background=False)
-            self._commit()
-        if isinstance(self.failure, _NotFiniteError):
-            raise NonFiniteError(state.step, "its weights or moments are not finite")
-        if self.failure is not None:
-            raise SaveError(state.step, self.saved_step, str(self.failure))
-
-    def _require_finite(self, state: RunState, tensors: Mapping[str, DTensor]) -> None:
-        """A run that went back to such weights could not go on from them."""
-        is_finite = are_finite([tensor.to_local() for tensor in tensors.values()])
-        if any_rank(self.run.mesh, not is_finite):
-            raise _NotFiniteError(f"step {state.step} has weights or moments that are not finite")
-
     def _report_failure(self, step: int, error: CheckpointError) -> None:
-        self.failure, self.failed_step = error, step
-        # Weights that are not finite are for the rollback that follows, not for the disk.
-        self.failures_in_a_row += not isinstance(error, _NotFiniteError)
+        self._failure, self._failed_step = error, step
+        # Weights that are not finite lead to a rollback; the disk is not to blame.
+        self._consecutive_failures += not isinstance(error, _NotFiniteError)
         if self.run.mesh.world.rank == 0:
-            logger.error("%s; the checkpoint before it stands", error)
+            logger.error("%s; the previous checkpoint remains valid", error)
+
+    def _save_error(self, step: int, after: str = "") -> SaveError:
+        return SaveError(
+            f"step {step} is not saved{after}: {self._failure}; fix that and resume, which "
+            f"continues from step {self.saved_step}"
+        )

@@ -1,8 +1,8 @@
-"""What is done about a loss or gradient norm that is not finite, or a loss that jumps.
+"""Bad steps, whose loss or gradient norm is not finite or spikes, and ranks that disagree.
 
-The update of such a step is left out, on all ranks, and the next samples are tried. If that happens
-too often in a row, it is not the samples: the run goes back to its newest checkpoint and passes
-over the samples since. It does so a few times from one checkpoint, and then ends.
+All ranks skip the update of a bad step and try the next samples. If too many consecutive steps are
+bad, the samples are not to blame: the run reloads its newest checkpoint and skips the samples since
+then. It does that a few times from one checkpoint, then ends.
 """
 
 import logging
@@ -12,17 +12,39 @@ from dataclasses import replace
 
 from checkpoints import CheckpointError, delete_checkpoints, find_checkpoint
 from configs import TrainConfig
-from parallel import Mesh, any_rank
-from training.state import Run, RunState, load
-from training.stopping import NonFiniteError
+from parallel import Mesh, any_rank, compare_replicas
+from training.optimizer import training_tensors
+from training.resume import load
+from training.run_folder import FatalError
+from training.state import Run, RunState
 
 logger = logging.getLogger("microtron")
+
+_MISMATCHES_SHOWN = 5
+
+
+class NonFiniteError(FatalError):
+    """Losses, gradient norms or weights are not finite, and there is nothing left to try."""
+
+    exit_code = 5
+
+    def __init__(self, step: int, problem: str) -> None:
+        super().__init__(
+            f"step {step}: {problem}; the run ended without saving; resume from the last "
+            "checkpoint with a smaller optimizer.lr"
+        )
+
+
+class ReplicaMismatchError(FatalError):
+    """Replicas of a tensor differ between ranks."""
+
+    exit_code = 6
 
 
 def skip_reason(
     loss: float, grad_norm: float, state: RunState, config: TrainConfig, mesh: Mesh
 ) -> str | None:
-    """Why the update of a step must be left out; None if it is good. All ranks answer alike."""
+    """Why the update of a step must be skipped, or None; all ranks agree on whether."""
     reason = None
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         reason = f"the loss is {loss}, the gradient norm {grad_norm}"
@@ -30,47 +52,44 @@ def skip_reason(
         config.loss_spike_threshold_nats is not None
         and len(state.recent_losses) == RunState.NUM_RECENT
     ):
-        usual = statistics.median(state.recent_losses)
-        if loss > usual + config.loss_spike_threshold_nats:
-            reason = f"the loss is {loss:.4f}, usually {usual:.4f}"
-    # A rank that alone went on would part from the others for good.
+        median = statistics.median(state.recent_losses)
+        if loss > median + config.loss_spike_threshold_nats:
+            reason = f"the loss is {loss:.4f}, the recent median {median:.4f}"
+    # A rank that skipped on its own would diverge from the others.
     if any_rank(mesh, reason is not None):
         return reason or "the loss or gradient norm of another rank is not finite"
     return None
 
 
 def too_many_skipped(state: RunState, config: TrainConfig) -> bool:
-    """Whether leaving out updates does not help."""
+    """Whether skipping updates does not help."""
     return state.skipped_in_a_row > config.max_consecutive_skips
 
 
 def roll_back(run: Run, state: RunState) -> RunState:
-    """Load the newest checkpoint from before the skipped steps; pass over the samples since.
+    """Load the newest checkpoint from before the skipped steps, and skip the samples since then.
 
-    Those within the row are deleted: see [Note: saves and skipped steps].
-
-    Raises NonFiniteError on all ranks if there is none, or if that was tried often enough.
+    Deletes checkpoints within the row of skipped steps: see [Note: saves and skipped steps].
+    Raises NonFiniteError on all ranks if there is no checkpoint, or too many rollbacks to it.
     """
-    config = run.config.train
-    what = f"{state.skipped_in_a_row} updates in a row had to be left out"
+    max_rollbacks = run.config.train.max_rollbacks
+    skipped = f"{state.skipped_in_a_row} consecutive updates skipped"
     try:
         checkpoint = find_checkpoint(run.folder.checkpoints, run.mesh, up_to=state.last_good_step)
     except CheckpointError as error:
-        raise NonFiniteError(state.step, f"{what}, and {error}") from error
+        raise NonFiniteError(state.step, f"{skipped}, and {error}") from error
     if checkpoint is None:
-        raise NonFiniteError(state.step, f"{what}, and there is no checkpoint to go back to")
-    tried = sum(window[0] == checkpoint.step for window in state.skipped_windows)
-    if tried >= config.max_rollbacks:
-        raise NonFiniteError(
-            state.step,
-            f"{what}, after going back to step {checkpoint.step} {tried} times "
-            f"(train.max_rollbacks={config.max_rollbacks})",
-        )
+        raise NonFiniteError(state.step, f"{skipped}, and there is no checkpoint to roll back to")
+    rollbacks = sum(window[0] == checkpoint.step for window in state.skipped_windows)
+    if rollbacks >= max_rollbacks:
+        after = f"after {rollbacks} rollback{'s' * (rollbacks != 1)} to step {checkpoint.step}"
+        limit = f"(train.max_rollbacks={max_rollbacks})"
+        raise NonFiniteError(state.step, f"{skipped} {after} {limit}")
     before = load(run, checkpoint)
     window = (before.step, before.consumed_samples, state.consumed_samples)
     logger.warning(
-        "%s: going back from step %d to step %d, passing over samples %d to %d",
-        what,
+        "%s: rolling back from step %d to step %d and skipping samples %d to %d",
+        skipped,
         state.step,
         *window[:2],
         window[2] - 1,
@@ -83,3 +102,19 @@ def roll_back(run: Run, state: RunState) -> RunState:
         consumed_samples=state.consumed_samples,
         skipped_windows=(*state.skipped_windows, window),
     )
+
+
+def check_replicas(run: Run, state: RunState) -> None:
+    """Compare the copies of weights and moments that ranks share.
+
+    Raises ReplicaMismatchError on all ranks, naming the tensors and the ranks, if any differ.
+    """
+    found = compare_replicas(run.model, training_tensors(run.model, run.optimizer), run.mesh)
+    if found:
+        shown = "; ".join(map(str, found[:_MISMATCHES_SHOWN]))
+        more = len(found) - _MISMATCHES_SHOWN
+        raise ReplicaMismatchError(
+            f"step {state.step}: ranks hold different copies of {shown}"
+            f"{f'; and of {more} more' if more > 0 else ''}; the run ended without saving; resume "
+            "from the last checkpoint, and if the same rank is named again, exclude its host"
+        )

@@ -1,8 +1,8 @@
-"""How good the model is on held-out text, and what it writes."""
+"""How well the model predicts held-out text, and a sample of what it writes."""
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,16 +13,19 @@ from ops.scratch import scratch_scope
 from parallel import Mesh, fold_seed, free_gathered_weights, move_to, sum_over
 from training.state import Run, RunState
 
+_PROMPT_TOKENS = 16  # of a held-out document, if evaluate.sample_prompt is null
+
 
 @dataclass(frozen=True)
-class Score:
-    """How well documents are predicted: nats over all their tokens, bos and eos not counted."""
+class EvalResult:
+    """How well documents are predicted: nats over all their tokens except bos and eos."""
 
     nats: float
     num_targets: int
     num_bytes: int  # UTF-8 bytes of the documents' text
-    num_unknown: int = 0  # of num_targets, those that the tokenizer does not know the text of
-    warnings: tuple[str, ...] = ()  # why the score looks better than it is
+    num_unknown: int = 0  # those of num_targets whose text the tokenizer does not know
+    warnings: tuple[str, ...] = ()  # reasons why the result looks better than it is
+    sample: str | None = None  # generated text, if any
 
     @property
     def loss(self) -> float:
@@ -36,18 +39,11 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss), infinite where that overflows or the loss is no number."""
+        """exp(loss); infinite if that overflows or the loss is not a number."""
         return math.exp(self.loss) if self.loss < math.log(sys.float_info.max) else math.inf
 
 
-@dataclass(frozen=True)
-class Evaluation(Score):
-    """The score of the held-out documents while training."""
-
-    sample: str | None = None  # a continuation of evaluate.sample_prompt
-
-
-def held_out(run: Run) -> EvaluationSet:
+def validation_set(run: Run) -> EvaluationSet:
     """The documents that every evaluation of this run scores."""
     most = run.config.evaluate.max_sequences
     return eval_batches(run.corpus, run.config, run.mesh, max_sequences=most)
@@ -61,7 +57,7 @@ def eval_batches(
     max_sequences: int | None,
     stride: int | None = None,
 ) -> EvaluationSet:
-    """Held-out documents, at most so many rows of them, dealt to the ranks there are."""
+    """This rank's share of the held-out documents, of at most `max_sequences` rows in total."""
     return EvaluationSet(
         corpus,
         seq_length=config.model.seq_length,
@@ -75,34 +71,30 @@ def eval_batches(
 
 
 @torch.no_grad()
-def score(model: GPT, documents: EvaluationSet) -> Score:
-    """Score the documents; every rank calls this and gets the same."""
+def score(model: GPT, documents: EvaluationSet) -> EvalResult:
+    """Score the documents; every rank calls this and gets the same result."""
     mesh = model.mesh
     nats = torch.zeros((), dtype=torch.float64, device=mesh.device)
     for batch in documents.batches:
         nats += model(**batch.inputs(mesh.device)).cross_entropy
     total = move_to(sum_over(mesh.dp, nats), "cpu").item()
-    return Score(
-        total,
-        documents.num_targets,
-        documents.num_bytes,
-        documents.num_unknown,
-        documents.warnings,
-    )
+    counts = documents.num_targets, documents.num_bytes, documents.num_unknown
+    return EvalResult(total, *counts, documents.warnings)
 
 
-def evaluate(run: Run, state: RunState, documents: EvaluationSet) -> Evaluation:
-    """Score the documents and write a sample; every rank calls this and gets the same."""
-    of_documents = score(run.model, documents)
-    # Weights that give no number write nothing either; the next step finds out and acts on it.
-    with scratch_scope():  # whole logits, which training would keep memory for
-        sample = generate_sample(run, state) if math.isfinite(of_documents.nats) else None
+def evaluate(run: Run, state: RunState, documents: EvaluationSet) -> EvalResult:
+    """Score the documents and generate a sample; every rank gets the same result."""
+    result = score(run.model, documents)
+    # Weights that score NaN cannot be sampled from; the next step finds out and acts on it.
+    if math.isfinite(result.nats):
+        with scratch_scope():  # full logits, whose memory training would keep
+            result = replace(result, sample=generate_sample(run, state))
     free_gathered_weights(run.model)
-    return Evaluation(**vars(of_documents), sample=sample)
+    return result
 
 
 def generate_sample(run: Run, state: RunState) -> str | None:
-    """The prompt and what the model makes of it, as the beginning of a document."""
+    """The prompt and its continuation, as the beginning of a document."""
     config, tokenizer = run.config.evaluate, run.corpus.tokenizer
     if config.sample_tokens == 0:
         return None
@@ -112,10 +104,19 @@ def generate_sample(run: Run, state: RunState) -> str | None:
     )
     tokens = generate(
         run.model,
-        [tokenizer.bos_id, *tokenizer.encode(config.sample_prompt or "")],
+        [tokenizer.bos_id, *sample_prompt(run.corpus, config.sample_prompt)],
         config.sample_tokens,
         sampling,
         num_ids=tokenizer.vocab_size,
         end_id=tokenizer.eos_id,
     )
     return tokenizer.decode([token for token in tokens if token != tokenizer.eos_id])
+
+
+def sample_prompt(corpus: Corpus, prompt: str | None) -> list[int]:
+    """The tokens of a prompt without bos; None: the beginning of the first held-out document."""
+    if prompt is not None:
+        return corpus.tokenizer.encode(prompt)
+    start, stop = corpus.validation.document_offsets[:2].tolist()  # bos ... eos
+    tokens = corpus.validation.span(start + 1, min(start + 1 + _PROMPT_TOKENS, stop - 1))
+    return [int(token) for token in tokens]

@@ -1,4 +1,4 @@
-"""The model of a run for programs that use it: weights alone, of any checkpoint on any layout."""
+"""The model of a run for programs that use it: only the weights, of any checkpoint."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from training.optimizer import WEIGHTS, weight_tensors
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that was trained, and what goes with it."""
+    """A trained model and what belongs to it."""
 
     config: Config
     mesh: Mesh
@@ -25,7 +25,7 @@ class LoadedModel:
 
 
 def load_for_inference(config: Config, folder: Path, mesh: Mesh, step: int | None) -> LoadedModel:
-    """The model of the newest checkpoint in a run folder, or of a step; memory is the model's.
+    """Load the newest checkpoint of a run folder, or that of a step, on any layout.
 
     Every rank calls this. Raises UserError if there is no whole checkpoint or another tokenizer.
     """
@@ -56,9 +56,9 @@ def exit_on_error() -> Iterator[None]:
 
 
 def require_fingerprint(checkpoint: Checkpoint, what: str, fingerprint: str) -> None:
-    """Raise UserError if the tokenizer or the data is not that of the checkpoint."""
+    """Raise UserError if the tokenizer or the data is not the checkpoint's."""
     stored = checkpoint.state[f"{what}_fingerprint"]
-    if stored not in (fingerprint, None):  # None: an imported model, whose data nobody knows
+    if stored not in (fingerprint, None):  # None: an imported model, whose data is unknown
         raise UserError(
             f"the {what} is not the one that {checkpoint.directory} was trained with (fingerprint "
             f"{fingerprint}, was {stored}); restore it"

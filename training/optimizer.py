@@ -9,22 +9,19 @@ from torch.optim import AdamW
 
 from configs import Config, OptimizerConfig
 
-WEIGHTS = "parameters."  # before the names of parameters in a checkpoint
+WEIGHTS = "parameters."  # prefix of the names of parameters in a checkpoint
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
-    """AdamW (Loshchilov and Hutter 2019) in one fused kernel, its state made at once.
+    """Fused AdamW (Loshchilov and Hutter 2019) with weight decay on matrices, not on vectors.
 
-    Matrices and embeddings decay; norms and biases, the vectors, don't. The state exists before the
-    first step, so that a checkpoint is read into a new optimizer like into one that has run.
+    Its state exists before the first step, so that a checkpoint can be loaded into it.
     """
     parameters = list(model.parameters())
-    vectors = [parameter for parameter in parameters if parameter.ndim == 1]
-    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
     ]
     optimizer = AdamW(
         groups,
@@ -43,7 +40,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
 
 
 def weight_tensors(model: nn.Module) -> dict[str, DTensor]:
-    """The parameters, by their names in a checkpoint."""
+    """The parameters by their names in a checkpoint."""
     tensors: dict[str, DTensor] = {}
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
@@ -52,7 +49,7 @@ def weight_tensors(model: nn.Module) -> dict[str, DTensor]:
 
 
 def training_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, DTensor]:
-    """Everything that a checkpoint holds, by name: parameters and both moments of each."""
+    """All tensors of a checkpoint by name: parameters and both moments of each."""
     tensors = weight_tensors(model)
     for name, parameter in model.named_parameters():
         for moment in MOMENTS:
@@ -61,28 +58,23 @@ def training_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, DTensor]:
 
 
 def set_num_updates(optimizer: AdamW, num_updates: int) -> None:
-    """Tell AdamW how many updates its moments have seen, for its bias correction."""
+    """Set AdamW's number of updates, for its bias correction."""
     for state in optimizer.state.values():
         state["step"].fill_(num_updates)
 
 
 def apply_update(optimizer: AdamW, lr: float) -> None:
-    """One update of all weights from their gradients, which are then freed."""
+    """Update all weights from their gradients, and free those."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
-def skip_update(optimizer: AdamW) -> None:
-    """Free the gradients; weights, moments and AdamW's count stay as they are."""
-    optimizer.zero_grad(set_to_none=True)
-
-
 def learning_rate(step: int, config: Config) -> float:
-    """Learning rate of the update that follows `step` finished ones.
+    """The learning rate of the update that follows `step` finished steps.
 
-    Linear warm-up that ends in `lr`, then the decay, which reaches `min_lr` in the last update.
+    A linear warm-up ends at `lr`; then the decay reaches `min_lr` in the last update.
     """
     optimizer, last = config.optimizer, config.train.train_steps - 1
     if step < optimizer.lr_warmup_steps:
@@ -101,7 +93,7 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 def schedule_problem(config: Config) -> str | None:
-    """Why the learning rate does not follow the schedule that its settings describe, if so."""
+    """Why warm-up and decay do not fit in the run, or None."""
     optimizer, steps = config.optimizer, config.train.train_steps
     warmup, decay = optimizer.lr_warmup_steps, 0
     settings = [f"optimizer.lr_warmup_steps={warmup}"]
@@ -111,7 +103,7 @@ def schedule_problem(config: Config) -> str | None:
         settings.append(f"optimizer.lr_wsd_decay_steps={decay}{null}")
     if not steps or warmup + decay <= steps:
         return None
-    # The rate only rises in the warm-up, and only falls after it.
+    # The rate only rises during warm-up, and only falls after it.
     peak = learning_rate(max(0, min(warmup, steps) - 1), config)
     problem = (
         f"{' and '.join(settings)} {'exceed' if decay else 'exceeds'} train.train_steps={steps}: "
@@ -127,5 +119,5 @@ def _wsd_decay_steps(config: Config) -> int:
 
 
 def _progress(step: int, start: int, end: int) -> float:
-    """How far `step` is from `start` to `end`, as a fraction."""
+    """The fraction of the way from `start` to `end`."""
     return min(1.0, max(0.0, (step - start) / max(1, end - start)))

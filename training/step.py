@@ -1,4 +1,4 @@
-"""One update of the weights: forward, backward, clipping, AdamW."""
+"""One training step: forward, backward, clipping, AdamW."""
 
 import time
 
@@ -14,16 +14,15 @@ from parallel import (
     sum_partial_gradients,
 )
 from training.divergence import skip_reason
-from training.optimizer import apply_update, learning_rate, skip_update
+from training.optimizer import apply_update, learning_rate
 from training.state import Run, RunState, StepResult
 
 
 def train_step(run: Run, state: RunState, batches: BatchLoader) -> StepResult:
-    """One update of the weights from the next global batch.
+    """Update the weights from the next global batch.
 
-    The loss of a step is the sum over its target tokens divided by their number, over all
-    micro-batches and dp ranks: the number is known before the first backward, so every gradient is
-    a plain sum.
+    The loss is the sum over the target tokens of all micro-batches and dp ranks, divided by their
+    number. That number is known before the first backward, so gradients are plain sums.
     """
     started_at = time.perf_counter()
     config, mesh, model = run.config, run.mesh, run.model
@@ -33,12 +32,10 @@ def train_step(run: Run, state: RunState, batches: BatchLoader) -> StepResult:
     for number, micro_batch in enumerate(batch.micro_batches, start=1):
         is_last = number == len(batch.micro_batches)
         set_gradient_sync(model, is_last or config.parallel.gradient_sync == "micro_batch")
-        masks = DropoutStream(
-            config.run.seed, state.step, tuple(micro_batch.sample_indices.tolist())
-        )
+        samples = tuple(micro_batch.sample_indices.tolist())
         losses = model(
             **micro_batch.inputs(mesh.device),
-            stream=masks,
+            stream=DropoutStream(config.run.seed, state.step, samples),
             z_loss_coeff=config.train.z_loss_coeff,
         )
         (losses.objective / num_targets).backward()
@@ -47,20 +44,20 @@ def train_step(run: Run, state: RunState, batches: BatchLoader) -> StepResult:
     sum_partial_gradients(model, mesh)
     grad_norm = move_to(clip_gradients(model, config.optimizer.clip_grad, mesh), "cpu").item()
     means = move_to(sum_over(mesh.dp, sums) / num_targets, "cpu").tolist()
-    mean_loss, mean_log_z_squared, mean_row_length = means
+    loss, log_z_squared, row_length = means
     rate = learning_rate(state.step, config)
-    why_skipped = skip_reason(mean_loss, grad_norm, state, config.train, mesh)
+    why_skipped = skip_reason(loss, grad_norm, state, config.train, mesh)
     if why_skipped is None:
         apply_update(run.optimizer, rate)
     else:
-        skip_update(run.optimizer)
+        run.optimizer.zero_grad(set_to_none=True)
     return StepResult(
-        loss=mean_loss,
-        z_loss=config.train.z_loss_coeff * mean_log_z_squared,
+        loss=loss,
+        z_loss=config.train.z_loss_coeff * log_z_squared,
         grad_norm=grad_norm,
         learning_rate=rate,
         num_targets=int(move_to(num_targets, "cpu")),
-        mean_row_length=mean_row_length,
+        mean_row_length=row_length,
         elapsed_s=time.perf_counter() - started_at,
         why_skipped=why_skipped,
     )

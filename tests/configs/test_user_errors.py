@@ -14,8 +14,8 @@ from checkpoints import CheckpointError
 from configs import Config, TrainConfig, UserError, machine_errors_as_user_errors, parse_config
 from tests.runs import settings
 from training import divergence
+from training.divergence import NonFiniteError
 from training.state import RunState
-from training.stopping import NonFiniteError
 
 MESH: Any = SimpleNamespace(local_rank=0)
 

@@ -29,7 +29,7 @@ from tests.runs import rows, train_on
 from train import train
 from training.optimizer import build_optimizer, training_tensors
 from training.run_folder import RunFolder
-from training.stopping import StopSignals
+from training.signals import StopSignals
 
 VOCAB = 603  # embeddings, an odd number; the tokenizer has 320 pieces
 _SHAPE = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2}

@@ -14,10 +14,9 @@ from tests.distributed import EVERY_LAYOUT, Layout, distributed
 from tests.model.test_gpt import OPTIONS, STREAM, TINY, batch, tiny_model
 from tests.runs import settings
 from train import start
+from training.divergence import ReplicaMismatchError, check_replicas
 from training.optimizer import apply_update, build_optimizer, training_tensors
-from training.replica_check import check_replicas
 from training.run_folder import RunFolder
-from training.stopping import ReplicaMismatchError
 
 TP = (Layout(tp=2), Layout(tp=4), Layout(tp=2, sp=False), Layout(tp=2, dp=2))
 

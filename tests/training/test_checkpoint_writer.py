@@ -1,4 +1,4 @@
-"""Saves while training goes on: what they hold, how they fail, and that there is one at a time."""
+"""Background saves: one at a time, what they hold, and how they fail."""
 
 import dataclasses
 import json
@@ -18,10 +18,9 @@ from tests.distributed import ONE_RANK, Layout, distributed
 from tests.runs import finish, rows, settings, start
 from train import start as start_run
 from training import checkpoint_writer as saving_module
-from training.checkpoint_writer import CheckpointWriter
+from training.checkpoint_writer import CheckpointWriter, SaveError
 from training.run_folder import RunFolder
 from training.state import RunState
-from training.stopping import SaveError
 
 
 @pytest.fixture
@@ -50,9 +49,9 @@ def steps_saved(folder: RunFolder) -> list[str]:
 
 @distributed(ONE_RANK, Layout(tp=2), Layout(dp=2))
 def test_one_save_at_a_time(mesh: Mesh, config: Config) -> None:
-    """Nothing is committed before the slowest rank has written; a second save waits for the first.
+    """A save is committed when the slowest rank has written it; a second save waits for the first.
 
-    Afterwards a state that is saved already is not saved again.
+    The end does not save a state again that is already saved.
     """
     config, writing = on_layout(config, mesh), threading.Event()
     original = save_module.save_file
@@ -84,7 +83,7 @@ def test_one_save_at_a_time(mesh: Mesh, config: Config) -> None:
 
 @distributed(ONE_RANK, Layout(tp=2))
 def test_a_failed_save_is_reported_and_the_next_one_works(mesh: Mesh, config: Config) -> None:
-    """A disk that is full for a while costs that checkpoint and nothing else."""
+    """A disk that is full for a while costs one checkpoint."""
     config = on_layout(config, mesh)
     original = save_module.save_file
 
@@ -110,7 +109,7 @@ def test_a_failed_save_is_reported_and_the_next_one_works(mesh: Mesh, config: Co
         if mesh.world.rank == 0:
             (message,) = [text for text in said if "cannot save step 2" in text]
             assert f"rank {mesh.world.size - 1} cannot write" in message
-        with pytest.raises(SaveError, match=r"step 3 is not saved.*goes on from step 1"):
+        with pytest.raises(SaveError, match=r"step 3 is not saved.*continues from step 1"):
             saving.end(at(state, 3))
         patch.undo()
         saving = CheckpointWriter(run, at(state, 1))
@@ -124,9 +123,9 @@ def test_a_failed_save_is_reported_and_the_next_one_works(mesh: Mesh, config: Co
 
 @distributed(ONE_RANK, Layout(tp=2))
 def test_a_stop_after_a_skipped_step_saves_it(mesh: Mesh, config: Config) -> None:
-    """Whatever ends the launch; while it goes on a state within a row of bad steps is not saved.
+    """But while training continues, no state within a row of skipped steps is saved.
 
-    With checkpoint.keep=1 the newest checkpoint from before the row is kept too, to go back to.
+    With checkpoint.keep=1 the newest checkpoint from before the row is also kept, for a rollback.
     """
     checkpoint = dataclasses.replace(config.checkpoint, keep=1)
     config = dataclasses.replace(on_layout(config, mesh), checkpoint=checkpoint)
@@ -153,9 +152,9 @@ def test_a_stop_after_a_skipped_step_saves_it(mesh: Mesh, config: Config) -> Non
 
 @distributed(ONE_RANK, Layout(tp=2))
 def test_a_run_whose_saves_all_fail_ends(mesh: Mesh, config: Config) -> None:
-    """After checkpoint.max_failed_saves in a row, on all ranks; a good one between starts anew.
+    """All ranks raise after checkpoint.max_failed_saves consecutive failures.
 
-    The save at the end is tried whatever came before it.
+    The save at the end is tried in any case.
     """
     config = on_layout(config, mesh)
     original, failing, may_fail = save_module.save_file, {1, 3, 4}, threading.Event()
@@ -190,12 +189,12 @@ def test_a_run_whose_saves_all_fail_ends(mesh: Mesh, config: Config) -> None:
             text = str(caught.value)
             assert "step 4 is not saved, 2 failed saves in a row" in text
             assert "(checkpoint.max_failed_saves=2): cannot save step 4: " in text
-            assert text.endswith("fix that and resume, which goes on from step 2")
+            assert text.endswith("fix that and resume, which continues from step 2")
 
 
 @distributed(Layout(tp=2))
 def test_without_memory_for_a_copy_training_waits(mesh: Mesh, config: Config) -> None:
-    """One rank without is enough, as all must do the same."""
+    """One rank without memory is enough, because all must do the same."""
     config = on_layout(config, mesh)
     with RunFolder(config, mesh) as folder, pytest.MonkeyPatch.context() as patch:
         run, state = start_run(config, mesh, folder)
@@ -209,7 +208,7 @@ def test_without_memory_for_a_copy_training_waits(mesh: Mesh, config: Config) ->
 
 @distributed(ONE_RANK, Layout(tp=2))
 def test_no_writer_outlives_the_lock(mesh: Mesh, config: Config) -> None:
-    """After an error a save under way is no checkpoint, and nobody writes into the folder."""
+    """After an error a pending save is not committed, and no thread writes any more."""
     config = on_layout(config, mesh)
     original = save_module.save_file
 
@@ -230,7 +229,7 @@ def test_no_writer_outlives_the_lock(mesh: Mesh, config: Config) -> None:
 
 
 def test_a_full_disk_costs_only_the_save(corpus: Path, tmp_path: Path) -> None:
-    """The run trains on, but not for long; it says what is not saved, and resumes from before."""
+    """The run continues for a while, says what is not saved, and resumes from the save before."""
     whole, parts = "run.name=whole", "run.name=parts"
     often = "checkpoint.save_interval=1"
     finish(start(1, settings(corpus, tmp_path, whole, often)))
@@ -244,7 +243,7 @@ def test_a_full_disk_costs_only_the_save(corpus: Path, tmp_path: Path) -> None:
         assert (report["code"], report["step"]) == (1, last)
         assert report["reason"].startswith(f"step {last} is not saved")
         assert f"cannot save step {last}: rank 0 cannot write" in report["reason"]
-        assert report["reason"].endswith("goes on from step 3")
+        assert report["reason"].endswith("continues from step 3")
         assert "train.py" in report["resume"]
     assert "resuming from" in finish(start(1, arguments))
     assert rows(tmp_path, "parts") == rows(tmp_path, "whole")

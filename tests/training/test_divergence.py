@@ -1,7 +1,7 @@
-"""A loss or gradient that is no number costs its own update, and nothing else.
+"""A non-finite loss or gradient skips its own update, and costs nothing else.
 
-Samples are poisoned by their number: the rank that has one of them, and of its tensor-parallel
-ranks the last alone, finds NaN in a gradient.
+Samples are poisoned by their number: the last tensor-parallel rank of the dp rank that has one of
+them finds NaN in a gradient.
 """
 
 import dataclasses
@@ -22,9 +22,10 @@ from tests.distributed import ONE_RANK, Layout, distributed
 from tests.runs import rows, settings
 from train import train
 from training import step as step_module
+from training.divergence import NonFiniteError
 from training.run_folder import RunFolder
+from training.signals import StopSignals
 from training.state import RunState
-from training.stopping import NonFiniteError, StopSignals
 
 LAYOUTS = (ONE_RANK, Layout(tp=2), Layout(dp=2), Layout(tp=2, dp=2))
 BATCH = 8  # samples of a step
@@ -32,7 +33,7 @@ BATCH = 8  # samples of a step
 
 @pytest.fixture
 def config(corpus: Path, tmp_path: Path) -> Config:
-    """Six steps, saved at every second one; one bad step in a row may be left out."""
+    """Six steps with a save every two; at most one consecutive step may be skipped."""
     overrides = (
         "evaluate.interval=0",
         "checkpoint.save_interval=2",
@@ -43,7 +44,7 @@ def config(corpus: Path, tmp_path: Path) -> Config:
 
 
 def changed(config: Config, **sections: dict[str, Any]) -> Config:
-    """The configuration with some keys of some sections changed."""
+    """A configuration with other values in some sections."""
     return dataclasses.replace(
         config,
         **{
@@ -54,7 +55,7 @@ def changed(config: Config, **sections: dict[str, Any]) -> Config:
 
 
 def run(mesh: Mesh, config: Config, **run_keys: Any) -> list[dict[str, Any]]:
-    """Train on this layout; returns the rows of metrics.jsonl."""
+    """Train on this layout; return the rows of metrics.jsonl."""
     config = changed(config, parallel={"tensor_model_parallel_size": mesh.tp.size}, run=run_keys)
     with RunFolder(config, mesh) as folder:
         assert train(config, mesh, folder, StopSignals()) == 0
@@ -62,13 +63,13 @@ def run(mesh: Mesh, config: Config, **run_keys: Any) -> list[dict[str, Any]]:
 
 
 def steps_saved(checkpoints: Path) -> list[int]:
-    """The steps of all checkpoints."""
+    """The steps of all checkpoints in a folder."""
     return sorted(int(path.name.removeprefix("step_")) for path in checkpoints.glob("step_*"))
 
 
 @contextmanager
 def poisoned(mesh: Mesh, samples: Container[int]) -> Iterator[list[tuple[int, list[int]]]]:
-    """Within it gradients of these samples are NaN; yields each step and this rank's samples."""
+    """Make gradients of these samples NaN; yield each step and this rank's samples."""
     seen: list[tuple[int, list[int]]] = []
     sum_gradients = step_module.sum_partial_gradients
 
@@ -91,25 +92,25 @@ def poisoned(mesh: Mesh, samples: Container[int]) -> Iterator[list[tuple[int, li
 
 
 @contextmanager
-def told_to_skip(step: int) -> Iterator[None]:
-    """Within it the update of this step is left out, though its numbers are good."""
+def forced_skip(step: int) -> Iterator[None]:
+    """Skip the update of this step although its numbers are good."""
     judge = step_module.skip_reason
 
-    def told(loss: float, norm: float, state: RunState, *others: Any) -> str | None:
-        return "told" if state.step + 1 == step else judge(loss, norm, state, *others)
+    def reason(loss: float, norm: float, state: RunState, *others: Any) -> str | None:
+        return "forced" if state.step + 1 == step else judge(loss, norm, state, *others)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step_module, "skip_reason", told)
+        patch.setattr(step_module, "skip_reason", reason)
         yield
 
 
 @distributed(*LAYOUTS)
-def test_all_ranks_leave_out_one_bad_update(mesh: Mesh, config: Config) -> None:
-    """NaN on one rank at step 3: the curve is that of a run that leaves this step out unasked."""
+def test_all_ranks_skip_one_bad_update(mesh: Mesh, config: Config) -> None:
+    """NaN on one rank at step 3 gives the curve of a run that skips this step on purpose."""
     with poisoned(mesh, range(17, 18)):
         curve = run(mesh, config, name="bad")
-    with told_to_skip(3):
-        expected = run(mesh, config, name="told")
+    with forced_skip(3):
+        expected = run(mesh, config, name="forced")
     assert curve[2].pop("train/grad_norm") is None
     expected[2].pop("train/grad_norm")
     assert curve == expected
@@ -119,10 +120,8 @@ def test_all_ranks_leave_out_one_bad_update(mesh: Mesh, config: Config) -> None:
 
 @distributed(ONE_RANK, Layout(tp=2, dp=2))
 @pytest.mark.parametrize("stop_at_step", [3, 4])
-def test_a_resume_remembers_what_was_left_out(
-    mesh: Mesh, config: Config, stop_at_step: int
-) -> None:
-    """AdamW counts updates and not steps; stopped after a bad step, the curve is the unbroken's."""
+def test_a_resume_remembers_skipped_steps(mesh: Mesh, config: Config, stop_at_step: int) -> None:
+    """AdamW counts updates, not steps; a stop after a bad step does not change the curve."""
     with poisoned(mesh, range(17, 18)) as seen:
         whole = run(mesh, config, name="whole")
         run(mesh, config, name="parts", stop_at_step=stop_at_step)
@@ -133,10 +132,12 @@ def test_a_resume_remembers_what_was_left_out(
 
 
 @distributed(ONE_RANK, Layout(tp=2))
-def test_stopped_within_a_row_it_still_goes_back_behind_it(mesh: Mesh, config: Config) -> None:
-    """Steps 3 and 4 are bad, the run is stopped between them and saved: back to step 2, not to 3.
+def test_a_rollback_after_a_stop_within_a_row_returns_to_before_it(
+    mesh: Mesh, config: Config
+) -> None:
+    """Steps 3 and 4 are bad and the run is stopped between them: it rolls back to 2, not to 3.
 
-    The state saved at step 3 does not count as one of checkpoint.keep, and goes with the row.
+    The state saved at step 3 does not count for checkpoint.keep, and is deleted with the row.
     """
     config = changed(config, checkpoint={"keep": 1})
     checkpoints = Path(config.run.directory, "parts", "checkpoints")
@@ -147,24 +148,24 @@ def test_stopped_within_a_row_it_still_goes_back_behind_it(mesh: Mesh, config: C
         seen.clear()
         run(mesh, config, name="parts", stop_at_step=5)
         assert [step for step, _ in seen] == [3, 2, 3, 4]
-        # Saved at step 4, whose row of good steps began behind the bad one, and at the stop.
+        # Step 4 was saved too, and then pruned.
         assert steps_saved(checkpoints) == [5]
         parts = run(mesh, config, name="parts")
     assert parts == whole
 
 
 @distributed(ONE_RANK)
-def test_there_is_nothing_to_go_back_to_but_the_row_itself(mesh: Mesh, config: Config) -> None:
-    """The only checkpoint is of the row of bad steps: weights that may be to blame."""
+def test_a_checkpoint_within_the_row_is_no_rollback_target(mesh: Mesh, config: Config) -> None:
+    """The only checkpoint is from the row of bad steps: its weights may be to blame."""
     with poisoned(mesh, range(8, 10**6)):
         run(mesh, changed(config, checkpoint={"save_interval": 0}), stop_at_step=2)
-        with pytest.raises(NonFiniteError, match="there is no checkpoint to go back to"):
+        with pytest.raises(NonFiniteError, match="there is no checkpoint to roll back to"):
             run(mesh, config)
 
 
 @distributed(*LAYOUTS)
-def test_too_many_in_a_row_go_back_to_the_checkpoint(mesh: Mesh, config: Config) -> None:
-    """Steps 3 and 4 are bad: back to step 2, past their samples; there one more is bad, then good.
+def test_too_many_consecutive_skips_roll_back(mesh: Mesh, config: Config) -> None:
+    """Steps 3 and 4 are bad: back to step 2 with later samples, of which one step is bad again.
 
     Each step is in metrics.jsonl once.
     """
@@ -182,11 +183,11 @@ def test_too_many_in_a_row_go_back_to_the_checkpoint(mesh: Mesh, config: Config)
 
 
 @distributed(ONE_RANK, Layout(dp=2))
-def test_it_goes_back_a_few_times_only(mesh: Mesh, config: Config) -> None:
-    """Nothing but bad samples from step 3 on: twice back to step 2, then exit code 5."""
+def test_rollbacks_are_limited(mesh: Mesh, config: Config) -> None:
+    """All samples from step 3 on are bad: two rollbacks to step 2, then exit code 5."""
     with (
         poisoned(mesh, range(16, 10**6)) as seen,
-        pytest.raises(NonFiniteError, match="after going back to step 2 2 times") as caught,
+        pytest.raises(NonFiniteError, match="skipped after 2 rollbacks to step 2") as caught,
     ):
         run(mesh, config)
     assert [step for step, _ in seen] == [0, 1, 2, 3, 2, 3, 2, 3]
@@ -196,18 +197,18 @@ def test_it_goes_back_a_few_times_only(mesh: Mesh, config: Config) -> None:
 
 
 @distributed(ONE_RANK)
-def test_without_a_checkpoint_it_ends(mesh: Mesh, config: Config) -> None:
-    """There is nothing to go back to: starting over would meet the same samples."""
+def test_without_a_checkpoint_the_run_ends(mesh: Mesh, config: Config) -> None:
+    """Starting over would meet the same samples."""
     with (
         poisoned(mesh, range(10**6)),
-        pytest.raises(NonFiniteError, match="there is no checkpoint to go back to"),
+        pytest.raises(NonFiniteError, match="there is no checkpoint to roll back to"),
     ):
         run(mesh, config)
 
 
 @distributed(ONE_RANK, Layout(tp=2, dp=2))
-def test_a_loss_that_jumps_is_left_out(mesh: Mesh, config: Config) -> None:
-    """All targets of step 9 are a byte that no text has: no update. Off by default."""
+def test_a_loss_spike_is_skipped(mesh: Mesh, config: Config) -> None:
+    """All targets of step 9 are a byte that no text has, so it is skipped. Off by default."""
     config = changed(config, train={"train_steps": 10})
     give = MicroBatch.inputs
 
@@ -234,8 +235,8 @@ def test_a_loss_that_jumps_is_left_out(mesh: Mesh, config: Config) -> None:
 
 
 @distributed(ONE_RANK, Layout(tp=2))
-def test_weights_that_are_no_numbers_are_never_saved(mesh: Mesh, config: Config) -> None:
-    """Or the newest checkpoint would be one that nothing can go on from."""
+def test_weights_that_are_not_finite_are_never_saved(mesh: Mesh, config: Config) -> None:
+    """Nothing could resume from such a checkpoint."""
     config = changed(
         config,
         checkpoint={"save_interval": 1},

@@ -1,5 +1,6 @@
-"""Loss and bits per byte of held-out text, against the dense reference and a count by hand."""
+"""Loss and bits per byte of held-out text against the dense reference, and the sample."""
 
+import dataclasses
 import itertools
 import math
 
@@ -14,7 +15,7 @@ from parallel import Mesh
 from tests.distributed import ONE_RANK, Layout, distributed
 from tests.reference import reference_logits
 from train import start
-from training.evaluation import evaluate, generate_sample, held_out
+from training.evaluation import evaluate, generate_sample, sample_prompt, validation_set
 from training.run_folder import RunFolder
 
 TEXTS = [f"for i in range({n}):\n    print('é', i * {n})\n" * (1 + n % 5) for n in range(40)]
@@ -22,7 +23,7 @@ TEXTS = [f"for i in range({n}):\n    print('é', i * {n})\n" * (1 + n % 5) for n
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A model of random weights in float32 and a text of which a fifth is held out."""
+    """A model with random float32 weights, and text of which a fifth is held out."""
     folder = tmp_path_factory.mktemp("evaluation")
     for number, text in enumerate(TEXTS):
         (folder / f"{number}.txt").write_text(text)
@@ -40,6 +41,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
             "train.precision=fp32",
             "evaluate.max_sequences=100000",
             "evaluate.sample_tokens=5",
+            "evaluate.sample_prompt=for i in",
         ]
     )
 
@@ -47,7 +49,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 def reference_score(
     weights: dict[str, Tensor], config: Config, file: Tokens, stride: int | None = None
 ) -> tuple[float, int]:
-    """Nats and targets of all documents, window by window: see data/evaluation.py."""
+    """Nats and targets of all documents, window by window; see data/evaluation.py."""
     nats, num_targets, longest = 0.0, 0, config.model.seq_length
     for start_at, stop_at in itertools.pairwise(file.document_offsets):
         tokens = torch.tensor(file.span(start_at, stop_at - 1).astype("int64"))  # no eos
@@ -65,11 +67,11 @@ def reference_score(
 
 
 @distributed(ONE_RANK, Layout(tp=2), Layout(dp=2))
-def test_scores_are_those_of_the_reference(mesh: Mesh, config: Config) -> None:
-    """Every token of every held-out document but bos and eos is predicted once, from its window."""
+def test_scores_equal_the_reference(mesh: Mesh, config: Config) -> None:
+    """Every token of held-out documents except bos and eos is predicted once, from its window."""
     with RunFolder(config, mesh) as folder:
         run, state = start(config, mesh, folder)
-        result = evaluate(run, state, held_out(run))
+        result = evaluate(run, state, validation_set(run))
         weights = {
             name: parameter.full_tensor().detach()
             for name, parameter in run.model.named_parameters()
@@ -85,12 +87,33 @@ def test_scores_are_those_of_the_reference(mesh: Mesh, config: Config) -> None:
     assert result.bits_per_byte == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
     assert result.perplexity == pytest.approx(math.exp(nats / num_targets), rel=1e-4)
     assert result.sample is not None
-    assert result.sample.startswith(config.evaluate.sample_prompt or "")
+    assert result.sample.startswith("for i in")
 
 
 @distributed(Layout(tp=2))
 def test_a_sample_repeats(mesh: Mesh, config: Config) -> None:
-    """It follows from seed and step, and is the same on all ranks, or they would have hung."""
+    """It depends on seed and step alone, and all ranks agree on it, or they would have hung."""
     with RunFolder(config, mesh) as folder:
         run, state = start(config, mesh, folder)
         assert generate_sample(run, state) == generate_sample(run, state)
+
+
+@distributed(ONE_RANK, Layout(dp=2))
+def test_without_a_prompt_a_sample_begins_like_a_held_out_document(
+    mesh: Mesh, config: Config
+) -> None:
+    """With evaluate.sample_prompt=null: its first 16 tokens, on every layout and at every step."""
+    evaluation = dataclasses.replace(config.evaluate, sample_prompt=None)
+    config = dataclasses.replace(config, evaluate=evaluation)
+    with RunFolder(config, mesh) as folder:
+        run, state = start(config, mesh, folder)
+        file, tokenizer = run.corpus.validation, run.corpus.tokenizer
+        begin, end = file.document_offsets[:2].tolist()
+        text = tokenizer.decode(file.span(begin, end).tolist())
+        prompt = sample_prompt(run.corpus, None)
+        assert prompt == file.span(begin + 1, begin + 17).tolist()
+        for step in (0, 5):
+            sample = generate_sample(run, dataclasses.replace(state, step=step))
+            assert sample is not None
+            assert sample.startswith(tokenizer.decode(prompt))
+            assert text.startswith(tokenizer.decode(prompt))

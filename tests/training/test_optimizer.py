@@ -1,4 +1,4 @@
-"""The learning rate against numbers worked out by hand, AdamW against torch's on dense weights."""
+"""The learning rate against numbers worked out by hand; AdamW against torch's, dense."""
 
 import dataclasses
 import math
@@ -32,18 +32,18 @@ def rates(style: str, steps: int = 14, **changes: object) -> list[float]:
 
 @pytest.mark.parametrize("style", ["constant", "linear", "cosine", "WSD"])
 def test_warm_up_ends_at_the_peak(style: str) -> None:
-    """A quarter, a half, three quarters, all; the first update already moves."""
+    """A quarter, a half, three quarters, all of it; the first update already has a rate."""
     assert rates(style)[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
 
 
 @pytest.mark.parametrize("style", ["linear", "cosine", "WSD"])
-def test_the_last_update_has_the_least_rate(style: str) -> None:
-    """The decay is over when training is."""
+def test_the_last_update_has_the_lowest_rate(style: str) -> None:
+    """The decay ends with the run."""
     assert rates(style)[-1] == pytest.approx(0.1)
 
 
 def test_decays_in_between() -> None:
-    """Nine updates from the peak at step 4 to the least at step 13."""
+    """Nine updates from the peak at step 4 to the lowest rate at step 13."""
     assert rates("constant")[4:] == [1.0] * 10
     assert rates("linear")[4:] == pytest.approx([1 - 0.1 * n for n in range(10)])
     assert rates("cosine")[7] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 3)))
@@ -51,7 +51,7 @@ def test_decays_in_between() -> None:
 
 
 def test_warm_up_may_be_longer_than_the_run() -> None:
-    """A short try of a long configuration never leaves the warm-up."""
+    """A short trial of a long configuration never leaves the warm-up."""
     assert rates("cosine", steps=2, lr_warmup_steps=10) == pytest.approx([0.1, 0.2])
 
 
@@ -69,7 +69,7 @@ def test_a_schedule_that_fits_is_no_problem(style: str) -> None:
 
 @pytest.mark.parametrize("style", ["constant", "linear", "cosine"])
 def test_a_warm_up_that_is_too_long(style: str) -> None:
-    """Both keys, and the largest rate that there is."""
+    """The message has both keys and the peak rate."""
     found = problem(style, 10, lr_warmup_steps=100)
     assert "optimizer.lr_warmup_steps=100 exceeds train.train_steps=10" in found
     assert "reaches 1.00e-01 of optimizer.lr=1.00e+00;" in found
@@ -89,7 +89,7 @@ def test_a_warm_up_that_is_too_long(style: str) -> None:
 def test_a_warm_up_and_a_decay_that_are_too_long(
     steps: int, warmup: int, decay: int | None, peak: str, after: str
 ) -> None:
-    """WSD's decay ends with the run, whatever the warm-up has reached."""
+    """The decay of WSD ends with the run, wherever the warm-up is."""
     changes = {"lr_warmup_steps": warmup, "lr_wsd_decay_steps": decay}
     found = problem("WSD", steps, **changes)
     assert bool(found) == bool(peak)

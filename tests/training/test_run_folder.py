@@ -1,4 +1,4 @@
-"""The folder of a run against surroundings that are not as they should be."""
+"""The run folder: links, locks, unshared or unwritable folders, and exit.json."""
 
 import contextlib
 import dataclasses
@@ -18,9 +18,11 @@ from tests.training.test_divergence import changed, poisoned
 from tracking import metrics as metrics_module
 from train import train
 from training import checkpoint_writer as saving_module
+from training import lock as lock_module
 from training import run_folder as module
+from training.divergence import NonFiniteError
 from training.run_folder import RunFolder
-from training.stopping import NonFiniteError, StopSignals
+from training.signals import StopSignals
 
 OLD = json.dumps({"code": 0, "reason": "finished", "step": 7, "resume": None})
 
@@ -31,12 +33,12 @@ def config(directory: Path, resume: Literal["auto", "never"] = "auto") -> Config
 
 
 def report(directory: Path) -> dict[str, Any]:
-    """What exit.json says."""
+    """The content of exit.json."""
     return dict(json.loads((directory / "test" / "exit.json").read_text()))
 
 
 def plant_finished_run(directory: Path) -> None:
-    """What a finished run has left."""
+    """Write what a finished run leaves."""
     (directory / "test" / "checkpoints" / "step_00000007").mkdir(parents=True)
     (directory / "test" / "exit.json").write_text(OLD)
 
@@ -45,10 +47,8 @@ def plant_finished_run(directory: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["", "checkpoints", "metrics.jsonl", "samples.jsonl", "tensorboard", ".lock"]
 )
-def test_a_link_is_refused_and_what_it_leads_to_left_alone(
-    mesh: Mesh, tmp_path: Path, name: str
-) -> None:
-    """On all ranks, naming link and target; nothing is written or deleted there."""
+def test_a_link_is_refused_and_its_target_left_alone(mesh: Mesh, tmp_path: Path, name: str) -> None:
+    """All ranks name link and target; nothing is written or deleted there."""
     victim, path = tmp_path / "victim", tmp_path / "test" / name
     if mesh.world.rank == 0:
         if name in ("", "checkpoints"):
@@ -73,7 +73,7 @@ def test_a_link_is_refused_and_what_it_leads_to_left_alone(
 def test_a_folder_that_cannot_be_written_is_an_error_on_all_ranks(
     mesh: Mesh, tmp_path: Path
 ) -> None:
-    """Said before training; here a file is where the folder should be."""
+    """Found before training; here a file is in the place of the folder."""
     if mesh.world.rank == 0:
         (tmp_path / "test").write_text("")
     with pytest.raises(UserError, match=r"cannot write in run folder .*test: (Not|File)"):
@@ -81,8 +81,8 @@ def test_a_folder_that_cannot_be_written_is_an_error_on_all_ranks(
 
 
 @distributed(ONE_RANK)
-def test_links_elsewhere_are_nobodys_business(mesh: Mesh, tmp_path: Path) -> None:
-    """run.directory itself may be one, to a larger disk."""
+def test_links_outside_the_run_folder_are_allowed(mesh: Mesh, tmp_path: Path) -> None:
+    """run.directory itself may be a link, to a larger disk."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "runs").symlink_to(tmp_path / "disk")
     with RunFolder(config(tmp_path / "runs"), mesh) as folder:
@@ -93,7 +93,7 @@ def test_links_elsewhere_are_nobodys_business(mesh: Mesh, tmp_path: Path) -> Non
 
 @distributed(Layout(tp=2), Layout(dp=2))
 def test_ranks_that_do_not_share_the_folder_are_refused(mesh: Mesh, tmp_path: Path) -> None:
-    """Also if each has a folder of that name with an earlier run: all ranks say which one it is."""
+    """Even if each rank has such a folder with an earlier run; all ranks name the one of rank 0."""
     own = tmp_path / str(mesh.world.rank)
     plant_finished_run(own)
     with pytest.MonkeyPatch.context() as patch:
@@ -102,7 +102,7 @@ def test_ranks_that_do_not_share_the_folder_are_refused(mesh: Mesh, tmp_path: Pa
             pass
     text = str(caught.value)
     assert text.startswith(f"run.directory={tmp_path / '0'} is not shared by all ranks: ranks [1] ")
-    assert f"do not see the folder {tmp_path / '0' / 'test'} that rank 0 has made" in text
+    assert f"do not see the folder {tmp_path / '0' / 'test'} that rank 0 created" in text
     assert text.endswith("set run.directory to a folder that all hosts share")
     any_rank(mesh, False)
     left = {path.name for path in (own / "test").iterdir()}
@@ -111,7 +111,7 @@ def test_ranks_that_do_not_share_the_folder_are_refused(mesh: Mesh, tmp_path: Pa
 
 @distributed(Layout(dp=2))
 def test_a_rank_that_cannot_write_is_named(mesh: Mesh, tmp_path: Path) -> None:
-    """As where one host has mounted the file system read-only."""
+    """As on a host that has mounted the file system read-only."""
 
     def refuse(path: Path) -> None:
         raise OSError(30, "Read-only file system", str(path))
@@ -130,8 +130,8 @@ def test_a_rank_that_cannot_write_is_named(mesh: Mesh, tmp_path: Path) -> None:
 
 
 @distributed(Layout(dp=2))
-def test_a_folder_that_comes_to_light_late_is_shared(mesh: Mesh, tmp_path: Path) -> None:
-    """A network file system may show on one host a little later what another has made."""
+def test_a_folder_that_appears_late_is_shared(mesh: Mesh, tmp_path: Path) -> None:
+    """A network file system may show a new folder to other hosts with a delay."""
     is_dir, seen_at = Path.is_dir, time.monotonic() + 0.3
 
     def late(path: Path) -> bool:
@@ -151,7 +151,7 @@ def test_a_folder_that_comes_to_light_late_is_shared(mesh: Mesh, tmp_path: Path)
 def test_a_refused_launch_changes_nothing(
     mesh: Mesh, tmp_path: Path, resume: Literal["auto", "never"]
 ) -> None:
-    """exit.json stays that of the run before; where there is none, none is written."""
+    """The previous exit.json stays; if there is none, none is written."""
     for finished in (True, False):
         directory = tmp_path / str(finished)
         if finished and mesh.world.rank == 0:
@@ -166,10 +166,10 @@ def test_a_refused_launch_changes_nothing(
 
 
 @distributed(ONE_RANK)
-def test_a_launch_that_begins_is_not_the_one_before(mesh: Mesh, tmp_path: Path) -> None:
-    """The old exit.json goes, so that none is there after kill -9; what ends it later is written.
+def test_a_launch_replaces_the_exit_json_of_the_previous_one(mesh: Mesh, tmp_path: Path) -> None:
+    """Training removes the old exit.json, so none is there after kill -9; a later end is written.
 
-    Stopped or crashed before the first step, it says the step of the newest checkpoint.
+    A stop or crash before the first step records the step of the newest checkpoint.
     """
     plant_finished_run(tmp_path)
     (tmp_path / "tokenizer").write_text("")
@@ -188,10 +188,10 @@ def test_a_launch_that_begins_is_not_the_one_before(mesh: Mesh, tmp_path: Path) 
 
 
 @distributed(Layout(tp=2, dp=2))
-def test_the_first_crash_is_reported_by_the_rank_that_has_it(mesh: Mesh, tmp_path: Path) -> None:
-    """Rank 0 may be blocked in a collective; what it meets when that breaks does not count.
+def test_the_rank_that_crashes_first_writes_exit_json(mesh: Mesh, tmp_path: Path) -> None:
+    """Rank 0 may be blocked in a collective; its error when that breaks does not count.
 
-    Also during the last save, of which exit.json says meanwhile that it has not ended.
+    The same during the last save, while exit.json says that the run has not ended yet.
     """
     exit_file = tmp_path / "test" / "exit.json"
     if mesh.world.rank == 0:
@@ -225,7 +225,7 @@ def test_the_first_crash_is_reported_by_the_rank_that_has_it(mesh: Mesh, tmp_pat
 
 @distributed(ONE_RANK)
 def test_a_full_disk_does_not_hide_why_the_run_ends(mesh: Mesh, tmp_path: Path) -> None:
-    """exit.json cannot be written: the error is the run's own."""
+    """If exit.json cannot be written, the error is still the run's own."""
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -245,7 +245,7 @@ def test_a_full_disk_does_not_hide_why_the_run_ends(mesh: Mesh, tmp_path: Path) 
 def test_exit_json_comes_before_wandb_and_pruning(
     mesh: Mesh, corpus: Path, tmp_path: Path, ending: str
 ) -> None:
-    """Whatever may hold up the end of a run comes after its report."""
+    """Everything that may delay the end of a run comes after its report."""
     overrides = ["evaluate.interval=0", "train.max_consecutive_skips=0", "checkpoint.keep=1"]
     overrides += ["run.stop_at_step=5", "checkpoint.save_interval=3", "checkpoint.async_save=false"]
     run_config = changed(
@@ -256,15 +256,15 @@ def test_exit_json_comes_before_wandb_and_pruning(
     prune, finish = saving_module.prune_checkpoints, metrics_module.WandbForwarder.finish
     exit_file = tmp_path / "test" / "exit.json"
 
-    def look(what: str) -> None:
+    def observe(what: str) -> None:
         seen.append((what, report(tmp_path)["code"] if exit_file.exists() else None))
 
     def watched_prune(folder: Path, **keywords: Any) -> None:
-        look("prune")
+        observe("prune")
         prune(folder, **keywords)
 
     def watched_finish(view: Any, *, failed: bool) -> None:
-        look("wandb")
+        observe("wandb")
         finish(view, failed=failed)
 
     signals = StopSignals()
@@ -293,8 +293,8 @@ def test_exit_json_comes_before_wandb_and_pruning(
 
 
 @distributed(ONE_RANK)
-def test_a_signal_writes_nothing(mesh: Mesh, tmp_path: Path) -> None:
-    """The handler may have interrupted the line that writes the same file."""
+def test_a_signal_handler_opens_no_file(mesh: Mesh, tmp_path: Path) -> None:
+    """It may have interrupted the line that writes the same file."""
     signals = StopSignals()
     signals.training()
     with RunFolder(config(tmp_path), mesh):
@@ -308,10 +308,10 @@ def test_a_signal_writes_nothing(mesh: Mesh, tmp_path: Path) -> None:
 
 
 def _without_flock_across_hosts(patch: pytest.MonkeyPatch) -> None:
-    """What is locked on one host is free on another; waiting is short."""
-    patch.setattr(module.fcntl, "flock", lambda file, how: None)
-    patch.setattr(module, "_HEARTBEAT_S", 0.1)
-    patch.setattr(module, "_WATCH_S", 1.0)
+    """Simulate a file system whose locks hold on one host only, with short waits."""
+    patch.setattr(lock_module.fcntl, "flock", lambda file, how: None)
+    patch.setattr(lock_module, "_HEARTBEAT_S", 0.1)
+    patch.setattr(lock_module, "_WATCH_S", 1.0)
 
 
 @distributed(ONE_RANK)
@@ -322,7 +322,7 @@ def test_a_second_host_is_refused_where_locks_hold_on_one_host_only(
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         _without_flock_across_hosts(patch)
         stack.enter_context(RunFolder(config(tmp_path), mesh))
-        patch.setattr(module.socket, "gethostname", lambda: "another")
+        patch.setattr(lock_module.socket, "gethostname", lambda: "another")
         lock = tmp_path / "test" / ".lock"
         before = lock.read_bytes()
         with (
@@ -343,7 +343,7 @@ def test_a_host_takes_over_from_one_that_has_ended(mesh: Mesh, tmp_path: Path, e
             held = (tmp_path / "test" / ".lock").read_bytes()
         if ending == "killed":
             (tmp_path / "test" / ".lock").write_bytes(held)
-        patch.setattr(module.socket, "gethostname", lambda: "another")
+        patch.setattr(lock_module.socket, "gethostname", lambda: "another")
         started_at = time.monotonic()
         with RunFolder(config(tmp_path), mesh):
             assert (time.monotonic() - started_at > 1.0) == (ending == "killed")

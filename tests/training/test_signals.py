@@ -1,31 +1,34 @@
-"""Signals, in every phase of a run: all ranks save the same step and leave, and the run goes on."""
+"""Signals in every phase of a run: all ranks save the same step and exit, and the run resumes."""
 
+import contextlib
 import json
 import os
+import pty
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.runs import LONG, finish, ranks_of, rows, settings, start, steps_done, wait_for
+from tests.runs import LONG, finish, launch, ranks_of, rows, settings, start, steps_done, wait_for
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 TARGETS = ("launcher", "all ranks", "one rank")
 PHASES = ("start", "training", "evaluation", "saving")
-# Each value of each, once at least; `make drills` does all. The rest of "launcher" and "training"
-# is in test_train.py.
+# Every signal, target and phase at least once; `make drills` has all combinations. test_train.py
+# has more of "launcher" and "training".
 CHOSEN = (
     (signal.SIGUSR1, "launcher", "evaluation"),
     (signal.SIGTERM, "one rank", "saving"),
     (signal.SIGINT, "all ranks", "training"),
     (signal.SIGTERM, "all ranks", "start"),
 )
-# By itself torchrun dies of SIGUSR1 and leaves its workers alone.
+# By default torchrun dies of SIGUSR1 and leaves its workers running.
 FLAGS = ("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",)
-# Python runs this at its start, in a process that has the folder in PYTHONPATH: a phase must last
-# to be met. Rank 0 takes the run folder's lock before it does anything else.
+# Python runs this at its start, in a process that has the folder in PYTHONPATH. It makes a phase
+# long enough to hit. Rank 0 locks the run folder before it does anything else.
 _SLOW = """
 import fcntl, os, time
 
@@ -45,14 +48,14 @@ os.fsync = slowed(os.fsync, {save_s}, "/test/checkpoints")
 def slow_down(
     monkeypatch: pytest.MonkeyPatch, folder: Path, *, start_s: float = 0.0, save_s: float = 0.0
 ) -> None:
-    """Have the runs started from now on begin, or save, slowly."""
+    """Make later runs start, or save, slowly."""
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(_SLOW.format(start_s=start_s, save_s=save_s))
     monkeypatch.setenv("PYTHONPATH", str(folder))
 
 
 def is_in(phase: str, directory: Path) -> bool:
-    """Whether a run is in a phase that was made to last; it evaluates and saves after step 5."""
+    """Whether a run is in a phase; it evaluates and saves after step 5."""
     run = directory / "test"
     if phase == "start":
         return (run / ".lock").exists() and len(ranks_of(directory)) == 2
@@ -75,7 +78,7 @@ def expect_a_clean_stop(
     monkeypatch: pytest.MonkeyPatch,
     case: tuple[signal.Signals, str, str],
 ) -> None:
-    """Stop a run in a phase, look at what it leaves, and let it go on."""
+    """Stop a run in a phase, check what it leaves, and resume it."""
     number, target, phase = case
     with monkeypatch.context() as patch:
         slow_down(
@@ -115,7 +118,7 @@ def test_a_signal_stops_all_ranks_at_one_step(
     monkeypatch: pytest.MonkeyPatch,
     case: tuple[signal.Signals, str, str],
 ) -> None:
-    """Each signal, target and phase once; before the first step there is nothing to save."""
+    """Before the first step there is nothing to save."""
     expect_a_clean_stop(corpus, tmp_path, unbroken, monkeypatch, case)
 
 
@@ -132,28 +135,59 @@ def test_any_signal_to_anyone_in_any_phase(
     target: str,
     phase: str,
 ) -> None:
-    """The full product."""
+    """All combinations."""
     expect_a_clean_stop(corpus, tmp_path, unbroken, monkeypatch, (number, target, phase))
 
 
 def test_a_second_signal_ends_at_once(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A person who presses Ctrl-C again, in a save that takes long, need not wait for it."""
+    """A second Ctrl-C does not wait for a long save, and the first one says so."""
     slow_down(monkeypatch, tmp_path / "slow", save_s=30.0)
     process = start(1, settings(corpus, tmp_path, *LONG))
     wait_for(lambda: steps_done(tmp_path) >= 2, process)
     process.send_signal(signal.SIGINT)
     wait_for(lambda: is_in("saving", tmp_path), process)
-    time.sleep(1.1)  # torchrun may deliver one Ctrl-C twice
+    time.sleep(0.6)  # a launcher may deliver one Ctrl-C twice
     process.send_signal(signal.SIGINT)
     sent_at = time.monotonic()
-    finish(process, expected=130)
+    output = finish(process, expected=130)
     assert time.monotonic() - sent_at < 5.0
+    assert output.count("\nsaving; press again to stop now\n") == 1
     assert not list((tmp_path / "test" / "checkpoints").glob("step_*"))
 
 
-def test_all_is_chosen_once() -> None:
-    """The few cases of `make test` have every value of every dimension."""
+def test_ctrl_c_leaves_the_resume_command_last_on_the_terminal(
+    corpus: Path, tmp_path: Path
+) -> None:
+    """Below the traceback of torchrun, which prints it after its workers have ended."""
+    reader, terminal = pty.openpty()
+    process = launch(1, settings(corpus, tmp_path, *LONG), ("--standalone",), terminal=terminal)
+    os.close(terminal)
+    chunks: list[bytes] = []
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # EIO: the last process has closed the terminal
+            while True:
+                chunks.append(os.read(reader, 4096))
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    while steps_done(tmp_path) < 2:
+        assert process.poll() is None, b"".join(chunks)
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    process.wait(timeout=60)
+    thread.join(timeout=60)
+    text = b"".join(chunks).decode().replace("\r\n", "\n")
+    report = json.loads((tmp_path / "test" / "exit.json").read_text())
+    assert report["code"] == 130
+    assert report["resume"].startswith("torchrun --nproc-per-node 1 --standalone ")
+    assert text.count("\nsaving; press again to stop now\n") == 1
+    assert text.endswith(f"resume with\n  {report['resume']}\n")
+
+
+def test_the_chosen_cases_cover_every_value() -> None:
+    """The few cases of `make test` have every signal, target and phase."""
     for number, values in enumerate((SIGNALS, TARGETS, PHASES)):
         assert {case[number] for case in CHOSEN} == set(values)

@@ -1,4 +1,4 @@
-"""A run that hangs: found in time, the right rank named, its stacks kept, and ended."""
+"""A hung run is detected in time, the stuck rank named, its stacks kept, and the run ended."""
 
 import functools
 import json
@@ -27,11 +27,11 @@ from training.watchdog import EXIT_HANG, Beat, Watchdog, blame
 
 LIMIT_S = 4.0
 WATCHED = (*LONG, f"run.hang_timeout_s={LIMIT_S}")
-# What README.md promises is a quarter of the limit; the rest is for a busy machine.
+# README.md promises a quarter of the limit; the rest is for a busy machine.
 ENDED_WITHIN_S = 1.25 * LIMIT_S + 4.0
 STUCK, HOLDS_THE_LOCK, SLOW = (
     "time.sleep(1000)",
-    # PyDLL keeps the interpreter's lock; a mutex locked twice waits for ever, signals or not.
+    # PyDLL keeps the GIL; a mutex locked twice waits forever, even for signals.
     "m = ctypes.create_string_buffer(64); [ctypes.PyDLL(None).pthread_mutex_lock(m) for _ in 'ab']",
     f"time.sleep({LIMIT_S / 2})",
 )
@@ -56,7 +56,7 @@ if os.environ.get("RANK", "0") == "{rank}" and "-m" not in sys.orig_argv:
 
 
 def inject(monkeypatch: pytest.MonkeyPatch, folder: Path, rank: int, action: str) -> None:
-    """Have a rank of the runs started from now on do something when it reads its seventh batch."""
+    """Make a rank of later runs do something when it reads its seventh batch."""
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(_SITECUSTOMIZE.format(action=action, rank=rank))
     monkeypatch.setenv("PYTHONPATH", str(folder))
@@ -75,7 +75,7 @@ def stacks(directory: Path, rank: int) -> str:
 
 
 def stop_in_the_middle(process: Program, directory: Path, rank: int) -> int:
-    """SIGSTOP; returns the process that was stopped, once it is gone."""
+    """Send SIGSTOP to a rank; return its process id once it is gone."""
     wait_for(lambda: steps_done(directory) >= 12, process)
     stopped = ranks_of(directory)[rank]
     os.kill(stopped, signal.SIGSTOP)
@@ -93,19 +93,19 @@ def beat_during(blocks: Callable[[], object], tmp_path: Path) -> Beat:
     watchdog = Watchdog(cast(Run, SimpleNamespace(config=config, folder=folder, mesh=None)))
     watchdog._story = sys._getframe().f_code
 
-    def look() -> None:
+    def sample() -> None:
         time.sleep(0.4)
         watchdog._look(1.0)
 
-    looker = threading.Thread(target=look)
-    looker.start()
+    sampler = threading.Thread(target=sample)
+    sampler.start()
     blocks()
-    looker.join()
+    sampler.join()
     return watchdog._beat
 
 
-def test_awaiting_what_was_started_is_waiting(tmp_path: Path) -> None:
-    """Work.wait is C++: no frame of torch says so, and the rank would be blamed."""
+def test_awaiting_an_asynchronous_collective_is_waiting(tmp_path: Path) -> None:
+    """Work.wait is C++ without a frame of torch, and the rank would be blamed."""
     work = cast(dist.Work, SimpleNamespace(wait=functools.partial(time.sleep, 1)))
     beat = beat_during(Pending(torch.ones(1), work).wait, tmp_path)
     assert beat.is_waiting
@@ -113,7 +113,7 @@ def test_awaiting_what_was_started_is_waiting(tmp_path: Path) -> None:
 
 
 def test_a_copy_from_the_device_is_waiting(tmp_path: Path) -> None:
-    """NCCL returns at once, and the host waits in the copy of a result: its caller is shown."""
+    """NCCL returns at once, and the host waits when it copies the result; its caller is shown."""
     on_device = cast(torch.Tensor, SimpleNamespace(to=time.sleep))
     beat = beat_during(lambda: move_to(on_device, cast(torch.device, 1)), tmp_path)
     assert beat.is_waiting
@@ -124,7 +124,7 @@ def test_a_copy_from_the_device_is_waiting(tmp_path: Path) -> None:
 def test_a_stopped_rank_is_named_and_the_run_comes_back(
     corpus: Path, tmp_path: Path, unbroken: list[dict[str, Any]]
 ) -> None:
-    """SIGSTOP of rank 1: ended in time, and with --max-restarts finished as if nothing had been."""
+    """SIGSTOP of rank 1: with --max-restarts the run finishes with the same numbers."""
     process = start(2, settings(corpus, tmp_path, *WATCHED), ("--max-restarts=1",))
     stopped = stop_in_the_middle(process, tmp_path, rank=1)
     output = finish(process)
@@ -136,13 +136,13 @@ def test_a_stopped_rank_is_named_and_the_run_comes_back(
 
 
 def test_a_stopped_rank_0_is_named_by_another(corpus: Path, tmp_path: Path) -> None:
-    """Rank 0 holds the lock and writes exit.json, but cannot any more."""
+    """Rank 0, which writes exit.json otherwise, no longer can."""
     process = start(2, settings(corpus, tmp_path, *WATCHED))
     stopped = stop_in_the_middle(process, tmp_path, rank=0)
     output = finish(process, expected=1)
     reason = hang_report(tmp_path)
     assert f"rank 0 (host {socket.gethostname()}, process {stopped}) has stopped" in reason
-    # Mostly in train_step; between two steps on a busy machine.
+    # Usually in train_step; on a busy machine perhaps between two steps.
     assert re.search(r"was last seen in \w+, after step \d+", reason)
     assert reason in output
     assert "[rank 1] rank 1 (host" in output
@@ -150,22 +150,24 @@ def test_a_stopped_rank_0_is_named_by_another(corpus: Path, tmp_path: Path) -> N
     assert "_wait" in stacks(tmp_path, rank=1)
 
 
-def test_one_process_that_reads_for_ever(
+def test_a_single_process_blames_itself(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It blames itself, and the stack shows where it is."""
+    """Its stack shows where it is stuck."""
     inject(monkeypatch, tmp_path / "inject", 0, STUCK)
     output = finish(start(1, settings(corpus, tmp_path, *WATCHED)), expected=EXIT_HANG)
     assert f"host {socket.gethostname()}" in hang_report(tmp_path)
-    assert "stands still in train_step, after step 6, at training/step.py:" in hang_report(tmp_path)
+    assert "makes no progress in train_step, after step 6, at training/step.py:" in hang_report(
+        tmp_path
+    )
     assert "sitecustomize.py" in stacks(tmp_path, rank=0)
     assert "Thread" not in output
 
 
-def test_what_is_only_slow_is_left_alone(
+def test_a_slow_run_is_left_alone(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A slow step, evaluations, saves and the end, all below the limit."""
+    """A slow step, evaluations, saves and the end, all within the limit."""
     inject(monkeypatch, tmp_path / "inject", 1, SLOW)
     often = ("evaluate.interval=4", "checkpoint.save_interval=4", "train.train_steps=12")
     output = finish(start(2, settings(corpus, tmp_path, *WATCHED, *often)))
@@ -176,18 +178,18 @@ def test_what_is_only_slow_is_left_alone(
 @pytest.mark.drill
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("action", [STUCK, HOLDS_THE_LOCK], ids=["data", "lock"])
-def test_every_way_to_hang_is_blamed_on_the_right_rank(
+def test_the_right_rank_is_blamed(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: str, rank: int
 ) -> None:
-    """Reading data for ever, and C code that keeps the interpreter's lock, on either rank."""
+    """Stuck reading data, or in C code that keeps the GIL, on either rank."""
     inject(monkeypatch, tmp_path / "inject", rank, action)
     output = finish(start(2, settings(corpus, tmp_path, *WATCHED)), expected=1)
     assert f"{LIMIT_S:g} s (run.hang_timeout_s): rank {rank} (" in hang_report(tmp_path)
-    # With the lock held no Python can run there, and faulthandler writes to stderr.
+    # With the GIL held no Python runs there, and faulthandler writes to stderr.
     assert "sitecustomize.py" in (stacks(tmp_path, rank) if action == STUCK else output)
 
 
-# A file system that takes its time to make a file of a checkpoint durable.
+# A file system that is slow to make a file of a checkpoint durable.
 _SLOW_FILES = """
 import os, time
 _fsync = os.fsync
@@ -204,7 +206,7 @@ os.fsync = fsync
 def slow_down_files(
     monkeypatch: pytest.MonkeyPatch, folder: Path, rank: int, seconds: float
 ) -> None:
-    """Have every save of the runs started from now on take so long on one rank."""
+    """Make every save of later runs take this long on one rank."""
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(_SLOW_FILES.format(rank=rank, seconds=seconds))
     monkeypatch.setenv("PYTHONPATH", str(folder))
@@ -213,7 +215,7 @@ def slow_down_files(
 def test_a_last_save_longer_than_the_limit_is_waited_for(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its end is reported once per limit; the run ends well, and the checkpoint is there."""
+    """The wait is reported once per limit, and the run ends with its checkpoint."""
     slow_down_files(monkeypatch, tmp_path / "slow", rank=0, seconds=2.5 * LIMIT_S)
     output = finish(start(1, settings(corpus, tmp_path, f"run.hang_timeout_s={LIMIT_S}")))
     assert json.loads((tmp_path / "test" / "exit.json").read_text())["code"] == 0
@@ -226,7 +228,7 @@ def test_a_last_save_longer_than_the_limit_is_waited_for(
 def test_every_slow_save_is_waited_for(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
 ) -> None:
-    """The previous save, begun in the background, and the last one, on either rank."""
+    """The background save and the last one, on either rank."""
     slow_down_files(monkeypatch, tmp_path / "slow", rank, seconds=2 * LIMIT_S)
     often = ("checkpoint.save_interval=2", "checkpoint.keep=1")
     output = finish(start(2, settings(corpus, tmp_path, f"run.hang_timeout_s={LIMIT_S}", *often)))
@@ -240,7 +242,7 @@ def test_every_slow_save_is_waited_for(
 def test_a_file_system_that_hangs_ends_the_run(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After ten times the limit, and the rank is named."""
+    """After ten times the limit, naming the rank."""
     slow_down_files(monkeypatch, tmp_path / "slow", rank=1, seconds=1000)
     output = finish(start(2, settings(corpus, tmp_path, "run.hang_timeout_s=2")), expected=1)
     reason = hang_report(tmp_path)
@@ -248,8 +250,8 @@ def test_a_file_system_that_hangs_ends_the_run(
     assert output.count("waiting for a file") >= 8
 
 
-def test_who_is_blamed() -> None:
-    """First who says nothing, then who does not wait, then who is behind; else everybody."""
+def test_blame() -> None:
+    """Silent ranks come first, then those that do not wait, then those behind; else all."""
     waiting = Beat("host", "m", 1, step=5, is_waiting=True)
     behind, working = (
         Beat("host", "m", 1, step=4, is_waiting=True),
@@ -259,7 +261,7 @@ def test_who_is_blamed() -> None:
     assert blame({0: waiting, 1: working, 2: waiting}, {0: waiting, 1: working, 2: waiting}) == [1]
     assert blame({0: waiting, 1: behind}, {0: waiting, 1: behind}) == [1]
     assert blame({0: waiting, 1: waiting}, {0: waiting, 1: waiting}) == [0, 1]
-    # Launching a kernel waits where the queue is full, which most ranks then do at one line.
+    # Launching a kernel waits if the queue is full, which most ranks then do at the same line.
     reading, launching = (
         Beat("host", "m", 1, step=5, line="a:1"),
         Beat("host", "m", 1, step=5, line="b:2"),
@@ -272,7 +274,7 @@ def test_who_is_blamed() -> None:
 
 
 def test_no_limit_no_thread() -> None:
-    """`run.hang_timeout_s=0` watches nothing."""
+    """`run.hang_timeout_s=0` turns the watchdog off."""
     config = parse_config(["config=gpt_debug.yaml", "run.hang_timeout_s=0"])
     run = cast(Run, SimpleNamespace(config=config, folder=None, mesh=None))
     before = threading.enumerate()

@@ -1,4 +1,4 @@
-"""What a run that goes on may change, and what would make it another one."""
+"""What a resume may change, and what would make it another run."""
 
 from pathlib import Path
 from typing import Any
@@ -8,14 +8,15 @@ import pytest
 from checkpoints import Checkpoint, CheckpointError
 from configs import Config, DataConfig, WeightedSource, flatten
 from tests.data_corpora import small_tokenizer
-from training import state as module
-from training.state import RECIPE_VERSIONS, find_own_checkpoint
+from training import resume as module
+from training.resume import find_own_checkpoint
+from training.state import RECIPE_VERSIONS
 
 TEXT = "the fingerprint of the text"
 
 
 def mixture(*places: str, weights: tuple[float, ...] = (3.0, 1.0)) -> Config:
-    """A run on texts in folders."""
+    """A configuration of a mixture of folders."""
     sources = [
         WeightedSource("text", place, weight=w) for place, w in zip(places, weights, strict=True)
     ]
@@ -25,7 +26,7 @@ def mixture(*places: str, weights: tuple[float, ...] = (3.0, 1.0)) -> Config:
 def resume(
     monkeypatch: pytest.MonkeyPatch, before: Config, now: Config, text: str = TEXT, **more: Any
 ) -> None:
-    """Look for the checkpoint of a run, with other settings and other text."""
+    """Look for the checkpoint of a run with other settings and other text."""
     fingerprints = {"text_fingerprint": TEXT, "data_fingerprint": "x", "tokenizer_fingerprint": "y"}
     state = {"config": flatten(before), "progress": {"step": 5}, **fingerprints, **more}
     checkpoint = Checkpoint(Path("step_00000005"), 5, state, {}, {})
@@ -36,7 +37,7 @@ def resume(
 
 
 def test_the_same_text_may_be_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fingerprint decides, of one source and of several."""
+    """Only the fingerprint decides, for one source and for several."""
     one, other = (Config(data=DataConfig("text", path)) for path in "ab")
     resume(monkeypatch, one, other)
     resume(monkeypatch, mixture("a", "b"), mixture("/moved/a", "b"))
@@ -46,7 +47,7 @@ def test_the_same_text_may_be_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_weights_of_a_mixture_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They decide the order of samples, and no fingerprint has them."""
+    """They decide the order of samples, and no fingerprint covers them."""
     with pytest.raises(CheckpointError, match=r"data\.sources=\[1\.0, 3\.0\] \(was \[3\.0, 1\.0\]"):
         resume(monkeypatch, mixture("a", "b"), mixture("a", "b", weights=(1.0, 3.0)))
     resume(monkeypatch, Config(data=DataConfig("text", "a")), mixture("a", weights=(7.0,)))
@@ -55,7 +56,7 @@ def test_the_weights_of_a_mixture_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_another_tokenizer_is_refused_before_the_text_is_tokenized(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """One that is given; one that is trained has to be made first."""
+    """If it is given; otherwise it must be trained first."""
     path = tmp_path / "given.model"
     path.write_bytes(small_tokenizer().model)
     given = DataConfig("text", "a", tokenizer=str(path))
@@ -64,10 +65,10 @@ def test_another_tokenizer_is_refused_before_the_text_is_tokenized(
 
 
 @pytest.mark.parametrize("name", RECIPE_VERSIONS)
-def test_a_run_goes_on_by_the_recipe_that_it_began_with(
+def test_a_resume_needs_the_recipe_versions_of_its_run(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """A checkpoint without versions is of version 1. Samples and masks decide the next step."""
+    """A checkpoint without versions has version 1. Only samples and masks decide the next step."""
     config = Config(data=DataConfig("text", "a"))
     resume(monkeypatch, config, config)
     monkeypatch.setitem(RECIPE_VERSIONS, name, 2)

@@ -1,0 +1,189 @@
+"""Resume a run from its newest checkpoint, or refuse it if that would make it another run."""
+
+import logging
+import uuid
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from checkpoints import Checkpoint, CheckpointError, find_checkpoint, load_tensors
+from configs import RENAMED, Config, OptimizerConfig, flatten
+from configs.errors import format_value
+from data import load_tokenizer
+from parallel import Mesh, gather_json
+from training.optimizer import learning_rate, set_num_updates, training_tensors
+from training.run_folder import RunFolder
+from training.state import RECIPE_VERSIONS, Run, RunState, recorded_wandb_id
+
+logger = logging.getLogger("microtron")
+
+# Settings, and sections of them, that a resume may change. Any other would make it another run.
+_MAY_CHANGE = (
+    "parallel.",
+    "run.",
+    "logging.",
+    "evaluate.",
+    "checkpoint.",
+    "optimizer.",
+    "debug.",
+    "train.micro_batch_size",
+    "train.compile",
+    "train.device",
+    "train.num_threads",
+    "train.train_steps",
+    "train.precision",
+    "train.max_consecutive_skips",
+    "train.max_rollbacks",
+    "train.loss_spike_threshold_nats",
+    "data.cache_directory",
+    # Where text and tokenizer come from; their fingerprints are compared instead.
+    "data.tokenizer",
+    "data.source",
+    "data.path",
+    "data.text_field",
+    "data.hub_config",
+    "data.hub_split",
+    "data.hub_revision",
+    "data.validation_path",
+)
+_MAY_CHANGE_SECTIONS = tuple(key for key in _MAY_CHANGE if key.endswith("."))
+# All that an imported model fixes: it has read no text yet.
+_OF_THE_MODEL = ("model.", "data.vocab_size")
+_DECIDE_THE_NEXT_STEP = ("dropout_masks", "sample_order")
+_CONTENTS = {
+    "text_fingerprint": "the text of data.path or data.sources",
+    "tokenizer_fingerprint": "the tokenizer",
+    "data_fingerprint": "the tokenized text",
+}
+
+
+def find_own_checkpoint(
+    config: Config, text_fingerprint: str, mesh: Mesh, folder: RunFolder
+) -> Checkpoint | None:
+    """The newest whole checkpoint of the run folder, or None.
+
+    Raises CheckpointError if there is none and `run.resume=must`, or if it belongs to another run:
+    other settings, text or tokenizer, as far as is known before the text is tokenized.
+    """
+    checkpoint = None if folder.starts_over else find_checkpoint(folder.checkpoints, mesh)
+    if checkpoint is None:
+        if config.run.resume == "must":
+            raise CheckpointError(
+                f"run.resume=must, but there is no checkpoint in {folder.checkpoints}; "
+                "check run.name and run.directory, or use run.resume=auto"
+            )
+        return None
+    is_imported = checkpoint.state["data_fingerprint"] is None
+    _require_same_settings(checkpoint, config, is_imported=is_imported)
+    if not is_imported:
+        _require_same_recipes(checkpoint)
+    found = {"text_fingerprint": text_fingerprint}
+    if config.data.tokenizer is not None:
+        tokenizer = load_tokenizer(Path(config.data.tokenizer).expanduser())
+        found["tokenizer_fingerprint"] = tokenizer.fingerprint
+    _require_same_fingerprints(checkpoint, found)
+    return checkpoint
+
+
+def resume(run: Run, checkpoint: Checkpoint | None) -> RunState:
+    """Load the checkpoint that `find_own_checkpoint` found, or begin at step 0.
+
+    Raises CheckpointError if its tokens or tokenizer are not the run's.
+    """
+    corpus = run.corpus
+    if checkpoint is None:
+        known = None if run.folder.starts_over else recorded_wandb_id(run.folder.path)
+        return RunState(wandb_id=gather_json(run.mesh, known or uuid.uuid4().hex[:12])[0])
+    found = {
+        "tokenizer_fingerprint": corpus.tokenizer.fingerprint,
+        "data_fingerprint": corpus.fingerprint,
+    }
+    _require_same_fingerprints(checkpoint, found)
+    logger.info("resuming from %s", checkpoint.directory)
+    return load(run, checkpoint)
+
+
+def load(run: Run, checkpoint: Checkpoint) -> RunState:
+    """Fill model and optimizer from a checkpoint of this run; return its state."""
+    load_tensors(checkpoint, training_tensors(run.model, run.optimizer), run.mesh)
+    progress = checkpoint.state["progress"]
+    progress["recent_losses"] = tuple(progress.get("recent_losses", ()))
+    progress["skipped_windows"] = tuple(map(tuple, progress.get("skipped_windows", ())))
+    state = RunState(**progress)
+    set_num_updates(run.optimizer, state.num_updates)
+    return state
+
+
+def _require_same_settings(checkpoint: Checkpoint, config: Config, *, is_imported: bool) -> None:
+    """Refuse settings that would make this another run; report changes of the learning rate."""
+    # A key that is newer than the checkpoint had its default.
+    saved = {RENAMED.get(key, key): value for key, value in checkpoint.state["config"].items()}
+    stored, now = flatten(Config()) | saved, flatten(config)
+    for settings in (stored, now):  # fingerprints cover a mixture, except for its weights
+        sources = settings["data.sources"]
+        settings["data.sources"] = [s["weight"] for s in sources] if len(sources) > 1 else []
+    changed = [key for key in sorted(stored.keys() | now.keys()) if stored.get(key) != now.get(key)]
+    refused = [key for key in changed if not _may_change(key, is_imported)]
+    if refused:
+        differences = ", ".join(
+            f"{key}={format_value(now.get(key))} (was {format_value(stored.get(key))})"
+            for key in refused
+        )
+        raise CheckpointError(
+            f"cannot resume {checkpoint.directory} with {differences}; change it back, or "
+            "choose another run.name"
+        )
+    if is_imported:
+        return
+    for key in changed:
+        if key.startswith(("optimizer.", "train.precision")):
+            logger.warning("%s=%s differs from the checkpoint's %s", key, now[key], stored[key])
+    _report_learning_rate(checkpoint.state["progress"]["step"], config, stored)
+
+
+def _may_change(key: str, is_imported: bool) -> bool:
+    if is_imported:
+        return not key.startswith(_OF_THE_MODEL)
+    return key != "run.seed" and (key in _MAY_CHANGE or key.startswith(_MAY_CHANGE_SECTIONS))
+
+
+def _report_learning_rate(step: int, config: Config, stored: dict[str, Any]) -> None:
+    """Warn if the schedule has changed at this step."""
+    optimizer = {name: stored[f"optimizer.{name}"] for name in asdict(config.optimizer)}
+    train = replace(config.train, train_steps=stored["train.train_steps"])
+    old = replace(config, optimizer=OptimizerConfig(**optimizer), train=train)
+    if step and learning_rate(step, config) != learning_rate(step, old):
+        logger.warning(
+            "the schedule has changed (train.train_steps=%d, was %d): the learning rate goes from "
+            "%.2e in step %d to %.2e in step %d",
+            config.train.train_steps,
+            train.train_steps,
+            learning_rate(step - 1, old),
+            step,
+            learning_rate(step, config),
+            step + 1,
+        )
+
+
+def _require_same_recipes(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint whose next steps would take other samples or masks."""
+    stored = checkpoint.state.get("recipe_versions", {})
+    for name in _DECIDE_THE_NEXT_STEP:
+        theirs, ours = stored.get(name, 1), RECIPE_VERSIONS[name]
+        if theirs != ours:
+            raise CheckpointError(
+                f"cannot resume {checkpoint.directory}: its recipe_version of {name} is {theirs}, "
+                f"this Microtron has {ours}; resume with the Microtron that wrote it, or choose "
+                "another run.name"
+            )
+
+
+def _require_same_fingerprints(checkpoint: Checkpoint, found: dict[str, str]) -> None:
+    """Refuse another text or tokenizer; skip what the checkpoint does not record."""
+    for key, fingerprint in found.items():
+        stored = checkpoint.state.get(key)
+        if stored not in (fingerprint, None):
+            raise CheckpointError(
+                f"cannot resume {checkpoint.directory}: {_CONTENTS[key]} has changed since "
+                f"(fingerprint {fingerprint}, was {stored}); restore it, or choose another run.name"
+            )

@@ -1,0 +1,55 @@
+"""Signals that stop a run. All ranks agree on one at a step boundary, save, and exit together."""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from types import FrameType
+
+from parallel import Mesh, sum_flags
+from training.launcher import stop_when_launcher_dies
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_SECOND_SIGNAL_AFTER_S = 0.5  # a launcher may deliver one Ctrl-C twice, but not this far apart
+_STDERR = 2
+
+
+class StopSignals:
+    """The signal that this process has received, if any.
+
+    The handler interrupts any line, even one that writes a file, so it only sets a flag and writes
+    one line. Before `training` there is nothing to save, and a signal raises SystemExit.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._received_at = 0.0
+        self._training = False
+        self._is_rank_zero = os.environ.get("RANK", "0") == "0"
+        for number in _SIGNALS:
+            # nohup makes a run ignore SIGHUP on purpose.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._handle)
+        stop_when_launcher_dies()
+
+    def training(self) -> None:
+        """From now on, let a signal request a save at the next step boundary."""
+        self._training = True
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self._training:
+            sys.exit(128 + number)
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._received_at = signal.Signals(number), now
+            if self._is_rank_zero:
+                with contextlib.suppress(OSError):  # the terminal may be gone
+                    os.write(_STDERR, b"\nsaving; press again to stop now\n")
+        elif now - self._received_at >= _SECOND_SIGNAL_AFTER_S:
+            os._exit(128 + number)
+
+    def agreed(self, mesh: Mesh) -> signal.Signals | None:
+        """The signal for which all ranks stop now, or None; every rank calls this at each step."""
+        counts = sum_flags(mesh, [self.received == number for number in _SIGNALS])
+        return next((number for number, n in zip(_SIGNALS, counts, strict=True) if n), None)
