@@ -13,7 +13,7 @@ from parallel import Mesh
 from tests.distributed import TENSOR_PARALLEL, distributed
 from tests.lines import ROOT
 
-PAGE = ROOT / "docs" / "sequence-parallelism.md"
+PAGE = ROOT / "docs" / "tutorial.md"
 LONGEST_LINE = 120
 
 
