@@ -12,7 +12,7 @@ WANTED = import tomllib; \
   print(*project['dependencies'], *sum(project['optional-dependencies'].values(), []), sep='\n')
 IS_NEW_ENOUGH = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help setup train dashboard trace format lint types lines test drills test-gpu test-smollm2 parity mutations bench bench-setup check clean
+.PHONY: help setup train dashboard trace format lint types lines test test-all drills test-gpu test-smollm2 parity mutations bench bench-setup check clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,7 +40,7 @@ train: setup  ## train a small GPT on two tensor-parallel ranks, about five minu
 dashboard: setup  ## watch runs in TensorBoard on localhost:6006; ARGS="--logdir=DIR --port=N"
 	@$(BIN)/tensorboard --host localhost --load_fast=false --logdir runs $(ARGS)
 
-trace: setup  ## follow one block over two ranks: what each holds, what is sent; docs/sequence-parallelism.md
+trace: setup  ## follow one block over two ranks, with every shape and byte; docs/tutorial.md
 	@OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m docs.trace_layer
 
 format: setup  ## format the code and repair what the linter can
@@ -57,10 +57,13 @@ types: setup  ## check types
 lines: setup  ## count the lines of the import closure and the reading path against their budgets
 	$(BIN)/python tests/lines.py
 
-test: setup  ## run all tests that need no GPU
+test: setup  ## run the tests that show every promise once, about five minutes on two cores
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not smollm2 and not drill" $(ARGS)
+
+test-all: setup  ## run all tests that need no GPU, about half an hour on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not smollm2 and not drill" $(ARGS)
 
-drills: setup  ## what a run survives, at length: kills, hangs, signals, changes of layout; half an hour
+drills: setup  ## kill, hang and signal runs in every way; half an hour
 	$(BIN)/python -m pytest -m drill $(ARGS)
 
 test-gpu: setup  ## run the tests that need a GPU
@@ -82,7 +85,7 @@ bench: setup  ## time ours beside other trainers; writes docs/benchmarks.md; ARG
 bench-setup: setup  ## make the environments of the other trainers for make bench, about 6 GB
 	$(BIN)/python -m bench.setup
 
-check: lint types lines test  ## everything; do this before a commit
+check: lint types lines test-all  ## everything; do this before a commit
 
 clean:  ## remove caches and the debug run
 	rm -rf .mypy_cache .pytest_cache .ruff_cache runs/gpt_debug

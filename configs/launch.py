@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from configs.errors import ConfigError, format_value
-from configs.schema import Config
 
 EXIT_BEFORE_TRAINING = 2  # exit code of every error before training
 _SPINS = "3000"  # before a waiting thread sleeps; libgomp's default is 300,000
@@ -31,14 +30,14 @@ def limit_thread_spinning() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
 
 
-def threads_per_rank(config: Config, environ: Mapping[str, str]) -> int:
+def threads_per_rank(num_threads: int | None, environ: Mapping[str, str]) -> int:
     """Return the number of CPU threads of this rank.
 
-    In this order: train.num_threads, SLURM_CPUS_PER_TASK / local ranks, OMP_NUM_THREADS (unless it
+    In this order: `num_threads` (train.num_threads), SLURM_CPUS_PER_TASK / local ranks, OMP_NUM_THREADS (unless it
     is 1 under torchrun, which sets that itself), cores / local ranks.
     """
-    if config.train.num_threads is not None:
-        return config.train.num_threads
+    if num_threads is not None:
+        return num_threads
     slurm, omp = (environ.get(name, "") for name in ("SLURM_CPUS_PER_TASK", "OMP_NUM_THREADS"))
     if slurm.isdecimal():
         cores = int(slurm)

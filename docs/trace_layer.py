@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 -m docs.trace_layer
 
-Prints the tables of docs/sequence-parallelism.md, with sequence parallelism and without. Shapes are
+Prints the tables of docs/tutorial.md, with sequence parallelism and without. Shapes are
 those of the tensors that go by, read by hooks; collectives and bytes are recorded as they are
 issued; what backward will need is counted as autograd saves it. Only the names of the steps are
 written down here.

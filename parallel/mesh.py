@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from configs.launch import threads_per_rank
 from ops.compile import compiler_problem
 from ops.matmul import use_full_precision
 from parallel.transport.backend import cpu_backend
@@ -62,20 +63,17 @@ def init_mesh(
     share_memory: bool = False,
     timeout_s: float = 0.0,
     device: str = "auto",
+    num_threads: int | None = None,
 ) -> Mesh:
     """Join the process group that the launcher describes (or a group of one) and create the mesh.
 
     `device` is auto, cuda or cpu; the ranks agree on one. GPUs use NCCL; CPUs use gloo or, if
-    enabled, shared memory between ranks of a host, and each rank gets an equal share of its host's
-    cores. Raises DeviceError on all ranks if they cannot agree.
+    enabled, shared memory between ranks of a host. `num_threads`: see `threads_per_rank`. Raises
+    DeviceError on all ranks if they cannot agree.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    # torchrun sets OMP_NUM_THREADS=1 by itself, which would leave most cores idle.
-    unset = (None, "1") if "RANK" in os.environ else (None,)
-    if os.environ.get("OMP_NUM_THREADS") in unset:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+    torch.set_num_threads(threads_per_rank(num_threads, os.environ))
     use_full_precision()
     num_gpus = torch.cuda.device_count()
     gpu = local_rank % max(1, num_gpus)

@@ -13,8 +13,10 @@ from parallel import Mesh
 from tests.distributed import TENSOR_PARALLEL, distributed
 from tests.lines import ROOT
 
-PAGE = ROOT / "docs" / "sequence-parallelism.md"
+PAGE = ROOT / "docs" / "tutorial.md"
 LONGEST_LINE = 120
+LONGEST_README = 150
+README = (ROOT / "README.md").read_text("utf-8")
 
 
 def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -89,3 +91,27 @@ def test_what_a_page_names_exists(page: Path) -> None:
         assert f"def {name}(" in (ROOT / file).read_text("utf-8"), name
     long = [line for line in text.splitlines() if len(line) > LONGEST_LINE]
     assert [line for line in long if not line.startswith("|")] == []  # a row of a table may be
+
+
+def test_the_page_of_settings_is_generated() -> None:
+    """`python -m configs > docs/settings.md` writes it."""
+    assert run("python", "-m", "configs").stdout == (ROOT / "docs/settings.md").read_text("utf-8")
+
+
+def test_the_readme_quotes_an_error() -> None:
+    """The error of a mistyped key, word for word."""
+    quoted = re.search(r"^\$ python (train.py .*)\n(config error: .*)$", README, re.MULTILINE)
+    assert quoted is not None
+    ended = run("python", *quoted[1].split())
+    assert (ended.returncode, ended.stderr) == (2, f"{quoted[2]}\n")
+
+
+@pytest.mark.parametrize("page", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"])
+def test_what_a_root_page_names_exists(page: str) -> None:
+    """Links, modules and tests; ARCHITECTURE.md names tests relative to tests/."""
+    text = (ROOT / page).read_text("utf-8")
+    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        assert (ROOT / link).is_file(), link
+    for name in re.findall(r"`([\w/]+(?:\.py|/))`", text):
+        assert any((folder / name).exists() for folder in (ROOT, ROOT / "tests")), name
+    assert page != "README.md" or len(text.splitlines()) < LONGEST_README

@@ -105,6 +105,7 @@ def mesh_from_config(config: Config, *, decoding: bool = False) -> Mesh:
             # While one rank waits for a file, the others wait for it; the watchdog acts first.
             timeout_s=1.25 * config.run.file_timeout_s,
             device=config.train.device,
+            num_threads=config.train.num_threads,
         )
     except DeviceError as error:
         exit_with_error(str(error))

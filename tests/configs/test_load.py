@@ -371,7 +371,7 @@ def test_threads_per_rank(
     """The setting, Slurm, OpenMP (whose 1 is torchrun's own), else the cores of 12."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12))
     config = parse_config(["config=gpt_debug", f"train.num_threads={setting}"])
-    assert threads_per_rank(config, environment) == expected
+    assert threads_per_rank(config.train.num_threads, environment) == expected
 
 
 def test_waiting_threads_sleep_soon_unless_the_user_has_a_policy() -> None:
