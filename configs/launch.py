@@ -33,8 +33,8 @@ def limit_thread_spinning() -> None:
 def threads_per_rank(num_threads: int | None, environ: Mapping[str, str]) -> int:
     """Return the number of CPU threads of this rank.
 
-    In this order: `num_threads` (train.num_threads), SLURM_CPUS_PER_TASK / local ranks, OMP_NUM_THREADS (unless it
-    is 1 under torchrun, which sets that itself), cores / local ranks.
+    In this order: `num_threads` (train.num_threads), SLURM_CPUS_PER_TASK / local ranks,
+    OMP_NUM_THREADS (unless it is 1 under torchrun, which sets that itself), cores / local ranks.
     """
     if num_threads is not None:
         return num_threads
