@@ -225,7 +225,7 @@ def test_every_setting_has_a_help_text_and_a_row_in_the_table() -> None:
     """`python -m configs` prints the table of docs/settings.md."""
     assert [key for key, field in KEYS.items() if not field.comment] == []
     table = _python("-m", "configs").stdout
-    assert table == settings_table()
+    assert table.endswith(settings_table())
     head, line, *rows = table.splitlines()
     assert (head, line) == ("| section | key | type | default | meaning |", "|" + " --- |" * 5)
     assert [".".join(row.split(" | ")[:2]).lstrip("| ") for row in rows] == list(KEYS)
