@@ -19,6 +19,8 @@ from checkpoints.manifest import (
 )
 from configs import Range, exit_with_error, load_settings
 
+_ATTEMPTS = 10
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -36,16 +38,19 @@ class Settings:
 def main(arguments: list[str]) -> int:
     """Run the program; returns the exit code."""
     settings = load_settings(Settings, arguments)
-    damaged = []
-    for directory in find(settings):
-        try:
-            text, is_damaged = examine(directory, settings)
-            damaged.append(is_damaged)
-        except FileNotFoundError:
-            text = f"{directory.name}  deleted by the run"
-        sys.stdout.write(f"{text}\n")
-    # If the run has deleted them all, it has saved others.
-    return int(any(damaged)) if damaged else main(arguments)
+    for _ in range(_ATTEMPTS):
+        damaged = []
+        for directory in find(settings):
+            try:
+                text, is_damaged = examine(directory, settings)
+                damaged.append(is_damaged)
+            except FileNotFoundError:
+                text = f"{directory.name}  deleted by the run"
+            sys.stdout.write(f"{text}\n")
+        if damaged:
+            return int(any(damaged))
+        time.sleep(0.1)  # all were deleted, so the run has saved newer ones: list again
+    return exit_with_error(f"run={settings.run}: every checkpoint was deleted while it was read")
 
 
 def find(settings: Settings) -> list[Path]:

@@ -14,6 +14,7 @@ are cut. Nothing is pickled. Checksums (xxh3_128) detect damage; they do not sto
 Version 1 has one checksum per file and none per tensor.
 """
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -80,7 +81,9 @@ def _read_errors(name: str) -> Iterator[None]:
     except FileNotFoundError:
         raise CheckpointError(f"{name} is missing") from None
     except OSError as error:
-        raise CheckpointError(f"{name} cannot be read: {os_error_text(error)}") from None
+        is_link = error.errno == errno.ELOOP
+        problem = "is a link" if is_link else f"cannot be read: {os_error_text(error)}"
+        raise CheckpointError(f"{name} {problem}") from None
 
 
 def step_directory(folder: Path, step: int) -> Path:
@@ -199,22 +202,22 @@ def read_manifest(directory: Path) -> Checkpoint:
         data = (directory / MANIFEST).read_bytes()
     try:
         content = json.loads(data)
-        checksum = content.pop("checksum")
+        if content.pop("checksum") != _manifest_checksum(content):
+            raise CheckpointError(f"{MANIFEST} does not match its own checksum")
+        if (version := content["version"]) not in _READABLE_VERSIONS:
+            raise CheckpointError(
+                f"{MANIFEST} has format version {version}; this program reads "
+                f"{' and '.join(map(str, _READABLE_VERSIONS))}"
+            )
+        step, tensors, files = content["step"], content["tensors"], content["files"]
+        if directory.name != step_directory(directory, step).name:
+            raise CheckpointError(f"{MANIFEST} belongs to step {step}")
+        used = {shard["file"] for entry in tensors.values() for shard in entry["shards"]}
+        if not used <= files.keys() or any(Path(name).name != name for name in files):
+            raise CheckpointError(f"{MANIFEST} names files outside its directory")
+        return Checkpoint(directory, step, content["state"], tensors, files)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{MANIFEST} is not a manifest: {error!r}") from None
-    if checksum != _manifest_checksum(content):
-        raise CheckpointError(f"{MANIFEST} does not match its own checksum")
-    step, files, version = content["step"], content["files"], content["version"]
-    if version not in _READABLE_VERSIONS:
-        raise CheckpointError(
-            f"{MANIFEST} has format version {version}; this program reads "
-            f"{' and '.join(map(str, _READABLE_VERSIONS))}"
-        )
-    if directory.name != step_directory(directory, step).name:
-        raise CheckpointError(f"{MANIFEST} belongs to step {step}")
-    if any(Path(name).name != name for name in files):
-        raise CheckpointError(f"{MANIFEST} names files outside its directory")
-    return Checkpoint(directory, step, content["state"], content["tensors"], files)
 
 
 def verify_file(checkpoint: Checkpoint, name: str, prefix: str = "") -> None:

@@ -68,7 +68,7 @@ class Save:
         """Wait for this rank's file; returns its description, or the failure."""
         error = self.writing.exception()
         if isinstance(error, Exception):
-            return {"failure": f"cannot write its file: {type(error).__name__}: {error}"}
+            return {"failure": f"cannot write in {self.temporary}: {type(error).__name__}: {error}"}
         return self.writing.result()
 
 
@@ -84,8 +84,12 @@ def begin_save(
     """Begin the checkpoint of `step` with these tensors and this state (JSON), on every rank.
 
     Returns once the tensors are copied if in the background, otherwise once they are written.
+    Raises CheckpointError on all ranks if rank 0 cannot create the directory.
     """
     temporary = folder / f"{_TEMPORARY}{step_directory(folder, step).name}"
+    problem = _make_empty(temporary) if mesh.world.rank == 0 else None
+    if problem := gather_json(mesh, problem)[0]:
+        raise CheckpointError(f"cannot save step {step}: {problem}")
     path = temporary / f"rank_{mesh.world.rank:05d}.safetensors"
     local, shards = _local_shards(tensors, mesh, copy=background)
     writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-writer")
@@ -122,7 +126,7 @@ def commit_save(save: Save, mesh: Mesh) -> Path:
 def prune_checkpoints(folder: Path, *, keep: int, up_to: int) -> None:
     """Delete all but the `keep` newest (0: keep all) of the checkpoints up to a step; rank 0 only.
 
-    Later ones are damaged or were saved within skipped steps, so they do not count.
+    Later ones are damaged or lie within skipped steps; they are neither counted nor deleted.
     """
     if keep > 0:
         _delete(_own_checkpoints(folder, 0, up_to)[:-keep])
@@ -184,8 +188,18 @@ def _local_shards(
     return local, shards
 
 
+def _make_empty(directory: Path) -> str | None:
+    """Create an empty directory; returns the problem, if any. A link is one."""
+    try:
+        if os.path.lexists(directory):
+            shutil.rmtree(directory)
+        directory.mkdir(parents=True)
+    except OSError as error:
+        return f"cannot create {directory}: {os_error_text(error)}"
+    return None
+
+
 def _write_file(path: Path, tensors: dict[str, Tensor], shards: dict[str, Any]) -> dict[str, Any]:
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path)
     fsync(path)
     return describe_file(path, shards)

@@ -5,13 +5,14 @@ step. Resuming truncates it and samples.jsonl at the checkpoint, so that no step
 Only rank 0 writes files.
 """
 
+import contextlib
 import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 
@@ -47,10 +48,11 @@ class RunLog:
             truncate_rows(run.folder.samples, state.step)
             self.file = run.folder.metrics.open("a")
             folder, sent_config = run.folder.path, wandb_config(run.config, run.mesh)
-            self.views = [
-                TensorBoardWriter(folder / "tensorboard", state.step + 1),
-                WandbForwarder(run.config.logging, folder, state.wandb_id, sent_config),
-            ]
+            with self._tolerating_a_full_disk("TensorBoard"):
+                self.views.append(TensorBoardWriter(folder / "tensorboard", state.step + 1))
+            self.views.append(
+                WandbForwarder(run.config.logging, folder, state.wandb_id, sent_config)
+            )
 
     def __enter__(self) -> "RunLog":
         return self
@@ -59,7 +61,24 @@ class RunLog:
         if self.file is not None:
             self.file.close()
         for view in self.views:
-            view.finish(failed=kind is not None)
+            with self._tolerating_a_full_disk(type(view).__name__):
+                view.finish(failed=kind is not None)
+
+    @contextlib.contextmanager
+    def _tolerating_a_full_disk(self, name: str) -> Iterator[None]:
+        """Warn of an error of the file system; metrics.jsonl has everything a view has."""
+        try:
+            yield
+        except OSError as error:
+            logger.warning("%s stops: %s", name, error)
+
+    def _show(self, row: Mapping[str, Any]) -> None:
+        """Pass a row to the views, and drop a view that fails."""
+        views, self.views = self.views, []
+        for view in views:
+            with self._tolerating_a_full_disk(type(view).__name__):
+                view.log(row)
+                self.views.append(view)
 
     def step(self, state: RunState, result: StepResult) -> None:
         """Log a finished step."""
@@ -113,16 +132,14 @@ class RunLog:
             finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
             self.file.write(json.dumps(finite, allow_nan=False) + "\n")
             self.file.flush()
-            for view in self.views:
-                view.log({key: value for key, value in finite.items() if value is not None})
+            self._show({key: value for key, value in finite.items() if value is not None})
 
     def _write_sample(self, step: int, text: str) -> None:
         logger.info("--- sample ---\n%s\n--------------", printable(text.rstrip()))
         if self.is_writer:
             with self.samples.open("a") as file:
                 file.write(json.dumps({"step": step, "text": text}) + "\n")
-            for view in self.views:
-                view.log({"step": step, "time_s": time.time(), "sample": text})
+            self._show({"step": step, "time_s": time.time(), "sample": text})
 
     def _step_line(self, state: RunState, row: Mapping[str, float | int]) -> StyledLine:
         last = last_step(self.config)

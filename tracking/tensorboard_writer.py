@@ -38,8 +38,6 @@ class TensorBoardWriter:
         if "sample" in row:  # indented lines are a code block in Markdown
             text = "".join(f"    {line}\n" for line in row["sample"].splitlines())
             self.writer.add_text("sample", text, row["step"], row["time_s"])
-        if "train/loss" not in row:
-            self.writer.flush()
 
     def finish(self, *, failed: bool) -> None:
         """Flush and close the event file, whether the run has `failed` or not."""

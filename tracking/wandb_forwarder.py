@@ -5,6 +5,7 @@ run serves the whole life of a run, and every metric is plotted against `step`. 
 after a crash or a rollback are sent again, and the later row counts.
 """
 
+import contextlib
 import dataclasses
 import html
 import logging
@@ -30,6 +31,7 @@ Row = Mapping[str, Any]
 
 # torchrun kills a process 30 s after a signal, and wandb may need some seconds at process exit.
 INIT_TIMEOUT_S, FINISH_TIMEOUT_S, MAX_WAIT_S = 15.0, 5.0, 20.0
+_MAX_ROWS = 10_000  # that wait for wandb
 # Settings that may contain local paths, which are not sent.
 _PATHS = ("path", "validation_path", "directory", "cache_directory", "tokenizer")
 
@@ -40,22 +42,30 @@ class WandbForwarder:
     def __init__(self, config: LoggingConfig, folder: Path, wandb_id: str, run_config: Row) -> None:
         self._config, self._folder, self._run_config = config, folder, dict(run_config)
         self._id, self._failed = recorded_wandb_id(folder) or wandb_id, False
-        self._rows: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._rows: queue.Queue[dict[str, Any] | None] = queue.Queue(_MAX_ROWS)
+        self._num_dropped = 0
         self._thread = threading.Thread(target=self._run, name="wandb", daemon=True)
         if config.wandb != "disabled":
             self._thread.start()
 
     def log(self, row: Row) -> None:
         """Forward a row with metrics or a sample."""
-        if self._thread.is_alive():
-            self._rows.put(dict(row))
+        if not self._thread.is_alive():
+            return
+        try:
+            self._rows.put_nowait(dict(row))
+        except queue.Full:
+            if self._num_dropped == 0:
+                logger.warning("wandb: %d rows wait for it; dropping later ones", _MAX_ROWS)
+            self._num_dropped += 1
 
     def finish(self, *, failed: bool) -> None:
         """Send what is left and close the wandb run; give up after MAX_WAIT_S."""
         if not self._thread.is_alive():
             return
         self._failed = failed
-        self._rows.put(None)
+        with contextlib.suppress(queue.Full):
+            self._rows.put_nowait(None)
         self._thread.join(MAX_WAIT_S)
         if self._thread.is_alive():
             logger.warning("wandb: not finished after %d s; exiting without it", MAX_WAIT_S)
@@ -84,11 +94,14 @@ class WandbForwarder:
 
     def _start(self, wandb: Any) -> Any:
         """Return the wandb run: online if there is a key and the server answers, else offline."""
-        ids = (self._id, uuid.uuid4().hex[:12]) if self._config.wandb != "offline" else ()
-        for wandb_id in ids:
+        mode = self._config.wandb
+        if mode == "offline" or (mode == "auto" and not _has_key(wandb)):
+            return self._init(wandb, "offline")
+        for wandb_id in (self._id, uuid.uuid4().hex[:12]):
             self._id = wandb_id
             try:
-                _require_key(wandb)
+                if not _has_key(wandb):
+                    raise wandb.errors.UsageError("no API key")
                 return self._init(wandb, "online")
             except Exception as error:  # of any kind: offline needs no server
                 wandb.teardown()  # or its process reports that the id is in use
@@ -150,10 +163,9 @@ def _without_paths(value: Any) -> Any:
     return [_without_paths(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _require_key(wandb: Any) -> None:
-    """Raise an error if wandb finds no key for its server; `wandb.init` would prompt for one."""
+def _has_key(wandb: Any) -> bool:
+    """Return whether wandb finds a key for its server; without one `wandb.init` would prompt."""
     from wandb.sdk.lib import wbauth  # noqa: PLC0415 - with wandb itself
 
     host = wandb.setup(settings=wandb.Settings(silent=True)).settings.base_url
-    if wbauth.authenticate_session(host=host, source="train.py", prompt=False) is None:
-        raise wandb.errors.UsageError("no API key")
+    return wbauth.authenticate_session(host=host, source="train.py", prompt=False) is not None

@@ -54,7 +54,8 @@ def print_after_launcher(text: str) -> None:
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.stderr.isatty():
         command = ["sh", "-c", _PRINT_AFTER, "sh", str(os.getppid()), text]
-        subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        with contextlib.suppress(OSError):  # it is only a convenience
+            subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
 def stop_when_launcher_dies() -> None:

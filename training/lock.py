@@ -2,8 +2,8 @@
 
 The kernel releases an flock when its holder dies, but some file systems (Lustre with localflock)
 apply it within one host only. So the holder also touches the file every few seconds, and records in
-it when it releases the lock. A launch that gets a lock which another host never released first
-watches whether the file is still being touched.
+it when it releases the lock. If the last holder ran on another host and recorded no release, a new
+launch first watches whether the file is still touched.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ class FolderLock:
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
             "launch": launch_id(),
         }
-        self.write_lock_owner(has_begun=False, ending=False, released=False)
+        self.write_lock_owner(has_begun=self.continues_launch, ending=False, released=False)
         threading.Thread(target=self._touch, daemon=True).start()
 
     def write_lock_owner(self, **facts: bool) -> None:

@@ -1,7 +1,8 @@
 """The folder of a run: what it holds, one writer at a time, and how the run ended.
 
     runs/<run.name>/
-        config.yaml  tokenizer.model  metrics.jsonl  samples.jsonl  checkpoints/  wandb/  exit.json
+        config.yaml  tokenizer.model  metrics.jsonl  samples.jsonl  exit.json
+        checkpoints/  tensorboard/  wandb/
         .lock            see training/lock.py
         previous_1/ ...  what was there before run.resume=never
 
@@ -9,9 +10,9 @@ Opening the folder proves that all ranks share it. Nothing inside holds an absol
 be moved. A launch that is refused before its first step changes nothing.
 
 [Note: exit.json]
-Rank 0 writes how the launch ended before it waits for anything else, and during the last save, that
-it has not ended yet. Any rank that crashes writes it too, because rank 0 may be blocked in a
-collective. Errors that follow from the first one do not replace it.
+Rank 0 writes how the launch ended before it waits for anything else; during the last save it writes
+that the launch has not ended yet. Any rank that crashes writes it too, because rank 0 may be
+blocked in a collective. Errors that follow from the first one do not replace it.
 """
 
 import contextlib

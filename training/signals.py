@@ -11,7 +11,7 @@ from parallel import Mesh, sum_flags
 from training.launcher import stop_when_launcher_dies
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-_SECOND_SIGNAL_AFTER_S = 0.5  # a launcher may deliver one Ctrl-C twice, but not this far apart
+_SECOND_SIGNAL_AFTER_S = 1.0  # a launcher may deliver one signal twice, but not this far apart
 _STDERR = 2
 
 
@@ -43,7 +43,7 @@ class StopSignals:
         now = time.monotonic()
         if self.received is None:
             self.received, self._received_at = signal.Signals(number), now
-            if self._is_rank_zero:
+            if self._is_rank_zero and number == signal.SIGINT:
                 with contextlib.suppress(OSError):  # the terminal may be gone
                     os.write(_STDERR, b"\nsaving; press again to stop now\n")
         elif now - self._received_at >= _SECOND_SIGNAL_AFTER_S:

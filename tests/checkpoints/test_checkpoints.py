@@ -612,3 +612,48 @@ def test_another_model_is_refused(mesh: Mesh, tmp_path: Path) -> None:
         CheckpointError, match=r"rows is float32 \[13, 6\], the model has .* \[5, 11\]"
     ):
         load_tensors(checkpoint, {**tensors, "rows": tensors["columns"]}, mesh)
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    """Change keys of a manifest, and its checksum to match; None removes a key."""
+    content = {**json.loads(path.read_bytes()), **changes}
+    content = {key: value for key, value in content.items() if value is not None}
+    del content["checksum"]
+    content["checksum"] = manifest_module._manifest_checksum(content)
+    path.write_text(json.dumps(content))
+
+
+@distributed(ONE_RANK)
+def test_another_format_is_refused_by_its_version(mesh: Mesh, tmp_path: Path) -> None:
+    """A newer version may lack keys that this one needs; files it does not list are not read."""
+    directory = save(mesh, tmp_path, 1)
+    path = directory / "manifest.json"
+    tensors = json.loads(path.read_bytes())["tensors"]
+    rewrite(path, version=3, step=None, files=None)
+    with pytest.raises(CheckpointError, match="has format version 3; this program reads 1 and 2"):
+        manifest_module.read_manifest(directory)
+    rewrite(path, version=2)
+    with pytest.raises(CheckpointError, match="is not a manifest: KeyError"):
+        manifest_module.read_manifest(directory)
+    first = next(iter(tensors))
+    tensors[first]["shards"][0]["file"] = "../other.safetensors"
+    rewrite(path, step=1, files={"rank_00000.safetensors": {}}, tensors=tensors)
+    with pytest.raises(CheckpointError, match="names files outside its directory"):
+        manifest_module.read_manifest(directory)
+
+
+@distributed(ONE_RANK, Layout(dp=2))
+def test_a_save_writes_only_into_its_own_empty_directory(mesh: Mesh, tmp_path: Path) -> None:
+    """Leftovers of a failed save are removed; a link is refused on all ranks, not followed."""
+    leftover, elsewhere = tmp_path / ".tmp-step_00000001", tmp_path / "elsewhere"
+    if mesh.world.rank == 0:
+        leftover.mkdir()
+        (leftover / "rank_00009.safetensors").write_bytes(b"old")
+        elsewhere.mkdir()
+        (tmp_path / ".tmp-step_00000002").symlink_to(elsewhere)
+    barrier(mesh)
+    directory = save(mesh, tmp_path, 1)
+    assert not (directory / "rank_00009.safetensors").exists()
+    with pytest.raises(CheckpointError, match=r"cannot save step 2: cannot create .*step_00000002"):
+        save(mesh, tmp_path, 2)
+    assert list(elsewhere.iterdir()) == []

@@ -12,8 +12,9 @@ import torch
 from configs import Config, parse_config
 from model import flops_per_token, num_parameters
 from parallel import Mesh
-from tests.distributed import Layout, distributed
+from tests.distributed import ONE_RANK, Layout, distributed
 from tracking.metrics import RunLog, truncate_rows
+from tracking.tensorboard_writer import TensorBoardWriter
 from training.hardware import peak_flops_per_second
 from training.state import RunState, StepResult
 
@@ -53,6 +54,18 @@ def mfus_of(config: Config, mesh: Mesh, path: Path, *results: StepResult) -> lis
 
 def step_of(num_targets: int, mean_row_length: float, elapsed_s: float) -> StepResult:
     return StepResult(1.0, 0.0, 1.0, 1e-3, num_targets, mean_row_length, elapsed_s, None)
+
+
+@distributed(ONE_RANK)
+def test_a_view_whose_disk_is_full_does_not_stop_training(mesh: Mesh, tmp_path: Path) -> None:
+    """Neither while it writes nor when it closes; metrics.jsonl has every row."""
+    full = mock.Mock(side_effect=OSError(28, "No space left on device"))
+    steps = [step_of(100, 10.0, 1.0)] * 2
+    for method in ("__init__", "log", "finish"):
+        (tmp_path / method).mkdir()
+        with mock.patch.object(TensorBoardWriter, method, full):
+            assert len(mfus_of(config_of_run(), mesh, tmp_path / method, *steps)) == 2
+    assert full.call_count == 3  # dropped after the first failure
 
 
 @distributed(Layout(dp=2), Layout(tp=2, dp=2))

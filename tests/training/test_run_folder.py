@@ -347,3 +347,19 @@ def test_a_host_takes_over_from_one_that_has_ended(mesh: Mesh, tmp_path: Path, e
         started_at = time.monotonic()
         with RunFolder(config(tmp_path), mesh):
             assert (time.monotonic() - started_at > 1.0) == (ending == "killed")
+
+
+@distributed(ONE_RANK)
+def test_a_restart_that_dies_early_does_not_forget_that_the_launch_has_trained(
+    mesh: Mesh, tmp_path: Path
+) -> None:
+    """Or the attempt after it would start over with run.resume=never."""
+    folder = tmp_path / "test"
+    folder.mkdir()
+    lock = lock_module.FolderLock(folder, is_restart=False)
+    lock.write_lock_owner(has_begun=True)
+    lock.release()
+    for _ in range(2):
+        lock = lock_module.FolderLock(folder, is_restart=True)
+        assert lock.continues_launch
+        lock.release()
