@@ -33,7 +33,7 @@ _MACHINE_ERRORS = {
 # Our names, and what nanoGPT, Hugging Face, Megatron-LM and the literature call the same setting.
 _ALIASES = {
     "num_layers": "n_layer num_hidden_layers",
-    "hidden_size": "n_embd d_model",
+    "hidden_size": "n_embd d_model dim",
     "num_attention_heads": "n_head num_heads",
     "num_query_groups": "n_kv_heads num_key_value_heads",
     "ffn_hidden_size": "intermediate_size",
@@ -129,10 +129,11 @@ def suggest(name: str, keys: Iterable[str]) -> str | None:
     keys = list(keys)
     section, _, leaf = name.lower().replace("-", "_").rpartition(".")
     in_section = [key for key in keys if key.startswith(f"{section}.")]
-    if near := _matching(leaf, in_section):
-        return near
-    # Every section could have a name.
-    return None if section and leaf == "name" else _matching(leaf, keys)
+    # `name` is too general to look for in other sections.
+    elsewhere = [] if section and leaf == "name" else keys
+    longer = [key for key in in_section if leaf and key.endswith(f"_{leaf}")]
+    exact = [key for key in elsewhere if key.rpartition(".")[2] == leaf]
+    return " or ".join(longer or exact) or _matching(leaf, in_section) or _matching(leaf, elsewhere)
 
 
 def _matching(leaf: str, keys: list[str]) -> str | None:

@@ -21,6 +21,8 @@ from configs.schema import Config, Range
 Text = Annotated[str, "literal"]
 
 _TYPES = {int: "an integer", float: "a finite number", str: "a string", bool: "true or false"}
+_LARGEST_INTEGER = 2**63 - 1
+_MOST_DIGITS = 1000  # of an integer; Python refuses to print more than 4300
 _NUMBER = re.compile(r"[+-]?((?!0[0-9])[0-9][0-9_]*(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 
 
@@ -145,6 +147,8 @@ def convert(field: Field, value: object) -> Any:
         raise bad_setting(name, value, f"is not {field.allowed}{_fix(field, value)}")
     if field.range is not None and converted not in field.range:
         raise bad_setting(name, converted, f"is out of range; it must be {field.range}")
+    if type(converted) is int and abs(converted) > _LARGEST_INTEGER:
+        raise bad_setting(name, value, "is too large")
     return converted
 
 
@@ -170,6 +174,8 @@ def _convert_scalar(field: Field, text: str) -> int | float | str | bool | None:
     if field.hint not in (int, float) or not _NUMBER.fullmatch(text):
         return None
     number = Decimal(text)  # exact, where a float would round
+    if field.hint is int and number.adjusted() > _MOST_DIGITS:
+        raise bad_setting(field.name, text, "is too large")
     if field.hint is int:
         return int(number) if number == number.to_integral_value() else None
     return float(number) if math.isfinite(float(number)) else None

@@ -36,6 +36,10 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
         first: [(tag, pattern) for tag, pattern in resolvers if tag == "tag:yaml.org,2002:null"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+    yaml_constructors = {  # noqa: RUF012 - other tags, such as !!int, are errors
+        tag: yaml.SafeLoader.yaml_constructors[tag]
+        for tag in (None, *(f"tag:yaml.org,2002:{kind}" for kind in ("null", "str", "seq", "map")))
+    }
 
 
 def parse_config(arguments: list[str], num_ranks: Callable[[Config], int] | None = None) -> Config:
@@ -89,6 +93,8 @@ def parse_arguments(arguments: list[str], fields: Mapping[str, Field]) -> dict[s
         name = current_name(key)
         if name not in fields and key in KEYS:  # a program's setting, written as for train.py
             name = key.rpartition(".")[2]
+        if name not in fields and key in KEYS:
+            raise bad_setting(key, text, "is a setting of the run; its config.yaml sets it")
         if name not in fields:
             raise unknown_key(key, text, fields)
         if key != written.strip():
@@ -230,8 +236,8 @@ def _use_run_folder(path: Path, values: dict[str, Any], overrides: Mapping[str, 
     for key in _OF_ONE_LAUNCH:
         values.pop(key, None)
     if is_rank_zero():
-        kept = f"{path} has all settings of run {name}, including the command line of its last"
-        logger.warning("%s launch (except %s)", kept, " and ".join(_OF_ONE_LAUNCH))
+        kept = f"using the settings of run {name} from {path}, with the overrides of its last"
+        logger.warning("%s launch, except %s", kept, " and ".join(_OF_ONE_LAUNCH))
 
 
 def _build(values: Mapping[str, Any], path: Path) -> Config:

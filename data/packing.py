@@ -52,7 +52,7 @@ def best_fit(lengths: Int64Array, capacity: int) -> Int64Array:
             arrays = rows_by_room.pop(room)
             rows = np.concatenate(arrays) if arrays[1:] else arrays[0]
             per_row = room // length
-            placed = np.repeat(rows[:num_left], per_row)[:num_left]
+            placed = np.repeat(rows[: -(-num_left // per_row)], per_row)[:num_left]
             row_of_sorted.append(placed)
             num_left -= len(placed)
             num_full, rest = divmod(len(placed), per_row)

@@ -42,7 +42,8 @@ def atomic_directory(path: Path, key: str) -> Iterator[Path]:
         ) from None
     try:
         for entry in work.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            is_folder = entry.is_dir() and not entry.is_symlink()
+            shutil.rmtree(entry) if is_folder else entry.unlink()
         yield work
         require_new(path, key)
         work.rename(path)

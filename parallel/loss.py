@@ -79,9 +79,10 @@ class _HeadLoss(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight, dtype=at_least_fp32)
         # From the largest shard, as this rank's may have a row less: all ranks must chunk alike.
         length = max(1, _CHUNK_ELEMENTS[x.device.type] // -(-vocab_size // mesh.tp.size))
+        flat_targets = targets.flatten()
         for start in range(0, len(rows), length):
             chunk = slice(start, start + length)
-            target = _find_targets(targets.flatten()[chunk], first_id, len(matrix))
+            target = _find_targets(flat_targets[chunk], first_id, len(matrix))
             operand = widen(rows[chunk], "left")
             z = matmul_fp32(operand, fp32_matrix.t())  # [n, v/t]
             log_z, loss, softmax_scale = _log_sum_exp_and_loss_(z, target, mesh.tp)

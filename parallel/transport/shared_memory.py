@@ -134,9 +134,13 @@ class SharedMemory:
         """
         calls = self._calls[self._step % 2]
         calls[self.rank].value = call.encode()
-        for peer in self.peers:
-            _libc.sem_post(self._semaphores[self.rank][peer])
-        self._wait()
+        try:
+            for peer in self.peers:
+                _libc.sem_post(self._semaphores[self.rank][peer])
+            self._wait()
+        except BaseException:  # Ctrl-C too: posts that nobody took would release the next call
+            self._failure = self._failure or "an earlier collective was interrupted"
+            raise
         for peer in self.peers:
             if (other := calls[peer].value.decode()) != call:
                 ours, theirs = self._global_ranks[self.rank], self._global_ranks[peer]

@@ -21,6 +21,8 @@ TP = "parallel.tensor_model_parallel_size"
 # Arguments after config=gpt_debug (4 heads, hidden size 128, batch 16 = 4 x 4), and the error.
 ARGUMENTS = [
     # integers
+    ("train.global_batch_size=1e40", "train.global_batch_size=1e40 is too large"),
+    (f"train.train_steps={'9' * 5000}", f"train.train_steps={'9' * 60}... is too large"),
     (
         "train.train_steps=abc",
         "train.train_steps=abc is not an integer; write for example 1000",
@@ -212,6 +214,10 @@ ARGUMENTS = [
 
 # An unknown key, and the suggestion.
 UNKNOWN = [
+    ("model.vocab_size", "data.vocab_size"),
+    ("logging.save_interval", "checkpoint.save_interval"),
+    ("evaluate.log_interval", "logging.log_interval"),
+    ("model.dim", "model.hidden_size"),
     ("lr", "optimizer.lr"),
     ("train.lr", "optimizer.lr"),
     ("optimizer.learning_rate", "optimizer.lr"),
@@ -268,6 +274,10 @@ FILES = [
     ),
     ("a: b: c", "bad.yaml:1: is not valid YAML: mapping values are not allowed here"),
     ("--- 1\n--- 2", "bad.yaml:2: is not valid YAML: but found another document"),
+    (
+        "train: {train_steps: !!int abc}",
+        "bad.yaml:1: is not valid YAML: could not determine a constructor for the tag 'tag:yaml.org,2002:int'",
+    ),
     ("lr: 3", "bad.yaml:1: lr=3: there is no key lr; did you mean optimizer.lr?"),
     (
         "optimizer:\n  # faster\n  learning_rate: 3",
@@ -344,7 +354,7 @@ def test_error_of_an_argument(arguments: str, message: str) -> None:
 
 @pytest.mark.parametrize(("key", "meant"), UNKNOWN)
 def test_suggestion_for_an_unknown_key(key: str, meant: str) -> None:
-    """Keys of the same section come first, then the name, an alias or a near spelling elsewhere."""
+    """A longer name in this section, the same name elsewhere, an alias, a near spelling."""
     message = f"{key}=1: there is no key {key}; did you mean {meant}?"
     assert _error("config=gpt_debug", f"{key}=1") == message
 

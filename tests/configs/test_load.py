@@ -226,7 +226,7 @@ def test_every_setting_has_a_help_text_and_a_row_in_the_table() -> None:
     assert [key for key, field in KEYS.items() if not field.comment] == []
     table = _python("-m", "configs").stdout
     assert table.endswith(settings_table())
-    head, line, *rows = table.splitlines()
+    head, line, *rows = settings_table().splitlines()
     assert (head, line) == ("| section | key | type | default | meaning |", "|" + " --- |" * 5)
     assert [".".join(row.split(" | ")[:2]).lstrip("| ") for row in rows] == list(KEYS)
     assert "| optimizer | lr | number | 0.0006 | Peak learning rate |" in rows
@@ -318,8 +318,8 @@ def test_the_configuration_of_a_run_folder_is_that_run_and_says_so(
     assert parse_config([run, "run.name=other"]).run.name == "other"
     assert parse_config([run, "run.resume=must"]).run.resume == "must"
     assert {record.message for record in caplog.records} == {
-        "runs/mine/config.yaml has all settings of run mine, including the command line of its "
-        "last launch (except run.resume and run.stop_at_step)"
+        "using the settings of run mine from runs/mine/config.yaml, with the overrides of its last "
+        "launch, except run.resume and run.stop_at_step"
     }
 
 
