@@ -58,7 +58,7 @@ lines: setup  ## count the lines of the import closure and the reading path agai
 	$(BIN)/python tests/lines.py
 
 test: setup  ## run the tests that show every promise once, about five minutes on two cores
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not smollm2 and not drill" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --sample -m "not gpu and not smollm2 and not drill" $(ARGS)
 
 test-all: setup  ## run all tests that need no GPU, about half an hour on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not smollm2 and not drill" $(ARGS)

@@ -8,6 +8,33 @@ import pytest
 from tests.runs import LONG, finish, rows, settings, start
 from tests.trained_runs import FAMILIES, train_family
 
+# Fixtures of tests that start ranks or programs; each of their cases takes seconds.
+_COSTLY = {"layout", "corpus", "runs", "unbroken"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`make test` passes --sample."""
+    help_text = "of each costly test, run the first and the last case only, and no slow test"
+    parser.addoption("--sample", action="store_true", help=help_text)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Select the tests of `make test`."""
+    if not config.getoption("sample"):
+        return
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if not item.get_closest_marker("slow"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    chosen = []
+    for of_one_test in cases.values():
+        is_costly = _COSTLY & set(getattr(of_one_test[0], "fixturenames", ()))
+        chosen += dict.fromkeys((of_one_test[0], of_one_test[-1])) if is_costly else of_one_test
+    left_out = set(items) - set(chosen)
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
+
+
 WORDS = ["def", "return", "self", "import", "class", "for", "while", "if", "else", "None", "True"]
 
 

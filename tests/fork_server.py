@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -42,14 +43,21 @@ REGISTRY = "TEST_RANK_REGISTRY"
 class Program:
     """A running program with the part of `subprocess.Popen`'s interface that the tests need."""
 
-    def __init__(self, arguments: Sequence[str], **options: Any) -> None:
-        """`arguments`: a program's path and its arguments; see `_run` for the options."""
+    def __init__(self, arguments: Sequence[str], given: bytes = b"", **options: Any) -> None:
+        """`arguments`: a program's path and its arguments; `given`: its input (up to 64 KiB).
+
+        See `_run` for the options.
+        """
         reader, writer = multiprocessing.Pipe(duplex=False)
+        stdin, feed = multiprocessing.Pipe(duplex=False)
+        os.write(feed.fileno(), given)
+        feed.close()
         self._process = _server().Process(
-            target=_run, args=(list(arguments), writer), kwargs=options
+            target=_run, args=(list(arguments), writer, stdin), kwargs=options
         )
         self._process.start()
         writer.close()
+        stdin.close()
         self.pid: int = self._process.pid  # type: ignore[assignment]  # it has been started
         self._output = bytearray()
         self._collector = threading.Thread(target=self._collect, args=(reader,), daemon=True)
@@ -97,11 +105,11 @@ def _server() -> Any:
 def _run(
     arguments: list[str],
     output: Connection,
+    given: Connection,
     *,
     environment: Mapping[str, str],
     torchrun: Sequence[str] | None = None,
     largest_file_kib: int | None = None,
-    given: Connection | None = None,
     with_stderr: bool = True,
 ) -> None:
     """In the fork: become the program, under torchrun if its flags are given."""
@@ -110,10 +118,8 @@ def _run(
     if with_stderr:
         os.dup2(output.fileno(), 2)
     output.close()
-    if given is not None:
-        os.dup2(given.fileno(), 0)
-        given.close()
-        sys.stdin = open(0, encoding="utf-8")  # noqa: SIM115  # for the life of the process
+    os.dup2(given.fileno(), 0)
+    given.close()
     sys.stdout = open(1, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
     os.environ.clear()
@@ -150,7 +156,13 @@ def _main(arguments: list[str]) -> None:
             runpy.run_path(str(Path(folder, "sitecustomize.py")))
     if registry := os.environ.get(REGISTRY):
         Path(registry, f"{os.getpid()}-{os.environ.get('RANK', '0')}").touch()
+    # multiprocessing has replaced it by /dev/null, here and in torchrun's workers.
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  # for the process's life
     sys.argv[:] = arguments
     with contextlib.suppress(KeyError):
         del sys.modules["__mp_main__"]
-    runpy.run_path(arguments[0], run_name="__main__")
+    try:
+        runpy.run_path(arguments[0], run_name="__main__")
+    except Exception:
+        traceback.print_exc()  # as the interpreter would; torch's workers only report it
+        raise

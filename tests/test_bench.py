@@ -27,6 +27,8 @@ from tests.distributed import ONE_RANK, Layout, distributed
 from training.run_folder import RunFolder
 from training.state import Run, RunState, training_batches
 
+pytestmark = pytest.mark.slow  # they hold no promise of the README
+
 TINY = Workload(
     precision="fp32",
     num_layers=2,

@@ -28,6 +28,7 @@ def at_length(number: int) -> object:
     return pytest.param(number, marks=[pytest.mark.drill, pytest.mark.timeout(3600)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_kills", [6, at_length(200)])
 def test_every_kill_is_survived_bit_for_bit(num_kills: int) -> None:
     """See kill_fuzz.py. At least a quarter of the kills hit a save."""

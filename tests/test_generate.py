@@ -41,10 +41,10 @@ def test_missing_files_are_one_message(mesh: Mesh, runs: dict[str, Path], tmp_pa
             load_for_inference(config, run, mesh, step)
         return str(caught.value)
 
-    assert message(runs["gpt"], 5).endswith("there are those of steps 3, 6")
+    assert message(runs["gpt"], 5).endswith("there are checkpoints of steps 3, 6")
     (tmp_path / "checkpoints").mkdir()
     assert "has no checkpoint yet" in message(tmp_path, None)
-    assert message(tmp_path, 5).endswith("there is none at all")
+    assert message(tmp_path, 5).endswith("there are none at all")
     (tmp_path / "checkpoints").rmdir()
     (tmp_path / "checkpoints").symlink_to(runs["gpt"] / "checkpoints")
     assert "tokenizer.model' is not a file" in message(tmp_path, None)

@@ -42,12 +42,14 @@ def caught_by() -> Iterator[Callable[[str], str]]:
     process.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_named_tests_pass_without_a_mistake(caught_by: Callable[[str], str]) -> None:
     """Or they would catch anything; and a copy in which nothing is wrong is not called wrong."""
     assert caught_by("nothing") == NO_TEST
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
 def test_a_mistake_is_caught(caught_by: Callable[[str], str], mistake: Mistake) -> None:
@@ -98,6 +100,7 @@ print(verdict("while True: pass", time_limit_s=3))
 """
 
 
+@pytest.mark.slow
 def test_only_a_failed_test_catches() -> None:
     """Not: text that does not compile, a name that nobody has, a lost test, no answer in time."""
     result = subprocess.run(

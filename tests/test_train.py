@@ -196,6 +196,7 @@ def test_must_never_and_in_use(corpus: Path, tmp_path: Path) -> None:
     assert list((previous / "checkpoints").glob("step_*"))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_compiled_kernels_resume_bit_for_bit(corpus: Path, tmp_path: Path) -> None:
     """Even if the first rows after the resume have another length."""

@@ -92,7 +92,11 @@ def test_a_step_equals_the_reference(mesh: Mesh, config: Config) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [("data.sequence_mode=pack",), ("data.sequence_mode=pad",), LLAMA],
+    [
+        ("data.sequence_mode=pack",),
+        pytest.param(("data.sequence_mode=pad",), marks=pytest.mark.slow),
+        pytest.param(LLAMA, marks=pytest.mark.slow),
+    ],
     ids=["pack", "pad", "llama"],
 )
 def test_every_layout_gives_the_same_losses(

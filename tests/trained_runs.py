@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ from data import TokenFile, Tokenizer, load_tokenizer
 from model import Sampling
 from model.generation.sampling import sample_tokens, uniform_draw
 from tests.distributed import Layout
+from tests.fork_server import Program
 from tests.lines import ROOT
 from tests.reference import reference_logits
 from tests.runs import settings, train_on
@@ -85,16 +84,14 @@ class Dense:
 
 
 def start_program(ranks: int, program: str, *arguments: str, given: str = "") -> tuple[int, bytes]:
-    """Run a program of the project; returns its exit code and its stdout."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    command = [*(launcher if ranks > 1 else [sys.executable]), str(ROOT / program), *arguments]
-    ended = subprocess.run(
-        command,
-        input=given.encode(),
-        stdout=subprocess.PIPE,
-        timeout=100,
-        cwd="/",
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
+    """Run a program of the project; its exit code and what it has written to stdout alone."""
+    process = Program(
+        [str(ROOT / program), *arguments],
+        given.encode(),
+        environment={**os.environ, "OMP_NUM_THREADS": "1"},
+        torchrun=["--nproc-per-node", str(ranks)] if ranks > 1 else None,
+        with_stderr=False,
     )
-    return ended.returncode, ended.stdout
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode is not None
+    return process.returncode, output.encode()

@@ -112,5 +112,5 @@ def test_a_hub_that_refuses(
 
 def test_an_invalid_repository_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"no folder here, and it is not a valid repository name"):
+    with pytest.raises(UserError, match=r"is not a folder, and it is not a valid repository name"):
         download("no folder, no name", None)

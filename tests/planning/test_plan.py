@@ -272,6 +272,7 @@ def test_the_page_of_gpt_1b() -> None:
     assert max(map(len, text.splitlines())) <= PAGE_WIDTH
 
 
+@pytest.mark.slow
 def test_gpt_7b_on_a_laptop() -> None:
     """The plan for eight ranks takes seconds and less than 1.5 GB; its last line answers."""
     arguments = ["config=gpt_7b", "parallel.tensor_model_parallel_size=8", "memory_gib=12"]
