@@ -110,13 +110,13 @@ def _run(
     environment: Mapping[str, str],
     torchrun: Sequence[str] | None = None,
     largest_file_kib: int | None = None,
-    with_stderr: bool = True,
+    stderr_file: str | None = None,
 ) -> None:
     """In the fork: become the program, under torchrun if its flags are given."""
     os.setsid()
     os.dup2(output.fileno(), 1)
-    if with_stderr:
-        os.dup2(output.fileno(), 2)
+    errors = output.fileno() if stderr_file is None else os.open(stderr_file, os.O_WRONLY)
+    os.dup2(errors, 2)
     output.close()
     os.dup2(given.fileno(), 0)
     given.close()

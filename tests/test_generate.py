@@ -60,7 +60,7 @@ def test_stdout_is_prompt_and_continuation(runs: dict[str, Path]) -> None:
     assert start_program(1, "generate.py", *arguments) == (0, (prompt + text).encode())
 
 
-def test_bos_is_optional(runs: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
+def test_bos_is_optional(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     """A prompt has one token less without bos; one longer than the context is reported."""
     run, long = runs["gpt"], "def " * 99
     tokenizer = Dense(run).tokenizer
@@ -68,7 +68,7 @@ def test_bos_is_optional(runs: dict[str, Path], capfd: pytest.CaptureFixture[str
         num_tokens = len(tokenizer.encode(prompt)) + bos
         arguments = (f"run={run}", f"prompt={prompt}", f"bos={str(bos).lower()}")
         assert start_program(1, "generate.py", *arguments, "max_new_tokens=3")[0] == 0
-        error = capfd.readouterr().err
+        error = capsys.readouterr().err
         assert f"generated 3 tokens after a prompt of {num_tokens} in" in error
         assert ("the model sees only the last 37 (model.seq_length)" in error) == is_cut
 
@@ -115,8 +115,8 @@ def test_a_lost_peer_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_a_wrong_key_is_one_line(
-    runs: dict[str, Path], argument: str, message: str, capfd: pytest.CaptureFixture[str]
+    runs: dict[str, Path], argument: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On stderr, before torch is imported, and nothing on stdout."""
     assert start_program(1, "generate.py", f"run={runs['gpt']}", argument) == (2, b"")
-    assert message in capfd.readouterr().err
+    assert message in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -85,13 +87,15 @@ class Dense:
 
 def start_program(ranks: int, program: str, *arguments: str, given: str = "") -> tuple[int, bytes]:
     """Run a program of the project; its exit code and what it has written to stdout alone."""
-    process = Program(
-        [str(ROOT / program), *arguments],
-        given.encode(),
-        environment={**os.environ, "OMP_NUM_THREADS": "1"},
-        torchrun=["--nproc-per-node", str(ranks)] if ranks > 1 else None,
-        with_stderr=False,
-    )
-    output, _ = process.communicate(timeout=100)
+    with tempfile.NamedTemporaryFile("r") as errors:
+        process = Program(
+            [str(ROOT / program), *arguments],
+            given.encode(),
+            environment={**os.environ, "OMP_NUM_THREADS": "1"},
+            torchrun=["--nproc-per-node", str(ranks)] if ranks > 1 else None,
+            stderr_file=errors.name,
+        )
+        output, _ = process.communicate(timeout=100)
+        sys.stderr.write(errors.read())
     assert process.returncode is not None
     return process.returncode, output.encode()

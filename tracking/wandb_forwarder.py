@@ -95,12 +95,12 @@ class WandbForwarder:
     def _start(self, wandb: Any) -> Any:
         """Return the wandb run: online if there is a key and the server answers, else offline."""
         mode = self._config.wandb
-        if mode == "offline" or (mode == "auto" and not _has_key(wandb)):
-            return self._init(wandb, "offline")
-        for wandb_id in (self._id, uuid.uuid4().hex[:12]):
+        for wandb_id in (self._id, uuid.uuid4().hex[:12]) if mode != "offline" else ():
             self._id = wandb_id
             try:
                 if not _has_key(wandb):
+                    if mode == "auto":
+                        break
                     raise wandb.errors.UsageError("no API key")
                 return self._init(wandb, "online")
             except Exception as error:  # of any kind: offline needs no server
