@@ -25,10 +25,10 @@ PROGRAMS = ("train", "generate", "evaluate", "export", "import_hf", "plan")
 MAX_MODULES = 14  # of a folder, `__init__.py` not counted
 BESIDE = ("bench", "docs", "tests")  # folders without that limit
 # While the tree is being rebuilt; the budget after that is 8,000.
-CLOSURE_BUDGET = 12_930
+CLOSURE_BUDGET = 11_300
 READING_PATH_BUDGET = 3_000
 _READING_PATH = ("train.py", "model/**/*.py", "parallel/mesh.py", "parallel/mappings.py")
-_READING_PATH += ("parallel/layers.py", "parallel/loss.py")
+_READING_PATH += ("parallel/layers.py", "parallel/loss.py", "configs/weights.py")
 
 
 @dataclass(frozen=True)
