@@ -31,6 +31,7 @@ def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess
     )
 
 
+@pytest.mark.slow
 def test_the_page_quotes_the_trace() -> None:
     """Word for word: shapes, collectives, bytes. If the program is right, paste what it prints."""
     ended = run("torchrun", "--nproc-per-node", "2", "-m", "docs.trace_layer")

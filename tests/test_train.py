@@ -28,7 +28,7 @@ from tests.wandb_server import logs, records
 SECRETS = ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "SOME_PASSWORD")
 
 
-@pytest.mark.parametrize("victim", ["launcher", "one rank"])
+@pytest.mark.parametrize("victim", [pytest.param("launcher", marks=pytest.mark.slow), "one rank"])
 def test_kill_9_loses_nothing(
     corpus: Path, tmp_path: Path, unbroken: list[dict[str, Any]], victim: str
 ) -> None:
@@ -48,7 +48,10 @@ def test_kill_9_loses_nothing(
     assert rows(tmp_path) == unbroken
 
 
-@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGINT, 2), (signal.SIGTERM, 1)])
+@pytest.mark.parametrize(
+    ("number", "ranks"),
+    [pytest.param(signal.SIGINT, 2, marks=pytest.mark.slow), (signal.SIGTERM, 1)],
+)
 def test_a_signal_saves_and_the_run_resumes(
     corpus: Path, tmp_path: Path, number: signal.Signals, ranks: int
 ) -> None:

@@ -134,6 +134,7 @@ def test_every_layout_gives_the_same_losses(
                 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient_sync", ["step", "micro_batch"])
 @pytest.mark.parametrize("layout", [ONE_RANK, Layout(dp=2)], ids=str)
 def test_micro_batches_and_recompute_change_nothing(
@@ -154,6 +155,7 @@ def test_micro_batches_and_recompute_change_nothing(
         assert curve == pytest.approx(curves[0], rel=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after", "options"),
     [
@@ -183,6 +185,7 @@ def test_resume_continues_the_curve(
             assert row == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("options", [(), LLAMA], ids=["gpt", "llama"])
 def test_a_run_repeats_bit_for_bit(
@@ -198,6 +201,7 @@ def test_a_run_repeats_bit_for_bit(
     assert curves[0][-2]["train/loss"] < 0.95 * curves[0][0]["train/loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [("data.sequence_mode=pad",), LLAMA], ids=["gpt", "llama"])
 def test_bf16_losses_are_near_on_other_layouts(
     corpus: Path, tmp_path: Path, options: tuple[str, ...]

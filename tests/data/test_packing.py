@@ -161,6 +161,7 @@ def packed(
     )
 
 
+@pytest.mark.slow
 @distributed(ONE_RANK, Layout(tp=2), Layout(tp=2, sp=False))
 @pytest.mark.parametrize("options", ["gpt2", "llama"])
 def test_a_packed_row_equals_its_documents_alone(mesh: Mesh, options: str) -> None:

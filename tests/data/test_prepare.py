@@ -447,6 +447,7 @@ def test_the_tokenizer_learns_from_a_bounded_sample_of_training_lines(tmp_path: 
     assert everything == [line for text in texts for line in text.split("\n") if line]
 
 
+@pytest.mark.slow
 def test_the_default_source_works(tmp_path: Path) -> None:
     """The standard library: thousands of documents, no download, exact bytes."""
     config = DataConfig(vocab_size=1024, cache_directory=str(tmp_path))

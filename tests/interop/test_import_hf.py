@@ -115,6 +115,7 @@ def stored_bytes(folder: Path) -> dict[str, tuple[str, bytes]]:
     return stored
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_round_trip_preserves_every_byte(
     name: str, sources: dict[str, Path], tmp_path: Path

@@ -36,6 +36,7 @@ def test_trained_tokenizers() -> None:
     assert [other.decode(other.encode(text).ids) for text in texts] == texts
 
 
+@pytest.mark.slow
 def test_ambiguous_merges() -> None:
     """Pieces of two letters overlap: every short text, and long ones."""
     rng = random.Random(7)

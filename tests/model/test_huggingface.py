@@ -122,6 +122,7 @@ def curve(request: pytest.FixtureRequest) -> tuple[str, list[dict[str, float]]]:
     return request.param, their_curve(request.param)
 
 
+@pytest.mark.slow
 @distributed(ONE_RANK, Layout(tp=2), Layout(tp=2, sp=False), Layout(tp=4), Layout(tp=2, dp=2))
 def test_twenty_steps_equal_a_loop_of_transformers(
     mesh: Mesh, curve: tuple[str, list[dict[str, float]]], files: dict[str, Path]

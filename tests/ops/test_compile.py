@@ -49,6 +49,7 @@ def outcome(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tenso
     return [y.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
+@pytest.mark.slow
 @needs_a_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -69,6 +70,7 @@ def test_compiled_equals_eager(name: str, dtype: torch.dtype) -> None:
         assert_close(mine.double(), reference, rtol=tolerance, atol=2 * tolerance * scale)
 
 
+@pytest.mark.slow
 @needs_a_compiler
 @distributed(ONE_RANK, Layout(tp=2))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -222,6 +224,7 @@ def test_ranks_compile_together_or_not_at_all(mesh: Mesh, broken: int | None) ->
     assert warning.call_count == (rank == broken)
 
 
+@pytest.mark.slow
 def test_a_run_without_a_working_compiler(corpus: Path, tmp_path: Path) -> None:
     """It trains without compiling."""
     arguments = settings(

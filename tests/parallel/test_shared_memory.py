@@ -277,6 +277,7 @@ def _lose_last_rank(
     os._exit(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["kill", "exit"])
 def test_all_ranks_notice_a_lost_peer(how: str, tmp_path: Path) -> None:
     """Every waiting rank, at once, before the dead process is reaped."""

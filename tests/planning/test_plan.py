@@ -226,6 +226,7 @@ def test_a_layer_saves_what_the_formulas_need(
     assert num_bytes == pytest.approx(bytes_per_sbh * sbh / layout.tp, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient_sync", ["step", "micro_batch"])
 def test_two_micro_batches_represent_any_number(gradient_sync: str) -> None:
     """A dry run of all micro-batches reports the same collectives and peak as one of two."""

@@ -64,6 +64,7 @@ def facts(output: str, name: str) -> list[str]:
     return re.findall(rf"^  {name}: +(\S.*)$", output, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_the_start(outputs: Outputs) -> None:
     config = parse_config([*outputs.arguments, LAYOUT], lambda _: 2)
     assert "starting test\n" in outputs.stopped
@@ -85,6 +86,7 @@ def test_the_start(outputs: Outputs) -> None:
     assert facts(outputs.stopped, "dashboard") == [dashboard] * 2
 
 
+@pytest.mark.slow
 def test_the_end(outputs: Outputs) -> None:
     """Each launch says where it resumes and ends, and what to do next."""
     stopped = "run test reached run.stop_at_step=3: step 3 of 6 (3 in this launch)\n"
@@ -99,6 +101,7 @@ def test_the_end(outputs: Outputs) -> None:
     assert "run test is finished: step 12 of 12 (6 in this launch)\n" in outputs.longer
 
 
+@pytest.mark.slow
 def test_a_longer_schedule_changes_the_learning_rate(outputs: Outputs) -> None:
     """A warning gives the rates before and after: the cosine ends later."""
     rates = {row["step"]: row["train/learning_rate"] for row in outputs.rows if "train/loss" in row}
@@ -107,6 +110,7 @@ def test_a_longer_schedule_changes_the_learning_rate(outputs: Outputs) -> None:
     assert f"{rates[6]:.2e} in step 6" not in outputs.finished
 
 
+@pytest.mark.slow
 def test_a_step_is_one_plain_line(outputs: Outputs) -> None:
     lines = [line for line in outputs.stopped.splitlines() if line.startswith("step ")]
     pattern = (
@@ -118,6 +122,7 @@ def test_a_step_is_one_plain_line(outputs: Outputs) -> None:
     assert "\x1b" not in outputs.stopped + outputs.finished + outputs.longer
 
 
+@pytest.mark.slow
 def test_rows_have_the_promised_keys(outputs: Outputs) -> None:
     """TensorBoard shows the same metrics, of all launches."""
     training = [row for row in outputs.rows if "train/loss" in row]
@@ -138,6 +143,7 @@ def test_rows_have_the_promised_keys(outputs: Outputs) -> None:
         ]
 
 
+@pytest.mark.slow
 def test_every_rank_leaves_a_trace(outputs: Outputs) -> None:
     """Of the requested steps of each launch; rank 0 logs a table of operators."""
     expected = {

@@ -85,6 +85,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_an_offline_run_has_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a key: all rows, the step axis, settings and samples, but no secret."""
     monkeypatch.setenv("MY_SECRET_TOKEN", "s3cr3t-environment")

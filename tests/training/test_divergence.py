@@ -118,6 +118,7 @@ def test_all_ranks_skip_one_bad_update(mesh: Mesh, config: Config) -> None:
     assert [row.get("train/skipped_steps", 0) for row in curve] == [0, 0, 1, 1, 1, 1]
 
 
+@pytest.mark.slow
 @distributed(ONE_RANK, Layout(tp=2, dp=2))
 @pytest.mark.parametrize("stop_at_step", [3, 4])
 def test_a_resume_remembers_skipped_steps(mesh: Mesh, config: Config, stop_at_step: int) -> None:
@@ -131,6 +132,7 @@ def test_a_resume_remembers_skipped_steps(mesh: Mesh, config: Config, stop_at_st
     assert [step for step, _ in seen] == list(range(stop_at_step, 6))
 
 
+@pytest.mark.slow
 @distributed(ONE_RANK, Layout(tp=2))
 def test_a_rollback_after_a_stop_within_a_row_returns_to_before_it(
     mesh: Mesh, config: Config
@@ -206,6 +208,7 @@ def test_without_a_checkpoint_the_run_ends(mesh: Mesh, config: Config) -> None:
         run(mesh, config)
 
 
+@pytest.mark.slow
 @distributed(ONE_RANK, Layout(tp=2, dp=2))
 def test_a_loss_spike_is_skipped(mesh: Mesh, config: Config) -> None:
     """All targets of step 9 are a byte that no text has, so it is skipped. Off by default."""

@@ -110,6 +110,7 @@ def expect_a_clean_stop(
     assert [row for row in rows(directory) if "train/loss" in row] == unbroken
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CHOSEN, ids=lambda case: f"{case[0].name}-{case[1]}-{case[2]}")
 def test_a_signal_stops_all_ranks_at_one_step(
     corpus: Path,
@@ -157,6 +158,7 @@ def test_a_second_signal_ends_at_once(
     assert not list((tmp_path / "test" / "checkpoints").glob("step_*"))
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_the_resume_command_last_on_the_terminal(
     corpus: Path, tmp_path: Path
 ) -> None:

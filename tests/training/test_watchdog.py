@@ -121,6 +121,7 @@ def test_a_copy_from_the_device_is_waiting(tmp_path: Path) -> None:
     assert not beat_during(lambda: time.sleep(1), tmp_path).is_waiting
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_named_and_the_run_comes_back(
     corpus: Path, tmp_path: Path, unbroken: list[dict[str, Any]]
 ) -> None:
@@ -164,6 +165,7 @@ def test_a_single_process_blames_itself(
     assert "Thread" not in output
 
 
+@pytest.mark.slow
 def test_a_slow_run_is_left_alone(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +214,7 @@ def slow_down_files(
     monkeypatch.setenv("PYTHONPATH", str(folder))
 
 
+@pytest.mark.slow
 def test_a_last_save_longer_than_the_limit_is_waited_for(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
