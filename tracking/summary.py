@@ -106,8 +106,10 @@ def _data(run: Run) -> str:
     num_rows = config.train.train_steps * config.train.global_batch_size
     epochs = SampleOrder(corpus.weights, rows_of_sources, config.run.seed).epochs(num_rows)
     return "; ".join(
-        f"{name}: {rows:,} rows, {number:.3g} epochs"
-        for name, rows, number in zip(config.data.mixture, rows_of_sources, epochs, strict=True)
+        f"{source.path or source.source}: {rows:,} rows, {number:.3g} epochs"
+        for source, rows, number in zip(
+            config.data.mixture.values(), rows_of_sources, epochs, strict=True
+        )
     )
 
 

@@ -77,7 +77,7 @@ def test_the_start(outputs: Outputs) -> None:
     assert facts(outputs.stopped, "steps") == [f"1 to 3 of 6, {rows}"]
     assert facts(outputs.finished, "steps") == [f"4 to 6 of 6, {rows}"]
     (data,) = facts(outputs.stopped, "data")
-    found = re.fullmatch(r"data: (\d+) rows, ([\d.]+) epochs", data)
+    found = re.fullmatch(r".*corpus\d+: (\d+) rows, ([\d.]+) epochs", data)
     assert found is not None
     assert float(found[2]) == pytest.approx(6 * 8 / int(found[1]), rel=0.01)
     assert facts(outputs.stopped, "run folder") == [str(outputs.folder)]
