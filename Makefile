@@ -57,7 +57,7 @@ types: setup  ## check types
 lines: setup  ## count the lines of the import closure and the reading path against their budgets
 	$(BIN)/python tests/lines.py
 
-test: setup  ## run the tests that show every promise once, about five minutes on two cores
+test: setup  ## run a selection of tests that shows every promise once
 	$(BIN)/python -m pytest -n 2 --dist loadfile --sample -m "not gpu and not smollm2 and not drill" $(ARGS)
 
 test-all: setup  ## run all tests that need no GPU, about half an hour on two cores
