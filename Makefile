@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml
 	touch $@
 
 train: setup  ## train a small GPT on two tensor-parallel ranks, about five minutes; ARGS="key=value ..."
-	@trap 'echo "Stopped: make train$(if $(ARGS), with the same ARGS,) goes on from the last save." >&2' INT; \
+	@trap 'echo "Stopped: make train$(if $(ARGS), with the same ARGS,) resumes from the last save." >&2' INT; \
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 train.py config=gpt_laptop.yaml \
 	  parallel.tensor_model_parallel_size=2 $(ARGS)
 

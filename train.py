@@ -1,6 +1,7 @@
 """Train a GPT: `torchrun train.py config=NAME.yaml section.key=value ...`.
 
-This file tells the story of a run. `training/step.py` has a step; `parallel/` all communication.
+This file tells the story of a run. One step is in `training/step.py`, all communication in
+`parallel/`.
 """
 
 import logging

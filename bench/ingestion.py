@@ -3,7 +3,7 @@
     python -m bench.ingestion [PATTERN ...]      these text files besides the standard library
 
 By default it reads the Python files of all installed packages. Each measurement is a process of its
-own with an empty cache. Prints a table for docs/data.md.
+own with an empty cache. Prints a table for docs/results.md.
 """
 
 import argparse

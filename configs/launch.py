@@ -24,7 +24,7 @@ def limit_thread_spinning() -> None:
     """Let waiting OpenMP threads sleep after a short spin; call this before importing torch.
 
     By default they spin for milliseconds at each barrier, which takes cores from other processes
-    (measured in docs/performance.md). A policy set by the user stays.
+    (measured in docs/results.md). A policy set by the user stays.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)

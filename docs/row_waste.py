@@ -1,9 +1,9 @@
-"""What each way of making rows wastes, on the training documents of a configuration.
+"""Measure what each way of making rows wastes, on a configuration's training documents.
 
     python -m docs.row_waste [config=NAME.yaml section.key=value ...]
 
-Prints the table of docs/data.md, for one epoch on one data-parallel rank; with a configuration, for
-its text and its model.seq_length. Every figure is counted on the spans that training reads.
+Prints the table of docs/results.md, for one epoch on one data-parallel rank; with a configuration,
+for its text and its model.seq_length. Every figure is counted on the spans that training reads.
 """
 
 import logging

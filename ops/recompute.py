@@ -50,7 +50,9 @@ class _Recomputed:
 
 
 def save_early(*tensors: Tensor) -> Callable[[], list[Tensor]]:
-    """Save tensors for backward now; returns a function that gives them back. Drop it after use.
+    """Save tensors for backward now; returns a function that gives them back.
+
+    Release that function after use: it keeps the tensors alive.
 
     `save_for_backward` saves them when forward ends. Recomputation of a block stops once the last
     tensor is saved, so saving before a forward communicates spares recomputing that communication.

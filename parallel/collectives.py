@@ -87,7 +87,7 @@ def start_all_reduce(x: Tensor, axis: Axis) -> Pending:
 
 
 def start_tp_reduce(x: Tensor, mesh: Mesh) -> Pending:
-    """Start summing `[s, ...]` over tp, to `[s/t, ...]` (or `[s, ...]`); leaves a tp region."""
+    """Start the sum that ends a tensor-parallel region, `[s, ...]` to `[s/t, ...]` (or itself)."""
     if mesh.tp.size == 1:
         return Pending(x)
     if mesh.sequence_parallel:

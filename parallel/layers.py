@@ -25,7 +25,7 @@ class _ColumnShard(nn.Module):
 
     Sharded by rows, `[out/t, in]`. With fewer row groups than ranks, every rank holds all rows and
     t / groups ranks use the same group. The gradient of such a weight is partial over tp, because a
-    rank has only the part from its own use.
+    rank only sees the gradient of the group it uses.
     """
 
     weight: DTensor

@@ -127,7 +127,7 @@ def _log_sum_exp_and_loss_(z: Tensor, target: _Targets, tp: Axis) -> tuple[Tenso
 
 
 def _logits_grad_(z: Tensor, softmax_scale: Tensor, target: _Targets) -> Tensor:
-    """Overwrite z, of which `softmax_scale` makes the first term, with d objective / dz."""
+    """Turn z, which is exp(logits - max), into d objective / dz; the first term is a scaled z."""
     z.mul_(softmax_scale.masked_fill(~target.counts, 0.0).unsqueeze(1))
     at_target = -(target.is_ours & target.counts).to(z.dtype)
     return z.scatter_add_(1, target.column, at_target.unsqueeze(1))

@@ -70,7 +70,7 @@ class RunLog:
         try:
             yield
         except OSError as error:
-            logger.warning("%s stops: %s", name, error)
+            logger.warning("%s: %s; training continues without it", name, error)
 
     def _show(self, row: Mapping[str, Any]) -> None:
         """Pass a row to the views, and drop a view that fails."""

@@ -23,7 +23,7 @@ class EvalResult:
     nats: float
     num_targets: int
     num_bytes: int  # UTF-8 bytes of the documents' text
-    num_unknown: int = 0  # those of num_targets whose text the tokenizer does not know
+    num_unknown: int = 0  # targets whose text the tokenizer cannot represent
     warnings: tuple[str, ...] = ()  # reasons why the result looks better than it is
     sample: str | None = None  # generated text, if any
 

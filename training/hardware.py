@@ -78,7 +78,7 @@ def set_up_allocator(mesh: Mesh, num_parameters: int) -> None:
     """Let glibc keep the memory of freed tensors for the next ones, unless memory is short.
 
     By default it returns blocks above 32 MiB to the system, and each of their pages then costs a
-    fault when it is needed again: 8 % of a step (docs/performance.md). A run that needs most of the
+    fault when it is needed again: 8 % of a step (docs/results.md). A run that needs most of the
     machine's memory returns all large blocks instead.
     """
     if mesh.device.type != "cpu" or sys.platform != "linux":

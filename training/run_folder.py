@@ -88,7 +88,6 @@ class RunFolder:
         self.samples = self.path / "samples.jsonl"
         self.profile = self.path / "profile"
         self.step: int | None = None  # finished steps, for exit.json
-        self.opened_at = time.monotonic()
         self.starts_over = False  # run.resume=never: ignore what is there
         self._config, self._mesh = config, mesh
         self._launch_command = launch_command()  # before the launcher can die
@@ -185,8 +184,8 @@ class RunFolder:
     def begin(self, tokenizer: Path) -> None:
         """Start training: from here on the folder belongs to this launch.
 
-        Moves aside what `never` must not resume, writes the configuration and the tokenizer, and
-        removes the exit.json of the previous launch.
+        With run.resume=never, moves an earlier run of this name aside. Writes the configuration
+        and the tokenizer, and removes the exit.json of the previous launch.
         """
         self._has_begun = True
         if self._lock is not None:

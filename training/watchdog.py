@@ -2,8 +2,8 @@
 
 The main thread does nothing for it. A thread samples the main thread's stack; an unchanged stack in
 the same step means no progress. Ranks exchange what they see through `parallel.Heartbeats`. The run
-hangs if no rank that still answers has made progress for `run.hang_timeout_s`: a rank that works
-while others wait for it does not hang. Each rank finds that out by itself, prints one line, and
+hangs when none of the ranks that still answer has made progress for `run.hang_timeout_s`; waiting
+for a rank that works is no hang. Each rank finds that out by itself, prints one line, and
 exits. The lowest rank that answers writes exit.json; it and the blamed ranks leave their stacks in
 `stacks/` of the run folder.
 

@@ -84,11 +84,6 @@ class Corpus:
     text_fingerprint: str = ""  # hex, of the content of the sources
     validation_weights: tuple[float, ...] | None = None  # of the parts of given held-out text
 
-    @property
-    def identity(self) -> str:
-        """A string that differs between any two corpora or tokenizers."""
-        return f"{self.fingerprint} {self.tokenizer.fingerprint}"
-
 
 @dataclass(frozen=True)
 class Source:

@@ -179,7 +179,7 @@ def _memory_of(group_name: str, whole: Tensor, part: Tensor | None = None) -> Sh
 
 
 def _all_gather(output: Tensor, input_tensor: Tensor, group_name: str) -> None:
-    """Concatenate the inputs of all ranks; an input may lie at its place in the output."""
+    """Concatenate the inputs of all ranks; the input may be this rank's part of the output."""
     memory = _memory_of(group_name, output, input_tensor)
     row = input_tensor.view(-1).view(torch.uint8)
     rows = output.view(-1).view(torch.uint8).view(memory.ranks, len(row))

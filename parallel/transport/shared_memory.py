@@ -54,7 +54,7 @@ class SharedMemory:
     """A group's shared memory, seen by its rank `rank`; every rank creates it at the same time.
 
     `pids` are the processes of the group's ranks, `global_ranks` their ranks in the whole run, for
-    messages. Raises OSError if the memory is not available; it is then useless to the other ranks.
+    messages. Raises OSError if the memory is not available; the others must not use it then.
     """
 
     _all: ClassVar["weakref.WeakSet[SharedMemory]"] = weakref.WeakSet()  # of this process
@@ -79,8 +79,8 @@ class SharedMemory:
             weakref.finalize(self, os.close, pidfd)
             self._peer_of[pidfd] = peer
             self._ended.register(pidfd, select.POLLIN)
-        # A semaphore for each sender and receiver; then each rank's call in the even and the odd
-        # steps, and the rank that it has lost.
+        # A semaphore for each sender and receiver; then three lines per rank: its call in even
+        # steps, its call in odd steps, the rank it has found lost.
         num_lines = self.ranks * (self.ranks + 3)
         self._slots_at = -(-num_lines * _LINE_BYTES // mmap.PAGESIZE) * mmap.PAGESIZE
         self._memory = self._map(store)
