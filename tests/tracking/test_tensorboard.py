@@ -47,7 +47,15 @@ def test_it_does_without_tensorflow() -> None:
 
 
 def test_make_dashboard_serves_the_runs_on_this_machine_only() -> None:
-    command = ["make", "-n", "-o", "setup", "dashboard", "ARGS=--logdir=other"]
+    command = [
+        "make",
+        "--no-print-directory",
+        "-n",
+        "-o",
+        "setup",
+        "dashboard",
+        "ARGS=--logdir=other",
+    ]
     printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert "tensorboard --host localhost" in printed
     assert printed.rstrip().endswith("--logdir runs --logdir=other")
