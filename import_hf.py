@@ -65,7 +65,7 @@ from interop.huggingface import Family, from_huggingface, shapes_of, to_huggingf
 from interop.huggingface_config import ARCHITECTURES, from_huggingface_config, unknown_options
 from interop.source import Source, download, open_source
 from model import GPT
-from parallel import Mesh, close_mesh, init_mesh
+from parallel import Mesh, close_mesh, init_mesh, local_shards
 from tracking.console import set_up_logging
 from training.optimizer import MOMENTS, WEIGHTS
 from training.state import RunState
@@ -153,7 +153,7 @@ def write_checkpoint(
 ) -> None:
     """Write the checkpoint of step 0: float32 weights, zero moments, nothing consumed."""
     model = GPT(config.model, config.data.vocab_size, mesh)  # on the meta device
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = {name: shard.global_shape for name, shard in local_shards(model).items()}
     makers = to_huggingface(shapes, family, config.model)
     is_tied = not config.model.untie_embeddings_and_output_weights
     ignored = "lm_head.weight" if is_tied else None

@@ -90,7 +90,7 @@ def train_until_stop_or_rollback(
     evaluation_interval = config.evaluate.interval if documents.num_targets else 0
     batches = training_batches(run, state)
     folder.begin(run.corpus.tokenizer_path)
-    stop: signal.Signals | None = None
+    stop = signals.agree_now(run.mesh)
     with (
         batches,
         RunLog(run, state) as log,
@@ -99,11 +99,11 @@ def train_until_stop_or_rollback(
         Watchdog(run),
         folder.recording_failure(),
     ):
-        while state.step < last and not (stop := signals.agreed(run.mesh)):
+        while state.step < last and stop is None:
             with profiler.step(state.step + 1):
-                result = train_step(run, state, batches)
+                result = train_step(run, state, batches, signals)
             state = state.advance(result, config.train.global_batch_size)
-            folder.step = state.step
+            folder.step, stop = state.step, result.stop
             log.step(state, result)
             if due(state.step, evaluation_interval, at_end=config.train.train_steps):
                 log.evaluation(state, evaluate(run, state, documents))

@@ -43,8 +43,12 @@ def _saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
             if tensor is not None:
                 weights[_storage(tensor)] = tensor
 
+    shapes = {tuple(parameter.shape) for parameter in model.parameters()}
+
     def pack(tensor: Tensor) -> Tensor:
-        kept[_storage(tensor)] = tensor
+        # Activations have three dims; a weight that was cast for this forward has its own shape.
+        if tuple(tensor.shape) not in shapes:
+            kept[_storage(tensor)] = tensor
         return tensor
 
     hook = register_module_forward_pre_hook(note_weights)

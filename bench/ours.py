@@ -132,8 +132,8 @@ def count_activations(config: Config, mesh: Mesh, workload: Workload) -> dict[st
         run = build_run(smaller, mesh, RunFolder(smaller, mesh))
         with training_batches(run, RunState(wandb_id="none")) as batches:
             micro_batch = next(batches).micro_batches[0]
-        masks = DropoutStream(SEED, 0, tuple(micro_batch.sample_indices.tolist()))
-        inputs = micro_batch.inputs(mesh.device)
+        masks = DropoutStream(SEED, 0, 0, micro_batch.dropout_keys)
+        inputs = micro_batch.to(mesh.device).inputs()
         return run.model, lambda: run.model(**inputs, stream=masks).objective
 
     return saved_per_layer(make, workload)

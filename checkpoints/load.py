@@ -20,7 +20,6 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from checkpoints.manifest import (
     Checkpoint,
@@ -34,7 +33,7 @@ from checkpoints.manifest import (
     tensor_ranges,
     verify_file,
 )
-from parallel import Mesh, gather_json, local_part
+from parallel import LocalShard, Mesh, gather_json
 
 _CHUNK_BYTES = 16 << 20
 # A network file system may list for a while what another host has deleted.
@@ -145,8 +144,7 @@ def _verify(
 @torch.no_grad()
 def load_tensors(
     checkpoint: Checkpoint,
-    tensors: Mapping[str, DTensor],
-    mesh: Mesh,
+    tensors: Mapping[str, LocalShard],
     *,
     prefix: str = "",
     converts: bool = False,
@@ -165,14 +163,14 @@ def load_tensors(
         )
     for name, tensor in tensors.items():
         stored = checkpoint.tensors[name]
-        dtype = stored["dtype"] if converts else str(tensor.dtype).removeprefix("torch.")
-        if (list(tensor.shape), dtype) != (stored["shape"], stored["dtype"]):
+        dtype = stored["dtype"] if converts else str(tensor.tensor.dtype).removeprefix("torch.")
+        shape = list(tensor.global_shape)
+        if (shape, dtype) != (stored["shape"], stored["dtype"]):
             raise CheckpointError(
                 f"{checkpoint.directory}: {name} is {stored['dtype']} {stored['shape']}, "
-                f"the model has {dtype} {list(tensor.shape)}"
+                f"the model has {dtype} {shape}"
             )
-    parts = {name: (t.to_local(), local_part(t, mesh)) for name, t in tensors.items()}
-    read_slices(checkpoint, parts)
+    read_slices(checkpoint, {name: (t.tensor, t.slices) for name, t in tensors.items()})
 
 
 def read_slices(checkpoint: Checkpoint, targets: Mapping[str, tuple[Tensor, Slices]]) -> None:

@@ -29,7 +29,6 @@ from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from checkpoints.manifest import (
     MANIFEST,
@@ -42,7 +41,7 @@ from checkpoints.manifest import (
     write_manifest,
 )
 from configs import os_error_text
-from parallel import Mesh, gather_json, local_part, move_to, tp_shard_dim
+from parallel import LocalShard, Mesh, gather_json, move_to
 
 logger = logging.getLogger("microtron")
 
@@ -75,7 +74,7 @@ class Save:
 def begin_save(
     folder: Path,
     step: int,
-    tensors: Mapping[str, DTensor],
+    tensors: Mapping[str, LocalShard],
     state: dict[str, Any],
     mesh: Mesh,
     *,
@@ -168,21 +167,21 @@ def _delete(directories: list[Path]) -> None:
 
 
 def _local_shards(
-    tensors: Mapping[str, DTensor], mesh: Mesh, *, copy: bool
+    tensors: Mapping[str, LocalShard], mesh: Mesh, *, copy: bool
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors that this rank writes, in host memory, and their entries in the manifest."""
     local, shards = {}, {}
     for name, tensor in tensors.items():
-        shard = tensor.to_local().detach()
-        if (tp_shard_dim(tensor) is None and mesh.tp.rank > 0) or shard.numel() == 0:
+        shard = tensor.tensor
+        if (tensor.tp_dim is None and mesh.tp.rank > 0) or shard.numel() == 0:
             continue  # replicated over tp: rank 0 of the axis writes it
         on_host = move_to(shard, "cpu").contiguous()
         is_shared = on_host.data_ptr() == shard.data_ptr()  # False if copied from a GPU
         local[name] = on_host.clone() if copy and is_shared else on_host
         shards[name] = {
-            "global_shape": list(tensor.shape),
-            "dtype": str(tensor.dtype).removeprefix("torch."),
-            "offsets": [part.start for part in local_part(tensor, mesh)],
+            "global_shape": list(tensor.global_shape),
+            "dtype": str(shard.dtype).removeprefix("torch."),
+            "offsets": [part.start for part in tensor.slices],
             "shape": list(shard.shape),
         }
     return local, shards

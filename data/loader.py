@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.profiler import record_function
 
@@ -18,8 +18,9 @@ from configs.errors import UserError
 from configs.schema import Config
 from data.corpus.prepare import Corpus
 from data.packing import Assign, assign_by_length, assign_in_order, padding_fraction
-from data.rows import MicroBatch, Rows, make_micro_batch
+from data.rows import MicroBatch, Rows, count_targets, make_micro_batch
 from data.sampler import SampleOrder
+from ops.dropout import dropout_keys
 
 WAITING_FOR_DATA = "waiting for data"  # in a torch.profiler trace
 _PREFETCHED_STEPS = 2
@@ -33,7 +34,8 @@ class StepBatch:
     """This data-parallel rank's share of one step."""
 
     micro_batches: list[MicroBatch]
-    num_targets: int  # of this rank
+    num_targets: int  # of the global batch
+    sum_of_lengths: int  # of the micro-batches
 
 
 class BatchLoader(Iterator[StepBatch]):
@@ -45,6 +47,7 @@ class BatchLoader(Iterator[StepBatch]):
         config: Config,
         *,
         consumed_samples: int,
+        first_step: int,
         dp_rank: int,
         dp_size: int,
         tp_size: int,
@@ -67,7 +70,9 @@ class BatchLoader(Iterator[StepBatch]):
         self._pin_memory = device_is_cuda
         if logger.isEnabledFor(logging.INFO):
             self._log_padding(elapsed_s)
-        self._steps = self._prefetch(consumed_samples)
+        model, self._seed = config.model, config.run.seed
+        self._num_layers = model.num_layers if model.hidden_dropout > 0 else None
+        self._steps = self._prefetch(first_step, consumed_samples)
 
     def __enter__(self) -> "BatchLoader":
         return self
@@ -80,19 +85,19 @@ class BatchLoader(Iterator[StepBatch]):
         with record_function(WAITING_FOR_DATA):
             return next(self._steps)
 
-    def _prefetch(self, first_sample: int) -> Generator[StepBatch]:
+    def _prefetch(self, step: int, first_sample: int) -> Generator[StepBatch]:
         executor = ThreadPoolExecutor(1, "batch-loader")
         steps: deque[Future[StepBatch]] = deque()
         try:
             while True:
                 while len(steps) <= _PREFETCHED_STEPS:
-                    steps.append(executor.submit(self._make_step, first_sample))
-                    first_sample += self._batch_size
+                    steps.append(executor.submit(self._make_step, step, first_sample))
+                    step, first_sample = step + 1, first_sample + self._batch_size
                 yield steps.popleft().result()
         finally:
             executor.shutdown(cancel_futures=True)
 
-    def _make_step(self, first_sample: int) -> StepBatch:
+    def _make_step(self, step: int, first_sample: int) -> StepBatch:
         rows = self._order.rows(first_sample, self._batch_size)
         lengths = self._rows.lengths(rows)
         parts = self._assign(lengths, self._micro_batch_size, self._dp_rank, self._dp_size)
@@ -109,9 +114,24 @@ class BatchLoader(Iterator[StepBatch]):
             )
             for part in parts
         ]
+        if self._num_layers is not None:
+            micro_batches = [
+                replace(
+                    micro_batch,
+                    dropout_keys=dropout_keys(
+                        self._seed, step, micro_batch.sample_indices.tolist(), self._num_layers
+                    ),
+                )
+                for micro_batch in micro_batches
+            ]
         if self._pin_memory:
             micro_batches = [micro_batch.pin_memory() for micro_batch in micro_batches]
-        return StepBatch(micro_batches, sum(batch.num_targets for batch in micro_batches))
+        spans = self._rows.spans(rows)
+        return StepBatch(
+            micro_batches,
+            count_targets(self._corpus.train, spans, keep_documents_apart=masked),
+            sum(micro_batch.sum_of_lengths for micro_batch in micro_batches),
+        )
 
     def _log_padding(self, elapsed_s: float) -> None:
         num_steps = max(1, min(_ESTIMATE_ROWS, len(self._rows)) // self._batch_size)

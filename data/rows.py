@@ -13,6 +13,7 @@ document, attention stays inside it, and its last token does not predict the nex
 Legend: s = seq_length, b = rows of a micro-batch. Batch first here: [b, s].
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -24,6 +25,7 @@ from data.packing import Int64Array, best_fit
 from data.token_file import Tokens
 
 IGNORED_TARGET = -100  # torch's default for ignored targets
+_MODEL_INPUTS = ("tokens", "positions", "targets", "documents")
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class MicroBatch:
     num_targets: int  # without ignored ones
     # [b, s] int64, the column where the slot's document begins, -1 in padding. None: not kept apart
     documents: Tensor | None = None
+    dropout_keys: Tensor | None = None  # [1 + 2 L, 2, b] int32, of all sites in the model
 
     @property
     def sum_of_lengths(self) -> int:
@@ -46,21 +49,22 @@ class MicroBatch:
         """
         return int(((2 * self.positions + 1) * (self.targets != IGNORED_TARGET)).sum())
 
-    def inputs(self, device: torch.device) -> dict[str, Tensor | None]:
-        """Return the model's arguments by name, on its device."""
-        tensors = self._model_tensors().items()
-        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors}
-        return {"documents": None, **moved}
+    def inputs(self) -> dict[str, Tensor | None]:
+        """Return the model's arguments by name."""
+        return {name: getattr(self, name) for name in _MODEL_INPUTS}
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """Return the same rows on a device; pinned ones are copied asynchronously."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "MicroBatch":
         """Return the same rows in page-locked memory, which a GPU can copy asynchronously."""
-        tensors = self._model_tensors().items()
-        return replace(self, **{name: tensor.pin_memory() for name, tensor in tensors})
+        return self._map(Tensor.pin_memory)
 
-    def _model_tensors(self) -> dict[str, Any]:
-        names = ("tokens", "positions", "targets", "documents")
-        tensors = {name: getattr(self, name) for name in names}
-        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        of_device = {name: getattr(self, name) for name in (*_MODEL_INPUTS, "dropout_keys")}
+        mapped: dict[str, Any] = {n: function(t) for n, t in of_device.items() if t is not None}
+        return replace(self, **mapped)
 
 
 class Spans(NamedTuple):
@@ -138,6 +142,16 @@ class Rows:
     def lengths(self, rows: Int64Array) -> Int64Array:
         """Return the number of inputs of each of the given rows."""
         return self.spans(rows).row_lengths(len(rows))
+
+
+def count_targets(file: Tokens, spans: Spans, *, keep_documents_apart: bool) -> int:
+    """Return the number of targets of rows, without reading them."""
+    total = int(spans.lengths.sum())
+    if keep_documents_apart:  # the last token of a document does not predict the next one
+        stops = spans.starts + spans.lengths
+        first, last = np.searchsorted(file.document_offsets, [spans.starts, stops], side="right")
+        total -= int((last - first).sum())
+    return total
 
 
 def _offsets(counts: Int64Array | list[int]) -> Int64Array:

@@ -26,6 +26,7 @@ from configs.launch import exit_with_error, world_size_from_environment
 from configs.schema import ModelConfig
 from model.context import make_attention_context
 from model.gpt import Block
+from ops.dropout import dropout_keys
 from parallel import (
     DropoutStream,
     Mesh,
@@ -33,7 +34,7 @@ from parallel import (
     gather_json,
     init_mesh,
     initialise_parameters,
-    parameter_facts,
+    local_shards,
     sequence_shard,
     sum_partial_gradients,
 )
@@ -124,7 +125,7 @@ def trace(mesh: Mesh) -> Iterator[str]:
     """The lines of one layout. Collective: every rank must go through all of it."""
     block = make_block(mesh)
     positions = torch.arange(S, device=mesh.device).unsqueeze(1).expand(S, B)
-    stream = DropoutStream(SEED, 0, tuple(range(B)))
+    stream = DropoutStream(SEED, 0, 0, dropout_keys(SEED, 0, range(B), 1).to(mesh.device))
     context = make_attention_context(CONFIG, positions, None, stream, torch.float32)
     generator = torch.Generator().manual_seed(SEED)
     whole = torch.randn(S, B, CONFIG.hidden_size, generator=generator).to(mesh.device)
@@ -179,23 +180,19 @@ def wire(traffic: Sequence[Collective]) -> Iterator[str]:
 
 
 def weights(mesh: Mesh) -> Iterator[str]:
-    """A line for each parameter: shape, shape on a rank, and whether a rank's gradient is whole."""
+    """A line for each weight: shape, shape on a rank, and whether a rank's gradient is whole."""
     block = make_block(mesh)
-    facts = parameter_facts(block)
     yield f"{'weights':<34} {'in full':<14} {'on each rank':<15} gradient"
-    for name, parameter in block.named_parameters():
-        full, local = list(parameter.shape), list(parameter.to_local().shape)  # type: ignore[attr-defined]
-        gradient = "partial" if facts[name].grad_is_partial else "whole"
+    for name, shard in local_shards(block).items():
+        full, local = list(shard.global_shape), list(shard.tensor.shape)
+        gradient = "partial" if shard.grad_is_partial else "whole"
         yield f"  {name:<32} {full!s:<14} {local!s:<15} {gradient}"
 
 
 @contextmanager
 def count_saved(block: Block) -> Iterator[dict[int, int]]:
     """Bytes of each piece of memory that autograd keeps inside, by its address; no weights."""
-    of_weights = {
-        parameter.to_local().untyped_storage().data_ptr()  # type: ignore[attr-defined]
-        for parameter in block.parameters()
-    }
+    of_weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
     saved_bytes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

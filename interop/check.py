@@ -54,7 +54,7 @@ def random_tokens(config: Config, num_ids: int) -> Tensor:
 def checkpoint_logits(config: Config, checkpoint: Checkpoint, tokens: Tensor, mesh: Mesh) -> Tensor:
     """Float32 logits `[b, s, v]` of a checkpoint; every rank calls this and gets all of them."""
     model, length = build_inference_model(config, mesh), tokens.shape[1]
-    load_tensors(checkpoint, weight_tensors(model), mesh, prefix=WEIGHTS, converts=True)
+    load_tensors(checkpoint, weight_tensors(model), prefix=WEIGHTS, converts=True)
     # Padded at the end to a multiple of t; causal attention does not see it.
     padding = (0, -length % mesh.tp.size)
     positions = F.pad(torch.arange(length), padding).repeat(len(tokens), 1)

@@ -16,9 +16,9 @@ from parallel import DropoutStream, MergedColumnParallelLinear, Mesh, RowParalle
 class SelfAttention(nn.Module):
     """y = proj(softmax(q k^T / sqrt(d)) v) for each head; `[s/t, b, h]` in and out.
 
-    Each of g groups of a/g heads shares a key and a value (Ainslie et al. 2023). q and kv are
-    separate weights that share one gather. The rows of kv go group by group, so that a tp shard is
-    one contiguous slice. With g < t, every rank holds kv in full and computes the group it needs.
+    Each of g groups of a/g heads shares a key and a value (Ainslie et al. 2023). The weights q and
+    kv share one gather and one matmul. The rows of kv go group by group, so that a tp shard is one
+    contiguous slice. With g < t, every rank holds kv in full and computes the group it needs.
     """
 
     def __init__(
@@ -40,11 +40,13 @@ class SelfAttention(nn.Module):
         q, kv = self.qkv(x)  # [s, b, h/t], [s, b, 2gd/t]
         s, b, _ = q.shape
         q = q.view(s, b, -1, d)  # [s, b, a/t, d]
-        k, v = kv.view(s, b, -1, 2, d).unbind(dim=3)  # each [s, b, g/t, d]
+        k, v = kv.view(s, b, -1, 2, d).unbind(dim=3)  # each [s, b, g/t, d], parts of one tensor
         if self.qk_layernorm:
             q, k = self.q_norm(q), self.k_norm(k)
         if context.rotation is not None:
             q, k = self.apply_rotary(q, *context.rotation), self.apply_rotary(k, *context.rotation)
+            if not self.qk_layernorm:
+                v = v.contiguous()  # a view would keep the unrotated q and k until backward
         if context.cache is None:
             dropout = self.seed_attention_dropout(context.stream)
             y = sdpa(q, k, v, context.mask, dropout)  # [s, b, a/t, d]

@@ -11,12 +11,14 @@ COMPUTE_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def build_meta_model(config: Config, mesh: Mesh) -> GPT:
     """Build the sharded model on the meta device, without memory."""
-    model = GPT(config.model, config.data.vocab_size, mesh, config.parallel.recompute_granularity)
+    dtype = COMPUTE_DTYPE[config.train.precision]
+    recompute = config.parallel.recompute_granularity
+    model = GPT(config.model, config.data.vocab_size, mesh, recompute, dtype)
     shard_over_data_parallel(
         model,
         model.blocks,
         mesh,
-        COMPUTE_DTYPE[config.train.precision],
+        dtype,
         overlap=config.parallel.dp_comm_overlap,
         one_sum_per_step=config.parallel.gradient_sync == "step",
     )
@@ -36,8 +38,9 @@ def build_inference_model(config: Config, mesh: Mesh) -> GPT:
 
     Every rank has its tensor-parallel shard; nothing is sharded over dp, gathered or kept twice.
     """
-    model = GPT(config.model, config.data.vocab_size, mesh)
+    dtype = COMPUTE_DTYPE[config.train.precision]
+    model = GPT(config.model, config.data.vocab_size, mesh, dtype=dtype)
     model.requires_grad_(False)
-    model.to(COMPUTE_DTYPE[config.train.precision])
+    model.to(dtype)
     model.to_empty(device=mesh.device)
     return model

@@ -9,8 +9,8 @@ value, `d = h/a` head dimension, `f` feed-forward size, `v` vocabulary, `t` tens
 
 from contextlib import AbstractContextManager
 
+import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from configs.schema import ModelConfig, Recompute
@@ -86,19 +86,25 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A decoder-only transformer: pre-norm, learned or rotary positions, a tied or separate head.
 
-    tokens -> embedding (+ position), dropout -> L blocks -> norm -> logits.
+    tokens -> embedding (+ position), dropout -> L blocks -> norm -> logits. Activations have
+    `dtype`.
     """
 
-    positions: DTensor  # [s, h], where they are learned
-    lm_head: DTensor  # [v, h], where it is not tied
+    positions: Tensor  # [s, h], where they are learned
+    lm_head: Tensor  # [v, h], where it is not tied
 
     def __init__(
-        self, config: ModelConfig, vocab_size: int, mesh: Mesh, recompute: Recompute = "none"
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        mesh: Mesh,
+        recompute: Recompute = "none",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.config, self.vocab_size, self.mesh = config, vocab_size, mesh
         weights = model_weights(config, vocab_size)
-        self.embedding = VocabParallelEmbedding(weights["embedding.weight"], mesh)
+        self.embedding = VocabParallelEmbedding(weights["embedding.weight"], mesh, dtype)
         self.has_learned_positions = "positions" in weights
         if table := weights.get("positions"):
             # Looked up on the sequence shard, after the reduce-scatter of the embedding.
@@ -139,7 +145,7 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x, context)
         x = self.norm(x)
-        head = (self.embedding.weight if self.is_tied else self.lm_head).to_local()  # [v/t, h]
+        head = (self.embedding.weight if self.is_tied else self.lm_head).to(x.dtype)  # [v/t, h]
         if targets is None:
             logits = vocab_parallel_logits(x, head, self.mesh, logits_to_keep)  # [s, b, v/t]
             return gather_vocabulary(logits, self.mesh, self.vocab_size).transpose(0, 1)
@@ -150,6 +156,6 @@ class GPT(nn.Module):
         """Embed tokens (and learned positions), then dropout; `[s, b]` to `[s/t, b, h]`."""
         x = self.embedding(tokens)  # [s/t, b, h]
         if self.has_learned_positions:
-            x = x + lookup(self.positions.to_local(), sequence_shard(positions, self.mesh))
+            x = x + lookup(self.positions, sequence_shard(positions, self.mesh), x.dtype)
         dropout, layer = self.config.hidden_dropout, -1  # the site before layer 0
         return dropout_add(x, None, dropout, stream, layer, AFTER_EMBEDDING, self.mesh)

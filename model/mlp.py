@@ -37,7 +37,7 @@ _ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
 class MLP(nn.Module):
     """y = down(activation(up(x))), or gated down(activation(up(x), gate(x))).
 
-    `[s/t, b, h]` in and out. up and gate are separate weights that share one gather.
+    `[s/t, b, h]` in and out. up and gate share one gather and one matmul.
     """
 
     def __init__(

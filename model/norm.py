@@ -1,7 +1,6 @@
 """Normalisation of each token over its channels."""
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from configs.schema import ModelConfig
@@ -13,8 +12,8 @@ from parallel import Mesh, declare_parameter
 class LayerNorm(nn.Module):
     """y = (x - mean) / sqrt(var + epsilon) * w + b, over the last dim (Ba et al. 2016)."""
 
-    weight: DTensor
-    bias: DTensor
+    weight: Tensor
+    bias: Tensor
 
     def __init__(self, weights: Weights, epsilon: float, mesh: Mesh, grad_is_partial: bool) -> None:
         super().__init__()
@@ -23,7 +22,7 @@ class LayerNorm(nn.Module):
             declare_parameter(self, name, spec, mesh, grad_is_partial=grad_is_partial)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.to_local(), self.bias.to_local()
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         return F.layer_norm(x, weight.shape, weight, bias, self.epsilon)
 
 
@@ -35,7 +34,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 class RMSNorm(nn.Module):
     """`rms_norm` with a weight, compiled because torch has no fused kernel for it on a CPU."""
 
-    weight: DTensor
+    weight: Tensor
 
     def __init__(self, weights: Weights, epsilon: float, mesh: Mesh, grad_is_partial: bool) -> None:
         super().__init__()
@@ -44,7 +43,7 @@ class RMSNorm(nn.Module):
         declare_parameter(self, "weight", weights["weight"], mesh, grad_is_partial=grad_is_partial)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.rms_norm(x, self.weight.to_local(), self.epsilon)
+        return self.rms_norm(x, self.weight.to(x.dtype), self.epsilon)
 
 
 _NORMS = {"LayerNorm": LayerNorm, "RMSNorm": RMSNorm}

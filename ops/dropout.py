@@ -1,14 +1,17 @@
 """Dropout whose mask is a hash, recomputed in backward instead of stored.
 
-Each sample has a 64-bit key, and each of its elements a 32-bit counter: position x channels +
-channel. Two rounds of multiplication and xorshift mix counter and key, so any part of a mask can be
-computed by itself.
+Each sample has a 64-bit key for each place in the model with dropout, and each of its elements a
+32-bit counter: position x channels + channel. Two rounds of multiplication and xorshift mix counter
+and key, so any part of a mask can be computed by itself.
 """
 
 import functools
+import struct
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
 from ops.compile import maybe_compile
@@ -17,6 +20,26 @@ from ops.compile import maybe_compile
 # near one half.
 _MULTIPLIER_1 = 0x7FEB352D
 _MULTIPLIER_2 = 0x846CA68B - (1 << 32)  # the same bits as a signed 32-bit integer
+
+
+def dropout_keys(seed: int, step: int, samples: Sequence[int], num_layers: int) -> Tensor:
+    """The keys of all sites for a micro-batch, `[1 + 2 L, 2, b]` int32; rows by `site_index`.
+
+    `samples` `[b]` are counted over the whole run and all ranks.
+    """
+    sites = [(-1, 0), *((layer, site) for layer in range(num_layers) for site in (1, 2))]
+    digests = b"".join(
+        xxhash.xxh3_64_digest(struct.pack("<5q", seed, step, layer, site, sample))
+        for layer, site in sites
+        for sample in samples
+    )
+    keys = torch.frombuffer(bytearray(digests), dtype=torch.int32)
+    return keys.view(len(sites), len(samples), 2).transpose(1, 2).contiguous()
+
+
+def site_index(layer: int, site: int) -> int:
+    """The row of `dropout_keys`: site 0 is before layer 0, sites 1 and 2 are in each layer."""
+    return 2 * layer + site if site else 0
 
 
 def keep_mask(shape: torch.Size, first_position: int, rate: float, keys: Tensor) -> Tensor:

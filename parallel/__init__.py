@@ -8,7 +8,7 @@ from parallel.collectives import (
     gather_json,
     is_blocking_frame,
     move_to,
-    sum_flags,
+    sum_on_host,
     sum_over,
     synchronize,
 )
@@ -17,7 +17,12 @@ from parallel.data_parallel import (
     set_gradient_sync,
     shard_over_data_parallel,
 )
-from parallel.gradients import are_finite, clip_gradients, sum_partial_gradients
+from parallel.gradients import (
+    are_finite,
+    clip_gradients,
+    squared_norm,
+    sum_partial_gradients,
+)
 from parallel.heartbeats import Heartbeats
 from parallel.layers import (
     MergedColumnParallelLinear,
@@ -30,12 +35,10 @@ from parallel.loss import Losses, vocab_parallel_loss
 from parallel.mappings import gather_vocabulary, sequence_shard
 from parallel.mesh import Mesh, close_mesh, init_mesh, wait_for_all_ranks
 from parallel.parameters import (
+    LocalShard,
     declare_parameter,
     initialise_parameters,
-    local_part,
-    local_slices,
-    parameter_facts,
-    tp_shard_dim,
+    local_shards,
 )
 from parallel.randomness import DropoutStream, dropout_add, fold_seed
 from parallel.replica_check import compare_replicas
@@ -46,6 +49,7 @@ __all__ = [
     "DeviceError",
     "DropoutStream",
     "Heartbeats",
+    "LocalShard",
     "Losses",
     "MergedColumnParallelLinear",
     "Mesh",
@@ -66,21 +70,19 @@ __all__ = [
     "initialise_parameters",
     "is_blocking_frame",
     "is_transport_frame",
-    "local_part",
-    "local_slices",
+    "local_shards",
     "lookup",
     "lost_connection",
     "machine_id",
     "move_to",
-    "parameter_facts",
     "sequence_shard",
     "set_gradient_sync",
     "shard_over_data_parallel",
-    "sum_flags",
+    "squared_norm",
+    "sum_on_host",
     "sum_over",
     "sum_partial_gradients",
     "synchronize",
-    "tp_shard_dim",
     "vocab_parallel_logits",
     "vocab_parallel_loss",
     "wait_for_all_ranks",

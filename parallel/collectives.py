@@ -5,7 +5,7 @@ must not write into a tensor that autograd has saved.
 
 [Note: agreement]
 A branch that only some ranks take deadlocks at the next collective. So facts that one rank knows
-(a signal, a full disk) are shared first: `any_rank`, `sum_flags`, `gather_json`.
+(a signal, a full disk) are shared first: `any_rank`, `sum_on_host`, `gather_json`.
 """
 
 import json
@@ -55,9 +55,9 @@ def move_to(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for all work queued on a device."""
+    """Wait for the work queued on a device."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.current_stream(device).synchronize()
 
 
 def is_blocking_frame(code: CodeType) -> bool:
@@ -124,15 +124,22 @@ def sum_over(axis: Axis, values: Tensor) -> Tensor:
     return values
 
 
+def sum_on_host(mesh: Mesh, values: Tensor, flags: Sequence[float]) -> list[float]:
+    """Sum float64 `values` `[n]` of the device, and `flags`, over all ranks: the wait of a step.
+
+    Waits for the device once and makes one all-reduce, on the host even if the device is a GPU.
+    Every rank gets the same sums.
+    """
+    on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+    on_host.copy_(values, non_blocking=True)
+    synchronize(mesh.device)
+    on_host = torch.cat([on_host, torch.tensor(flags, dtype=values.dtype)])
+    return cast(list[float], sum_over(mesh.world, on_host).tolist())
+
+
 def any_rank(mesh: Mesh, flag: bool) -> bool:
     """Whether the flag is true on any rank."""
-    return sum_flags(mesh, [flag]) != [0]
-
-
-def sum_flags(mesh: Mesh, flags: Sequence[bool]) -> list[int]:
-    """On how many ranks each flag is true; one all-reduce."""
-    counts = move_to(torch.tensor(flags, dtype=torch.int32), mesh.device)
-    return cast(list[int], move_to(sum_over(mesh.world, counts), "cpu").tolist())
+    return sum_over(mesh.world, torch.tensor([flag], dtype=torch.int32)).item() > 0
 
 
 def gather_json(mesh: Mesh, report: Any) -> list[Any]:

@@ -1,7 +1,8 @@
 """Data parallelism: PyTorch's FSDP2 on the dp axis, configured to sum gradients.
 
-Master weights, gradients and optimizer state are float32 and sharded over dp; forward and backward
-use gathered copies in the compute dtype. One rank takes the same path.
+Weights, gradients and optimizer state are float32 and sharded over dp; forward and backward use
+gathered copies in the compute dtype. One dp rank needs none of this: its layers cast the weights
+they use, and autograd adds the gradients of micro-batches in float32.
 """
 
 from collections.abc import Iterable
@@ -23,11 +24,13 @@ def shard_over_data_parallel(
     overlap: bool,
     one_sum_per_step: bool,
 ) -> None:
-    """Wrap each block, and the rest of the model as the root, in FSDP2.
+    """Wrap each block, and the rest of the model as the root, in FSDP2 if there are dp ranks.
 
     Embedding, positions, final norm and head stay together in the root: FSDP2 would free a tied
     embedding of its own between its two uses. `overlap` and `one_sum_per_step`: see dp_overlap.py.
     """
+    if mesh.dp.size == 1:
+        return
     blocks = list(blocks)
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -39,7 +42,7 @@ def shard_over_data_parallel(
         # summed, not averaged. gloo needs both settings.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    if overlap and mesh.device.type == "cpu" and mesh.dp.size > 1:
+    if overlap and mesh.device.type == "cpu":
         overlap_on_cpu(model, blocks, one_sum_per_step)
 
 
@@ -48,7 +51,8 @@ def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
 
     If not, they accumulate unsharded in float32: less traffic, more memory.
     """
-    assert isinstance(model, FSDPModule)
+    if not isinstance(model, FSDPModule):
+        return
     if enabled and hasattr(model, "deferred"):  # FSDP2 would add to a sum that is still running
         assert all(parameter.grad is None for parameter in model.parameters())
     model.set_requires_gradient_sync(enabled)

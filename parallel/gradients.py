@@ -1,9 +1,10 @@
 """Gradients after the backward pass: sum the partial ones over tp, then clip by the global norm.
 
-FSDP2 has summed every gradient over dp and leaves each rank its float32 shard.
+Each rank has its float32 shard of every gradient, summed over micro-batches and dp.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,40 +12,41 @@ from torch import Tensor, nn
 from parallel.collectives import move_to, sum_over
 from parallel.dp_overlap import await_gradients
 from parallel.mesh import Mesh
-from parallel.parameters import parameter_facts, tp_shard_dim
+from parallel.parameters import LocalShard, local_shards
 
 
 def sum_partial_gradients(model: nn.Module, mesh: Mesh) -> None:
     """Sum over tp the gradients that are partial (see parameters.py); one all-reduce for all."""
     await_gradients(model)
-    facts = parameter_facts(model)
-    partial = [
-        parameter.grad.to_local().view(-1)  # type: ignore[union-attr]
-        for name, parameter in model.named_parameters()
-        if facts[name].grad_is_partial
-    ]
+    gradients = _gradient_shards(model)
+    partial = [gradient.tensor.view(-1) for gradient in gradients if gradient.grad_is_partial]
     if partial:
         summed = sum_over(mesh.tp, torch.cat(partial))
         torch._foreach_copy_(partial, list(summed.split([grad.numel() for grad in partial])))
 
 
-def clip_gradients(model: nn.Module, largest_norm: float, mesh: Mesh) -> Tensor:
-    """Scale all gradients so that their global norm is at most `largest_norm`; 0: never scale.
+def squared_norm(model: nn.Module, mesh: Mesh) -> Tensor:
+    """This rank's share of the squared global norm of the gradients, a float64 scalar.
 
-    Returns the norm before scaling, a float64 scalar, the same on every rank. A gradient that is
-    replicated over tp counts once. One all-reduce.
+    The sum over all ranks is the squared norm: a gradient that is replicated over tp counts once.
     """
-    gradients, counted = [], []
-    for parameter in model.parameters():
-        gradient = parameter.grad.to_local()  # type: ignore[union-attr]
-        gradients.append(gradient)
-        if tp_shard_dim(parameter) is not None or mesh.tp.rank == 0:
-            counted.append(gradient)
-    norm = sum_over(mesh.world, _norms(counted).square().sum()).sqrt()
-    if largest_norm > 0:
-        scale = (largest_norm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, scale.float())
-    return norm
+    counted = [
+        gradient.tensor
+        for gradient in _gradient_shards(model)
+        if gradient.tp_dim is not None or mesh.tp.rank == 0
+    ]
+    return _norms(counted).square().sum()
+
+
+def clip_gradients(model: nn.Module, norm: float, largest_norm: float) -> None:
+    """Scale all gradients, whose global norm is `norm`, so that it is at most `largest_norm`."""
+    if (scale := largest_norm / (norm + 1e-6)) < 1.0:
+        gradients = [gradient.tensor for gradient in _gradient_shards(model)]
+        torch._foreach_mul_(gradients, scale)
+
+
+def _gradient_shards(model: nn.Module) -> list[LocalShard]:
+    return list(local_shards(model, lambda parameter: cast(Tensor, parameter.grad)).values())
 
 
 def are_finite(tensors: Sequence[Tensor]) -> bool:

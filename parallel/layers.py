@@ -5,59 +5,19 @@ read `[s, b, h]`. Sources: Shoeybi et al. 2019, section 3 (tensor parallelism); 
 2022, section 4.2.2 (sequence parallelism).
 """
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from configs.weights import Weights, WeightSpec, select
+from configs.weights import Weights, WeightSpec
 from ops.matmul import linear, linear_fp32
 from parallel.mappings import enter_tensor_parallel_region, exit_tensor_parallel_region
 from parallel.mesh import Mesh
-from parallel.overlap import WeightAndBias, column_parallel_linear, row_parallel_linear
+from parallel.overlap import column_parallel_linear, row_parallel_linear
 from parallel.parameters import declare_parameter, shard_range
-
-
-class _ColumnShard(nn.Module):
-    """One weight and bias of a column-parallel layer; computes this rank's columns of Y.
-
-    Sharded by rows, `[out/t, in]`. With fewer row groups than ranks, every rank holds all rows and
-    t / groups ranks use the same group. The gradient of such a weight is partial over tp, because a
-    rank only sees the gradient of the group it uses.
-    """
-
-    weight: DTensor
-    bias: DTensor | None
-
-    def __init__(self, weights: Weights, mesh: Mesh) -> None:
-        super().__init__()
-        self.row_group: tuple[int, int] | None = None  # first row and number of rows, if shared
-        spec = weights["weight"]
-        if spec.tp_dim_at(mesh.tp.size) is None:
-            num_groups = spec.num_row_groups
-            assert num_groups, "a column-parallel weight must be sharded by rows"
-            assert mesh.tp.size % num_groups == 0, f"{num_groups} row groups, tp={mesh.tp.size}"
-            rows = spec.shape[0] // num_groups
-            self.row_group = (mesh.tp.rank * num_groups // mesh.tp.size * rows, rows)
-        for name, spec in weights.items():
-            # The bias sees every position, as the weight does: sharded, its gradient is complete.
-            declare_parameter(self, name, spec, mesh, grad_is_partial=self.row_group is not None)
-        if "bias" not in weights:
-            self.bias = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, *self.local())
-
-    def local(self) -> WeightAndBias:
-        """The weight `[out/t, in]` and bias `[out/t]` that this rank computes with."""
-        weight = self.weight.to_local()
-        bias = None if self.bias is None else self.bias.to_local()
-        if self.row_group is not None:
-            weight = weight.narrow(0, *self.row_group)
-            bias = None if bias is None else bias.narrow(0, *self.row_group)
-        return weight, bias
 
 
 class MergedColumnParallelLinear(nn.Module):
@@ -65,26 +25,68 @@ class MergedColumnParallelLinear(nn.Module):
 
         A = [A_1; ...; A_t]      Y = [Y_1 ... Y_t]      Y_i = X A_i^T + b_i
 
-    Input `[s/t, b, in]`. Output: `[s, b, out/t]` for each weight, in the order of `weights`
-    (`[s, b, out/groups]` if it has fewer row groups than ranks).
+    Input `[s/t, b, in]`. Output: `[s, b, out/t]` for each weight, in the order of `weights`, as
+    views of one tensor.
     Forward: all-gather of X (or nothing). Backward: reduce-scatter (or all-reduce) of dX; with
     overlap also another all-gather of X, of which only the shard is kept.
-    The weights share one gather. Each is its own parameter, so that a shard is one contiguous
-    slice and names do not depend on the layout.
+    The weights share one gather and one matmul: a rank's rows of all of them are one parameter.
+
+    A weight with fewer row groups than ranks is on every rank in full, and t / groups ranks use the
+    same group: the output is `[s, b, out/groups]`, and its gradient is partial over tp.
     """
+
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, weights: Weights, mesh: Mesh) -> None:
         super().__init__()
         self.mesh = mesh
-        for name in dict.fromkeys(name.partition(".")[0] for name in weights):
-            self.add_module(name, _ColumnShard(select(weights, name), mesh))
+        matrices = {name: spec for name, spec in weights.items() if name.endswith("weight")}
+        biases = {name: spec for name, spec in weights.items() if name.endswith("bias")}
+        declare_parameter(self, "weight", matrices, mesh)
+        if biases:
+            # It sees every position, as the weight does: sharded, its gradient is complete.
+            declare_parameter(self, "bias", biases, mesh)
+        else:
+            self.bias = None
+        used = [_used_rows(spec, mesh) for spec in matrices.values()]
+        self.sizes = [stop - start for start, stop, _ in used]  # columns of each output
+        self.rows: list[tuple[int, int]] | None = None  # of the parameter; None: all of them
+        if any(num_rows != stop - start for start, stop, num_rows in used):
+            firsts = itertools.accumulate((num_rows for *_, num_rows in used), initial=0)
+            self.rows = [
+                (first + start, first + stop)
+                for first, (start, stop, _) in zip(firsts, used, strict=False)
+            ]
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        weight = self._used(self.weight).to(x.dtype)
+        bias = None if self.bias is None else self._used(self.bias).to(x.dtype)
         if self.mesh.overlap != "none":
-            weights = [shard.local() for shard in self.children()]  # type: ignore[operator]
-            return column_parallel_linear(x, weights, self.mesh)
-        x = enter_tensor_parallel_region(x, self.mesh)  # [s, b, in]
-        return tuple(shard(x) for shard in self.children())  # each [s, b, out/t]
+            y = column_parallel_linear(x, weight, bias, self.mesh)
+        else:
+            y = linear(enter_tensor_parallel_region(x, self.mesh), weight, bias)
+        return y.split(self.sizes, dim=-1) if len(self.sizes) > 1 else (y,)
+
+    def _used(self, parameter: Tensor) -> Tensor:
+        """The rows of a parameter that this rank computes with."""
+        if self.rows is None:
+            return parameter
+        return torch.cat([parameter[start:stop] for start, stop in self.rows])
+
+
+def _used_rows(spec: WeightSpec, mesh: Mesh) -> tuple[int, int, int]:
+    """Start and end of the rows of its part of a weight that a rank uses, and how many it has."""
+    num_rows, t = spec.shape[0], mesh.tp.size
+    if spec.tp_dim_at(t) is not None:
+        start, stop = shard_range(num_rows, t, mesh.tp.rank)
+        return 0, stop - start, stop - start
+    num_groups = spec.num_row_groups
+    assert num_groups, "a column-parallel weight must be sharded by rows"
+    assert t % num_groups == 0, f"{num_groups} row groups, tp={t}"
+    size = num_rows // num_groups
+    start = mesh.tp.rank * num_groups // t * size
+    return start, start + size, num_rows
 
 
 class RowParallelLinear(nn.Module):
@@ -98,8 +100,8 @@ class RowParallelLinear(nn.Module):
     parallelism it sees only s/t positions, so its gradient is partial.
     """
 
-    weight: DTensor
-    bias: DTensor | None
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, weights: Weights, mesh: Mesh) -> None:
         super().__init__()
@@ -111,12 +113,13 @@ class RowParallelLinear(nn.Module):
             self.bias = None
 
     def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.to(x.dtype)
         if self.mesh.overlap != "none":
-            y = row_parallel_linear(x, self.weight.to_local(), self.mesh)
+            y = row_parallel_linear(x, weight, self.mesh)
         else:
-            y = linear(x, self.weight.to_local())  # [s, b, out], a partial sum
+            y = linear(x, weight)  # [s, b, out], a partial sum
             y = exit_tensor_parallel_region(y, self.mesh)  # [s/t, b, out]
-        return y if self.bias is None else y + self.bias.to_local()
+        return y if self.bias is None else y + self.bias.to(x.dtype)
 
 
 class _Lookup(torch.autograd.Function):
@@ -142,33 +145,33 @@ class _Lookup(torch.autograd.Function):
         return grad_table.to(grad.dtype), None
 
 
-def lookup(table: Tensor, ids: Tensor) -> Tensor:
+def lookup(table: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
     """Look up rows of a table, `[rows, h]` and `[...]` to `[..., h]`; sums dA in float32."""
-    return _Lookup.apply(table, ids)
+    return _Lookup.apply(table, ids).to(dtype)
 
 
 class VocabParallelEmbedding(nn.Module):
     """Rows of a table that is sharded by vocabulary over tp.
 
-    Input: token ids `[s, b]`, the same on all tp ranks. Output `[s/t, b, h]`.
+    Input: token ids `[s, b]`, the same on all tp ranks. Output `[s/t, b, h]` in `dtype`.
     A rank looks up its own ids and writes zeros for the others; the sum over tp is the lookup.
     Forward: reduce-scatter (or all-reduce). Backward: all-gather (or nothing).
     """
 
-    weight: DTensor
+    weight: Tensor
 
-    def __init__(self, weight: WeightSpec, mesh: Mesh) -> None:
+    def __init__(self, weight: WeightSpec, mesh: Mesh, dtype: torch.dtype) -> None:
         super().__init__()
-        self.mesh = mesh
+        self.mesh, self.dtype = mesh, dtype
         self.first_id, self.end_id = shard_range(weight.shape[0], mesh.tp.size, mesh.tp.rank)
         declare_parameter(self, "weight", weight, mesh)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        table = self.weight.to_local()
         if self.mesh.tp.size == 1:
-            return lookup(table, tokens)
+            return lookup(self.weight, tokens, self.dtype)
         elsewhere = (tokens < self.first_id) | (tokens >= self.end_id)
-        rows = lookup(table, (tokens - self.first_id).masked_fill(elsewhere, 0))
+        ids = (tokens - self.first_id).masked_fill(elsewhere, 0)
+        rows = lookup(self.weight, ids, self.dtype)
         rows = rows.masked_fill(elsewhere.unsqueeze(-1), 0.0)  # [s, b, h]
         return exit_tensor_parallel_region(rows, self.mesh)  # [s/t, b, h]
 

@@ -87,7 +87,7 @@ def init_mesh(
             # FSDP2 over several ranks, because it would delay FSDP2's own streams.
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(torch_device)
-    backend = "nccl" if use_cuda else cpu_backend(share_memory)
+    backend = "cpu:gloo,cuda:nccl" if use_cuda else cpu_backend(share_memory)
     if store is not None:
         dist.init_process_group(
             backend,

@@ -24,7 +24,6 @@ Sources: Korthikanti et al. 2022, section 4.2.2 (gathering the shard again); Wan
 "Overlap Communication with Dependent Computation via Decomposition" (chunks).
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,37 +42,28 @@ from parallel.mesh import Mesh
 
 _NUM_CHUNKS = 4  # of each shard, where both directions overlap
 
-WeightAndBias = tuple[Tensor, Tensor | None]
-
 
 class _ColumnParallel(torch.autograd.Function):
-    """Y_w = X A_w^T + b_w.     dX = sum_w dY_w A_w.     dA_w = dY_w^T X.     db_w = sum_s dY_w."""
+    """Y = X A^T + b.     dX = dY A.     dA = dY^T X.     db = sum of dY over positions."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mesh: Mesh, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        weights = [tensor for tensor in tensors[::2] if tensor is not None]
+    def forward(ctx: Any, x: Tensor, mesh: Mesh, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.mesh = mesh
-        ctx.save_for_backward(x, *weights)
-        matrices = [weight.t() for weight in weights]
-        outputs, _ = _gather_and_multiply(x, matrices, tensors[1::2], mesh)
-        return tuple(outputs)
+        ctx.save_for_backward(x, weight)
+        return _gather_and_multiply(x, weight.t(), bias, mesh)[0]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        mesh, (x, *weights) = ctx.mesh, ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        mesh, (x, weight) = ctx.mesh, ctx.saved_tensors
         gathering = start_all_gather(x, mesh.tp) if mesh.sequence_parallel else Pending(x)
-        grad_x = matmul(_rows(grads[0]), weights[0])
-        for grad, weight in zip(grads[1:], weights[1:], strict=True):
-            grad_x += matmul(_rows(grad), weight)
-        grad_x = grad_x.view(*grads[0].shape[:-1], -1)  # [s, b, in], a partial sum
+        grads = _rows(grad)
+        grad_x = matmul(grads, weight).view(*grad.shape[:-1], -1)  # [s, b, in], a partial sum
         rows = _rows(gathering.wait())
         summing = start_tp_reduce(grad_x, mesh)
-        weight_grads: list[Tensor | None] = []
-        for number, grad in enumerate(grads):
-            needs_weight, needs_bias = ctx.needs_input_grad[2 + 2 * number : 4 + 2 * number]
-            weight_grads.append(matmul(_rows(grad).t(), rows) if needs_weight else None)
-            weight_grads.append(_rows(grad).sum(dim=0) if needs_bias else None)
-        return summing.wait(), None, *weight_grads
+        _, _, needs_weight, needs_bias = ctx.needs_input_grad
+        grad_weight = matmul(grads.t(), rows) if needs_weight else None
+        grad_bias = grads.sum(dim=0) if needs_bias else None
+        return summing.wait(), None, grad_weight, grad_bias
 
 
 class _RowParallel(torch.autograd.Function):
@@ -89,19 +79,17 @@ class _RowParallel(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), ctx.saved = ctx.saved(), None
-        (grad_x,), grad = _gather_and_multiply(grad, [weight], [None], ctx.mesh)
+        grad_x, grad = _gather_and_multiply(grad, weight, None, ctx.mesh)
         grad_weight = matmul(_rows(grad).t(), _rows(x)) if ctx.needs_input_grad[2] else None
         return grad_x, None, grad_weight
 
 
-def column_parallel_linear(
-    x: Tensor, weights: Sequence[WeightAndBias], mesh: Mesh
-) -> tuple[Tensor, ...]:
-    """`gather(x) A^T + b` for each `A` `[out/t, in]`; x `[s/t, b, in]`, results `[s, b, out/t]`.
+def column_parallel_linear(x: Tensor, weight: Tensor, bias: Tensor | None, mesh: Mesh) -> Tensor:
+    """`gather(x) A^T + b` for `A` `[out/t, in]`; x `[s/t, b, in]`, result `[s, b, out/t]`.
 
-    Equal to `enter_tensor_parallel_region` followed by a matmul for each weight.
+    Equal to `enter_tensor_parallel_region` followed by a matmul.
     """
-    return _ColumnParallel.apply(x, mesh, *(tensor for pair in weights for tensor in pair))
+    return _ColumnParallel.apply(x, mesh, weight, bias)
 
 
 def row_parallel_linear(x: Tensor, weight: Tensor, mesh: Mesh) -> Tensor:
@@ -113,21 +101,16 @@ def row_parallel_linear(x: Tensor, weight: Tensor, mesh: Mesh) -> Tensor:
 
 
 def _gather_and_multiply(
-    x: Tensor, matrices: Sequence[Tensor], biases: Sequence[Tensor | None], mesh: Mesh
-) -> tuple[list[Tensor], Tensor]:
-    """Gather x `[s/t, b, k]`; returns its products with each matrix `[k, n]`, and gathered x."""
+    x: Tensor, matrix: Tensor, bias: Tensor | None, mesh: Mesh
+) -> tuple[Tensor, Tensor]:
+    """Gather x `[s/t, b, k]`; returns its product with the matrix `[k, n]`, and gathered x."""
     num_chunks = _num_chunks(x.shape[0], mesh)
     if num_chunks == 1:
         gathered = all_gather(x, mesh.tp) if mesh.sequence_parallel else x
-        outputs = [
-            matmul(_rows(gathered), matrix, bias).view(*gathered.shape[:-1], -1)
-            for matrix, bias in zip(matrices, biases, strict=True)
-        ]
-        return outputs, gathered
+        return matmul(_rows(gathered), matrix, bias).view(*gathered.shape[:-1], -1), gathered
     # [t, chunks, positions of a chunk, b, ...]; flattened, it is [s, b, ...] in order.
     shape = (mesh.tp.size, num_chunks, x.shape[0] // num_chunks, x.shape[1])
-    gathered = x.new_empty(*shape, x.shape[2])
-    outputs = [x.new_empty(*shape, matrix.shape[1]) for matrix in matrices]
+    gathered, output = x.new_empty(*shape, x.shape[2]), x.new_empty(*shape, matrix.shape[1])
     chunks = x.chunk(num_chunks)
     gathering = start_all_gather(chunks[0], mesh.tp)
     for number in range(num_chunks):
@@ -135,10 +118,9 @@ def _gather_and_multiply(
         if number + 1 < num_chunks:
             gathering = start_all_gather(chunks[number + 1], mesh.tp)
         gathered[:, number] = chunk.view_as(gathered[:, number])
-        for output, matrix, bias in zip(outputs, matrices, biases, strict=True):
-            product = matmul(_rows(chunk), matrix, bias)
-            output[:, number] = product.view_as(output[:, number])
-    return [output.flatten(0, 2) for output in outputs], gathered.flatten(0, 2)
+        product = matmul(_rows(chunk), matrix, bias)
+        output[:, number] = product.view_as(output[:, number])
+    return output.flatten(0, 2), gathered.flatten(0, 2)
 
 
 def _multiply_and_sum(x: Tensor, matrix: Tensor, mesh: Mesh) -> Tensor:

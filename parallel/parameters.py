@@ -1,10 +1,12 @@
-"""Parameters, the facts about them that layers declare, and which slice of each a rank holds.
+"""Parameters, the facts about them that layers declare, and which slice of each weight a rank has.
 
 [Note: parameters]
-A parameter is a DTensor on the tp axis. FSDP2, clipping and checkpoints read its global shape and
-its sharding; layers call `.to_local()` once and compute on plain tensors. The remaining facts are
-kept on the module, because FSDP2 replaces the parameter object: the initial distribution, and
-whether the gradient is partial over tp.
+A parameter is a plain float32 tensor: this rank's shard over tp of one weight, or of several that
+are multiplied at once, stacked by rows. Layers cast it to the dtype of their input; where FSDP2
+gathers it, that has happened. What a plain tensor cannot say is declared where the parameter is
+created and kept on its module, because FSDP2 replaces the parameter object. Checkpoints, clipping
+and initialisation see weights, not parameters: `local_shards` gives this rank's part of each weight
+and its place in the whole.
 
 [Note: partial gradients]
 With sequence parallelism a tp rank sees s/t of the positions. A replicated weight used there (a
@@ -12,20 +14,20 @@ norm, a row-parallel bias, a position table) gets a gradient summed over those p
 true gradient is the sum over tp. The gradient of a tp-sharded weight is always complete.
 
 [Note: sharding]
-A weight is sharded over tp by rows, by columns or not at all, and each tp shard over dp by rows.
-Shards are those of torch.chunk: ceil(size / parts) rows each, the last ones fewer. Nothing is
-padded: a vocabulary of 603 rows over two ranks is 302 + 301.
+A weight is sharded over tp by rows, by columns or not at all. FSDP2 shards each parameter over dp
+by rows. Shards are those of torch.chunk: ceil(size / parts) rows each, the last ones fewer. Nothing
+is padded: a vocabulary of 603 rows over two ranks is 302 + 301.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor
 
-from configs.weights import WeightSpec
-from parallel.mesh import Axis, Mesh
+from configs.weights import Weights, WeightSpec
+from parallel.mesh import Mesh
 from parallel.randomness import fold_seed
 
 
@@ -35,101 +37,127 @@ def shard_range(size: int, parts: int, index: int) -> tuple[int, int]:
     return min(index * chunk, size), min((index + 1) * chunk, size)
 
 
-def local_slices(
-    global_shape: Sequence[int], tp_dim: int | None, tp: Axis, dp: Axis
-) -> tuple[slice, ...]:
-    """A rank's part of a tensor sharded over tp (along `tp_dim`) and dp, as slices of the whole."""
-    starts, stops = [0] * len(global_shape), list(global_shape)
-    if tp_dim is not None:
-        starts[tp_dim], stops[tp_dim] = shard_range(global_shape[tp_dim], tp.size, tp.rank)
-    first, last = shard_range(stops[0] - starts[0], dp.size, dp.rank)
-    starts[0], stops[0] = starts[0] + first, starts[0] + last
-    return tuple(slice(start, stop) for start, stop in zip(starts, stops, strict=True))
+@dataclass(frozen=True)
+class _Declared:
+    """What a layer declares about one weight in a parameter."""
 
+    spec: WeightSpec
+    first_row: int  # in the parameter
+    slices: tuple[slice, ...]  # this tp rank's part of the whole
+    grad_is_partial: bool  # over the tp axis, see [Note: partial gradients]
+    mesh: Mesh
 
-def tp_shard_dim(tensor: Tensor) -> int | None:
-    """The dim along which a parameter is sharded over tp, None if it is replicated."""
-    assert isinstance(tensor, DTensor), "create parameters with declare_parameter"
-    placement = tensor.placements[-1]  # tp is the last axis of the mesh
-    return placement.dim if placement.is_shard() else None  # type: ignore[attr-defined]
-
-
-def local_part(tensor: Tensor, mesh: Mesh) -> tuple[slice, ...]:
-    """The part of a parameter that this rank holds; split over dp only if FSDP2 has wrapped it."""
-    assert isinstance(tensor, DTensor), "create parameters with declare_parameter"
-    dp = mesh.dp if tensor.device_mesh.ndim > 1 else Axis(1, 0, mesh.dp.group)
-    return local_slices(tensor.shape, tp_shard_dim(tensor), mesh.tp, dp)
+    @property
+    def num_rows(self) -> int:
+        return self.slices[0].stop - self.slices[0].start
 
 
 @dataclass(frozen=True)
-class ParameterFacts:
-    """What a parameter's DTensor cannot say."""
+class LocalShard:
+    """This rank's part of a weight, or of its gradient or moment, and its place in the whole."""
 
-    spec: WeightSpec
+    tensor: Tensor  # shares the memory of the parameter, gradient or moment
+    global_shape: tuple[int, ...]
+    slices: tuple[slice, ...]  # of the whole
+    tp_dim: int | None  # the dim sharded over tp; None: every tp rank has the same
     grad_is_partial: bool  # over the tp axis, see [Note: partial gradients]
-    mesh: Mesh
 
 
 def declare_parameter(
     module: nn.Module,
     name: str,
-    spec: WeightSpec,
+    weights: WeightSpec | Weights,
     mesh: Mesh,
     *,
     grad_is_partial: bool = False,
 ) -> None:
-    """Register `module.name` on the meta device: it has no memory and no values yet."""
-    local_shape, tp_dim = list(spec.shape), spec.tp_dim_at(mesh.tp.size)
-    placement: Placement = Replicate()
-    if tp_dim is not None:
-        start, stop = shard_range(spec.shape[tp_dim], mesh.tp.size, mesh.tp.rank)
-        local_shape[tp_dim] = stop - start
-        placement = Shard(tp_dim)
-    parameter = DTensor.from_local(
-        torch.empty(local_shape, device="meta"),
-        mesh.device_mesh["tp"],
-        [placement],
-        run_check=False,
-        shape=torch.Size(spec.shape),
-        stride=torch.empty(spec.shape, device="meta").stride(),
-    )
-    module.register_parameter(name, nn.Parameter(parameter))
-    module.__dict__.setdefault("facts", {})[name] = ParameterFacts(spec, grad_is_partial, mesh)
+    """Register `module.name` on the meta device: it has no memory and no values yet.
+
+    It holds one weight, or several with equal rows, which checkpoints know by their own names.
+    """
+    if isinstance(weights, WeightSpec):
+        weights = {name: weights}
+    declared, num_rows = {}, 0
+    for weight_name, spec in weights.items():
+        tp_dim = spec.tp_dim_at(mesh.tp.size)
+        slices = [slice(0, size) for size in spec.shape]
+        if tp_dim is not None:
+            slices[tp_dim] = slice(*shard_range(spec.shape[tp_dim], mesh.tp.size, mesh.tp.rank))
+        # A rank that uses some rows of a weight that all have only sees the gradient of those.
+        is_partial = grad_is_partial or tp_dim != spec.tp_dim
+        one = _Declared(spec, num_rows, tuple(slices), is_partial, mesh)
+        declared[weight_name] = one
+        num_rows += one.num_rows
+    row_shape = [part.stop - part.start for part in slices[1:]]
+    empty = torch.empty(num_rows, *row_shape, dtype=torch.float32, device="meta")
+    module.register_parameter(name, nn.Parameter(empty))
+    module.__dict__.setdefault("declared", {})[name] = declared
 
 
-def parameter_facts(model: nn.Module) -> dict[str, ParameterFacts]:
-    """The facts of every parameter of a model, by its full name."""
-    return {
-        f"{prefix}.{name}" if prefix else name: facts
-        for prefix, module in model.named_modules()
-        for name, facts in module.__dict__.get("facts", {}).items()
-    }
+def _declarations(
+    model: nn.Module,
+) -> Iterator[tuple[str, nn.Parameter, dict[str, _Declared]]]:
+    """The prefix of the names, the parameter and its weights, for each parameter of a model."""
+    for path, module in model.named_modules():
+        for name, declared in module.__dict__.get("declared", {}).items():
+            yield f"{path}." if path else "", getattr(module, name), declared
+
+
+def local_shards(
+    model: nn.Module, of: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter
+) -> dict[str, LocalShard]:
+    """This rank's part of every weight of a model, by name.
+
+    `of` maps a parameter to a tensor of its layout, such as its gradient. On several dp ranks the
+    parameters must not be gathered at the moment.
+    """
+    shards = {}
+    for prefix, parameter, declared in _declarations(model):
+        tensor, first = of(parameter).detach(), 0
+        if isinstance(tensor, DTensor):  # FSDP2 has sharded its rows over dp
+            num_rows, axis = tensor.shape[0], tensor.device_mesh
+            first, _ = shard_range(num_rows, axis.size(), axis.get_local_rank())
+            tensor = tensor.to_local()
+        for name, one in declared.items():
+            # The rows of the parameter that are of this weight and that this dp rank has.
+            start = max(one.first_row, first)
+            stop = max(start, min(one.first_row + one.num_rows, first + tensor.shape[0]))
+            start_in_whole = one.slices[0].start + start - one.first_row
+            rows = slice(start_in_whole, start_in_whole + stop - start)
+            shards[prefix + name] = LocalShard(
+                tensor if len(declared) == 1 else tensor[start - first : stop - first],
+                one.spec.shape,
+                (rows, *one.slices[1:]),
+                one.spec.tp_dim_at(one.mesh.tp.size),
+                one.grad_is_partial,
+            )
+    return shards
 
 
 @torch.no_grad()
 def initialise_parameters(model: nn.Module, seed: int, mesh: Mesh) -> None:
-    """Set initial values, a function of the seed and the parameter's name on every layout.
+    """Set initial values, a function of the seed and the weight's name on every layout.
 
-    A tensor is drawn in full on the CPU, then sliced; only one full tensor is in memory at a time.
+    A weight is drawn in full on the CPU, then sliced; only one full weight is in memory at a time.
     Raises RuntimeError if a layer was created for another mesh, as layers cannot mix sequence
     parallelism on and off.
     """
-    facts = parameter_facts(model)
-    for name, parameter in model.named_parameters():
-        spec, of_layer = facts[name].spec, facts[name].mesh
-        if of_layer is not mesh:
-            raise RuntimeError(
-                f"{name} was created with tp={of_layer.tp.size}, sequence_parallel="
-                f"{of_layer.sequence_parallel}, but the model has tp={mesh.tp.size}, "
-                f"sequence_parallel={mesh.sequence_parallel}; give all layers the same mesh"
-            )
-        assert isinstance(parameter, DTensor), f"{name} was not created by declare_parameter"
-        local = parameter.to_local()
+    specs = {}
+    for prefix, _, declared in _declarations(model):
+        for name, one in declared.items():
+            specs[prefix + name], of_layer = one.spec, one.mesh
+            if of_layer is not mesh:
+                raise RuntimeError(
+                    f"{prefix}{name} was created with tp={of_layer.tp.size}, sequence_parallel="
+                    f"{of_layer.sequence_parallel}, but the model has tp={mesh.tp.size}, "
+                    f"sequence_parallel={mesh.sequence_parallel}; give all layers the same mesh"
+                )
+    for name, shard in local_shards(model).items():
+        spec = specs[name]
         if spec.init_std == 0.0:
-            local.fill_(spec.init_mean)
+            shard.tensor.fill_(spec.init_mean)
             continue
         generator = torch.Generator().manual_seed(fold_seed(seed, name))
         full = torch.empty(spec.shape, dtype=torch.float32)
         full.normal_(spec.init_mean, spec.init_std, generator=generator)
-        mine = local_slices(spec.shape, tp_shard_dim(parameter), mesh.tp, mesh.dp)
-        local.copy_(full[mine])
+        shard.tensor.copy_(full[shard.slices])

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from parallel.collectives import gather_json, move_to
 from parallel.mesh import Axis, Mesh
-from parallel.parameters import tp_shard_dim
+from parallel.parameters import LocalShard
 
 
 class ReplicaMismatch(NamedTuple):
@@ -37,16 +37,14 @@ class ReplicaMismatch(NamedTuple):
 
 
 def compare_replicas(
-    model: nn.Module, tensors: Mapping[str, DTensor], mesh: Mesh
+    model: nn.Module, shards: Mapping[str, LocalShard], mesh: Mesh
 ) -> list[ReplicaMismatch]:
-    """Compare `tensors` (by name) over tp and the gathered weights over dp; empty if all agree.
+    """Compare `shards` (by name) over tp and the gathered weights over dp; empty if all agree.
 
     Every rank must call it and gets the same result. One small all-gather over tp; over dp the
     gathers of a forward pass and a small one per block; then one gather of reports.
     """
-    replicated = {
-        name: tensor.to_local() for name, tensor in tensors.items() if tp_shard_dim(tensor) is None
-    }
+    replicated = {name: one.tensor for name, one in shards.items() if one.tp_dim is None}
     found = _compare(replicated, "tp", mesh.tp)
     if mesh.dp.size > 1:
         found += _compare_gathered(model, mesh)
@@ -65,12 +63,12 @@ def _compare_gathered(model: nn.Module, mesh: Mesh) -> list[ReplicaMismatch]:
         if not isinstance(module, FSDPModule):
             continue
         module.unshard()
-        gathered = {}
         assert isinstance(module, nn.Module)
-        for name, parameter in module.named_parameters(prefix):
-            assert isinstance(parameter, DTensor)
-            if "dp" not in (parameter.device_mesh.mesh_dim_names or ()):
-                gathered[f"gathered {name}"] = parameter.to_local()
+        gathered = {
+            f"gathered {name}": parameter
+            for name, parameter in module.named_parameters(prefix)
+            if not isinstance(parameter, DTensor)  # that is one of a submodule, still sharded
+        }
         found += _compare(gathered, "dp", mesh.dp)
         module.reshard()
     return found

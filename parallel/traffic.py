@@ -1,7 +1,7 @@
 """Record the collectives that this process issues, and a fake mesh to do so without other ranks.
 
 Every collective passes torch's dispatcher, in forward and backward, whether our mappings, FSDP2 or
-a DTensor issues it. A dispatch mode records it there.
+its DTensors issue it. A dispatch mode records it there.
 
 [Note: bytes on a ring]
 Let M be the bytes of the full tensor: after a gather, before a scatter, or as reduced. On a ring of

@@ -21,7 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from configs import Config
 from data import BatchLoader, MicroBatch, StepBatch
 from model import GPT, build_meta_model
-from parallel import Mesh
+from ops.dropout import dropout_keys
+from parallel import Mesh, local_shards
 from parallel.traffic import Collective, fake_mesh, record_traffic
 from planning.memory_log import Allocation, MemoryLog
 from training.optimizer import WEIGHTS, build_optimizer, training_tensors
@@ -163,7 +164,7 @@ def dry_run(config: Config, num_ranks: int, num_traced: int = _NUM_TRACED) -> St
     memory, first_forward = tracer.memory, tracer.spans[0]
     kinds, state = dict[Allocation, str](), dict[str, StateSize]()
     for kind, named in tensors.items():
-        local = {name: tensor.to_local() for name, tensor in named.items()}
+        local = {name: shard.tensor for name, shard in named.items()}
         kinds |= {memory.allocation_of(tensor): kind for tensor in local.values()}
         of_layer = sum(t.nbytes for name, t in local.items() if "blocks.0." in name)
         state[kind] = StateSize(sum(t.nbytes for t in local.values()), of_layer)
@@ -172,7 +173,7 @@ def dry_run(config: Config, num_ranks: int, num_traced: int = _NUM_TRACED) -> St
         allocation: num_bytes
         for allocation, num_bytes in memory.live(first_forward.end).items()
         if allocation.begin >= first_forward.begin
-        and not (allocation in kinds or allocation.was_emptied)
+        and not (allocation in kinds or allocation.is_weight_copy)
     }
     peak, peak_phase = _peak(tracer, kinds)
     step: Counter[Collective] = Counter()
@@ -211,14 +212,19 @@ def _trace_step(
         tensors: dict[str, dict[str, Any]] = {"weights": {}, "gradients": {}, "moments": {}}
         for name, tensor in training_tensors(model, optimizer).items():
             tensors["weights" if name.startswith(WEIGHTS) else "moments"][name] = tensor
-        optimizer.register_step_pre_hook(
-            lambda *_: tensors["gradients"].update((n, p.grad) for n, p in model.named_parameters())
-        )
+        memory.weights = {
+            memory.allocation_of(shard.tensor) for shard in local_shards(model).values()
+        }
+
+        def note_gradients(*_: Any) -> None:
+            tensors["gradients"] |= local_shards(model, lambda p: cast(Tensor, p.grad))
+
+        optimizer.register_step_pre_hook(note_gradients)
         tracer = StepTracer(model, memory, traffic)
         micro_batch = _full_micro_batch(config)
         micro_batches = _TracedList([micro_batch] * num_traced)
         micro_batches.tracer = tracer
-        batch = StepBatch(micro_batches, micro_batch.num_targets * num_traced)
+        batch = StepBatch(micro_batches, micro_batch.num_targets * num_traced, sum_of_lengths=0)
         run = SimpleNamespace(config=config, mesh=mesh, model=model, optimizer=optimizer)
         train_step(cast(Run, run), RunState(wandb_id=""), cast(BatchLoader, iter([batch])))
         tracer.move_to(AFTER)
@@ -238,6 +244,7 @@ def _full_micro_batch(config: Config) -> MicroBatch:
         sample_indices=torch.arange(b),
         num_targets=b * width,
         documents=tokens if masks_documents else None,
+        dropout_keys=dropout_keys(0, 0, range(b), config.model.num_layers),
     )
 
 
@@ -262,7 +269,7 @@ def _peak(tracer: StepTracer, kinds: dict[Allocation, str]) -> tuple[dict[str, i
     for allocation, num_bytes in memory.live(instant).items():
         if allocation in kinds:
             kind = kinds[allocation]
-        elif allocation.was_emptied:
+        elif allocation.is_weight_copy:
             kind = "gathered weights"
         elif allocation in left_behind[BACKWARD]:
             kind = "unsharded gradients"

@@ -28,7 +28,9 @@ class Allocation:
     module: str  # in whose forward it was allocated
     begin: int  # instant of the log
     num_bytes: int = 0  # now
-    was_emptied: bool = False  # freed while tensors still refer to it, as FSDP2 does
+    # Weights to compute with: cast from the parameter, or gathered by FSDP2, which frees the memory
+    # while tensors still refer to it.
+    is_weight_copy: bool = False
 
 
 class MemoryLog(TorchDispatchMode):
@@ -39,6 +41,7 @@ class MemoryLog(TorchDispatchMode):
         self.fake = fake
         self.modules = [""]  # the modules whose forward is running, innermost last
         self.changes: list[tuple[Allocation, int]] = []  # in bytes
+        self.weights: set[Allocation] = set()  # of the parameters; a cast of one is a weight copy
         self._known: dict[int, tuple[weakref.ref[UntypedStorage], Allocation]] = {}  # by address
         # No operation shows when a storage that torch.empty made is emptied and filled again.
         self._resizable: dict[int, tuple[weakref.ref[UntypedStorage], Allocation]] = {}
@@ -55,6 +58,9 @@ class MemoryLog(TorchDispatchMode):
         for tensor in result if isinstance(result, list | tuple) else [result]:
             if self._is_ours(tensor):
                 self._add(tensor, func is torch.ops.aten.empty.memory_format)
+                if func is torch.ops.aten._to_copy.default:
+                    is_cast = self.allocation_of(args[0]) in self.weights
+                    self.allocation_of(tensor).is_weight_copy |= is_cast
         return result
 
     @property
@@ -105,7 +111,7 @@ class MemoryLog(TorchDispatchMode):
         for reference, allocation in tuple(self._resizable.values()):
             storage = reference()
             if storage is not None and storage.nbytes() != allocation.num_bytes:
-                allocation.was_emptied = True
+                allocation.is_weight_copy = True
                 self._resize(allocation, storage.nbytes())
 
     def _resize(self, allocation: Allocation, num_bytes: int) -> None:

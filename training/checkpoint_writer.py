@@ -102,7 +102,7 @@ class CheckpointWriter:
     def _begin(self, state: RunState, *, background: bool) -> None:
         run, self._last_good_step = self.run, state.last_good_step
         tensors = training_tensors(run.model, run.optimizer)
-        local = [tensor.to_local() for tensor in tensors.values()]
+        local = [shard.tensor for shard in tensors.values()]
         num_bytes = sum(tensor.nbytes for tensor in local)
         if background and any_rank(run.mesh, not host_memory_allows(num_bytes)):
             message = "step %d: no memory for a copy of %.1f GiB, so training waits for this save"

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from checkpoints import CheckpointError, delete_checkpoints, find_checkpoint
 from configs import TrainConfig
-from parallel import Mesh, any_rank, compare_replicas
+from parallel import compare_replicas
 from training.optimizer import training_tensors
 from training.resume import load
 from training.run_folder import FatalError
@@ -41,23 +41,20 @@ class ReplicaMismatchError(FatalError):
     exit_code = 6
 
 
-def skip_reason(
-    loss: float, grad_norm: float, state: RunState, config: TrainConfig, mesh: Mesh
-) -> str | None:
-    """Why the update of a step must be skipped, or None; all ranks agree on whether."""
-    reason = None
+def skip_reason(loss: float, grad_norm: float, state: RunState, config: TrainConfig) -> str | None:
+    """Why the update of a step must be skipped, or None; the same on all ranks, as its inputs are.
+
+    A value that is not finite on one rank makes the sum over ranks not finite.
+    """
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        reason = f"the loss is {loss}, the gradient norm {grad_norm}"
-    elif (
+        return f"the loss is {loss}, the gradient norm {grad_norm}"
+    if (
         config.loss_spike_threshold_nats is not None
         and len(state.recent_losses) == RunState.NUM_RECENT
     ):
         median = statistics.median(state.recent_losses)
         if loss > median + config.loss_spike_threshold_nats:
-            reason = f"the loss is {loss:.4f}, the recent median {median:.4f}"
-    # A rank that skipped on its own would diverge from the others.
-    if any_rank(mesh, reason is not None):
-        return reason or "the loss or gradient norm of another rank is not finite"
+            return f"the loss is {loss:.4f}, the recent median {median:.4f}"
     return None
 
 

@@ -38,7 +38,7 @@ def load_for_inference(config: Config, folder: Path, mesh: Mesh, step: int | Non
         tokenizer = load_tokenizer(folder / "tokenizer.model", "the tokenizer of the run")
         require_fingerprint(checkpoint, "tokenizer", tokenizer.fingerprint)
         model = build_inference_model(config, mesh)
-        load_tensors(checkpoint, weight_tensors(model), mesh, prefix=WEIGHTS, converts=True)
+        load_tensors(checkpoint, weight_tensors(model), prefix=WEIGHTS, converts=True)
     return LoadedModel(config, mesh, checkpoint, tokenizer, model)
 
 

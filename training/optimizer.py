@@ -4,10 +4,10 @@ import math
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from configs import Config, OptimizerConfig
+from parallel import LocalShard, local_shards
 
 WEIGHTS = "parameters."  # prefix of the names of parameters in a checkpoint
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
@@ -39,21 +39,17 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
     return optimizer
 
 
-def weight_tensors(model: nn.Module) -> dict[str, DTensor]:
-    """The parameters by their names in a checkpoint."""
-    tensors: dict[str, DTensor] = {}
-    for name, parameter in model.named_parameters():
-        assert isinstance(parameter, DTensor)
-        tensors[f"{WEIGHTS}{name}"] = parameter
-    return tensors
+def weight_tensors(model: nn.Module) -> dict[str, LocalShard]:
+    """This rank's part of the weights, by their names in a checkpoint."""
+    return {f"{WEIGHTS}{name}": shard for name, shard in local_shards(model).items()}
 
 
-def training_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, DTensor]:
-    """All tensors of a checkpoint by name: parameters and both moments of each."""
+def training_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, LocalShard]:
+    """All tensors of a checkpoint by name: weights and both moments of each."""
     tensors = weight_tensors(model)
-    for name, parameter in model.named_parameters():
-        for moment in MOMENTS:
-            tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
+    for moment in MOMENTS:
+        of_weights = local_shards(model, lambda p: optimizer.state[p][moment])  # noqa: B023
+        tensors |= {f"{moment}.{name}": shard for name, shard in of_weights.items()}
     return tensors
 
 

@@ -105,7 +105,7 @@ def resume(run: Run, checkpoint: Checkpoint | None) -> RunState:
 
 def load(run: Run, checkpoint: Checkpoint) -> RunState:
     """Fill model and optimizer from a checkpoint of this run; return its state."""
-    load_tensors(checkpoint, training_tensors(run.model, run.optimizer), run.mesh)
+    load_tensors(checkpoint, training_tensors(run.model, run.optimizer))
     progress = checkpoint.state["progress"]
     progress["recent_losses"] = tuple(progress.get("recent_losses", ()))
     progress["skipped_windows"] = tuple(map(tuple, progress.get("skipped_windows", ())))

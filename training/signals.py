@@ -5,9 +5,12 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from types import FrameType
 
-from parallel import Mesh, sum_flags
+import torch
+
+from parallel import Mesh, sum_on_host
 from training.launcher import stop_when_launcher_dies
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -49,7 +52,14 @@ class StopSignals:
         elif now - self._received_at >= _SECOND_SIGNAL_AFTER_S:
             os._exit(128 + number)
 
-    def agreed(self, mesh: Mesh) -> signal.Signals | None:
-        """The signal for which all ranks stop now, or None; every rank calls this at each step."""
-        counts = sum_flags(mesh, [self.received == number for number in _SIGNALS])
-        return next((number for number, n in zip(_SIGNALS, counts, strict=True) if n), None)
+    def flags(self) -> list[float]:
+        """1.0 for the signal that this rank has received, 0.0 for the others."""
+        return [float(self.received == number) for number in _SIGNALS]
+
+    def agreed(self, sums: Sequence[float]) -> signal.Signals | None:
+        """The signal for which all ranks stop, from the sums over ranks of their flags, or None."""
+        return next((number for number, n in zip(_SIGNALS, sums, strict=True) if n), None)
+
+    def agree_now(self, mesh: Mesh) -> signal.Signals | None:
+        """The signal for which all ranks stop, or None; every rank calls this, between steps."""
+        return self.agreed(sum_on_host(mesh, torch.empty(0, dtype=torch.float64), self.flags()))

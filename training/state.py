@@ -1,5 +1,6 @@
 """Where a run is: the numbers that, with weights and moments, decide its next step."""
 
+import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -34,6 +35,7 @@ class StepResult:
     mean_row_length: float  # over targets: length of their row, or of their document if masked
     elapsed_s: float
     why_skipped: str | None  # why its update was skipped, or None
+    stop: signal.Signals | None = None  # the signal for which all ranks stop after it
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ def training_batches(run: Run, state: RunState) -> BatchLoader:
         run.corpus,
         run.config,
         consumed_samples=state.consumed_samples,
+        first_step=state.step,
         dp_rank=mesh.dp.rank,
         dp_size=mesh.dp.size,
         tp_size=mesh.tp.size,

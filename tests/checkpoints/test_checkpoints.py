@@ -74,7 +74,7 @@ def assert_loads(mesh: Mesh, folder: Path, step: int) -> None:
     assert checkpoint is not None
     assert (checkpoint.step, checkpoint.state) == (step, STATE)
     tensors, expected = make_tensors(mesh, 999), make_tensors(mesh, step)
-    load_tensors(checkpoint, tensors, mesh)
+    load_tensors(checkpoint, tensors)
     for name, tensor in tensors.items():
         assert torch.equal(tensor.to_local(), expected[name].to_local()), name
 
@@ -241,7 +241,7 @@ def test_a_file_truncated_after_its_verification_is_an_error(mesh: Mesh, tmp_pat
     assert checkpoint is not None
     truncate(directory / "rank_00000.safetensors")
     with pytest.raises(CheckpointError, match="truncated"):
-        load_tensors(checkpoint, make_tensors(mesh, 1), mesh)
+        load_tensors(checkpoint, make_tensors(mesh, 1))
 
 
 @distributed(ONE_RANK, Layout(tp=2))
@@ -447,7 +447,7 @@ def test_a_held_checkpoint_is_readable_after_it_is_deleted(mesh: Mesh, tmp_path:
         save(mesh, tmp_path, 2, keep=1)
         assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
         tensors, expected = make_tensors(mesh, 999), make_tensors(mesh, 1)
-        load_tensors(checkpoint, tensors, mesh)
+        load_tensors(checkpoint, tensors)
         for name, tensor in tensors.items():
             assert torch.equal(tensor.to_local(), expected[name].to_local()), name
             assert torch.equal(read_full_tensor(checkpoint, name), expected[name].full_tensor()), (
@@ -605,13 +605,13 @@ def test_another_model_is_refused(mesh: Mesh, tmp_path: Path) -> None:
     tensors = make_tensors(mesh, 1)
     rows = tensors.pop("rows")
     with pytest.raises(CheckpointError, match=r"has unknown \['rows'\]"):
-        load_tensors(checkpoint, tensors, mesh)
+        load_tensors(checkpoint, tensors)
     with pytest.raises(CheckpointError, match=r"lacks \['new'\]"):
-        load_tensors(checkpoint, {**tensors, "rows": rows, "new": rows}, mesh)
+        load_tensors(checkpoint, {**tensors, "rows": rows, "new": rows})
     with pytest.raises(
         CheckpointError, match=r"rows is float32 \[13, 6\], the model has .* \[5, 11\]"
     ):
-        load_tensors(checkpoint, {**tensors, "rows": tensors["columns"]}, mesh)
+        load_tensors(checkpoint, {**tensors, "rows": tensors["columns"]})
 
 
 def rewrite(path: Path, **changes: Any) -> None:

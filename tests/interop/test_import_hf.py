@@ -92,7 +92,7 @@ def load_and_save(mesh: Mesh, run: Path, output: Path) -> None:
     tensors = training_tensors(model, build_optimizer(model, config.optimizer))
     checkpoint = find_checkpoint(run / "checkpoints", mesh)
     assert checkpoint is not None
-    load_tensors(checkpoint, tensors, mesh)
+    load_tensors(checkpoint, tensors)
     for name, tensor in tensors.items():
         assert name.startswith("parameters.") or not tensor.to_local().any(), name
     save = begin_save(output, 0, tensors, checkpoint.state, mesh, background=False)
