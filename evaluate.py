@@ -103,7 +103,7 @@ def parse(arguments: list[str]) -> tuple[Settings, Config]:
                 hub_split=settings.hub_split,
                 hub_revision=settings.hub_revision,
             )
-            config = replace(config, data=replace(data, vocab_size=config.data.vocab_size))
+            config = replace(config, data=replace(data, vocab_size=config.data.padded_vocab_size))
         check_inputs(config)
     return settings, config
 
@@ -136,7 +136,7 @@ def text_to_score(trained: LoadedModel, settings: Settings) -> tuple[Corpus, int
     config, mesh, tokenizer = trained.config, trained.mesh, trained.tokenizer
     with machine_errors_as_user_errors("read the text"):
         if settings.source != "held_out":
-            path = Path(settings.run, "tokenizer.model")
+            path = Path(settings.run, tokenizer.file_name)
             corpus = load_eval_corpus(config.data, tokenizer, path)
             require_same_on_all_ranks(mesh, corpus.fingerprint, "the text")
             return corpus, settings.max_sequences

@@ -20,7 +20,7 @@ _KEYS = ("run.seed", "data.vocab_size", "data.sequence_mode", "data.inter_docume
 def model_card(config: Config, checkpoint: Checkpoint, metrics: Path, architecture: str) -> str:
     """Describe the model, its training data, its quality and how to load it."""
     progress = checkpoint.state["progress"]
-    parameters = num_parameters(config.model, config.data.vocab_size)
+    parameters = num_parameters(config.model, config.data.padded_vocab_size)
     corpus = " and ".join(_corpus(source) for source in config.data.mixture.values())
     settings = {
         key: value

@@ -76,7 +76,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         folder = tmp_path_factory.mktemp("source")
         size = "20KB" if kind == "Llama" else "1GB"
         hf_model(kind, **options).to(dtype).save_pretrained(folder, max_shard_size=size)
-        (folder / "tokenizer.model").write_bytes(small_tokenizer().model)
+        (folder / "tokenizer.model").write_bytes(small_tokenizer().content)
         folders[name] = folder
     return folders
 
