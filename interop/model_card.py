@@ -49,8 +49,8 @@ inputs = tokenizer({json.dumps(config.evaluate.sample_prompt or "def ")}, return
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 
-The tokenizer does not prepend anything to a text. In training, each document began with
-`tokenizer.bos_token` and ended with `tokenizer.eos_token`.
+In training, each document began with `tokenizer.bos_token` and ended with `tokenizer.eos_token`.
+`tokenizer(text, add_special_tokens=False)` gives the ids in between.
 
 ## Training settings
 

@@ -321,7 +321,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "no config": (lambda folder: remove(folder, "config.json"), "has no config.json"),
     "no tokenizer": (
         lambda folder: remove(folder, "tokenizer.model"),
-        "no tokenizer.model.*give tokenizer=FILE",
+        "tokenizer=.* is a folder without tokenizer.model and tokenizer.json",
     ),
     "tiktoken": (
         lambda folder: (folder / "tokenizer.model").write_text("IQ== 0\n"),
