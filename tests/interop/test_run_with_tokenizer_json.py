@@ -58,9 +58,9 @@ def test_the_run_folder_has_all_that_other_programs_need(run: Path) -> None:
 
 def refuse(mesh: Mesh, arguments: list[str]) -> None:
     config = parse_config(arguments)
-    with pytest.raises(ValueError, match="the tokenizer has changed"):
-        with RunFolder(config, mesh) as folder:
-            train(config, mesh, folder, StopSignals())
+    message = "the tokenizer has changed"
+    with pytest.raises(ValueError, match=message), RunFolder(config, mesh) as folder:
+        train(config, mesh, folder, StopSignals())
 
 
 def test_resume(run: Path, corpus: Path, tmp_path: Path) -> None:
