@@ -22,7 +22,7 @@ from bench.workload import Workload, parse
 from configs import Config, parse_config
 from interop.huggingface import from_huggingface
 from model import num_parameters
-from parallel import Mesh, local_slices, tp_shard_dim
+from parallel import Mesh, local_shards
 from tests.distributed import ONE_RANK, Layout, distributed
 from training.run_folder import RunFolder
 from training.state import Run, RunState, training_batches
@@ -83,11 +83,9 @@ def copy_weights(plain: nn.Module, run: Run) -> None:
         tensor = weights[f"{layer}{gpt2[stem]}.{leaf}"].detach()
         return tensor.t() if ".c_" in name and tensor.ndim > 1 else tensor  # GPT-2's [in, out]
 
-    for name, parameter in run.model.named_parameters():
+    for name, shard in local_shards(run.model).items():
         full = from_huggingface(name, "gpt2", run.config.model, read)
-        mine = local_slices(full.shape, tp_shard_dim(parameter), run.mesh.tp, run.mesh.dp)
-        with torch.no_grad():
-            parameter.to_local().copy_(full[mine])
+        shard.tensor.copy_(full[shard.slices])
 
 
 def rows_of(run: Run, num_steps: int) -> list[list[Tensor]]:
