@@ -194,9 +194,15 @@ def test_num_targets_counts_the_targets_of_all_ranks(mode: str, masked: bool) ->
 def test_dropout_keys_are_those_of_the_samples() -> None:
     """They depend on seed, step and global sample, not on the layout or the step of a resume."""
     corpus = corpus_of_lengths(LENGTHS)
-    (micro,) = steps(corpus, 3, hidden_dropout=0.1)[2].micro_batches
+    (micro,) = steps(corpus, 3, hidden_dropout=0.1, mode="stream")[2].micro_batches
     assert torch.equal(micro.dropout_keys, dropout_keys(1, 2, range(24, 36), NUM_LAYERS))
-    resumed = {"first_step": 2, "consumed_samples": 24, "dp_rank": 1, "dp_size": 2}
+    resumed = {
+        "mode": "stream",
+        "first_step": 2,
+        "consumed_samples": 24,
+        "dp_rank": 1,
+        "dp_size": 2,
+    }
     (share,) = steps(corpus, 1, hidden_dropout=0.1, **resumed)[0].micro_batches
     assert torch.equal(share.dropout_keys, micro.dropout_keys[..., 6:])
     assert steps(corpus, 1)[0].micro_batches[0].dropout_keys is None
