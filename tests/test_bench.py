@@ -157,6 +157,26 @@ def test_activations_are_counted_once_and_weights_not() -> None:
     assert kept == {"layer_bytes": 4 * TINY.seq_length * 5, "bytes_per_sbh": 4.0}
 
 
+class CastLinear(nn.Linear):
+    """A layer that casts its weight to the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply by the cast weight."""
+        return nn.functional.linear(x, self.weight.to(x.dtype))
+
+
+def test_cast_weights_are_not_activations() -> None:
+    """Even if an activation has the shape of the weight: tanh keeps its output, 2 bytes."""
+
+    def make(num_layers: int) -> tuple[nn.Module, Any]:
+        layers = [m for _ in range(num_layers) for m in (CastLinear(5, 5, bias=False), nn.Tanh())]
+        model = nn.Sequential(*layers)
+        return model, lambda: model(torch.ones(5, 5, dtype=torch.bfloat16)).sum()
+
+    shape = dataclasses.replace(TINY, seq_length=5, hidden_size=5, micro_batch_size=1)
+    assert saved_per_layer(make, shape)["bytes_per_sbh"] == 2.0
+
+
 def test_a_visit_gives_what_the_side_reports(tmp_path: Path) -> None:
     """Through the command line, with a setting of ours beside the workload."""
     override = ("parallel.recompute_granularity=full",)
