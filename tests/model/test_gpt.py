@@ -2,17 +2,21 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.schema import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from configs.weights import model_weights
 from model import GPT, build_model, flops_per_token, num_parameters
+from model.context import make_attention_context
 from ops.dropout import keep_mask, site_index
 from parallel import (
     DropoutStream,
@@ -20,6 +24,7 @@ from parallel import (
     are_finite,
     clip_gradients,
     local_shards,
+    set_gradient_sync,
     squared_norm,
     sum_on_host,
     sum_over,
@@ -269,6 +274,85 @@ def test_every_parameter_is_declared_and_trained(mesh: Mesh, options: str) -> No
     shapes = {name: shard.global_shape for name, shard in shards.items()}
     assert shapes == {name: spec.shape for name, spec in model_weights(config, VOCAB).items()}
     assert sum(map(math.prod, shapes.values())) == num_parameters(config, VOCAB)
+
+
+class _CountMatmuls(TorchDispatchMode):
+    """Counts matrix products; attention's are one fused operation."""
+
+    num_matmuls = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.num_matmuls += func._opname in ("mm", "addmm", "matmul", "linear")
+        return func(*args, **(kwargs or {}))
+
+
+@distributed(ONE_RANK, Layout(tp=2), Layout(tp=2, sp=False), Layout(tp=2, overlap="backward"))
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_layer_has_four_matrices(mesh: Mesh, options: str) -> None:
+    """q and kv are rows of one plain parameter, up and gate of another: four matmuls forward."""
+    model = tiny_model(mesh, dataclasses.replace(TINY, **OPTIONS[options]))
+    assert {type(parameter) for parameter in model.parameters()} == {nn.Parameter}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    matrices = [p for p in model.blocks[0].parameters() if p.ndim == 2]
+    assert len(matrices) == 4
+    shards, qkv = local_shards(model), model.blocks[0].attention.qkv.weight
+    q, kv = (shards[f"blocks.0.attention.qkv.{name}.weight"].tensor for name in ("q", "kv"))
+    assert torch.equal(torch.cat([q, kv]), qkv)
+    assert q.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr()
+    x = torch.randn(12 // (mesh.tp.size if mesh.sequence_parallel else 1), 2, 16)
+    positions = torch.arange(12).unsqueeze(1).expand(12, 2)
+    context = make_attention_context(model.config, positions, None, STREAM, x.dtype)
+    with _CountMatmuls() as count:
+        model.blocks[0](x, context)
+    assert count.num_matmuls == 4
+
+
+def bf16_model(mesh: Mesh, config: ModelConfig) -> GPT:
+    return build_model(
+        Config(
+            model=config, data=DataConfig(vocab_size=VOCAB), train=TrainConfig(precision="bf16")
+        ),
+        mesh,
+    )
+
+
+@distributed(ONE_RANK)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_bf16_equals_the_casts_of_fsdp(mesh: Mesh, options: str) -> None:
+    """Without FSDP2 layers cast float32 weights: loss and gradients are those of its gathers.
+
+    The gradients of two micro-batches add up in float32. Those of tables are rounded less often.
+    """
+    config = dataclasses.replace(TINY, **OPTIONS[options])
+    plain, rounded, wrapped = (bf16_model(mesh, config) for _ in range(3))
+    for shard in local_shards(rounded).values():
+        shard.tensor.copy_(shard.tensor.bfloat16())
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for module in (*wrapped.blocks, wrapped):
+        fully_shard(module, mesh=mesh.device_mesh["dp"], mp_policy=policy)
+    once = {}
+    for number in (1, 2):
+        set_gradient_sync(wrapped, number == 2)
+        losses = [model(*batch(), STREAM).objective for model in (plain, rounded, wrapped)]
+        assert torch.equal(losses[0], losses[1])
+        assert torch.equal(losses[0], losses[2])
+        for loss in losses:
+            loss.backward()
+        once = once or clone_tensors(gradient_shards(plain))
+    of_wrapped = gradient_shards(wrapped)
+    for name, shard in gradient_shards(plain).items():
+        assert shard.tensor.dtype == torch.float32
+        assert torch.equal(shard.tensor, 2 * once[name]), name
+        expected = of_wrapped[name].tensor
+        if name in ("embedding.weight", "positions"):
+            scale = expected.abs().max().item()
+            assert_close(shard.tensor, expected, rtol=2**-7, atol=2**-7 * scale, msg=name)
+        else:
+            assert torch.equal(shard.tensor, expected), name
 
 
 def test_flops_equal_a_count_by_hand() -> None:
