@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from configs.errors import ConfigError, bad_setting, format_value
+from configs.errors import ConfigError, bad_setting
 from configs.schema import Config
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")  # in a folder; the first that exists counts
@@ -73,7 +73,7 @@ def expand_path(key: str, path: str) -> str:
 
 def find_tokenizer(path: Path, key: str) -> Path:
     """Return the file that a path means, which may be a folder; `key` names the setting."""
-    given, fix = f"{key}={format_value(str(path))}", "give a sentencepiece model, a tokenizer.json"
+    given, fix = f"{key}={path}", "give a sentencepiece model, a tokenizer.json"
     names = [name for name in TOKENIZER_FILES if os.path.isfile(path / name)]
     if os.path.isdir(path) and not names:
         found = f"is a folder without {' and '.join(TOKENIZER_FILES)}"
@@ -94,7 +94,7 @@ def read_tokenizer(
     A given bos or eos takes precedence over the files next to a tokenizer.json.
     """
     file = find_tokenizer(path, key)
-    content, origin = file.read_bytes(), f"{key}={format_value(str(file))}"
+    content, origin = file.read_bytes(), f"{key}={file}"
     if file.suffix != ".json":
         return TokenizerFile(file, content, load_sentencepiece(content, origin).get_piece_size())
     try:

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import sentencepiece
 import xxhash
 
-from configs.errors import UserError, format_value
+from configs.errors import UserError
 from configs.launch import usable_cores
 from configs.tokenizer_files import load_sentencepiece, read_tokenizer
 from data.huggingface_tokenizer import HuggingFaceTokenizer
@@ -158,7 +158,7 @@ def load_tokenizer(
 ) -> Tokenizer:
     """Load a tokenizer's file, or that of a folder; `key` names the setting in errors."""
     file = read_tokenizer(path, key, bos_token, eos_token)
-    origin = f"{key}={format_value(str(file.path))}"
+    origin = f"{key}={file.path}"
     if file.spec is None:
         return SentencePieceTokenizer(file.content, origin)
     return HuggingFaceTokenizer(file, origin)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import sentencepiece
 import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from configs.schema import DataConfig
 from data import Corpus, SentencePieceTokenizer, TokenFile
@@ -107,74 +108,48 @@ LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Kinds of tokenizer.json; a text is cut only for the first two.
 JSON_KINDS = ("gpt2", "llama3", "metaspace")
 
 
-def write_json_tokenizer(folder: Path, kind: str, **beside: Any) -> Path:
-    """Writes a tokenizer.json of 400 tokens, and `tokenizer_config.json` with what is `beside`;
-    returns its path. GPT-2's has one token for bos and eos."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer, options = tokenizers.Tokenizer(tokenizers.models.BPE()), {}
-    specials = ["<|end|>"] if kind == "gpt2" else ["<s>", "</s>"]
-    if kind == "metaspace":
-        specials.append("<unk>")
-        bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
-        tokenizer.model = tokenizers.models.BPE(
-            unk_token="<unk>", byte_fallback=True, fuse_unk=True
-        )
-        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
-            prepend_scheme="first", split=False
-        )
-        tokenizer.decoder = tokenizers.decoders.Sequence(
-            [
-                tokenizers.decoders.Replace("▁", " "),
-                tokenizers.decoders.ByteFallback(),
-                tokenizers.decoders.Fuse(),
-                tokenizers.decoders.Strip(" ", 1, 0),
-            ]
-        )
-        options = {"special_tokens": [*specials, *bytes_], "limit_alphabet": 60}
-    else:
-        words: Any = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        if kind == "llama3":
-            words = tokenizers.pre_tokenizers.Sequence(
-                [
-                    tokenizers.pre_tokenizers.Split(tokenizers.Regex(LLAMA3_WORDS), "isolated"),
-                    tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-                ]
-            )
-        tokenizer.pre_tokenizer, tokenizer.decoder = words, tokenizers.decoders.ByteLevel()
-        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-        options = {"special_tokens": specials, "initial_alphabet": alphabet}
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, show_progress=False, **options)
-    tokenizer.train_from_iterator(random_text(0, 200).split("\n"), trainer)
-    spec = json.loads(tokenizer.to_str())
-    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] in specials]
-    spec["model"]["ignore_merges"] = kind == "llama3"
-    # What must not change the ids of documents.
-    spec["truncation"] = {
-        "direction": "Right",
-        "max_length": 8,
-        "strategy": "LongestFirst",
-        "stride": 0,
+def write_json_tokenizer(folder: Path, kind: str) -> Path:
+    """Writes tokenizer.json, of 400 tokens, and tokenizer_config.json; returns the former.
+
+    Kind `gpt2` has one token for bos and eos; `metaspace` is like Llama 2's.
+    """
+    specials = {
+        "gpt2": ["<|end|>"],
+        "llama3": ["<s>", "</s>"],
+        "metaspace": ["<s>", "</s>", "<unk>"],
     }
-    first = [
-        {"SpecialToken": {"id": specials[0], "type_id": 0}},
-        {"Sequence": {"id": "A", "type_id": 0}},
-    ]
+    tokens = specials[kind]
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    options: dict[str, Any] = {"special_tokens": tokens}
+    if kind == "metaspace":
+        tokenizer.model = models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+        tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+        options["special_tokens"] = [*tokens, *(f"<0x{byte:02X}>" for byte in range(256))]
+        options["limit_alphabet"] = 60
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        if kind == "llama3":
+            split = pre_tokenizers.Split(tokenizers.Regex(LLAMA3_WORDS), "isolated")
+            to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+        tokenizer.decoder = decoders.ByteLevel()
+        options["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, show_progress=False, **options)
+    tokenizer.train_from_iterator(random_text(0, 200).split("\n"), trainer)
+    # Neither must change the ids of documents.
+    tokenizer.enable_truncation(8)
     if kind != "gpt2":
-        spec["post_processor"] = {
-            "type": "TemplateProcessing",
-            "single": first,
-            "pair": [*first, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {
-                specials[0]: {"id": specials[0], "ids": [0], "tokens": [specials[0]]}
-            },
-        }
+        tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 0)])
+    spec = json.loads(tokenizer.to_str())
+    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] in tokens]
+    spec["model"]["ignore_merges"] = kind == "llama3"
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), "utf-8")
-    tokens = {"bos_token": specials[0], "eos_token": specials[min(1, len(specials) - 1)]}
-    if kind == "gpt2":
-        tokens["eos_token"] = specials[0]
-    (folder / "tokenizer_config.json").write_text(json.dumps(beside or tokens))
+    beside = {"bos_token": tokens[0], "eos_token": tokens[:2][-1]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(beside))
     return folder / "tokenizer.json"

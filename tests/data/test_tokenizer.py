@@ -141,13 +141,13 @@ def test_a_corrupt_model_is_named(tmp_path: Path, content: bytes | str) -> None:
     path = tmp_path / "broken.model"
     model = small_tokenizer().content
     path.write_bytes(model[: len(model) // 2] if isinstance(content, str) else content)
-    with pytest.raises(ValueError, match=r"data\.tokenizer='.*broken\.model' is not a readable"):
+    with pytest.raises(ValueError, match=r"data\.tokenizer=.*broken\.model is not a readable"):
         load_tokenizer(path)
 
 
 def test_a_missing_model_is_named(tmp_path: Path) -> None:
     """The message contains key and path."""
-    with pytest.raises(UserError, match=r"data\.tokenizer='.*none\.model' is not a file"):
+    with pytest.raises(UserError, match=r"data\.tokenizer=.*none\.model does not exist"):
         load_tokenizer(tmp_path / "none.model")
 
 
