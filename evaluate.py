@@ -24,6 +24,8 @@ from configs import (
 )
 from configs.validate import check_inputs
 
+_OF_THE_TOKENIZER = ("vocab_size", "bos_token", "eos_token")  # the run's, whatever is scored
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -103,7 +105,8 @@ def parse(arguments: list[str]) -> tuple[Settings, Config]:
                 hub_split=settings.hub_split,
                 hub_revision=settings.hub_revision,
             )
-            config = replace(config, data=replace(data, vocab_size=config.data.padded_vocab_size))
+            kept = {key: getattr(config.data, key) for key in _OF_THE_TOKENIZER}
+            config = replace(config, data=replace(data, **kept))
         check_inputs(config)
     return settings, config
 

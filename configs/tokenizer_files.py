@@ -152,13 +152,13 @@ def _token_beside(file: Path, name: str, ids: dict[str, int]) -> str | None:
     for beside in (file.with_name(other) for other in _TOKEN_FILES):
         try:
             options = json.loads(beside.read_bytes()) if beside.is_file() else {}
-        except ValueError as error:
-            raise ConfigError(f"{beside} is not JSON: {error}") from error
-        token, token_id = options.get(f"{name}_token"), options.get(f"{name}_token_id")
+            token, token_id = options.get(f"{name}_token"), options.get(f"{name}_token_id")
+        except (ValueError, AttributeError) as error:
+            raise ConfigError(f"{beside} is not a JSON object: {error}") from error
         token = token.get("content") if isinstance(token, dict) else token
         token_id = token_id[0] if isinstance(token_id, list) and token_id else token_id
-        if token in ids:
-            return str(token)
+        if isinstance(token, str) and token in ids:
+            return token
         if isinstance(token_id, int) and token_id in tokens:
             return tokens[token_id]
     return None

@@ -187,6 +187,12 @@ def test_unknown_files_are_named(tmp_path: Path) -> None:
     """Damaged, foreign and missing ones; ids with gaps."""
     path = write_json_tokenizer(tmp_path, "llama3")
     added = json.loads(path.read_text("utf-8"))["added_tokens"]
+    (tmp_path / "tokenizer_config.json").rename(tmp_path / "kept")
+    for content in ("[]", "{"):
+        (tmp_path / "tokenizer_config.json").write_text(content)
+        with pytest.raises(UserError, match=r"tokenizer_config\.json is not a JSON object"):
+            load_tokenizer(path)
+    (tmp_path / "kept").rename(tmp_path / "tokenizer_config.json")
     more = added[0] | {"id": 500, "content": "<new>"}
     change(path, added_tokens=[*added, more])
     with pytest.raises(UserError, match="whose ids do not follow those of its model; renumber"):

@@ -316,7 +316,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "another vocabulary": (
         lambda folder: change_json(folder, vocab_size=300),
-        "320 pieces but the model has only 300 embeddings",
+        "320 tokens but the model has only 300 embeddings",
     ),
     "no config": (lambda folder: remove(folder, "config.json"), "has no config.json"),
     "no tokenizer": (
