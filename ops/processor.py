@@ -22,7 +22,6 @@ from torch import Tensor
 from ops.matmul import Choice, Precision, linear, use_precision
 from ops.sdpa import sdpa
 
-_CPUINFO = Path("/proc/cpuinfo")
 _REPEATS = 4
 
 
@@ -38,7 +37,7 @@ class Processor:
 @functools.cache
 def processor() -> Processor:
     """The processor of this host."""
-    return parse_processor(_CPUINFO.read_text() if sys.platform == "linux" else "")
+    return parse_processor(Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else "")
 
 
 def parse_processor(cpuinfo: str) -> Processor:
@@ -56,13 +55,11 @@ def parse_processor(cpuinfo: str) -> Processor:
 
 
 def known_choice(cpu: Processor) -> Choice | None:
-    """The faster precision of a processor that the table above covers; None: measure it."""
-    if "amx_bf16" in cpu.flags:
+    """The faster precision if vendor and flags decide it; None: measure it."""
+    has_avx512 = "avx512_bf16" in cpu.flags
+    if "amx_bf16" in cpu.flags or (has_avx512 and cpu.vendor == "AuthenticAMD"):
         return "native"
-    if "avx512_bf16" in cpu.flags:
-        by_vendor: dict[str, Choice] = {"AuthenticAMD": "native", "GenuineIntel": "widened"}
-        return by_vendor.get(cpu.vendor)
-    return None
+    return "widened" if has_avx512 and cpu.vendor == "GenuineIntel" else None
 
 
 def choice_before_manifests(cpu: Processor) -> Choice:

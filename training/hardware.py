@@ -131,7 +131,7 @@ def _read_processors(path: Path) -> dict[str, Precision]:
     try:
         content = json.loads(path.read_bytes())
         return {key: Precision(**entry) for key, entry in content.items()}
-    except (FileNotFoundError, ValueError, TypeError, AttributeError):  # missing or damaged
+    except (OSError, ValueError, TypeError, AttributeError):  # missing or damaged
         return {}
 
 
@@ -140,7 +140,7 @@ def _recorded_precision(checkpoint: Checkpoint) -> Precision | None:
     if "matmul_precision" in state:
         choices = state["matmul_precision"], state["attention_precision"]
         return Precision(*choices) if all(choices) else None
-    is_imported = state["data_fingerprint"] is None
+    is_imported = state["data_fingerprint"] is None  # not trained yet
     if is_imported or state["config"]["train.precision"] != "bf16":
         return None
     choice = choice_before_manifests(processor())
@@ -166,7 +166,7 @@ def report_other_hardware(mesh: Mesh, checkpoint: Checkpoint) -> None:
         if state.get(key, now[key]) != now[key]
     ]
     if changes and mesh.world.rank == 0:
-        text = "the next steps round differently than before: %s; matmul_precision stays"
+        text = "this resume is not bit-identical: %s; it keeps the checkpoint's precision of bf16"
         logger.warning(text, ", ".join(changes))
 
 
