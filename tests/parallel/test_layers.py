@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from configs.weights import WeightSpec, column_weights, row_weights
-from ops import matmul
+from ops.matmul import Choice, Precision, use_precision
 from parallel import (
     MergedColumnParallelLinear,
     Mesh,
@@ -269,8 +269,8 @@ def test_logits_equal_dense(mesh: Mesh) -> None:
 
 
 @distributed(ONE_RANK, Layout(tp=2))
-@pytest.mark.parametrize("has_units", [True, False])
-def test_logits_of_bfloat16_are_float32(mesh: Mesh, has_units: bool) -> None:
+@pytest.mark.parametrize("choice", ["native", "widened"])
+def test_logits_of_bfloat16_are_float32(mesh: Mesh, choice: Choice) -> None:
     """Loss and logits of a bfloat16 head equal float64 ones; gradients are rounded once."""
     h, vocab_size = 64, 23
     x_dense = seeded(2, S, B, h).bfloat16()
@@ -283,13 +283,12 @@ def test_logits_of_bfloat16_are_float32(mesh: Mesh, has_units: bool) -> None:
 
     x = sequence_shard(x_dense, mesh).requires_grad_()
     table = shard_of(table_dense, 0, mesh).clone().requires_grad_()
-    with (
-        patch.object(matmul, "_has_bfloat16_units", lambda: has_units),
-        patch.dict(loss_module._CHUNK_ELEMENTS, cpu=5 * vocab_size),
-    ):
+    previous = use_precision(Precision(choice, choice))
+    with patch.dict(loss_module._CHUNK_ELEMENTS, cpu=5 * vocab_size):
         logits = vocab_parallel_logits(x, table, mesh)
         losses = vocab_parallel_loss(x, table, targets, vocab_size, mesh)
     losses.objective.backward()
+    use_precision(previous)
 
     assert logits.dtype == torch.float32
     assert_close(logits.double(), shard_of(exact, 2, mesh), rtol=1e-6, atol=2e-5)
