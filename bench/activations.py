@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from bench.workload import Workload
+from ops.torch_private import storage_id
 
 MakeForward = Callable[[int], tuple[nn.Module, Callable[[], Tensor]]]
 
@@ -71,4 +72,4 @@ def _local(tensor: Tensor) -> Tensor:
 
 def _storage(tensor: Tensor) -> int:
     """Identify the storage of a tensor."""
-    return _local(tensor).untyped_storage()._cdata
+    return storage_id(_local(tensor))

@@ -28,7 +28,8 @@ def _has_bfloat16_units() -> bool:
 
     A property of the machine and not a measurement, so that a resumed run repeats bit for bit.
     """
-    return platform.machine() not in ("x86_64", "AMD64") or torch.cpu._is_amx_tile_supported()
+    has_amx: bool = torch.cpu.get_capabilities().get("amx_tile", False)
+    return platform.machine() not in ("x86_64", "AMD64") or has_amx
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:
