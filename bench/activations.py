@@ -40,9 +40,8 @@ def _saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
 
     def note_weights(module: nn.Module, _: Any) -> None:
         # In the forward, where FSDP2 provides its gathered copies.
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                weights[_storage(tensor)] = tensor
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            weights[_storage(tensor)] = tensor
 
     shapes = {tuple(parameter.shape) for parameter in model.parameters()}
 
