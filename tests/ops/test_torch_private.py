@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing import assert_close
 
@@ -271,38 +272,56 @@ def test_collectives_on_one_tensor(mesh: Mesh) -> None:
     assert scattered.tolist() == [[0, 2], [4, 6]][rank]
 
 
+class DeferredSum(DefaultReduceScatter):
+    """FSDP2's reduce-scatter of gradients, without waiting."""
+
+    def __init__(self) -> None:
+        self.pending: list[dist.Work] = []
+
+    def __call__(  # noqa: D102
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: Any,
+        op: Any,
+        async_op: bool = False,
+    ) -> dist.Work:
+        work = reduce_scatter_single(output_tensor, input_tensor, op, group, async_op=True)
+        self.pending.append(work)
+        return work
+
+
+class LoggedGather(DefaultAllGather):
+    """FSDP2's all-gather of weights, and whether it waits."""
+
+    def __init__(self) -> None:
+        self.is_async: list[bool] = []
+
+    def __call__(self, *args: Any, async_op: bool = False, **options: Any) -> Any:  # noqa: D102
+        self.is_async.append(async_op)
+        return super().__call__(*args, async_op=async_op, **options)
+
+
 @distributed(Layout(dp=2))
 @pytest.mark.parametrize("is_async", [False, True])
 def test_fsdp_gathers_and_sums_without_waiting(mesh: Mesh, is_async: bool) -> None:
-    """A subclass of its reduce-scatter is called for gradients, and need not wait."""
-    pending: list[dist.Work] = []
-
-    class Deferred(DefaultReduceScatter):
-        def __call__(self, output_tensor, input_tensor, group, op, async_op=False):  # type: ignore[no-untyped-def]
-            work = reduce_scatter_single(output_tensor, input_tensor, op, group, async_op=True)
-            pending.append(work)
-            return work
-
-    torch.manual_seed(1)
-    linear = nn.Linear(4, 2, bias=False)
-    x = torch.arange(12.0).view(3, 4) + mesh.world.rank
-    model = fully_shard(nn.Sequential(linear), mesh=mesh.device_mesh["dp"])
+    """Gathers wait unless told not to; a reduce-scatter of ours is used, and need not wait."""
+    model = fully_shard(nn.Linear(4, 2, bias=False), mesh=mesh.device_mesh["dp"])
     assert isinstance(model, FSDPModule)
     model.set_gradient_divide_factor(1.0)
     model.set_force_sum_reduction_for_comms(True)
-    model.set_custom_reduce_scatter(Deferred())
+    model.set_custom_reduce_scatter(deferred := DeferredSum())
+    model.set_custom_all_gather(logged := LoggedGather())
     if is_async:
         enable_async_unshard(model)
-    handle = model.unshard(async_op=is_async)
-    if handle is not None:
-        handle.wait()
-    model(x).sum().backward()
-    assert len(pending) == 1
-    pending.pop().wait()
-    (parameter,) = model.parameters()
-    assert isinstance(parameter.grad, DTensor)
-    both = torch.arange(12.0).view(3, 4).sum(0) * 2 + 3
-    assert_close(parameter.grad.to_local(), both.view(1, 4))
+    x = torch.arange(12.0).view(3, 4)
+    model(x + mesh.world.rank).sum().backward()
+    assert logged.is_async == [is_async]
+    (work,) = deferred.pending
+    work.wait()
+    gradient = model.weight.grad
+    assert isinstance(gradient, DTensor)
+    assert_close(gradient.to_local(), 2 * x.sum(0, keepdim=True) + 3)
 
 
 def test_fake_collectives_return_at_once() -> None:
@@ -316,13 +335,7 @@ def test_fake_collectives_return_at_once() -> None:
         x = DTensor.from_local(local, mesh, [Shard(0)])
         with Log() as log:
             torch.mul(x, 3.0)
-        shapes = {
-            (tuple(argument.shape), of_rule)
-            for _, arguments, of_rule in log.calls
-            for argument in arguments.values()
-            if isinstance(argument, Tensor)
-        }
-        assert ((4,), False) in shapes
-        assert ((32,), False) not in shapes
+        of_products = [(a["self"].shape, rule) for _, a, rule in log.calls if "self" in a]
+        assert of_products == [((32,), True), ((4,), False)]
     finally:
         dist.destroy_process_group()
