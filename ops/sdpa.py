@@ -13,9 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ops.matmul import attention_dtype, widen_for_fp32
-
-_flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+from ops.torch_private import flash_attention_on_cpu, flash_attention_on_cpu_backward
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
@@ -68,7 +66,7 @@ class _FlashAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        y, log_sum_exp = _flash_forward(
+        y, log_sum_exp = flash_attention_on_cpu(
             *_operands(q, k, v), 0.0, is_causal=mask is None, attn_mask=_as_bias(mask, q)
         )
         y = torch.empty_like(q, memory_format=torch.contiguous_format).copy_(_sequence_first(y))
@@ -78,7 +76,7 @@ class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, y, log_sum_exp, mask = ctx.saved_tensors
-        grads = _flash_backward(
+        grads = flash_attention_on_cpu_backward(
             _batch_first(_widen(grad_y, "grad_y")),
             *_operands(q, k, v),
             _batch_first(_widen(y, "y")),

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from configs import Config
 from data import BatchLoader, MicroBatch, StepBatch
 from model import GPT, build_meta_model
 from ops.dropout import dropout_keys
+from ops.torch_private import FakeTensorMode
 from parallel import Mesh, local_shards
 from parallel.traffic import Collective, fake_mesh, record_traffic
 from planning.memory_log import Allocation, MemoryLog
