@@ -16,6 +16,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from bench.workload import Workload
 
+_COPIES = ("ToCopy", "Cat", "Select", "Slice", "T", "Transpose", "View")
+
 MakeForward = Callable[[int], tuple[nn.Module, Callable[[], Tensor]]]
 
 
@@ -43,11 +45,8 @@ def _saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
             if tensor is not None:
                 weights[_storage(tensor)] = tensor
 
-    shapes = {tuple(parameter.shape) for parameter in model.parameters()}
-
     def pack(tensor: Tensor) -> Tensor:
-        # Activations have three dims; a weight that was cast for this forward has its own shape.
-        if tuple(tensor.shape) not in shapes:
+        if not _is_copy_of_weight(tensor):
             kept[_storage(tensor)] = tensor
         return tensor
 
@@ -63,6 +62,14 @@ def _saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     )
     loss.backward()
     return total
+
+
+def _is_copy_of_weight(tensor: Tensor) -> bool:
+    """Whether a tensor is a parameter that was cast for this forward, or a view of that."""
+    node = tensor.grad_fn
+    while node is not None and node.name().removesuffix("Backward0") in _COPIES:
+        node = node.next_functions[0][0]
+    return hasattr(node, "variable")  # of a leaf
 
 
 def _local(tensor: Tensor) -> Tensor:

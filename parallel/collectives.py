@@ -145,7 +145,7 @@ def sum_on_host(mesh: Mesh, values: Tensor, flags: Sequence[float]) -> list[floa
 
 def any_rank(mesh: Mesh, flag: bool) -> bool:
     """Whether the flag is true on any rank."""
-    return sum_over(mesh.world, torch.tensor([flag], dtype=torch.int32)).item() > 0
+    return bool(sum_over(mesh.world, torch.tensor([flag], dtype=torch.int32)))
 
 
 def gather_json(mesh: Mesh, report: Any) -> list[Any]:

@@ -214,9 +214,8 @@ def _trace_step(
         tensors: dict[str, dict[str, Any]] = {"weights": {}, "gradients": {}, "moments": {}}
         for name, tensor in training_tensors(model, optimizer).items():
             tensors["weights" if name.startswith(WEIGHTS) else "moments"][name] = tensor
-        memory.weights = {
-            memory.allocation_of(shard.tensor) for shard in local_shards(model).values()
-        }
+        for shard in local_shards(model).values():
+            memory.allocation_of(shard.tensor).is_weight = True
 
         def note_gradients(*_: Any) -> None:
             tensors["gradients"] |= local_shards(model, lambda p: cast(Tensor, p.grad))
@@ -266,13 +265,13 @@ def _peak(tracer: StepTracer, kinds: dict[Allocation, str]) -> tuple[dict[str, i
     left_behind: dict[str, set[Allocation]] = {FORWARD: set(), BACKWARD: set()}
     for span in tracer.spans:
         left_behind[span.phase] |= {a for a in memory.live(span.end) if a.begin >= span.begin}
-    order = ("weights", "moments", "gradients", "gathered weights", "unsharded gradients")
+    order = ("weights", "moments", "gradients", "weight copies", "unsharded gradients")
     peak = dict.fromkeys((*order, "saved activations", "temporary"), 0)
     for allocation, num_bytes in memory.live(instant).items():
         if allocation in kinds:
             kind = kinds[allocation]
         elif allocation.is_weight_copy:
-            kind = "gathered weights"
+            kind = "weight copies"
         elif allocation in left_behind[BACKWARD]:
             kind = "unsharded gradients"
         else:

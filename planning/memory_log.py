@@ -18,6 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor, _sharding_prop
 from torch.utils._python_dispatch import TorchDispatchMode
 
+_COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.cat.default}
+
 
 @dataclass(eq=False)
 class Allocation:
@@ -28,9 +30,15 @@ class Allocation:
     module: str  # in whose forward it was allocated
     begin: int  # instant of the log
     num_bytes: int = 0  # now
-    # Weights to compute with: cast from the parameter, or gathered by FSDP2, which frees the memory
-    # while tensors still refer to it.
-    is_weight_copy: bool = False
+    is_weight: bool = False  # of a parameter
+    was_resized: bool = False  # freed while tensors refer to it: weights that FSDP2 has gathered
+    source: "Allocation | None" = None  # of which it is a cast or some rows
+
+    @property
+    def is_weight_copy(self) -> bool:
+        """Whether it holds weights to compute with, cast from a parameter or gathered by FSDP2."""
+        of = self.source
+        return self.was_resized or (of is not None and (of.is_weight or of.is_weight_copy))
 
 
 class MemoryLog(TorchDispatchMode):
@@ -41,7 +49,6 @@ class MemoryLog(TorchDispatchMode):
         self.fake = fake
         self.modules = [""]  # the modules whose forward is running, innermost last
         self.changes: list[tuple[Allocation, int]] = []  # in bytes
-        self.weights: set[Allocation] = set()  # of the parameters; a cast of one is a weight copy
         self._known: dict[int, tuple[weakref.ref[UntypedStorage], Allocation]] = {}  # by address
         # No operation shows when a storage that torch.empty made is emptied and filled again.
         self._resizable: dict[int, tuple[weakref.ref[UntypedStorage], Allocation]] = {}
@@ -58,9 +65,9 @@ class MemoryLog(TorchDispatchMode):
         for tensor in result if isinstance(result, list | tuple) else [result]:
             if self._is_ours(tensor):
                 self._add(tensor, func is torch.ops.aten.empty.memory_format)
-                if func is torch.ops.aten._to_copy.default:
-                    is_cast = self.allocation_of(args[0]) in self.weights
-                    self.allocation_of(tensor).is_weight_copy |= is_cast
+                if func in _COPIES:
+                    source = args[0][0] if func is torch.ops.aten.cat.default else args[0]
+                    self.allocation_of(tensor).source = self.allocation_of(source)
         return result
 
     @property
@@ -111,7 +118,7 @@ class MemoryLog(TorchDispatchMode):
         for reference, allocation in tuple(self._resizable.values()):
             storage = reference()
             if storage is not None and storage.nbytes() != allocation.num_bytes:
-                allocation.is_weight_copy = True
+                allocation.was_resized = True
                 self._resize(allocation, storage.nbytes())
 
     def _resize(self, allocation: Allocation, num_bytes: int) -> None:

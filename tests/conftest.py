@@ -1,5 +1,6 @@
 """What several files of tests begin with."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +26,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Select the tests of `make test`, or of `make test-gpu`."""
+    """Select the tests of `make test` or `make test-gpu`; begin with files that take long."""
     if DEVICE == "cuda":
         _keep(config, items, [item for item in items if _runs_on_a_gpu(item)])
-    if not config.getoption("sample"):
-        return
+    if config.getoption("sample"):
+        _sample(config, items)
+    num_costly = Counter(item.path for item in items if _is_costly(item))
+    items.sort(key=lambda item: -num_costly[item.path])
+
+
+def _is_costly(item: pytest.Item) -> bool:
+    return bool(_COSTLY & set(getattr(item, "fixturenames", ())))
+
+
+def _sample(config: pytest.Config, items: list[pytest.Item]) -> None:
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         if not item.get_closest_marker("slow"):
             cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
     chosen = []
     for of_one_test in cases.values():
-        is_costly = _COSTLY & set(getattr(of_one_test[0], "fixturenames", ()))
-        chosen += dict.fromkeys((of_one_test[0], of_one_test[-1])) if is_costly else of_one_test
+        ends = dict.fromkeys((of_one_test[0], of_one_test[-1]))
+        chosen += ends if _is_costly(of_one_test[0]) else of_one_test
     _keep(config, items, chosen)
 
 

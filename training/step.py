@@ -47,7 +47,7 @@ def train_step(
 
     counts = float(mesh.tp.rank == 0)  # all tp ranks have the losses of the same samples
     values = torch.cat([losses * counts, squared_norm(model, mesh).view(1)])
-    flags = [batch.sum_of_lengths * counts, *(signals.flags() if signals else ())]
+    flags = [batch.sum_of_lengths * counts, *(signals.flags() if signals else StopSignals.NONE)]
     cross_entropy, log_z_squared, square, lengths, *flags = sum_on_host(mesh, values, flags)
     loss, grad_norm = cross_entropy / num_targets, math.sqrt(square)
     rate = learning_rate(state.step, config)

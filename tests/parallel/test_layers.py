@@ -22,8 +22,8 @@ from parallel import (
     RowParallelLinear,
     VocabParallelEmbedding,
     initialise_parameters,
+    local_shards,
     lookup,
-    parameter_facts,
     sequence_shard,
     sum_over,
     vocab_parallel_logits,
@@ -31,9 +31,11 @@ from parallel import (
 )
 from parallel import loss as loss_module
 from parallel.mappings import enter_tensor_parallel_region
-from parallel.parameters import shard_range, tp_shard_dim
-from tests.distributed import ONE_RANK, OVERLAPPED, TENSOR_PARALLEL, Layout, distributed
+from parallel.parameters import shard_range
+from tests.distributed import DEVICE, ONE_RANK, OVERLAPPED, TENSOR_PARALLEL, Layout, distributed
 from tests.parallel.test_mappings import seeded
+from tests.weights import fill as fill_shards
+from tests.weights import gradient_shards
 
 LAYOUTS = (ONE_RANK, *TENSOR_PARALLEL)
 LINEAR_LAYOUTS = (*LAYOUTS, *OVERLAPPED)
@@ -50,17 +52,16 @@ def column_linear(mesh: Mesh, **out_sizes: int) -> MergedColumnParallelLinear:
     return MergedColumnParallelLinear(weights, mesh)
 
 
-def fill(layer: nn.Module, mesh: Mesh) -> dict[str, Tensor]:
+def fill(layer: nn.Module) -> dict[str, Tensor]:
     """Set random float64 weights; returns the dense ones, which require gradients."""
-    layer.to_empty(device="cpu").double()
-    dense = {}
-    for number, (name, parameter) in enumerate(layer.named_parameters()):
-        dense[name] = seeded(1000 + number, *parameter.shape).requires_grad_()
-        with torch.no_grad():
-            parameter.to_local().copy_(
-                shard_of(dense[name].detach(), tp_shard_dim(parameter), mesh)
-            )
-    return dense
+    layer.to_empty(device=DEVICE).double()
+    shards = local_shards(layer)
+    dense = {
+        name: seeded(1000 + number, *shard.global_shape)
+        for number, (name, shard) in enumerate(shards.items())
+    }
+    fill_shards(shards, dense)
+    return {name: weight.requires_grad_() for name, weight in dense.items()}
 
 
 def shard_of(full: Tensor, dim: int | None, mesh: Mesh) -> Tensor:
@@ -72,12 +73,11 @@ def shard_of(full: Tensor, dim: int | None, mesh: Mesh) -> Tensor:
 
 def assert_gradients(layer: nn.Module, dense: dict[str, Tensor], mesh: Mesh) -> None:
     """Each weight gradient, summed over tp if declared partial, is this rank's part."""
-    facts = parameter_facts(layer)
-    for name, parameter in layer.named_parameters():
-        gradient = parameter.grad.to_local().clone()
-        if facts[name].grad_is_partial:
+    for name, shard in gradient_shards(layer).items():
+        gradient = shard.tensor.clone()
+        if shard.grad_is_partial:
             sum_over(mesh.tp, gradient)
-        expected = shard_of(dense[name].grad, tp_shard_dim(parameter), mesh)
+        expected = shard_of(dense[name].grad, shard.tp_dim, mesh)
         assert_close(gradient, expected, rtol=1e-12, atol=1e-12, msg=name)
 
 
@@ -85,7 +85,7 @@ def assert_gradients(layer: nn.Module, dense: dict[str, Tensor], mesh: Mesh) -> 
 def test_column_equals_dense(mesh: Mesh) -> None:
     """Two weights that share a gather have separate outputs; their input gradients add up."""
     layer = column_linear(mesh, a=8, b=20)
-    dense = fill(layer, mesh)
+    dense = fill(layer)
     x_dense = seeded(1, S, B, H).requires_grad_()
     x = sequence_shard(x_dense.detach(), mesh).clone().requires_grad_()
 
@@ -111,7 +111,7 @@ def test_shared_row_groups_equal_dense(mesh: Mesh, num_row_groups: int, has_bias
     weights = column_weights(6 * num_row_groups, H, 1.0, has_bias, num_row_groups)
     weights = {f"kv.{name}": spec for name, spec in weights.items()}
     layer = MergedColumnParallelLinear(weights, mesh)
-    dense = fill(layer, mesh)
+    dense = fill(layer)
     x_dense = seeded(1, S, B, H).requires_grad_()
     x = sequence_shard(x_dense.detach(), mesh).clone().requires_grad_()
 
@@ -135,7 +135,7 @@ def test_shared_row_groups_equal_dense(mesh: Mesh, num_row_groups: int, has_bias
 def test_row_equals_dense(mesh: Mesh, has_bias: bool) -> None:
     """Sharding A by columns changes neither Y nor any gradient, including the bias's."""
     layer = RowParallelLinear(row_weights(H, 8, 1.0, has_bias), mesh)
-    dense = fill(layer, mesh)
+    dense = fill(layer)
     x_dense = seeded(1, S, B, 8).requires_grad_()
     x = shard_of(x_dense.detach(), 2, mesh).clone().requires_grad_()
     upstream = seeded(2, S, B, H)
@@ -155,7 +155,7 @@ def test_column_then_row_equals_dense(mesh: Mesh) -> None:
     """The pair is an MLP, without communication between the two layers."""
     column = column_linear(mesh, up=16)
     row = RowParallelLinear(row_weights(H, 16, 1.0), mesh)
-    up, down = fill(column, mesh), fill(row, mesh)
+    up, down = fill(column), fill(row)
     x_dense = seeded(1, S, B, H).requires_grad_()
     x = sequence_shard(x_dense.detach(), mesh).clone().requires_grad_()
     upstream = seeded(2, S, B, H)
@@ -176,8 +176,8 @@ def test_column_then_row_equals_dense(mesh: Mesh) -> None:
 @pytest.mark.parametrize("vocab_size", [20, 23])
 def test_embedding_equals_dense(mesh: Mesh, vocab_size: int) -> None:
     """Ids on any rank, repeated ids, and a vocabulary of 23 rows without padding."""
-    layer = VocabParallelEmbedding(WeightSpec((vocab_size, H), tp_dim=0), mesh)
-    dense = fill(layer, mesh)
+    layer = VocabParallelEmbedding(WeightSpec((vocab_size, H), tp_dim=0), mesh, torch.float64)
+    dense = fill(layer)
     tokens = torch.randint(vocab_size, (S, B), generator=torch.Generator().manual_seed(5))
     tokens[0] = torch.tensor([0, vocab_size - 1])
     upstream = seeded(2, S, B, H)
@@ -196,7 +196,7 @@ def test_lookup_sums_in_float32() -> None:
     table = torch.ones(3, 5, dtype=torch.bfloat16).requires_grad_()
     ids = torch.zeros(4096, dtype=torch.int64)
     upstream = seeded(1, 4096, 5).bfloat16()
-    lookup(table, ids).backward(upstream)
+    lookup(table, ids, torch.bfloat16).backward(upstream)
     expected = torch.zeros(3, 5, dtype=torch.float64)
     expected[0] = upstream.double().sum(0)
     assert_close(table.grad.double(), expected, rtol=2**-8, atol=0)
@@ -310,7 +310,7 @@ def test_sequence_parallelism_cannot_be_mixed(mesh: Mesh) -> None:
             "row": RowParallelLinear(row_weights(H, 16, 1.0), other),
         }
     )
-    model.to_empty(device="cpu")
+    model.to_empty(device=mesh.device)
     with pytest.raises(RuntimeError, match=r"row\.weight was created with tp=\d, sequence_para"):
         initialise_parameters(model, 1, mesh)
 
