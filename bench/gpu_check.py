@@ -74,7 +74,7 @@ class Options:
 
     def settings(self, name: str, *overrides: str, micro_batches: int = 2) -> list[str]:
         """Arguments for a shipped configuration, with few micro-batches and no files."""
-        from configs import parse_config  # noqa: PLC0415
+        from configs import parse_config
 
         settings = [
             f"config={name}.yaml",
@@ -92,14 +92,14 @@ class Trainer:
 
     def __init__(self, arguments: Sequence[str], num_steps: int, *, exact: bool = False) -> None:
         """`exact`: use the initial weights of a run, which take seconds per billion."""
-        import torch  # noqa: PLC0415
+        import torch
 
-        from bench.ours import build_run, random_corpus  # noqa: PLC0415
-        from configs import parse_config  # noqa: PLC0415
-        from model import build_meta_model  # noqa: PLC0415
-        from training.optimizer import build_optimizer  # noqa: PLC0415
-        from training.run_folder import RunFolder  # noqa: PLC0415
-        from training.state import Run, RunState, mesh_from_config, training_batches  # noqa: PLC0415
+        from bench.ours import build_run, random_corpus
+        from configs import parse_config
+        from model import build_meta_model
+        from training.optimizer import build_optimizer
+        from training.run_folder import RunFolder
+        from training.state import Run, RunState, mesh_from_config, training_batches
 
         self.config: Config = parse_config(list(arguments))
         self.mesh = mesh_from_config(self.config)
@@ -110,12 +110,13 @@ class Trainer:
             model = build_meta_model(self.config, self.mesh)
             model.to_empty(device=self.mesh.device)
             with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.02)
-            optimizer, corpus = (
-                build_optimizer(model, self.config.optimizer),
-                random_corpus(self.config),
-            )
+                for name, parameter in model.named_parameters():
+                    if parameter.ndim > 1:
+                        parameter.normal_(0.0, 0.02)
+                    else:
+                        parameter.fill_(float(name.endswith("weight")))
+            optimizer = build_optimizer(model, self.config.optimizer)
+            corpus = random_corpus(self.config)
             self.run = Run(self.config, self.mesh, no_folder, corpus, model, optimizer)
         self.state = RunState(wandb_id="none")
         with training_batches(self.run, self.state) as loader:
@@ -124,7 +125,7 @@ class Trainer:
 
     def step(self) -> "StepResult":
         """Run the next step."""
-        from training.step import train_step  # noqa: PLC0415
+        from training.step import train_step
 
         result = train_step(self.run, self.state, cast(Any, iter([self.batches.pop()])))
         self.state = self.state.advance(result, self.config.train.global_batch_size)
@@ -134,7 +135,7 @@ class Trainer:
 @contextmanager
 def trainer(arguments: Sequence[str], num_steps: int, *, exact: bool = False) -> Iterator[Trainer]:
     """A `Trainer` that leaves the process group at the end."""
-    import torch.distributed as dist  # noqa: PLC0415
+    import torch.distributed as dist
 
     try:
         yield Trainer(arguments, num_steps, exact=exact)
@@ -145,7 +146,7 @@ def trainer(arguments: Sequence[str], num_steps: int, *, exact: bool = False) ->
 
 def synchronizations(arguments: Sequence[str]) -> list[str]:
     """The lines of a step, after two steps of warm-up, at which the host implicitly waits."""
-    import torch  # noqa: PLC0415
+    import torch
 
     with trainer(arguments, 3) as training:
         training.step()
@@ -165,7 +166,7 @@ def check_tests(options: Options) -> Iterator[str]:
     """Tests on this device."""
     tests = ("tests/parallel/test_mappings.py",) if options.tiny else _TESTS
     command = [sys.executable, "-m", "pytest", "-v", "--tb=line", "-p", "no:cacheprovider", *tests]
-    command += ["-m", "not drill and not smollm2 and not slow", "--durations=0"]
+    command += ["-m", "not drill and not smollm2 and not slow"]
     environment = os.environ | {"MICROTRON_TEST_DEVICE": options.device}
     with subprocess.Popen(
         command,
@@ -205,8 +206,7 @@ def check_synchronizations(options: Options) -> Iterator[str]:
 
 def check_profile(options: Options) -> Iterator[str]:
     """The attention kernel, and how long the device is idle in two steps of gpt_125m."""
-    from torch._C._autograd import DeviceType  # noqa: PLC0415
-    from torch.profiler import ProfilerActivity, profile  # noqa: PLC0415
+    from torch.profiler import ProfilerActivity, profile
 
     variants = {"": (), "with documents masked": ("data.inter_document_masking=true",)}
     for text, overrides in variants.items():
@@ -217,8 +217,12 @@ def check_profile(options: Options) -> Iterator[str]:
             with profile(activities=[ProfilerActivity.CPU, *on_gpu]) as profiler:
                 training.step()
                 training.step()
-        on_device = DeviceType.CUDA if on_gpu else DeviceType.CPU
-        events = [event for event in profiler.events() or () if event.device_type == on_device]
+        on_device = "CUDA" if on_gpu else "CPU"
+        events = [
+            event
+            for event in profiler.events() or ()
+            if event.device_type.name == on_device and not event.is_user_annotation
+        ]
         words = ("attention", "flash", "fmha")
         kernels = {e.name[:90] for e in events if any(word in e.name.lower() for word in words)}
         yield f"Attention {text}:"
@@ -233,11 +237,11 @@ def check_profile(options: Options) -> Iterator[str]:
 
 def check_memory(options: Options) -> Iterator[str]:
     """Peak memory of a step, and what plan.py says."""
-    import torch  # noqa: PLC0415
+    import torch
 
-    from configs import parse_config  # noqa: PLC0415
-    from planning.dry_run import dry_run  # noqa: PLC0415
-    from training.hardware import peak_memory_gib  # noqa: PLC0415
+    from configs import parse_config
+    from planning.dry_run import dry_run
+    from training.hardware import peak_memory_gib
 
     yield "| config | measured GiB | plan.py GiB | |\n|---|---|---|---|"
     for name in ("gpt_125m", "gpt_1b"):
@@ -257,10 +261,10 @@ def check_memory(options: Options) -> Iterator[str]:
 
 def check_speed(options: Options) -> Iterator[str]:
     """Tokens per second and MFU."""
-    import torch  # noqa: PLC0415
+    import torch
 
-    from model import flops_per_token  # noqa: PLC0415
-    from training.hardware import peak_flops_per_second  # noqa: PLC0415
+    from model import flops_per_token
+    from training.hardware import peak_flops_per_second
 
     warm_up, timed = (1, 1) if options.tiny else (2, 3)
     yield "| config | variant | tokens/s | MFU |\n|---|---|---|---|"
