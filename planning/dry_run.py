@@ -158,7 +158,7 @@ def dry_run(config: Config, num_ranks: int, num_traced: int | None = None) -> St
     num_micro_batches = train.global_batch_size // (train.micro_batch_size * len(dp))
     # The micro-batches of a step are alike except the last, and the first if it gathers weights for
     # all of them: two or three represent any number.
-    typical = 0 if parallel.reshard_after_forward else 1
+    typical = 1 if len(dp) > 1 and not parallel.reshard_after_forward else 0
     num_traced = min(num_traced or typical + 2, num_micro_batches)
     typical = min(typical, num_traced - 1)
     with fake_mesh(num_ranks, size, parallel.sequence_parallel, parallel.tp_comm_overlap) as mesh:
