@@ -97,6 +97,6 @@ def test_it_is_planned(gradient_sync: str) -> None:
     all_traced = dry_run(config, 2, MICRO_BATCHES)
     assert (all_traced.step, all_traced.peak) == (plan.step, plan.peak)
     resharding = dry_run(config_for(2, gradient_sync=gradient_sync), 2)
-    more = plan.peak["gathered weights"] - resharding.peak["gathered weights"]
+    more = plan.peak["weight copies"] - resharding.peak["weight copies"]
     block_bytes = 2 * 2 * resharding.state["weights"].of_layer // 4  # bf16, of both ranks
     assert more >= (LAYERS - 2) * block_bytes
