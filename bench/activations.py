@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from bench.workload import Workload
+from ops.torch_private import storage_id
 
 _COPIES = ("ToCopy", "Cat", "Select", "Slice", "T", "Transpose", "View")
 
@@ -41,9 +42,8 @@ def _saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
 
     def note_weights(module: nn.Module, _: Any) -> None:
         # In the forward, where FSDP2 provides its gathered copies.
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                weights[_storage(tensor)] = tensor
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            weights[_storage(tensor)] = tensor
 
     def pack(tensor: Tensor) -> Tensor:
         if not _is_copy_of_weight(tensor):
@@ -78,4 +78,4 @@ def _local(tensor: Tensor) -> Tensor:
 
 def _storage(tensor: Tensor) -> int:
     """Identify the storage of a tensor."""
-    return _local(tensor).untyped_storage()._cdata
+    return storage_id(_local(tensor))

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
+from ops.torch_private import all_gather_single, reduce_scatter_single
 from parallel.mesh import Axis, Mesh
 
 WAITING_FOR_RANKS = "waiting for ranks"  # in a trace of torch.profiler
@@ -55,9 +56,15 @@ def move_to(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the work queued on a device."""
+    """Wait for the work queued on a device.
+
+    Waiting for an event is explicit; `torch.cuda.set_sync_debug_mode` counts waiting for a stream
+    among the implicit synchronizations that it warns of.
+    """
     if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(device))
+        event.synchronize()
 
 
 def is_blocking_frame(code: CodeType) -> bool:
@@ -68,7 +75,7 @@ def is_blocking_frame(code: CodeType) -> bool:
 def start_all_gather(x: Tensor, axis: Axis) -> Pending:
     """Start gathering all ranks' positions, `[s/t, ...]` to `[s, ...]`; x must not change."""
     gathered = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
-    work = dist.all_gather_single(gathered, x.contiguous(), group=axis.group, async_op=True)
+    work = all_gather_single(gathered, x.contiguous(), group=axis.group, async_op=True)
     return Pending(gathered, work)
 
 
@@ -76,7 +83,7 @@ def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
     """Start summing over ranks into each rank's positions, `[s, ...]` to `[s/t, ...]`."""
     assert x.shape[0] % axis.size == 0, f"{x.shape[0]} positions over tp={axis.size}"
     scattered = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
-    work = dist.reduce_scatter_single(scattered, x.contiguous(), group=axis.group, async_op=True)
+    work = reduce_scatter_single(scattered, x.contiguous(), group=axis.group, async_op=True)
     return Pending(scattered, work)
 
 
@@ -130,7 +137,7 @@ def sum_on_host(mesh: Mesh, values: Tensor, flags: Sequence[float]) -> list[floa
     Waits for the device once and makes one all-reduce, on the host even if the device is a GPU.
     Every rank gets the same sums.
     """
-    on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+    on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=mesh.device.type != "cpu")
     on_host.copy_(values, non_blocking=True)
     synchronize(mesh.device)
     on_host = torch.cat([on_host, torch.tensor(flags, dtype=values.dtype)])

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from parallel.dp_overlap import overlap_on_cpu
 from parallel.mesh import Mesh
@@ -23,11 +24,14 @@ def shard_over_data_parallel(
     *,
     overlap: bool,
     one_sum_per_step: bool,
+    reshard_after_forward: bool,
 ) -> None:
     """Wrap each block, and the rest of the model as the root, in FSDP2 if there are dp ranks.
 
     Embedding, positions, final norm and head stay together in the root: FSDP2 would free a tied
     embedding of its own between its two uses. `overlap` and `one_sum_per_step`: see dp_overlap.py.
+    `reshard_after_forward`: free a block's gathered weights after its forward and gather them again
+    for its backward. Those of the root stay until its backward.
     """
     if mesh.dp.size == 1:
         return
@@ -36,7 +40,14 @@ def shard_over_data_parallel(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     for module in (*blocks, model):
-        fully_shard(module, mesh=mesh.device_mesh["dp"], mp_policy=policy)
+        fully_shard(
+            module,
+            mesh=mesh.device_mesh["dp"],
+            reshard_after_forward=None
+            if reshard_after_forward
+            else False,  # None: all but the root
+            mp_policy=policy,
+        )
         assert isinstance(module, FSDPModule)
         # The loss is already divided by the target count of the global batch, so gradients are
         # summed, not averaged. gloo needs both settings.
@@ -54,8 +65,15 @@ def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
     if not isinstance(model, FSDPModule):
         return
     if enabled and hasattr(model, "deferred"):  # FSDP2 would add to a sum that is still running
-        assert all(parameter.grad is None for parameter in model.parameters())
+        sharded = [p for p in model.parameters() if isinstance(p, DTensor)]
+        assert all(parameter.grad is None for parameter in sharded)
     model.set_requires_gradient_sync(enabled)
+
+
+def set_reshard_after_backward(model: nn.Module, enabled: bool) -> None:
+    """Set whether the next backward frees the gathered weights."""
+    if isinstance(model, FSDPModule):
+        model.set_reshard_after_backward(enabled)
 
 
 def free_gathered_weights(model: nn.Module) -> None:

@@ -5,7 +5,6 @@ logs fake tensors only, so no memory is really allocated. Scratch memory of kern
 """
 
 import itertools
-import sys
 import weakref
 from collections import Counter
 from collections.abc import Sequence
@@ -14,11 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.distributed.tensor import DTensor, _sharding_prop
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.distributed.tensor import DTensor
 
-_COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.cat.default}
+from ops.torch_private import (
+    CAST,
+    ITEM,
+    FakeTensor,
+    FakeTensorMode,
+    TorchDispatchMode,
+    is_sharding_rule,
+    storage_id,
+)
+
+_COPIES = {CAST, torch.ops.aten.cat.default}
 
 
 @dataclass(eq=False)
@@ -58,7 +65,7 @@ class MemoryLog(TorchDispatchMode):
     ) -> Any:
         if any(issubclass(of_argument, DTensor) for of_argument in types):
             return NotImplemented  # DTensor then calls operations on plain tensors, seen here
-        if func is torch.ops.aten._local_scalar_dense.default and self._is_ours(args[0]):
+        if func is ITEM and self._is_ours(args[0]):
             return 0.0 if args[0].is_floating_point() else 0
         self._update_resized()
         result = func(*args, **(kwargs or {}))
@@ -78,7 +85,7 @@ class MemoryLog(TorchDispatchMode):
 
     def allocation_of(self, tensor: Tensor) -> Allocation:
         """Find the allocation behind a tensor."""
-        return self._known[tensor.untyped_storage()._cdata][1]
+        return self._known[storage_id(tensor)][1]
 
     def live(self, instant: int) -> dict[Allocation, int]:
         """Return the allocations that exist at an instant, with their bytes."""
@@ -96,9 +103,8 @@ class MemoryLog(TorchDispatchMode):
         return isinstance(value, FakeTensor) and value.fake_mode is self.fake
 
     def _add(self, tensor: Tensor, is_resizable: bool) -> None:
-        storage = tensor.untyped_storage()
-        address = storage._cdata
-        if address in self._known or _is_sharding_rule():
+        storage, address = tensor.untyped_storage(), storage_id(tensor)
+        if address in self._known or is_sharding_rule():
             return
         allocation = Allocation(
             tensor.dtype, tuple(tensor.shape), self.modules[-1], len(self.changes)
@@ -125,11 +131,3 @@ class MemoryLog(TorchDispatchMode):
         if num_bytes != allocation.num_bytes:
             self.changes.append((allocation, num_bytes - allocation.num_bytes))
             allocation.num_bytes = num_bytes
-
-
-def _is_sharding_rule() -> bool:
-    """Whether DTensor is computing shapes, on global tensors that it makes for that."""
-    frame = sys._getframe().f_back
-    while frame is not None and frame.f_globals is not vars(_sharding_prop):
-        frame = frame.f_back
-    return frame is not None

@@ -11,6 +11,7 @@ from parallel import (
     DropoutStream,
     clip_gradients,
     set_gradient_sync,
+    set_reshard_after_backward,
     squared_norm,
     sum_on_host,
     sum_partial_gradients,
@@ -40,6 +41,7 @@ def train_step(
     for number, micro_batch in enumerate(batch.micro_batches, start=1):
         is_last = number == len(batch.micro_batches)
         set_gradient_sync(model, is_last or config.parallel.gradient_sync == "micro_batch")
+        set_reshard_after_backward(model, is_last or config.parallel.reshard_after_forward)
         losses += forward_backward(run, state, micro_batch, num_targets)
     sum_partial_gradients(model, mesh)
 

@@ -66,7 +66,9 @@ def test_weights_are_prefetched(mesh: Mesh, overlap: bool) -> None:
     is_prefetched = []
 
     def look(number: int) -> None:
-        (group,) = model.blocks[number]._get_fsdp_state()._fsdp_param_groups  # type: ignore[operator]
+        state = model.blocks[number]._get_fsdp_state()  # type: ignore[operator]
+        # torch 2.11 has one group.
+        (group,) = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
         result = group._all_gather_result
         is_prefetched.append(result is not None and result.all_gather_work is not None)
 

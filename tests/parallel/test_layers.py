@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from configs.weights import WeightSpec, column_weights, row_weights
-from ops import matmul
+from ops.matmul import Choice, Precision, use_precision
 from parallel import (
     MergedColumnParallelLinear,
     Mesh,
@@ -32,7 +32,7 @@ from parallel import (
 from parallel import loss as loss_module
 from parallel.mappings import enter_tensor_parallel_region
 from parallel.parameters import shard_range
-from tests.distributed import ONE_RANK, OVERLAPPED, TENSOR_PARALLEL, Layout, distributed
+from tests.distributed import DEVICE, ONE_RANK, OVERLAPPED, TENSOR_PARALLEL, Layout, distributed
 from tests.parallel.test_mappings import seeded
 from tests.weights import fill as fill_shards
 from tests.weights import gradient_shards
@@ -54,7 +54,7 @@ def column_linear(mesh: Mesh, **out_sizes: int) -> MergedColumnParallelLinear:
 
 def fill(layer: nn.Module) -> dict[str, Tensor]:
     """Set random float64 weights; returns the dense ones, which require gradients."""
-    layer.to_empty(device="cpu").double()
+    layer.to_empty(device=DEVICE).double()
     shards = local_shards(layer)
     dense = {
         name: seeded(1000 + number, *shard.global_shape)
@@ -269,8 +269,8 @@ def test_logits_equal_dense(mesh: Mesh) -> None:
 
 
 @distributed(ONE_RANK, Layout(tp=2))
-@pytest.mark.parametrize("has_units", [True, False])
-def test_logits_of_bfloat16_are_float32(mesh: Mesh, has_units: bool) -> None:
+@pytest.mark.parametrize("choice", ["native", "widened"])
+def test_logits_of_bfloat16_are_float32(mesh: Mesh, choice: Choice) -> None:
     """Loss and logits of a bfloat16 head equal float64 ones; gradients are rounded once."""
     h, vocab_size = 64, 23
     x_dense = seeded(2, S, B, h).bfloat16()
@@ -283,13 +283,12 @@ def test_logits_of_bfloat16_are_float32(mesh: Mesh, has_units: bool) -> None:
 
     x = sequence_shard(x_dense, mesh).requires_grad_()
     table = shard_of(table_dense, 0, mesh).clone().requires_grad_()
-    with (
-        patch.object(matmul, "_has_bfloat16_units", lambda: has_units),
-        patch.dict(loss_module._CHUNK_ELEMENTS, cpu=5 * vocab_size),
-    ):
+    previous = use_precision(Precision(choice, choice))
+    with patch.dict(loss_module._CHUNK_ELEMENTS, cpu=5 * vocab_size):
         logits = vocab_parallel_logits(x, table, mesh)
         losses = vocab_parallel_loss(x, table, targets, vocab_size, mesh)
     losses.objective.backward()
+    use_precision(previous)
 
     assert logits.dtype == torch.float32
     assert_close(logits.double(), shard_of(exact, 2, mesh), rtol=1e-6, atol=2e-5)
@@ -310,7 +309,7 @@ def test_sequence_parallelism_cannot_be_mixed(mesh: Mesh) -> None:
             "row": RowParallelLinear(row_weights(H, 16, 1.0), other),
         }
     )
-    model.to_empty(device="cpu")
+    model.to_empty(device=mesh.device)
     with pytest.raises(RuntimeError, match=r"row\.weight was created with tp=\d, sequence_para"):
         initialise_parameters(model, 1, mesh)
 
