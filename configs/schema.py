@@ -139,6 +139,9 @@ class ParallelConfig:
 
     tensor_model_parallel_size: Count = 1  # Number of ranks that share each layer (TP)
     sequence_parallel: bool = True  # Split norms and dropout over the sequence among TP ranks
+    context_parallel_size: Count = 1  # Number of ranks that share each sequence (CP)
+    # How CP ranks exchange keys and values: gather them, or pass them around a ring (less memory).
+    cp_comm_type: Literal["all_gather", "p2p"] = "all_gather"
     # Overlap TP communication with matmuls: in backward, or in both directions in chunks (for slow
     # networks). none: no overlap; gathered inputs are then kept for backward.
     tp_comm_overlap: Literal["none", "backward", "both"] = "backward"
@@ -152,6 +155,11 @@ class ParallelConfig:
     recompute_granularity: Recompute = "none"
     # Reduce gradients over data-parallel ranks per step (faster) or per micro_batch (less memory).
     gradient_sync: Literal["step", "micro_batch"] = "step"
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """Number of ranks that share one micro-batch: TP x CP."""
+        return self.tensor_model_parallel_size * self.context_parallel_size
 
 
 @dataclass(frozen=True)

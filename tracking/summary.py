@@ -88,7 +88,8 @@ def _model(config: Config) -> str:
 def _ranks(run: Run) -> str:
     mesh, precision = run.mesh, run.config.train.precision
     sp = " with sequence parallelism" if mesh.sequence_parallel else ""
-    layout = f"{mesh.world.size} = tp {mesh.tp.size}{sp} x dp {mesh.dp.size}"
+    cp = f" x cp {mesh.cp.size}" if mesh.cp.size > 1 else ""
+    layout = f"{mesh.world.size} = tp {mesh.tp.size}{sp}{cp} x dp {mesh.dp.size}"
     return f"{layout}; {device_name(mesh.device)}; {precision}"
 
 
