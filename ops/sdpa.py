@@ -103,7 +103,6 @@ def attend(
     elif mask is None and q.dtype != torch.float32:
         y, log_sum_exp = _flash_forward(*operands, 0.0, is_causal)[:2]
     else:
-        bias = None if bias is None else bias.expand(-1, q.shape[2], -1, -1)
         y, log_sum_exp = _efficient_forward(*operands, bias, True, 0.0, is_causal)[:2]
         log_sum_exp = log_sum_exp[..., : len(q)]
     return _sequence_first(y), log_sum_exp
@@ -126,21 +125,18 @@ def attend_backward(
     """
     operands, bias = _operands(q, k, v), _as_bias(mask, q)
     wide_grad, wide_y = _batch_first(widen(grad_y, "grad_y")), _batch_first(widen(y, "y"))
+    common: tuple[Any, ...]
     if q.device.type == "cpu":
-        grads = _cpu_backward(
-            wide_grad, *operands, wide_y, log_sum_exp, 0.0, is_causal, attn_mask=bias
-        )
+        common = (wide_y, log_sum_exp, 0.0, is_causal)
+        grads = _cpu_backward(wide_grad, *operands, *common, attn_mask=bias)
     elif mask is None and q.dtype != torch.float32:
-        no_seed = torch.empty(0, dtype=torch.int64, device=q.device)
-        arguments = (*operands, wide_y, log_sum_exp.contiguous(), None, None, len(q), len(k))
-        grads = _flash_backward(wide_grad, *arguments, 0.0, is_causal, no_seed, no_seed)
+        seed = _no_seed(q)
+        common = (wide_y, log_sum_exp.contiguous(), None, None, len(q), len(k), 0.0, is_causal)
+        grads = _flash_backward(wide_grad, *operands, *common, seed, seed)
     else:
-        no_seed = torch.empty(0, dtype=torch.int64, device=q.device)
-        bias = None if bias is None else bias.expand(-1, q.shape[2], -1, -1)
-        padded = F.pad(log_sum_exp, (0, -len(q) % _LSE_ALIGNMENT))
-        arguments = (*operands, bias, wide_y, padded, no_seed, no_seed, 0.0)
-        needed = [True, True, True, False]
-        grads = _efficient_backward(wide_grad, *arguments, needed, is_causal)[:3]
+        seed, padded = _no_seed(q), F.pad(log_sum_exp, (0, -len(q) % _LSE_ALIGNMENT))
+        common = (bias, wide_y, padded, seed, seed, 0.0, [True, True, True, False], is_causal)
+        grads = _efficient_backward(wide_grad, *operands, *common)[:3]
     grad_q, grad_k, grad_v = (_sequence_first(grad) for grad in grads)
     if k.shape[2] != q.shape[2]:  # sum over the query heads that share a key
         grad_k, grad_v = (
@@ -168,7 +164,13 @@ def _as_bias(mask: Tensor | None, q: Tensor) -> Tensor | None:
     num_keys = mask.shape[-1]
     aligned = num_keys + (-num_keys % _BIAS_ALIGNMENT if q.is_cuda else 0)
     bias = torch.zeros((*mask.shape[:-1], aligned), dtype=matmul_dtype(q), device=q.device)
-    return bias[..., :num_keys].masked_fill_(~mask, _HIDDEN)
+    bias = bias[..., :num_keys].masked_fill_(~mask, _HIDDEN)
+    return bias.expand(-1, q.shape[2], -1, -1) if q.is_cuda else bias
+
+
+def _no_seed(q: Tensor) -> Tensor:
+    """A random state that a kernel takes but does not read without dropout."""
+    return torch.empty(0, dtype=torch.int64, device=q.device)
 
 
 def _batch_first(heads: Tensor) -> Tensor:

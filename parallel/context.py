@@ -139,7 +139,8 @@ def _keys_of_ranks(k: Tensor, v: Tensor, mesh: Mesh) -> Iterator[tuple[int, Tens
     cp, own = mesh.cp, torch.stack((k, v), dim=1)  # [s/c, 2, b, g/t, d]
     pairs = _gather(own, cp) if mesh.cp_comm_type == "all_gather" else _pass_around(own, cp)
     for step, pair in enumerate(pairs):
-        yield (cp.rank - step) % cp.size, *pair.unbind(1)
+        keys, values = pair.unbind(1)
+        yield (cp.rank - step) % cp.size, keys, values
 
 
 def _gather(pair: Tensor, cp: Axis) -> Iterator[Tensor]:
