@@ -412,8 +412,8 @@ MISTAKES = (
     Mistake(
         "targets are counted once for each context-parallel rank",
         "data/loader.py",
-        "            count_targets(self._corpus.train, spans, keep_documents_apart=masked),\n",
-        '            self._cp.get("cp_size", 1)\n            * count_targets(self._corpus.train, spans, keep_documents_apart=masked),\n',
+        "            count_targets(",
+        '            self._cp.get("cp_size", 1) * count_targets(',
         (_CP_STEPS + "[" + _CP2,),
     ),
     Mistake(
