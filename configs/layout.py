@@ -1,7 +1,7 @@
 """How model and batch divide over the ranks, and which sizes would work instead.
 
 [Note: no rank without rows]
-Every tensor is split by rows over tp (or not), and each tp shard by rows over dp, in chunks of
+Every tensor is split by rows over tp (or not), and each tp shard by rows over dp x cp, in chunks of
 ceil(rows / parts) with a shorter last one. Uneven chunks work; empty ones do not, because FSDP2's
 backward fails on a rank that has no row of a tensor.
 """
@@ -13,6 +13,7 @@ from configs.schema import Config
 from configs.weights import model_weights
 
 _TP = "parallel.tensor_model_parallel_size"
+_CP = "parallel.context_parallel_size"
 
 
 def last_chunk(n: int, parts: int) -> int:
@@ -27,7 +28,7 @@ def divisors(n: int) -> list[int]:
 
 def check_layout(config: Config, world_size: int) -> None:
     """Raise ConfigError if the model or the batch cannot be divided over this many ranks."""
-    tp = config.parallel.tensor_model_parallel_size
+    tp, cp = config.parallel.tensor_model_parallel_size, config.parallel.context_parallel_size
     if tp > world_size:
         ranks = "there is 1 rank" if world_size == 1 else f"there are {world_size} ranks"
         fix = f"start with torchrun --nproc-per-node {tp} ..., or choose {_TP}={world_size}"
@@ -36,9 +37,27 @@ def check_layout(config: Config, world_size: int) -> None:
         problem = f"does not divide the number of ranks {world_size} (torchrun's nodes x"
         fix = f"choose a divisor of {world_size} ({listed(divisors(world_size))})"
         raise bad_setting(_TP, tp, f"{problem} --nproc-per-node); {fix}")
+    if world_size // tp % cp:
+        problem = f"x {_TP}={tp} does not divide the number of ranks {world_size} (torchrun's nodes"
+        fix = f"choose {_CP}={listed(divisors(world_size // tp))}, or a multiple of {cp * tp} ranks"
+        raise bad_setting(_CP, cp, f"{problem} x --nproc-per-node); {fix}")
+    if cp > 1:
+        _check_context(config, tp, cp)
     _check_split(config, tp)
     _check_shards(config, tp, world_size // tp)
-    _check_batch(config, world_size // tp)
+    _check_batch(config, world_size // (tp * cp))
+
+
+def _check_context(config: Config, tp: int, cp: int) -> None:
+    model, least = config.model, 2 * cp * tp
+    if model.seq_length < least:
+        problem = f"is too short for {_CP}={cp} x {_TP}={tp}, which split each sequence in {least}"
+        fix = f"choose model.seq_length={least} or more, or a smaller {_CP}"
+        raise bad_setting("model.seq_length", model.seq_length, f"{problem}; {fix}")
+    if model.attention_dropout > 0:
+        fix = f"choose model.attention_dropout=0, or {_CP}=1"
+        key, problem = "model.attention_dropout", f"is not supported with {_CP}={cp}"
+        raise bad_setting(key, model.attention_dropout, f"{problem}; {fix}")
 
 
 def _check_split(config: Config, tp: int) -> None:
@@ -64,11 +83,12 @@ def _groups_fit(groups: int, tp: int) -> bool:
     return groups % tp == 0 or tp % groups == 0
 
 
-def _check_shards(config: Config, tp: int, dp: int) -> None:
-    weight = _weight_with_empty_shard(config, tp, dp)
+def _check_shards(config: Config, tp: int, dp_cp: int) -> None:
+    weight = _weight_with_empty_shard(config, tp, dp_cp)
     if weight is None:
         return
-    world_size = tp * dp
+    world_size, cp = tp * dp_cp, config.parallel.context_parallel_size
+    others = f"data parallel size {dp_cp // cp}" + (f" x {_CP}={cp}" if cp > 1 else "")
     working = [size for size in divisors(world_size) if _splits(config, size, world_size)]
     fix = (
         f"with {world_size} ranks, choose {_TP}={listed(working)}"
@@ -76,8 +96,8 @@ def _check_shards(config: Config, tp: int, dp: int) -> None:
         else f"no layout of {world_size} ranks works; use fewer ranks or a larger model"
     )
     raise ConfigError(
-        f"{weight} has too few rows to shard over {_TP}={tp} x data parallel size {dp}: a rank "
-        f"would have none; {fix}",
+        f"{weight} has too few rows to shard over {_TP}={tp} x {others}: a rank would have none; "
+        f"{fix}",
         _TP,
     )
 
@@ -87,19 +107,20 @@ def _splits(config: Config, tp: int, world_size: int) -> bool:
     divisible = not (model.num_attention_heads % tp or model.ffn_size % tp)
     return (
         divisible
+        and world_size // tp % config.parallel.context_parallel_size == 0
         and _groups_fit(model.num_groups, tp)
         and _weight_with_empty_shard(config, tp, world_size // tp) is None
     )
 
 
-def _weight_with_empty_shard(config: Config, tp: int, dp: int) -> str | None:
+def _weight_with_empty_shard(config: Config, tp: int, dp_cp: int) -> str | None:
     """Name and shape of a weight of which some rank would have no row; None if there is none."""
     one_layer = dataclasses.replace(config.model, num_layers=1)  # all layers are alike
     for name, spec in model_weights(one_layer, config.data.padded_vocab_size).items():
         rows, parts = spec.shape[0], tp if spec.tp_dim_at(tp) == 0 else 1
-        # The last tp rank may have fewer rows than the others; each shard is split again over dp.
+        # The last tp rank may have fewer rows than the others; each shard is split again.
         shards = {-(-rows // parts), last_chunk(rows, parts)}
-        if any(last_chunk(shard, dp) == 0 for shard in shards):
+        if any(last_chunk(shard, dp_cp) == 0 for shard in shards):
             return f"{name} {list(spec.shape)}"
     return None
 

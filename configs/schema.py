@@ -140,6 +140,9 @@ class ParallelConfig:
 
     tensor_model_parallel_size: Count = 1  # Number of ranks that share each layer (TP)
     sequence_parallel: bool = True  # Split norms and dropout over the sequence among TP ranks
+    context_parallel_size: Count = 1  # Number of ranks that share each sequence (CP)
+    # How CP ranks exchange keys and values: gather them, or pass them around a ring (less memory).
+    cp_comm_type: Literal["all_gather", "p2p"] = "all_gather"
     # Overlap TP communication with matmuls: in backward, or in both directions in chunks (for slow
     # networks). none: no overlap; gathered inputs are then kept for backward.
     tp_comm_overlap: Literal["none", "backward", "both"] = "backward"
@@ -156,6 +159,11 @@ class ParallelConfig:
     # Free the weights gathered over data-parallel ranks after each layer's forward and backward.
     # false: gather them once per step and keep them, 2 bytes per parameter in bf16; faster.
     reshard_after_forward: bool = True
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """Number of ranks that share one micro-batch: TP x CP."""
+        return self.tensor_model_parallel_size * self.context_parallel_size
 
 
 @dataclass(frozen=True)

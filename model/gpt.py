@@ -4,10 +4,12 @@ Legend (Korthikanti et al. 2022, table 1, with g, d and f added): `s` sequence l
 micro-batch size, `h` hidden size, `a` attention heads, `g` groups of them that share a key and a
 value, `d = h/a` head dimension, `f` feed-forward size, `v` vocabulary, `t` tensor-parallel size,
 `L` layers. Sequence first: `[s, b, h]`, so that a sequence shard is a contiguous piece of dim 0.
-`[s/t, ...]` is with sequence parallelism; without it, read `[s, ...]`.
+`[s/t, ...]` is with sequence parallelism; without it, read `[s, ...]`. With context parallelism
+each rank has s/c positions (ops/balance.py), and s stands for those.
 """
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from model.context import AttentionContext, make_attention_context
 from model.generation.cache import KeyValueCache
 from model.mlp import MLP
 from model.norm import make_norm
+from ops.balance import RowDocuments
 from ops.recompute import recompute_in_backward
 from parallel import (
     DropoutStream,
@@ -29,7 +32,9 @@ from parallel import (
     declare_parameter,
     dropout_add,
     gather_vocabulary,
+    key_blocks,
     lookup,
+    row_positions,
     sequence_shard,
     vocab_parallel_logits,
     vocab_parallel_loss,
@@ -125,7 +130,7 @@ class GPT(nn.Module):
         positions: Tensor,
         targets: Tensor | None = None,
         stream: DropoutStream | None = None,
-        documents: Tensor | None = None,
+        documents: Tensor | RowDocuments | None = None,
         z_loss_coeff: float = 0.0,
         cache: KeyValueCache | None = None,
         logits_to_keep: slice = slice(None),
@@ -134,14 +139,25 @@ class GPT(nn.Module):
 
         `tokens`, `positions`, `targets` `[b, s]`; s a multiple of t. Negative targets are ignored.
         `stream` names the dropout masks; None: no dropout.
-        `documents` `[b, s]`: tokens see only those with the same number; None: all earlier ones.
+        `documents` `[b, s]`, with context parallelism RowDocuments: tokens see only those with the
+        same number; None: all earlier ones.
         `cache`: tokens follow and see the cached ones; no backward.
         `logits_to_keep`: the positions to compute logits for.
         """
         # The only transpose: data is batch first, the model sequence first.
-        positions, documents = positions.t(), None if documents is None else documents.t()
+        positions = positions.t()
+        documents = documents.t() if isinstance(documents, Tensor) else documents
+        mesh, (s, _), blocks = self.mesh, positions.shape, None
+        if mesh.cp.size > 1 and cache is None:
+            assert not isinstance(documents, Tensor)
+            blocks = key_blocks(s, mesh.cp, documents)
+        if stream is not None:
+            num_rows = s // mesh.tp.size if mesh.sequence_parallel else s
+            stream = replace(stream, positions=row_positions(num_rows, mesh, tokens.device))
         x = self.embed(tokens.t(), positions, stream)  # [s/t, b, h]
-        context = make_attention_context(self.config, positions, documents, stream, x.dtype, cache)
+        context = make_attention_context(
+            self.config, positions, documents, stream, x.dtype, cache, blocks
+        )
         for block in self.blocks:
             x = block(x, context)
         x = self.norm(x)

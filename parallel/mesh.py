@@ -1,7 +1,8 @@
-"""The mesh of ranks: this process's place along the tensor-parallel and the data-parallel axis.
+"""The mesh of ranks: this process's place along the data, context and tensor-parallel axes.
 
 tp is the fastest axis, so that the ranks that communicate most are neighbours on one node:
-rank = dp.rank * tp.size + tp.rank. A single rank is a 1 x 1 mesh, not a special case.
+rank = (dp.rank * cp.size + cp.rank) * tp.size + tp.rank. A single rank is a 1 x 1 x 1 mesh, not a
+special case. FSDP2 shards over dp and cp together, because a gradient is a sum over both.
 """
 
 import logging
@@ -9,7 +10,7 @@ import os
 import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,7 @@ logger = logging.getLogger("microtron")
 _POLL_INTERVAL_S = 0.5
 
 Overlap = Literal["none", "backward", "both"]  # see [Note: overlap] in overlap.py
+CPCommType = Literal["all_gather", "p2p"]  # see context.py
 
 
 @dataclass(frozen=True)
@@ -42,17 +44,28 @@ class Axis:
 class Mesh:
     """This process's place in the mesh, its groups, and how its layers use them."""
 
-    device_mesh: DeviceMesh  # axes ("dp", "tp")
+    device_mesh: DeviceMesh  # axes ("dp", "cp", "tp")
+    fsdp_mesh: DeviceMesh  # the ranks of dp_cp
     device: torch.device
     tp: Axis
+    cp: Axis
     dp: Axis
+    dp_cp: Axis  # dp and cp as one axis
     world: Axis
     local_rank: int
     sequence_parallel: bool  # false if tp.size is 1, so that layers need not check the size
     overlap: Overlap = "none"
+    cp_comm_type: CPCommType = "all_gather"
     compile: bool = False  # whether to compile pointwise functions, see ops/compile.py
     attempt: str = ""  # the name of this launch that the ranks agreed on, see rendezvous.py
     is_restart: bool = False  # whether the launcher has restarted the ranks after a failure
+
+
+class MoreAxes(TypedDict, total=False):
+    """Axes of which most programs have one rank."""
+
+    context_parallel_size: int
+    cp_comm_type: CPCommType
 
 
 def init_mesh(
@@ -64,6 +77,7 @@ def init_mesh(
     timeout_s: float = 0.0,
     device: str = "auto",
     num_threads: int | None = None,
+    **more_axes: Unpack[MoreAxes],
 ) -> Mesh:
     """Join the process group that the launcher describes (or a group of one) and create the mesh.
 
@@ -102,7 +116,13 @@ def init_mesh(
         dist.init_process_group(backend, store=alone, rank=0, world_size=1)
     compile = compile and _all_can_compile(torch_device)
     mesh = make_mesh(
-        tensor_model_parallel_size, sequence_parallel, torch_device, local_rank, overlap, compile
+        tensor_model_parallel_size,
+        sequence_parallel,
+        torch_device,
+        local_rank,
+        overlap,
+        compile,
+        **more_axes,
     )
     return replace(mesh, attempt=attempt, is_restart=is_restart)
 
@@ -132,17 +152,26 @@ def make_mesh(
     local_rank: int,
     overlap: Overlap = "none",
     compile: bool = False,
+    context_parallel_size: int = 1,
+    cp_comm_type: CPCommType = "all_gather",
 ) -> Mesh:
-    """Create the ("dp", "tp") mesh over the existing process group.
+    """Create the ("dp", "cp", "tp") mesh over the existing process group.
 
-    Raises RuntimeError if the number of ranks is not divisible by the tensor-parallel size.
+    Raises RuntimeError if the number of ranks is not divisible by the tensor-parallel times the
+    context-parallel size.
     """
     world_size, tp_size = dist.get_world_size(), tensor_model_parallel_size
-    if world_size % tp_size:
-        raise RuntimeError(f"world size {world_size} is not divisible by tp={tp_size}")
-    device_mesh = init_device_mesh(
-        device.type, (world_size // tp_size, tp_size), mesh_dim_names=("dp", "tp")
-    )
+    cp_size = context_parallel_size
+    if world_size % (cp_size * tp_size):
+        sizes = f"tp={tp_size}" if cp_size == 1 else f"cp={cp_size} x tp={tp_size}"
+        raise RuntimeError(f"world size {world_size} is not divisible by {sizes}")
+    shape = (world_size // (cp_size * tp_size), cp_size, tp_size)
+    device_mesh = init_device_mesh(device.type, shape, mesh_dim_names=("dp", "cp", "tp"))
+    fsdp_mesh = device_mesh["dp"]
+    if cp_size > 1:
+        of_tp_ranks = torch.arange(world_size).view(-1, tp_size).t().tolist()
+        group, _ = dist.new_subgroups_by_enumeration(of_tp_ranks)
+        fsdp_mesh = DeviceMesh.from_group(group, device.type, mesh_dim_names=("dp_cp",))
 
     def axis(group: dist.ProcessGroup | None) -> Axis:
         assert group is not None, "make_mesh needs a process group"
@@ -151,12 +180,16 @@ def make_mesh(
     return Mesh(
         device_mesh=device_mesh,
         device=device,
+        fsdp_mesh=fsdp_mesh,
         tp=axis(device_mesh.get_group("tp")),
+        cp=axis(device_mesh.get_group("cp")),
         dp=axis(device_mesh.get_group("dp")),
+        dp_cp=axis(fsdp_mesh.get_group()),
         world=axis(dist.group.WORLD),
         local_rank=local_rank,
         sequence_parallel=sequence_parallel and tp_size > 1,
         overlap=overlap,
+        cp_comm_type=cp_comm_type,
         compile=compile,
     )
 

@@ -37,7 +37,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 from ops.matmul import use_full_precision
-from parallel.mesh import Mesh, Overlap, make_mesh
+from parallel.mesh import CPCommType, Mesh, Overlap, make_mesh
 from parallel.transport.backend import cpu_backend
 
 DEVICE = os.environ.get("MICROTRON_TEST_DEVICE", "cpu")  # or cuda
@@ -53,14 +53,16 @@ class Layout:
 
     tp: int = 1
     dp: int = 1
+    cp: int = 1
     sp: bool = True
     overlap: Overlap = "none"
+    cp_comm_type: CPCommType = "all_gather"
     shared_memory: bool = False  # between the ranks; otherwise gloo
 
     @property
     def num_ranks(self) -> int:
         """Ranks of all axes."""
-        return self.tp * self.dp
+        return self.tp * self.cp * self.dp
 
     def has_devices(self) -> bool:
         """Whether the test device has a place for each rank."""
@@ -72,7 +74,8 @@ class Layout:
         sp = "+sp" if self.sp and self.tp > 1 else ""
         overlap = f"-overlap {self.overlap}" if self.overlap != "none" else ""
         memory = "-memory" if self.shared_memory else ""
-        return f"tp{self.tp}{sp}-dp{self.dp}{overlap}{memory}"
+        cp = f"-cp{self.cp} {self.cp_comm_type}" if self.cp > 1 else ""
+        return f"tp{self.tp}{sp}-dp{self.dp}{cp}{overlap}{memory}"
 
 
 ONE_RANK = Layout()
@@ -244,7 +247,15 @@ def _work(
             return
         try:
             if layout not in meshes:
-                meshes[layout] = make_mesh(layout.tp, layout.sp, device, rank, layout.overlap)
+                meshes[layout] = make_mesh(
+                    layout.tp,
+                    layout.sp,
+                    device,
+                    rank,
+                    layout.overlap,
+                    context_parallel_size=layout.cp,
+                    cp_comm_type=layout.cp_comm_type,
+                )
             function = getattr(importlib.import_module(module), name)
             with contextlib.nullcontext() if device.type == "cpu" else OnDevice(device):
                 # The name of a decorated test is that of its wrapper.

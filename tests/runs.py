@@ -87,7 +87,11 @@ def train_on(layout: Layout, arguments: list[str], *, fastest: Choice = "widened
     """Run a configuration on a layout, as on a processor with this fastest precision of bf16."""
     config = parse_config(arguments)
     parallel = dataclasses.replace(
-        config.parallel, tensor_model_parallel_size=layout.tp, sequence_parallel=layout.sp
+        config.parallel,
+        tensor_model_parallel_size=layout.tp,
+        sequence_parallel=layout.sp,
+        context_parallel_size=layout.cp,
+        cp_comm_type=layout.cp_comm_type,
     )
     run_on(
         layout, run_in_pool, config=dataclasses.replace(config, parallel=parallel), fastest=fastest

@@ -90,7 +90,8 @@ def _ranks(run: Run) -> str:
     if precision == "bf16" and mesh.device.type == "cpu" and run.precision is not None:
         precision += f" (matmuls {run.precision.matmul}, attention {run.precision.attention})"
     sp = " with sequence parallelism" if mesh.sequence_parallel else ""
-    layout = f"{mesh.world.size} = tp {mesh.tp.size}{sp} x dp {mesh.dp.size}"
+    cp = f" x cp {mesh.cp.size}" if mesh.cp.size > 1 else ""
+    layout = f"{mesh.world.size} = tp {mesh.tp.size}{sp}{cp} x dp {mesh.dp.size}"
     return f"{layout}; {device_name(mesh.device)}; {precision}"
 
 

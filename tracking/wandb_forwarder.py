@@ -152,7 +152,12 @@ def wandb_config(config: Config, mesh: Mesh) -> dict[str, Any]:
     return {
         **_without_paths(dataclasses.asdict(config)),
         "num_parameters": num_parameters(config.model, config.data.padded_vocab_size),
-        "layout": {"tp": mesh.tp.size, "dp": mesh.dp.size, "world": mesh.world.size},
+        "layout": {
+            "tp": mesh.tp.size,
+            "cp": mesh.cp.size,
+            "dp": mesh.dp.size,
+            "world": mesh.world.size,
+        },
         "environment": {"device": device_name(mesh.device), "torch": torch.__version__},
     }
 

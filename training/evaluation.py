@@ -67,6 +67,8 @@ def eval_batches(
         dp_rank=mesh.dp.rank,
         dp_size=mesh.dp.size,
         tp_size=mesh.tp.size,
+        cp_rank=mesh.cp.rank,
+        cp_size=mesh.cp.size,
     )
 
 
@@ -77,7 +79,7 @@ def score(model: GPT, documents: EvaluationSet) -> EvalResult:
     nats = torch.zeros((), dtype=torch.float64, device=mesh.device)
     for batch in documents.batches:
         nats += model(**batch.to(mesh.device).inputs()).cross_entropy
-    total = move_to(sum_over(mesh.dp, nats), "cpu").item()
+    total = move_to(sum_over(mesh.dp_cp, nats), "cpu").item()
     counts = documents.num_targets, documents.num_bytes, documents.num_unknown
     return EvalResult(total, *counts, documents.warnings)
 

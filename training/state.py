@@ -110,6 +110,8 @@ def mesh_from_config(config: Config, *, decoding: bool = False) -> Mesh:
             timeout_s=1.25 * config.run.file_timeout_s,
             device=config.train.device,
             num_threads=config.train.num_threads,
+            context_parallel_size=parallel.context_parallel_size,
+            cp_comm_type=parallel.cp_comm_type,
         )
     except DeviceError as error:
         exit_with_error(str(error))
@@ -127,6 +129,8 @@ def training_batches(run: Run, state: RunState) -> BatchLoader:
         dp_size=mesh.dp.size,
         tp_size=mesh.tp.size,
         device_is_cuda=mesh.device.type == "cuda",
+        cp_rank=mesh.cp.rank,
+        cp_size=mesh.cp.size,
     )
 
 
