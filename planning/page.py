@@ -203,7 +203,7 @@ def _answer(config: Config, report: StepReport, memory_gib: float) -> Iterator[s
 def _advice(config: Config, report: StepReport, used: float) -> Iterator[str]:
     """The settings to change, most effective first, if memory is missing or much of it is left."""
     parallel, b, m = config.parallel, config.train.micro_batch_size, report.num_micro_batches
-    level, several = _RECOMPUTATION.index(parallel.recompute_granularity), len(report.dp) > 1
+    level, several = _RECOMPUTATION.index(parallel.recompute_granularity), len(report.dp_cp) > 1
     smaller = max((rows for rows in range(1, b) if b % rows == 0), default=None)
     larger = next((b * factor for factor in range(2, m + 1) if m % factor == 0), None)
     if used > 1:
