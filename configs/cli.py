@@ -107,7 +107,12 @@ def run_config(run: str, tensor_model_parallel_size: int | None = None, **train:
     batch = settings.micro_batch_size * max(1, num_ranks // t)
     config = dataclasses.replace(
         config,
-        parallel=dataclasses.replace(config.parallel, tensor_model_parallel_size=t),
+        parallel=dataclasses.replace(
+            config.parallel,
+            tensor_model_parallel_size=t,
+            pipeline_model_parallel_size=1,
+            virtual_pipeline_model_parallel_size=None,
+        ),
         train=dataclasses.replace(settings, global_batch_size=batch),
     )
     validate(config, num_ranks)

@@ -42,6 +42,7 @@ _ALIASES = {
     "rotary_base": "rope_theta",
     "untie_embeddings_and_output_weights": "tie_word_embeddings",
     "tensor_model_parallel_size": "tp tp_size",
+    "pipeline_model_parallel_size": "pp pp_size",
     "recompute_granularity": "gradient_checkpointing",
     "global_batch_size micro_batch_size num_samples": "batch_size",
     "global_batch_size": "gradient_accumulation_steps",

@@ -64,7 +64,7 @@ def read_config(path: Path) -> Config:
     values, places = _read(path)
     try:
         config = _build(values, path)
-        validate(config, config.parallel.tensor_model_parallel_size)
+        validate(config, config.parallel.ranks_per_replica)
     except ConfigError as error:
         raise _located(error, places, {}) from error
     return config

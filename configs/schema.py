@@ -139,6 +139,11 @@ class ParallelConfig:
 
     tensor_model_parallel_size: Count = 1  # Number of ranks that share each layer (TP)
     sequence_parallel: bool = True  # Split norms and dropout over the sequence among TP ranks
+    # Number of stages that split the layers (PP), each on its own ranks; schedule: 1F1B.
+    pipeline_model_parallel_size: Count = 1
+    # Chunks of layers per stage, for the interleaved schedule: a smaller bubble, more messages.
+    # null: one.
+    virtual_pipeline_model_parallel_size: Count | None = None
     # Overlap TP communication with matmuls: in backward, or in both directions in chunks (for slow
     # networks). none: no overlap; gathered inputs are then kept for backward.
     tp_comm_overlap: Literal["none", "backward", "both"] = "backward"
@@ -152,6 +157,11 @@ class ParallelConfig:
     recompute_granularity: Recompute = "none"
     # Reduce gradients over data-parallel ranks per step (faster) or per micro_batch (less memory).
     gradient_sync: Literal["step", "micro_batch"] = "step"
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """Number of ranks that share one micro-batch: PP x TP."""
+        return self.pipeline_model_parallel_size * self.tensor_model_parallel_size
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from parallel.parameters import (
     initialise_parameters,
     local_shards,
 )
+from parallel.pipeline import forward_only, run_pipeline
 from parallel.randomness import DropoutStream, dropout_add, fold_seed
 from parallel.replica_check import compare_replicas
 from parallel.transport.backend import is_transport_frame, lost_connection
@@ -63,6 +64,7 @@ __all__ = [
     "declare_parameter",
     "dropout_add",
     "fold_seed",
+    "forward_only",
     "free_gathered_weights",
     "gather_json",
     "gather_vocabulary",
@@ -75,6 +77,7 @@ __all__ = [
     "lost_connection",
     "machine_id",
     "move_to",
+    "run_pipeline",
     "sequence_shard",
     "set_gradient_sync",
     "shard_over_data_parallel",

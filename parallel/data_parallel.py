@@ -35,27 +35,40 @@ def shard_over_data_parallel(
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    # A stage of a pipeline gathers its weights once a step: forwards and backwards alternate.
+    reshards = mesh.pp.size == 1
     for module in (*blocks, model):
-        fully_shard(module, mesh=mesh.device_mesh["dp"], mp_policy=policy)
+        fully_shard(
+            module,
+            mesh=mesh.device_mesh["dp"],
+            mp_policy=policy,
+            reshard_after_forward=None if reshards else False,
+        )
         assert isinstance(module, FSDPModule)
         # The loss is already divided by the target count of the global batch, so gradients are
         # summed, not averaged. gloo needs both settings.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+        module.set_reshard_after_backward(reshards)
     if overlap and mesh.device.type == "cpu":
         overlap_on_cpu(model, blocks, one_sum_per_step)
 
 
-def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
-    """Set whether the next backward sums its gradients over dp.
+def set_gradient_sync(
+    model: nn.Module, enabled: bool, modules: Iterable[nn.Module] | None = None
+) -> None:
+    """Set whether the next backward sums the gradients of `modules` (None: of all) over dp.
 
     If not, they accumulate unsharded in float32: less traffic, more memory.
     """
     if not isinstance(model, FSDPModule):
         return
-    if enabled and hasattr(model, "deferred"):  # FSDP2 would add to a sum that is still running
+    if enabled and modules is None and hasattr(model, "deferred"):
+        # FSDP2 would add to a sum that is still running.
         assert all(parameter.grad is None for parameter in model.parameters())
-    model.set_requires_gradient_sync(enabled)
+    for module in model.modules() if modules is None else modules:
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(enabled, recurse=False)
 
 
 def free_gathered_weights(model: nn.Module) -> None:

@@ -1,7 +1,8 @@
-"""The mesh of ranks: this process's place along the tensor-parallel and the data-parallel axis.
+"""The mesh of ranks: this process's place along the pipeline, data and tensor-parallel axes.
 
-tp is the fastest axis, so that the ranks that communicate most are neighbours on one node:
-rank = dp.rank * tp.size + tp.rank. A single rank is a 1 x 1 mesh, not a special case.
+tp is the fastest axis, so that the ranks that communicate most are neighbours on one node, and pp
+the slowest: rank = (pp.rank * dp.size + dp.rank) * tp.size + tp.rank. A single rank is a mesh of
+size 1 along each axis, not a special case.
 """
 
 import logging
@@ -9,7 +10,7 @@ import os
 import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 import torch
 import torch.distributed as dist
@@ -42,17 +43,33 @@ class Axis:
 class Mesh:
     """This process's place in the mesh, its groups, and how its layers use them."""
 
-    device_mesh: DeviceMesh  # axes ("dp", "tp")
+    device_mesh: DeviceMesh  # axes ("pp", "dp", "tp")
     device: torch.device
     tp: Axis
     dp: Axis
     world: Axis
     local_rank: int
+    pp: Axis  # the stages of the pipeline; see pipeline.py
+    tied: Axis  # the first and the last stage; size 1 on a stage between them
+    pipeline_groups: tuple[dist.ProcessGroup, ...]  # over pp; see pipeline.py
+    num_chunks: int  # pieces of the model per stage, for the interleaved schedule
     sequence_parallel: bool  # false if tp.size is 1, so that layers need not check the size
     overlap: Overlap = "none"
     compile: bool = False  # whether to compile pointwise functions, see ops/compile.py
     attempt: str = ""  # the name of this launch that the ranks agreed on, see rendezvous.py
     is_restart: bool = False  # whether the launcher has restarted the ranks after a failure
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank has the head of the model, and so logits and losses."""
+        return self.pp.rank == self.pp.size - 1
+
+
+class MoreAxes(TypedDict, total=False):
+    """Axes of which most programs have one rank."""
+
+    pipeline_model_parallel_size: int
+    num_chunks: int
 
 
 def init_mesh(
@@ -64,6 +81,7 @@ def init_mesh(
     timeout_s: float = 0.0,
     device: str = "auto",
     num_threads: int | None = None,
+    **more_axes: Unpack[MoreAxes],
 ) -> Mesh:
     """Join the process group that the launcher describes (or a group of one) and create the mesh.
 
@@ -102,7 +120,13 @@ def init_mesh(
         dist.init_process_group(backend, store=alone, rank=0, world_size=1)
     compile = compile and _all_can_compile(torch_device)
     mesh = make_mesh(
-        tensor_model_parallel_size, sequence_parallel, torch_device, local_rank, overlap, compile
+        tensor_model_parallel_size,
+        sequence_parallel,
+        torch_device,
+        local_rank,
+        overlap,
+        compile,
+        **more_axes,
     )
     return replace(mesh, attempt=attempt, is_restart=is_restart)
 
@@ -132,33 +156,57 @@ def make_mesh(
     local_rank: int,
     overlap: Overlap = "none",
     compile: bool = False,
+    pipeline_model_parallel_size: int = 1,
+    num_chunks: int = 1,
 ) -> Mesh:
-    """Create the ("dp", "tp") mesh over the existing process group.
+    """Create the ("pp", "dp", "tp") mesh over the existing process group.
 
-    Raises RuntimeError if the number of ranks is not divisible by the tensor-parallel size.
+    Raises RuntimeError if the number of ranks is not divisible by the other two sizes.
     """
     world_size, tp_size = dist.get_world_size(), tensor_model_parallel_size
-    if world_size % tp_size:
-        raise RuntimeError(f"world size {world_size} is not divisible by tp={tp_size}")
+    pp_size = pipeline_model_parallel_size
+    if world_size % (pp_size * tp_size):
+        raise RuntimeError(
+            f"world size {world_size} is not divisible by pp={pp_size} x tp={tp_size}"
+        )
     device_mesh = init_device_mesh(
-        device.type, (world_size // tp_size, tp_size), mesh_dim_names=("dp", "tp")
+        device.type,
+        (pp_size, world_size // (pp_size * tp_size), tp_size),
+        mesh_dim_names=("pp", "dp", "tp"),
     )
 
     def axis(group: dist.ProcessGroup | None) -> Axis:
         assert group is not None, "make_mesh needs a process group"
         return Axis(dist.get_world_size(group), dist.get_rank(group), group)
 
+    pp = axis(device_mesh.get_group("pp"))
+    tied, pipeline_groups = pp, [pp.group] * (4 if num_chunks > 1 else 2)
+    if pp_size > 1:
+        pipelines = device_mesh.mesh.flatten(1).t().tolist()  # one rank of each stage
+        pipeline_groups = [_own_group(pipelines) or pp.group for _ in pipeline_groups]
+        ends = _own_group([[ranks[0], ranks[-1]] for ranks in pipelines])
+        tied = axis(ends) if ends is not None else Axis(1, 0, pp.group)
     return Mesh(
         device_mesh=device_mesh,
         device=device,
         tp=axis(device_mesh.get_group("tp")),
         dp=axis(device_mesh.get_group("dp")),
         world=axis(dist.group.WORLD),
+        pp=pp,
+        tied=tied,
+        pipeline_groups=tuple(pipeline_groups),
+        num_chunks=num_chunks,
         local_rank=local_rank,
         sequence_parallel=sequence_parallel and tp_size > 1,
         overlap=overlap,
         compile=compile,
     )
+
+
+def _own_group(groups: list[list[int]]) -> dist.ProcessGroup | None:
+    """Create groups of ranks; returns this rank's, if it is in one. All ranks must call this."""
+    own, _ = dist.new_subgroups_by_enumeration(groups)
+    return own
 
 
 def close_mesh() -> None:

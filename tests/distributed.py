@@ -43,6 +43,8 @@ class Layout:
 
     tp: int = 1
     dp: int = 1
+    pp: int = 1
+    chunks: int = 1  # of each stage
     sp: bool = True
     overlap: Overlap = "none"
     shared_memory: bool = False  # between the ranks; otherwise gloo
@@ -51,7 +53,9 @@ class Layout:
         sp = "+sp" if self.sp and self.tp > 1 else ""
         overlap = f"-overlap {self.overlap}" if self.overlap != "none" else ""
         memory = "-memory" if self.shared_memory else ""
-        return f"tp{self.tp}{sp}-dp{self.dp}{overlap}{memory}"
+        chunks = f"x{self.chunks}" if self.chunks > 1 else ""
+        pp = f"-pp{self.pp}{chunks}" if self.pp > 1 else ""
+        return f"tp{self.tp}{sp}-dp{self.dp}{pp}{overlap}{memory}"
 
 
 ONE_RANK = Layout()
@@ -90,7 +94,7 @@ def distributed(*layouts: Layout) -> Callable[[Callable[..., None]], Callable[..
 
 def run_on(layout: Layout, body: Callable[..., None], **parameters: Any) -> None:
     """Run a module's function on every rank of a layout, a mesh first; any rank's failure fails."""
-    pool = _pool(layout.tp * layout.dp, layout.shared_memory)
+    pool = _pool(layout.tp * layout.dp * layout.pp, layout.shared_memory)
     pool.run(body.__module__, body.__qualname__, layout, parameters)
 
 
@@ -197,7 +201,13 @@ def _work(
         try:
             if layout not in meshes:
                 meshes[layout] = make_mesh(
-                    layout.tp, layout.sp, torch.device("cpu"), rank, layout.overlap
+                    layout.tp,
+                    layout.sp,
+                    torch.device("cpu"),
+                    rank,
+                    layout.overlap,
+                    pipeline_model_parallel_size=layout.pp,
+                    num_chunks=layout.chunks,
                 )
             function = getattr(importlib.import_module(module), name)
             # The name of a decorated test is that of its wrapper.

@@ -80,7 +80,11 @@ def train_on(layout: Layout, arguments: list[str]) -> None:
     """Run a configuration on a layout."""
     config = parse_config(arguments)
     parallel = dataclasses.replace(
-        config.parallel, tensor_model_parallel_size=layout.tp, sequence_parallel=layout.sp
+        config.parallel,
+        tensor_model_parallel_size=layout.tp,
+        sequence_parallel=layout.sp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.chunks if layout.chunks > 1 else None,
     )
     run_on(layout, run_in_pool, config=dataclasses.replace(config, parallel=parallel))
 

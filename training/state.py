@@ -108,6 +108,8 @@ def mesh_from_config(config: Config, *, decoding: bool = False) -> Mesh:
             timeout_s=1.25 * config.run.file_timeout_s,
             device=config.train.device,
             num_threads=config.train.num_threads,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            num_chunks=parallel.virtual_pipeline_model_parallel_size or 1,
         )
     except DeviceError as error:
         exit_with_error(str(error))
