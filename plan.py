@@ -36,6 +36,11 @@ def parse(arguments: list[str]) -> tuple[Config, int, float]:
 def num_ranks(nproc: int | None, config: Config) -> int:
     """Return nproc, by default the tensor-parallel size, if that divides it."""
     key, t = "parallel.tensor_model_parallel_size", config.parallel.tensor_model_parallel_size
+    if (pp := config.parallel.pipeline_model_parallel_size) > 1:
+        raise ConfigError(
+            f"plan.py does not support parallel.pipeline_model_parallel_size={pp}; plan one stage "
+            f"as a model of model.num_layers={-(-config.model.num_layers // pp)}"
+        )
     n = nproc or t
     if n % t:
         nearest = [multiple for multiple in (n // t * t, n // t * t + t) if multiple]

@@ -81,8 +81,9 @@ def forward_backward(
     losses = torch.zeros(2, dtype=torch.float64, device=mesh.device)
 
     def forward(number: int, chunk: int, x: Tensor | None) -> Tensor:
-        first_sample = int(micro_batches[number].sample_indices[0])
-        micro_batch = micro_batches[number].to(mesh.device)
+        micro_batch = micro_batches[number]
+        first_sample = int(micro_batch.sample_indices[0])
+        micro_batch = micro_batch.to(mesh.device)
         keys = micro_batch.dropout_keys
         output = model(
             **micro_batch.inputs(),
