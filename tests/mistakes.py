@@ -15,6 +15,9 @@ _MODEL = "tests/model/test_gpt.py::test_loss_and_gradients_equal_the_reference"
 _DROPOUT = "tests/parallel/test_randomness.py::test_dropout_add_equals_the_formula"
 _WEIGHTS = "tests/parallel/test_sharding.py::test_initial_weights_do_not_depend_on_the_layout"
 _DECODING = "tests/model/test_decoding.py::test_cached_tokens_equal_uncached"
+_PIPELINE = "tests/parallel/test_pipeline.py::"
+_PIPELINE_BITS = _PIPELINE + "test_stages_give_the_same_bits[tp1-dp1-pp2]"
+_PIPELINE_TIED = _PIPELINE + "test_tied_stages_give_the_same_losses[tp1-dp1-pp2]"
 _STEP = "tests/test_train_layouts.py::test_a_step_equals_the_reference"
 
 
@@ -253,8 +256,8 @@ MISTAKES = (
     Mistake(
         "mean of means: each micro-batch is divided by its own number of targets",
         "training/step.py",
-        "(losses.objective / num_targets).backward()",
-        "(losses.objective / micro_batch.num_targets / len(batch.micro_batches)).backward()",
+        "return output.objective / num_targets",
+        "return output.objective / micro_batch.num_targets / len(micro_batches)",
         (_STEP + "[tp1-dp1]",),
     ),
     Mistake(
@@ -329,6 +332,70 @@ MISTAKES = (
         "if largest_norm > 0:",
         "if largest_norm > 0 and mesh.world.rank == 0:",
         (_MODEL + "[gpt2-False-tp1-dp2]",),
+    ),
+    # Pipelines.
+    Mistake(
+        "layer numbers restart at 0 on every stage",
+        "model/gpt.py",
+        "Block(config, layer, mesh, recompute))",
+        "Block(config, len(chunk), mesh, recompute))",
+        (_PIPELINE_BITS,),
+    ),
+    Mistake(
+        "each stage clips by the norm of its own gradients",
+        "training/step.py",
+        "float(np.float32(math.sqrt(square)))",
+        "float(values[-1].sqrt())",
+        (_PIPELINE_BITS,),
+    ),
+    Mistake(
+        "the two gradients of a tied table are not summed",
+        "parallel/gradients.py",
+        "            sum_over(mesh.tied, gradient.tensor)\n",
+        "            pass\n",
+        (_PIPELINE_TIED,),
+    ),
+    Mistake(
+        "a tied table counts twice in the norm",
+        "parallel/gradients.py",
+        "(not gradient.is_tied or mesh.pp.rank == 0)",
+        "True",
+        (_PIPELINE_TIED,),
+    ),
+    Mistake(
+        "the loss is divided by the number of micro-batches as well",
+        "training/step.py",
+        "return output.objective / num_targets",
+        "return output.objective / num_targets / len(micro_batches)",
+        (_STEP + "[tp1-dp1]",),
+    ),
+    Mistake(
+        "a stage runs all forwards first and keeps the activations of all micro-batches",
+        "parallel/pipeline.py",
+        "if num_alive == max_alive(p, num_chunks, stage):",
+        "if num_alive == num_micro_batches * num_chunks:",
+        (_PIPELINE + "test_schedules[2-1-11]",),
+    ),
+    Mistake(
+        "backwards run in the reverse order of the forwards",
+        "parallel/pipeline.py",
+        "(pair[0] // p, -pair[1], pair[0])",
+        "(pair[0] // p, -pair[1], -pair[0])",
+        (_PIPELINE + "test_schedules[2-1-11]",),
+    ),
+    Mistake(
+        "a stage skips a step by itself",
+        "training/step.py",
+        "why_skipped = skip_reason(loss, grad_norm, state, config.train)",
+        "why_skipped = skip_reason(loss, float(values[-1].sqrt()), state, config.train)",
+        (_PIPELINE + "test_all_stages_skip_a_step[tp1-dp1-pp2]",),
+    ),
+    Mistake(
+        "only the last stage evaluates, and waits for the others",
+        "training/evaluation.py",
+        "        losses = model(**batch.to(mesh.device).inputs())\n        if mesh.is_last_stage:\n",
+        "        if mesh.is_last_stage:\n            losses = model(**batch.to(mesh.device).inputs())\n",
+        (_PIPELINE_BITS,),
     ),
     # Randomness.
     Mistake(

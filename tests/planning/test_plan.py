@@ -22,10 +22,10 @@ from model.context import make_attention_context
 from model.gpt import Block
 from ops.scratch import scratch_scope
 from parallel import DropoutStream, Mesh, initialise_parameters
-from parallel.traffic import record_traffic
 from plan import num_ranks, parse
 from planning.dry_run import StepReport, dry_run
 from planning.page import page, paper_formula
+from planning.traffic import record_traffic
 from tests.distributed import ONE_RANK, Layout, run_on
 from tests.lines import ROOT
 from training.optimizer import build_optimizer, training_tensors
