@@ -184,6 +184,7 @@ def make_mesh(
     if pp_size > 1:
         pipelines = device_mesh.mesh.flatten(1).t().tolist()  # one rank of each stage
         pipeline_groups = [_own_group(pipelines) or pp.group for _ in pipeline_groups]
+        _connect_stages(pp, pipeline_groups, device)
         ends = _own_group([[ranks[0], ranks[-1]] for ranks in pipelines])
         tied = axis(ends) if ends is not None else Axis(1, 0, pp.group)
     return Mesh(
@@ -207,6 +208,22 @@ def _own_group(groups: list[list[int]]) -> dist.ProcessGroup | None:
     """Create groups of ranks; returns this rank's, if it is in one. All ranks must call this."""
     own, _ = dist.new_subgroups_by_enumeration(groups)
     return own
+
+
+def _connect_stages(pp: Axis, groups: list[dist.ProcessGroup], device: torch.device) -> None:
+    """Send a number along each connection of a pipeline, see [Note: messages] in pipeline.py.
+
+    NCCL creates a connection at its first message, which blocks both ranks. In a schedule two ranks
+    could then wait for each other.
+    """
+    number = torch.zeros(1, device=device)
+    for index, group in enumerate(groups):
+        step = -1 if index % 2 else 1
+        is_between_ends = index > 1
+        if (0 <= pp.rank - step < pp.size) != is_between_ends:
+            dist.recv(number, group=group, group_src=(pp.rank - step) % pp.size)
+        if (0 <= pp.rank + step < pp.size) != is_between_ends:
+            dist.send(number, group=group, group_dst=(pp.rank + step) % pp.size)
 
 
 def close_mesh() -> None:

@@ -393,8 +393,14 @@ MISTAKES = (
     Mistake(
         "only the last stage evaluates, and waits for the others",
         "training/evaluation.py",
-        "        losses = model(**batch.to(mesh.device).inputs())\n        if mesh.is_last_stage:\n",
-        "        if mesh.is_last_stage:\n            losses = model(**batch.to(mesh.device).inputs())\n",
+        """\
+        losses = model(**batch.to(mesh.device).inputs())
+        if mesh.is_last_stage:
+            nats""",
+        """\
+        if mesh.is_last_stage:
+            losses = model(**batch.to(mesh.device).inputs())
+            nats""",
         (_PIPELINE_BITS,),
     ),
     # Randomness.
