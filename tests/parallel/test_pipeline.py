@@ -196,7 +196,7 @@ def test_checkpoints_fit_any_layout(corpus: Path, tmp_path: Path) -> None:
         (both, Layout(pp=4)),
         (Layout(pp=4), both),
     ):
-        name = f"run.name={before} {after}".replace(" ", "_")
+        name = f"run.name={before}_{after}".replace("+", "")
         train_on(before, settings(corpus, tmp_path, *options, name, "run.stop_at_step=3"))
         train_on(after, settings(corpus, tmp_path, *options, name))
         _require_near(rows(tmp_path, name.removeprefix("run.name=")), whole)
