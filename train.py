@@ -32,7 +32,7 @@ from tracking.summary import outcome, report_end, report_start
 from training.checkpoint_writer import CheckpointWriter
 from training.divergence import check_replicas, roll_back, too_many_skipped
 from training.evaluation import evaluate, validation_set
-from training.hardware import set_up_allocator, use_deterministic_kernels
+from training.hardware import choose_precision, set_up_allocator, use_deterministic_kernels
 from training.launcher import print_after_launcher
 from training.optimizer import build_optimizer
 from training.resume import find_own_checkpoint, resume
@@ -74,10 +74,11 @@ def start(config: Config, mesh: Mesh, folder: RunFolder) -> tuple[Run, RunState]
             folder.step = checkpoint.step
         corpus = prepare_corpus(config.data, config.model.seq_length, mesh.local_rank)
         require_same_on_all_ranks(mesh, corpus.fingerprint, "the tokenized text")
+    precision = choose_precision(config, mesh, checkpoint)
     set_up_allocator(mesh, num_parameters(config.model, config.data.vocab_size))
     model = build_model(config, mesh)
     optimizer = build_optimizer(model, config.optimizer)
-    run = Run(config, mesh, folder, corpus, model, optimizer)
+    run = Run(config, mesh, folder, corpus, model, optimizer, precision)
     return run, resume(run, checkpoint)
 
 

@@ -15,6 +15,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from bench.workload import Workload
+from ops.torch_private import storage_id
+
+_COPIES = ("ToCopy", "Cat", "Select", "Slice", "T", "Transpose", "View")
 
 MakeForward = Callable[[int], tuple[nn.Module, Callable[[], Tensor]]]
 
@@ -39,15 +42,11 @@ def _saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
 
     def note_weights(module: nn.Module, _: Any) -> None:
         # In the forward, where FSDP2 provides its gathered copies.
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                weights[_storage(tensor)] = tensor
-
-    shapes = {tuple(parameter.shape) for parameter in model.parameters()}
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            weights[_storage(tensor)] = tensor
 
     def pack(tensor: Tensor) -> Tensor:
-        # Activations have three dims; a weight that was cast for this forward has its own shape.
-        if tuple(tensor.shape) not in shapes:
+        if not _is_copy_of_weight(tensor):
             kept[_storage(tensor)] = tensor
         return tensor
 
@@ -65,10 +64,18 @@ def _saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     return total
 
 
+def _is_copy_of_weight(tensor: Tensor) -> bool:
+    """Whether a tensor is a parameter that was cast for this forward, or a view of that."""
+    node = tensor.grad_fn
+    while node is not None and node.name().removesuffix("Backward0") in _COPIES:
+        node = node.next_functions[0][0]
+    return hasattr(node, "variable")  # of a leaf
+
+
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _storage(tensor: Tensor) -> int:
     """Identify the storage of a tensor."""
-    return _local(tensor).untyped_storage()._cdata
+    return storage_id(_local(tensor))

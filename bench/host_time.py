@@ -8,6 +8,7 @@ the update, without clipping, in wall time.
 """
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -119,10 +120,10 @@ def main() -> None:
         "ours": lambda layers: ours(layers, mesh, 0.0),
         "ours, dropout 0.1": lambda layers: ours(layers, mesh, 0.1),
     }
-    print("ms per layer and micro-batch     forward  backward  together")
+    sys.stdout.write("ms per layer and micro-batch     forward  backward  together\n")
     for name, make in variants.items():
         forward, backward = per_layer(make)
-        print(f"{name:<32} {forward:7.3f} {backward:9.3f} {forward + backward:9.3f}")
+        sys.stdout.write(f"{name:<32} {forward:7.3f} {backward:9.3f} {forward + backward:9.3f}\n")
     dist.destroy_process_group()
 
 

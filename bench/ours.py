@@ -36,7 +36,7 @@ from data import BatchLoader, Corpus, TokenFile, Tokenizer
 from data.tokenizer import train_tokenizer
 from model import build_model, flops_per_token, num_parameters
 from parallel import DropoutStream, Mesh, close_mesh
-from training.hardware import set_up_allocator
+from training.hardware import choose_precision, set_up_allocator
 from training.optimizer import build_optimizer
 from training.run_folder import RunFolder
 from training.state import Run, RunState, mesh_from_config, training_batches
@@ -152,6 +152,7 @@ def main() -> int:
             ]
         )
         mesh = mesh_from_config(config)
+        choose_precision(config, mesh)
         torch.manual_seed(SEED)
         if arguments.measure == "activations":
             report(count_activations(config, mesh, arguments.workload))

@@ -145,7 +145,7 @@ class Rows:
 
 
 def count_targets(file: Tokens, spans: Spans, *, keep_documents_apart: bool) -> int:
-    """Return the number of targets of rows, without reading them."""
+    """Return the number of targets of rows, without reading them. No document may be empty."""
     total = int(spans.lengths.sum())
     if keep_documents_apart:  # the last token of a document does not predict the next one
         stops = spans.starts + spans.lengths

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from configs.launch import exit_with_error, world_size_from_environment
 from configs.schema import ModelConfig
@@ -52,19 +54,18 @@ CONFIG = ModelConfig(
 )
 SEED = 1
 
-# The tensors that get a line: where a module takes them in, or gives them out.
+# The tensors that get a line: inputs and outputs of modules, and what a matrix multiplies.
 STEPS = {
     ("attention_norm", "in"): "x, the block's input",
     ("attention_norm", "out"): "norm",
-    ("attention.qkv.q", "in"): "what q and kv read",
-    ("attention.qkv.q", "out"): "q",
-    ("attention.qkv.kv", "out"): "kv",
+    ("attention.qkv", "operand"): "what q and kv read",
+    ("attention.qkv", "out"): "q and kv",
     ("attention.proj", "in"): "attention",
     ("attention.proj", "out"): "proj + bias",
     ("mlp_norm", "in"): "dropout + residual",
     ("mlp_norm", "out"): "norm",
-    ("mlp.expand.up", "in"): "what up reads",
-    ("mlp.expand.up", "out"): "up",
+    ("mlp.expand", "operand"): "what up reads",
+    ("mlp.expand", "out"): "up",
     ("mlp.down", "in"): "gelu",
     ("mlp.down", "out"): "down + bias",
     ("", "out"): "dropout + residual, the output",
@@ -80,11 +81,13 @@ class Line:
     traffic: tuple[Collective, ...]
 
 
-class Tracer:
+class Tracer(TorchFunctionMode):
     """Writes a line whenever a tensor of STEPS, or its gradient, is there."""
 
     def __init__(self, block: Block, traffic: list[Collective]) -> None:
+        super().__init__()
         self.traffic, self.num_seen = traffic, 0
+        self.name_of = {id(weight): name for name, weight in block.named_parameters()}
         self.forward: list[Line] = []
         self.backward: list[Line] = []
         for name, module in block.named_modules():
@@ -93,13 +96,24 @@ class Tracer:
             if (name, "out") in STEPS:
                 module.register_forward_hook(partial(self.see_output, STEPS[name, "out"]))
 
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is F.linear:
+            name = self.name_of[id(args[1])].removesuffix(".weight")
+            if step := STEPS.get((name, "operand")):
+                self.see(step, args[0])
+        return func(*args, **(kwargs or {}))
+
     def see_input(self, step: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         """A forward pre-hook of a module."""
         self.see(step, inputs[0])
 
-    def see_output(self, step: str, _: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
-        """A forward hook of a module."""
-        self.see(step, output)
+    def see_output(self, steps: str, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        """A forward hook of a module, which returns one tensor or several."""
+        several = isinstance(output, tuple)
+        for step, tensor in zip(steps.split(" and "), output if several else [output], strict=True):
+            self.see(step, tensor)
 
     def see(self, step: str, tensor: Tensor) -> None:
         """Write the line of a tensor now, and that of its gradient once autograd has it."""
@@ -132,7 +146,7 @@ def trace(mesh: Mesh) -> Iterator[str]:
     x = sequence_shard(whole, mesh).clone().requires_grad_()
     with record_traffic() as traffic:
         tracer = Tracer(block, traffic)
-        with count_saved(block) as saved_bytes:
+        with tracer, count_saved(block) as saved_bytes:
             y = block(x, context)
         y.backward(torch.ones_like(y))
     assert tracer.num_seen == len(traffic), "every collective belongs before some line"

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from ops.torch_private import compile_with_limit, kernel_cache_dir
+
 Function = Callable[..., torch.Tensor]
 
 _RECOMPILE_LIMIT = 64  # per function; a run needs a few, for dtypes and with or without gradients
@@ -33,12 +35,7 @@ def maybe_compile(function: Function, compile: bool) -> Function:
 
 @functools.cache
 def _compiled(function: Function) -> Function:
-    # Dynamic, because batches padded to their longest row differ in length. The limit is an
-    # argument, because torch._dynamo.config is per thread and autograd has its own threads.
-    compiled: Function = torch.compile(  # type: ignore[call-overload]  # a stub lacks the limit
-        function, dynamic=True, fullgraph=True, recompile_limit=_RECOMPILE_LIMIT
-    )
-    return compiled
+    return compile_with_limit(function, _RECOMPILE_LIMIT)
 
 
 def compiler_problem(device: torch.device) -> str | None:
@@ -62,9 +59,7 @@ def compiler_problem(device: torch.device) -> str | None:
 
 def _try_compiler(compiler: str) -> str | None:
     """Compile a trivial extension in the kernel cache; raises OSError if that fails."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir  # noqa: PLC0415  # takes seconds
-
-    cache = cache_dir()
+    cache = kernel_cache_dir()
     with tempfile.TemporaryDirectory(prefix="try_", dir=cache) as folder:
         source, library = Path(folder, "try.c"), Path(folder, "try.so")
         source.write_text("#include <Python.h>\n")

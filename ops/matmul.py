@@ -1,19 +1,19 @@
 """Matmuls in the precision that is fast on this rank's device.
 
 [Note: widening]
-A bfloat16 matmul adds products of bfloat16 numbers in float32 and rounds the sum once. GPUs, and
-CPUs with AMX, do that much faster than float32. Other x86 CPUs do it slower (measured on a Xeon
-with avx512_bf16: half the rate of float32). There operands are widened to float32, multiplied, and
-the result is rounded. The product of two bfloat16 numbers is exact in float32, so only the order of
-the sum differs. Tensors that are saved or communicated stay bfloat16.
+A bfloat16 matmul adds products of bfloat16 numbers in float32 and rounds the sum once. GPUs, CPUs
+with AMX and AMD's Zen 4 and 5 do that faster than float32. Other CPUs do it slower, some by far
+(measured: ops/processor.py). There operands are widened to float32, multiplied, and the result is
+rounded. The product of two bfloat16 numbers is exact in float32, so only the order of the sum
+differs. Tensors that are saved or communicated stay bfloat16. All ranks of a run use the same
+`Precision`, which its checkpoints record (training/hardware.py).
 
 Logits are not rounded at all: rounding a logit of 20 to bfloat16 costs up to 0.06 nats. A GPU can
 return the float32 sum; CPU kernels cannot, so there the head is always widened.
 """
 
-import functools
-import platform
-from typing import Any
+from dataclasses import astuple, dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,20 +21,44 @@ from torch.nn import functional as F
 
 from ops.scratch import take_scratch
 
+Choice = Literal["native", "widened"]
 
-@functools.cache
-def _has_bfloat16_units() -> bool:
-    """Whether this CPU multiplies faster in bfloat16 than in float32; non-x86: left to torch.
 
-    A property of the machine and not a measurement, so that a resumed run repeats bit for bit.
-    """
-    return platform.machine() not in ("x86_64", "AMD64") or torch.cpu._is_amx_tile_supported()
+@dataclass(frozen=True)
+class Precision:
+    """How CPUs compute on bfloat16 tensors: [Note: widening]."""
+
+    matmul: Choice
+    attention: Choice
+
+    def __post_init__(self) -> None:
+        if not {*astuple(self)} <= {*get_args(Choice)}:
+            raise ValueError(f"{self} is not one of {get_args(Choice)}")
+
+
+class _InUse:
+    precision = Precision("widened", "widened")
+
+
+def use_precision(precision: Precision) -> Precision:
+    """Set the precision of this process; returns the previous one."""
+    previous, _InUse.precision = _InUse.precision, precision
+    return previous
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which x is multiplied: [Note: widening]."""
-    lacks_units = x.device.type == "cpu" and not _has_bfloat16_units()
-    return torch.float32 if x.dtype == torch.bfloat16 and lacks_units else x.dtype
+    """The dtype in which x is multiplied."""
+    return _dtype(x, _InUse.precision.matmul)
+
+
+def attention_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which queries, keys and values like x are multiplied."""
+    return _dtype(x, _InUse.precision.attention)
+
+
+def _dtype(x: Tensor, choice: Choice) -> torch.dtype:
+    is_widened = choice == "widened" and x.device.type == "cpu" and x.dtype == torch.bfloat16
+    return torch.float32 if is_widened else x.dtype
 
 
 def use_full_precision() -> None:

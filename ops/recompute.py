@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ops.torch_private import current_saved_tensors_hooks, storage_id
+
 
 @contextmanager
 def recompute_in_backward(
@@ -26,12 +28,12 @@ def recompute_in_backward(
         return
     # torch runs only the innermost hooks. Ours pass other tensors on to the hooks around them,
     # which may be those of full recomputation.
-    outer_pack, outer_unpack = _current_hooks()
+    outer_pack, outer_unpack = current_saved_tensors_hooks()
     # The closures must not hold the output itself: autograd keeps them until backward.
-    storage, shape = _storage_id(output), output.shape
+    storage, shape = storage_id(output), output.shape
 
     def pack(tensor: Tensor) -> Any:
-        if _storage_id(tensor) == storage and tensor.shape == shape:
+        if storage_id(tensor) == storage and tensor.shape == shape:
             return _Recomputed()
         return outer_pack(tensor)
 
@@ -57,21 +59,11 @@ def save_early(*tensors: Tensor) -> Callable[[], list[Tensor]]:
     `save_for_backward` saves them when forward ends. Recomputation of a block stops once the last
     tensor is saved, so saving before a forward communicates spares recomputing that communication.
     """
-    pack, unpack = _current_hooks()
+    pack, unpack = current_saved_tensors_hooks()
     saved = [pack(tensor) for tensor in tensors]
     return lambda: [unpack(one) for one in saved]
 
 
-def _current_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:
-    """The innermost pack and unpack hooks; identities if there are none."""
-    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks or ((lambda tensor: tensor), (lambda saved: saved))
-
-
 def is_same_memory(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors share storage; also works for fake and meta tensors."""
-    return _storage_id(a) == _storage_id(b)
-
-
-def _storage_id(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return storage_id(a) == storage_id(b)

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ops.matmul import matmul_dtype, widen
-
-_flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+from ops.matmul import attention_dtype, widen_for_fp32
+from ops.torch_private import flash_attention_on_cpu, flash_attention_on_cpu_backward
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
@@ -68,7 +66,7 @@ class _FlashAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        y, log_sum_exp = _flash_forward(
+        y, log_sum_exp = flash_attention_on_cpu(
             *_operands(q, k, v), 0.0, is_causal=mask is None, attn_mask=_as_bias(mask, q)
         )
         y = torch.empty_like(q, memory_format=torch.contiguous_format).copy_(_sequence_first(y))
@@ -78,10 +76,10 @@ class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, y, log_sum_exp, mask = ctx.saved_tensors
-        grads = _flash_backward(
-            _batch_first(widen(grad_y, "grad_y")),
+        grads = flash_attention_on_cpu_backward(
+            _batch_first(_widen(grad_y, "grad_y")),
             *_operands(q, k, v),
-            _batch_first(widen(y, "y")),
+            _batch_first(_widen(y, "y")),
             log_sum_exp,
             0.0,
             is_causal=mask is None,
@@ -95,10 +93,15 @@ class _FlashAttention(torch.autograd.Function):
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None
 
 
+def _widen(x: Tensor, use: str) -> Tensor:
+    """Return x in its attention dtype; a copy is in scratch memory, see `widen`."""
+    return x if attention_dtype(x) == x.dtype else widen_for_fp32(x, use)
+
+
 def _operands(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as `[b, a/t, s, d]`, a key and a value for each query head."""
-    k, v = _repeat_groups(widen(k, "k"), q), _repeat_groups(widen(v, "v"), q)
-    return _batch_first(widen(q, "q")), _batch_first(k), _batch_first(v)
+    k, v = _repeat_groups(_widen(k, "k"), q), _repeat_groups(_widen(v, "v"), q)
+    return _batch_first(_widen(q, "q")), _batch_first(k), _batch_first(v)
 
 
 def _repeat_groups(heads: Tensor, q: Tensor) -> Tensor:
@@ -111,7 +114,7 @@ def _as_bias(mask: Tensor | None, q: Tensor) -> Tensor | None:
     """An additive mask: 0 where a query sees a key, else minus infinity."""
     if mask is None:
         return None
-    bias = torch.zeros(mask.shape, dtype=matmul_dtype(q), device=q.device)
+    bias = torch.zeros(mask.shape, dtype=attention_dtype(q), device=q.device)
     return bias.masked_fill_(~mask, float("-inf"))
 
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
+from ops.torch_private import all_gather_single, reduce_scatter_single
 from parallel.mesh import Axis, Mesh
 
 WAITING_FOR_RANKS = "waiting for ranks"  # in a trace of torch.profiler
@@ -68,7 +69,7 @@ def is_blocking_frame(code: CodeType) -> bool:
 def start_all_gather(x: Tensor, axis: Axis) -> Pending:
     """Start gathering all ranks' positions, `[s/t, ...]` to `[s, ...]`; x must not change."""
     gathered = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
-    work = dist.all_gather_single(gathered, x.contiguous(), group=axis.group, async_op=True)
+    work = all_gather_single(gathered, x.contiguous(), group=axis.group, async_op=True)
     return Pending(gathered, work)
 
 
@@ -76,7 +77,7 @@ def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
     """Start summing over ranks into each rank's positions, `[s, ...]` to `[s/t, ...]`."""
     assert x.shape[0] % axis.size == 0, f"{x.shape[0]} positions over tp={axis.size}"
     scattered = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
-    work = dist.reduce_scatter_single(scattered, x.contiguous(), group=axis.group, async_op=True)
+    work = reduce_scatter_single(scattered, x.contiguous(), group=axis.group, async_op=True)
     return Pending(scattered, work)
 
 
@@ -139,7 +140,7 @@ def sum_on_host(mesh: Mesh, values: Tensor, flags: Sequence[float]) -> list[floa
 
 def any_rank(mesh: Mesh, flag: bool) -> bool:
     """Whether the flag is true on any rank."""
-    return sum_over(mesh.world, torch.tensor([flag], dtype=torch.int32)).item() > 0
+    return bool(sum_over(mesh.world, torch.tensor([flag], dtype=torch.int32)))
 
 
 def gather_json(mesh: Mesh, report: Any) -> list[Any]:

@@ -1,7 +1,7 @@
 """`parallel.dp_comm_overlap`: overlap FSDP2's communication with compute on CPUs.
 
 On a GPU, FSDP2 gathers weights and sums gradients on streams of their own. A CPU has no streams, so
-there it would wait for each collective at once. Uses private APIs of torch 2.13's FSDP2.
+there it would wait for each collective at once.
 """
 
 import itertools
@@ -11,8 +11,12 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 
+from ops.torch_private import (
+    DefaultReduceScatter,
+    enable_async_unshard,
+    reduce_scatter_single,
+)
 from parallel.collectives import await_work
 
 _MAX_PENDING = 2  # each holds the float32 gradients of a block, of all dp ranks
@@ -36,7 +40,7 @@ class _AsyncReduceScatter(DefaultReduceScatter):
         async_op: bool = False,
     ) -> dist.Work:
         self.wait(_MAX_PENDING - 1)
-        work = dist.reduce_scatter_single(output_tensor, input_tensor, op, group, async_op=True)
+        work = reduce_scatter_single(output_tensor, input_tensor, op, group, async_op=True)
         self.pending.append(work)
         return work
 
@@ -58,7 +62,7 @@ def overlap_on_cpu(model: nn.Module, blocks: Sequence[nn.Module], one_sum_per_st
 
 def _enable_prefetch(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
     assert isinstance(model, FSDPModule)
-    model._set_unshard_async_op(True)  # backward then prefetches by itself
+    enable_async_unshard(model)  # backward then prefetches by itself
     for block, following in itertools.pairwise((model, *blocks)):
         assert isinstance(block, FSDPModule)
         assert isinstance(following, FSDPModule)

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ops.torch_private import foreach_copy_, foreach_mul_, foreach_norm
 from parallel.collectives import move_to, sum_over
 from parallel.data_parallel import free_gathered_weights
 from parallel.dp_overlap import await_gradients
@@ -27,7 +28,7 @@ def sum_partial_gradients(model: nn.Module, mesh: Mesh) -> None:
     partial = [gradient.tensor.view(-1) for gradient in gradients if gradient.grad_is_partial]
     if partial:
         summed = sum_over(mesh.tp, torch.cat(partial))
-        torch._foreach_copy_(partial, list(summed.split([grad.numel() for grad in partial])))
+        foreach_copy_(partial, list(summed.split([grad.numel() for grad in partial])))
     for gradient in gradients:
         if gradient.is_tied:
             sum_over(mesh.tied, gradient.tensor)
@@ -51,7 +52,7 @@ def clip_gradients(model: nn.Module, norm: float, largest_norm: float) -> None:
     """Scale all gradients, whose global norm is `norm`, so that it is at most `largest_norm`."""
     if (scale := largest_norm / (norm + 1e-6)) < 1.0:
         gradients = [gradient.tensor for gradient in _gradient_shards(model)]
-        torch._foreach_mul_(gradients, scale)
+        foreach_mul_(gradients, scale)
 
 
 def _gradient_shards(model: nn.Module) -> list[LocalShard]:
@@ -69,4 +70,4 @@ def _norms(tensors: Sequence[Tensor]) -> Tensor:
     In float32, squares of large elements overflow, and torch 2.13 sums sequentially on a CPU: the
     norm of 4 million elements is off by 8e-5, which makes it depend on the layout.
     """
-    return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float64))
+    return torch.stack(foreach_norm(list(tensors), 2, dtype=torch.float64))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from ops.torch_private import all_gather_single
 from parallel.collectives import gather_json, move_to
 from parallel.mesh import Axis, Mesh
 from parallel.parameters import LocalShard
@@ -82,7 +83,7 @@ def _compare(tensors: Mapping[str, Tensor], axis_name: str, axis: Axis) -> list[
     device = next(iter(tensors.values())).device
     hashes = move_to(torch.tensor([_hash(tensor) for tensor in tensors.values()]), device)
     gathered = hashes.new_empty((axis.size, len(hashes)))
-    dist.all_gather_single(gathered.view(-1), hashes, group=axis.group)
+    all_gather_single(gathered.view(-1), hashes, group=axis.group)
     ranks = tuple(dist.get_process_group_ranks(axis.group))
     return [
         ReplicaMismatch(axis_name, name, ranks, _odd_ranks(column, ranks))

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from configs import Config
 from data import BatchLoader, MicroBatch, StepBatch
 from model import GPT, build_meta_model
 from ops.dropout import dropout_keys
+from ops.torch_private import FakeTensorMode, call_after_backward
 from parallel import Losses, Mesh, local_shards
 from planning.memory_log import Allocation, MemoryLog
 from planning.traffic import Collective, fake_mesh, record_traffic
@@ -123,9 +123,8 @@ class StepTracer:
 
     def _leave_model(self, _: nn.Module, __: Any, losses: Losses) -> None:
         self._end_span(FORWARD, BACKWARD)
-        engine = torch.autograd.Variable._execution_engine
         end = partial(self._end_span, BACKWARD, AFTER)
-        losses.objective.register_hook(lambda _: engine.queue_callback(end))
+        losses.objective.register_hook(lambda _: call_after_backward(end))
 
     def _enter(self, name: str, *_: Any) -> None:
         self.memory.modules.append(name)
@@ -216,9 +215,8 @@ def _trace_step(
         tensors: dict[str, dict[str, Any]] = {"weights": {}, "gradients": {}, "moments": {}}
         for name, tensor in training_tensors(model, optimizer).items():
             tensors["weights" if name.startswith(WEIGHTS) else "moments"][name] = tensor
-        memory.weights = {
-            memory.allocation_of(shard.tensor) for shard in local_shards(model).values()
-        }
+        for shard in local_shards(model).values():
+            memory.allocation_of(shard.tensor).is_weight = True
 
         def note_gradients(*_: Any) -> None:
             tensors["gradients"] |= local_shards(model, lambda p: cast(Tensor, p.grad))
@@ -268,13 +266,13 @@ def _peak(tracer: StepTracer, kinds: dict[Allocation, str]) -> tuple[dict[str, i
     left_behind: dict[str, set[Allocation]] = {FORWARD: set(), BACKWARD: set()}
     for span in tracer.spans:
         left_behind[span.phase] |= {a for a in memory.live(span.end) if a.begin >= span.begin}
-    order = ("weights", "moments", "gradients", "gathered weights", "unsharded gradients")
+    order = ("weights", "moments", "gradients", "weight copies", "unsharded gradients")
     peak = dict.fromkeys((*order, "saved activations", "temporary"), 0)
     for allocation, num_bytes in memory.live(instant).items():
         if allocation in kinds:
             kind = kinds[allocation]
         elif allocation.is_weight_copy:
-            kind = "gathered weights"
+            kind = "weight copies"
         elif allocation in left_behind[BACKWARD]:
             kind = "unsharded gradients"
         else:

@@ -5,7 +5,6 @@ logs fake tensors only, so no memory is really allocated. Scratch memory of kern
 """
 
 import itertools
-import sys
 import weakref
 from collections import Counter
 from collections.abc import Sequence
@@ -14,9 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.distributed.tensor import DTensor, _sharding_prop
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.distributed.tensor import DTensor
+
+from ops.torch_private import (
+    CAST,
+    ITEM,
+    FakeTensor,
+    FakeTensorMode,
+    TorchDispatchMode,
+    is_sharding_rule,
+    storage_id,
+)
+
+_COPIES = {CAST, torch.ops.aten.cat.default}
 
 
 @dataclass(eq=False)
@@ -28,9 +37,15 @@ class Allocation:
     module: str  # in whose forward it was allocated
     begin: int  # instant of the log
     num_bytes: int = 0  # now
-    # Weights to compute with: cast from the parameter, or gathered by FSDP2, which frees the memory
-    # while tensors still refer to it.
-    is_weight_copy: bool = False
+    is_weight: bool = False  # of a parameter
+    was_resized: bool = False  # freed while tensors refer to it: weights that FSDP2 has gathered
+    source: "Allocation | None" = None  # of which it is a cast or some rows
+
+    @property
+    def is_weight_copy(self) -> bool:
+        """Whether it holds weights to compute with, cast from a parameter or gathered by FSDP2."""
+        of = self.source
+        return self.was_resized or (of is not None and (of.is_weight or of.is_weight_copy))
 
 
 class MemoryLog(TorchDispatchMode):
@@ -41,7 +56,6 @@ class MemoryLog(TorchDispatchMode):
         self.fake = fake
         self.modules = [""]  # the modules whose forward is running, innermost last
         self.changes: list[tuple[Allocation, int]] = []  # in bytes
-        self.weights: set[Allocation] = set()  # of the parameters; a cast of one is a weight copy
         self._known: dict[int, tuple[weakref.ref[UntypedStorage], Allocation]] = {}  # by address
         # No operation shows when a storage that torch.empty made is emptied and filled again.
         self._resizable: dict[int, tuple[weakref.ref[UntypedStorage], Allocation]] = {}
@@ -51,16 +65,16 @@ class MemoryLog(TorchDispatchMode):
     ) -> Any:
         if any(issubclass(of_argument, DTensor) for of_argument in types):
             return NotImplemented  # DTensor then calls operations on plain tensors, seen here
-        if func is torch.ops.aten._local_scalar_dense.default and self._is_ours(args[0]):
+        if func is ITEM and self._is_ours(args[0]):
             return 0.0 if args[0].is_floating_point() else 0
         self._update_resized()
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, list | tuple) else [result]:
             if self._is_ours(tensor):
                 self._add(tensor, func is torch.ops.aten.empty.memory_format)
-                if func is torch.ops.aten._to_copy.default:
-                    is_cast = self.allocation_of(args[0]) in self.weights
-                    self.allocation_of(tensor).is_weight_copy |= is_cast
+                if func in _COPIES:
+                    source = args[0][0] if func is torch.ops.aten.cat.default else args[0]
+                    self.allocation_of(tensor).source = self.allocation_of(source)
         return result
 
     @property
@@ -71,7 +85,7 @@ class MemoryLog(TorchDispatchMode):
 
     def allocation_of(self, tensor: Tensor) -> Allocation:
         """Find the allocation behind a tensor."""
-        return self._known[tensor.untyped_storage()._cdata][1]
+        return self._known[storage_id(tensor)][1]
 
     def live(self, instant: int) -> dict[Allocation, int]:
         """Return the allocations that exist at an instant, with their bytes."""
@@ -89,9 +103,8 @@ class MemoryLog(TorchDispatchMode):
         return isinstance(value, FakeTensor) and value.fake_mode is self.fake
 
     def _add(self, tensor: Tensor, is_resizable: bool) -> None:
-        storage = tensor.untyped_storage()
-        address = storage._cdata
-        if address in self._known or _is_sharding_rule():
+        storage, address = tensor.untyped_storage(), storage_id(tensor)
+        if address in self._known or is_sharding_rule():
             return
         allocation = Allocation(
             tensor.dtype, tuple(tensor.shape), self.modules[-1], len(self.changes)
@@ -111,18 +124,10 @@ class MemoryLog(TorchDispatchMode):
         for reference, allocation in tuple(self._resizable.values()):
             storage = reference()
             if storage is not None and storage.nbytes() != allocation.num_bytes:
-                allocation.is_weight_copy = True
+                allocation.was_resized = True
                 self._resize(allocation, storage.nbytes())
 
     def _resize(self, allocation: Allocation, num_bytes: int) -> None:
         if num_bytes != allocation.num_bytes:
             self.changes.append((allocation, num_bytes - allocation.num_bytes))
             allocation.num_bytes = num_bytes
-
-
-def _is_sharding_rule() -> bool:
-    """Whether DTensor is computing shapes, on global tensors that it makes for that."""
-    frame = sys._getframe().f_back
-    while frame is not None and frame.f_globals is not vars(_sharding_prop):
-        frame = frame.f_back
-    return frame is not None

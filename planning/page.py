@@ -20,7 +20,7 @@ _KINDS = {
     "moments": "AdamW's moments",
     "gradients": "gradients, summed and sharded",
     "unsharded gradients": "gradients, unsharded, until the last micro-batch",
-    "gathered weights": "weights gathered by FSDP2",
+    "weight copies": "weights to compute with, cast or gathered",
     "saved activations": "activations saved for backward",
     "temporary": "temporary: loss, activation gradients, buffers",
 }

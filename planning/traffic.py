@@ -22,12 +22,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import GroupName
 from torch.distributed.tensor import DTensor
-from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the fake backend
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ops.scratch import scratch_scope
+from ops.torch_private import (
+    TorchDispatchMode,
+    arguments_by_name,
+    group_by_name,
+    init_fake_process_group,
+    operator_name,
+)
 from parallel.mesh import Mesh, Overlap, close_mesh, make_mesh
 
 _NAMESPACES = ("c10d", "_c10d_functional", "microtron")  # torch's, and that of backend.py
@@ -76,11 +80,10 @@ class _Recorder(TorchDispatchMode):
             return NotImplemented
         kwargs = kwargs or {}
         if func.namespace in _NAMESPACES:
-            names = (argument.name for argument in func._schema.arguments)
-            arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+            arguments = arguments_by_name(func, args, kwargs)
             # An operation without a group does not communicate: it waits, or wraps a result.
             if any(name in arguments for name in _GROUP_NAMES):
-                self.traffic.append(_collective(func._opname, arguments))
+                self.traffic.append(_collective(operator_name(func), arguments))
         return func(*args, **kwargs)
 
 
@@ -107,7 +110,7 @@ def _group(argument: Any) -> dist.ProcessGroup:
         argument = dist.ProcessGroup.unbox(argument)
     # Resolved by name: torch knows the ranks of a group it created, not of one wrapped inside.
     name = argument if isinstance(argument, str) else argument.group_name
-    return torch._C._distributed_c10d._resolve_process_group(GroupName(name))
+    return group_by_name(name)
 
 
 def _tensors(argument: Any) -> Iterator[Tensor]:
@@ -133,7 +136,7 @@ def fake_mesh(
     """
     if dist.is_initialized():
         raise RuntimeError("fake_mesh needs a process that has not joined a process group")
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
+    init_fake_process_group(num_ranks)
     try:
         with scratch_scope():  # fake tensors must not remain in the scratch memory
             yield make_mesh(

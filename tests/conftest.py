@@ -1,5 +1,6 @@
 """What several files of tests begin with."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Select the tests of `make test`."""
-    if not config.getoption("sample"):
-        return
+    """Select the tests of `make test`; begin with files that take long, so that no worker idles."""
+    if config.getoption("sample"):
+        _sample(config, items)
+    num_costly = Counter(item.path for item in items if _is_costly(item))
+    items.sort(key=lambda item: -num_costly[item.path])
+
+
+def _is_costly(item: pytest.Item) -> bool:
+    return bool(_COSTLY & set(getattr(item, "fixturenames", ())))
+
+
+def _sample(config: pytest.Config, items: list[pytest.Item]) -> None:
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         if not item.get_closest_marker("slow"):
             cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
     chosen = []
     for of_one_test in cases.values():
-        is_costly = _COSTLY & set(getattr(of_one_test[0], "fixturenames", ()))
-        chosen += dict.fromkeys((of_one_test[0], of_one_test[-1])) if is_costly else of_one_test
+        ends = dict.fromkeys((of_one_test[0], of_one_test[-1]))
+        chosen += ends if _is_costly(of_one_test[0]) else of_one_test
     left_out = set(items) - set(chosen)
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]

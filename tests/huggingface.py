@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from configs import Config, DataConfig, ModelConfig, TrainConfig
 from interop.huggingface import Family, from_huggingface
 from model import GPT, build_model
-from parallel import Mesh, local_slices, sum_partial_gradients, tp_shard_dim
+from parallel import Mesh, gather_json, local_shards, sum_partial_gradients
 from tests.distributed import ONE_RANK, TENSOR_PARALLEL, Layout
 
 LAYOUTS = (ONE_RANK, *TENSOR_PARALLEL, Layout(tp=2, dp=2))
@@ -194,12 +194,10 @@ def write_case(name: str, path: Path) -> None:
 
 def load_weights(model: GPT, family: Family, tensors: dict[str, Tensor]) -> None:
     """Load transformers weights into a sharded GPT."""
-    for name, parameter in model.named_parameters():
+    for name, shard in local_shards(model).items():
         full = from_huggingface(name, family, model.config, lambda key: tensors[f"weights.{key}"])
-        assert full.shape == parameter.shape, name
-        mine = local_slices(full.shape, tp_shard_dim(parameter), model.mesh.tp, model.mesh.dp)
-        with torch.no_grad():
-            parameter.to_local().copy_(full[mine])
+        assert full.shape == shard.global_shape, name
+        shard.tensor.copy_(full[shard.slices])
 
 
 def our_model(case: Case, mesh: Mesh, tensors: dict[str, Tensor]) -> GPT:
@@ -223,11 +221,11 @@ class Difference:
     loss: float  # relative
     logits: float  # largest, as a fraction of the largest logit
     gradients: float  # largest, as a fraction of the largest element of the same gradient
-    worst: str  # the parameter of that gradient
+    worst: str  # the weight of that gradient
 
 
 def measure(mesh: Mesh, name: str, path: Path) -> Difference:
-    """Compare logits, losses and the gradient of every parameter on this layout."""
+    """Compare logits, losses and the gradient of every weight on this layout."""
     case, tensors = CASES[name], load_file(path)
     model, inputs = our_model(case, mesh, tensors), batch(case)
     with torch.no_grad():
@@ -241,12 +239,13 @@ def measure(mesh: Mesh, name: str, path: Path) -> Difference:
     (losses.objective / mesh.dp.size).backward()
     sum_partial_gradients(model, mesh)
     loss_difference = (torch.stack(losses[1:]).double() / tensors["losses"] - 1).abs().max()
-    gradients = {}
-    for parameter_name, parameter in model.named_parameters():
+    differences = []
+    for weight, shard in local_shards(model, lambda parameter: parameter.grad).items():
         expected = from_huggingface(
-            parameter_name, case.family, case.config, lambda key: tensors[f"gradients.{key}"]
+            weight, case.family, case.config, lambda key: tensors[f"gradients.{key}"]
         )
-        ours = parameter.grad.full_tensor().double()
-        gradients[parameter_name] = ((ours - expected).abs().max() / expected.abs().max()).item()
-    worst = max(gradients, key=lambda key: gradients[key])
-    return Difference(loss_difference.item(), logits_difference.item(), gradients[worst], worst)
+        if shard.tensor.numel():
+            error = (shard.tensor.double() - expected[shard.slices]).abs().max()
+            differences.append([(error / expected.abs().max()).item(), weight])
+    gradients, worst = max(max(of_rank) for of_rank in gather_json(mesh, differences))
+    return Difference(loss_difference.item(), logits_difference.item(), gradients, worst)

@@ -64,9 +64,9 @@ MISTAKES = (
     ),
     Mistake(
         "gradients of keys and values that ranks share are not summed over tp",
-        "parallel/layers.py",
-        "grad_is_partial=self.row_group is not None",
-        "grad_is_partial=False",
+        "parallel/parameters.py",
+        "is_partial = grad_is_partial or tp_dim != spec.tp_dim",
+        "is_partial = grad_is_partial",
         (_LAYERS + "test_shared_row_groups_equal_dense[False-1-tp2-dp1]",),
     ),
     Mistake(
@@ -88,21 +88,20 @@ MISTAKES = (
         "the row-parallel bias is inside the product and so added t times",
         "parallel/layers.py",
         """\
-            y = linear(x, self.weight.to_local())  # [s, b, out], a partial sum
+            y = linear(x, weight)  # [s, b, out], a partial sum
             y = exit_tensor_parallel_region(y, self.mesh)  # [s/t, b, out]
 """,
         """\
-            bias = None if self.bias is None else self.bias.to_local()
-            y = linear(x, self.weight.to_local(), bias)
-            return exit_tensor_parallel_region(y, self.mesh)
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return exit_tensor_parallel_region(linear(x, weight, bias), self.mesh)
 """,
         (_LAYERS + "test_row_equals_dense[True-tp2-dp1]",),
     ),
     Mistake(
         "a rank computes the wrong group of keys and values",
         "parallel/layers.py",
-        "mesh.tp.rank * num_groups // mesh.tp.size * rows",
-        "mesh.tp.rank % num_groups * rows",
+        "mesh.tp.rank * num_groups // t * size",
+        "mesh.tp.rank % num_groups * size",
         (_LAYERS + "test_shared_row_groups_equal_dense[False-2-tp4-dp1]",),
     ),
     Mistake(
@@ -179,8 +178,8 @@ MISTAKES = (
     Mistake(
         "every rank adds the learned positions of the first sequence shard",
         "model/gpt.py",
-        "sequence_shard(positions, self.mesh))",
-        "positions[: x.shape[0]])",
+        "sequence_shard(positions, self.mesh), x.dtype)",
+        "positions[: x.shape[0]], x.dtype)",
         (_MODEL + "[gpt2-False-tp2+sp-dp1]",),
     ),
     Mistake(
@@ -263,22 +262,22 @@ MISTAKES = (
     Mistake(
         "targets are counted on this data-parallel rank alone",
         "training/step.py",
-        "sum_over(mesh.dp, move_to(torch.tensor(batch.num_targets), mesh.device))",
-        "move_to(torch.tensor(batch.num_targets), mesh.device)",
+        "num_targets = batch.num_targets or math.nan",
+        "num_targets = sum(part.num_targets for part in batch.micro_batches)",
         (_STEP + "[tp1-dp2]",),
     ),
     Mistake(
         "targets are counted once for each tensor-parallel rank",
         "training/step.py",
-        "sum_over(mesh.dp, move_to(torch.tensor(",
-        "sum_over(mesh.world, move_to(torch.tensor(",
+        "num_targets = batch.num_targets or math.nan",
+        "num_targets = batch.num_targets * mesh.tp.size",
         (_STEP + "[tp2-dp1]",),
     ),
     Mistake(
         "the loss is summed over tp, where every rank has all of it",
         "training/step.py",
-        "sum_over(mesh.dp, sums)",
-        "sum_over(mesh.world, sums)",
+        "counts = float(mesh.tp.rank == 0)",
+        "counts = 1.0",
         (_STEP + "[tp2-dp1]",),
     ),
     Mistake(
@@ -301,16 +300,16 @@ MISTAKES = (
     # The gradient norm.
     Mistake(
         "each rank clips by the norm of its own gradients",
-        "parallel/gradients.py",
-        "sum_over(mesh.world, _norms(counted).square().sum())",
-        "_norms(counted).square().sum()",
-        (_MODEL + "[gpt2-False-tp1-dp2]",),
+        "training/step.py",
+        "clip_gradients(model, grad_norm, ",
+        "clip_gradients(model, values[2].sqrt().item(), ",
+        (_STEP + "[tp1-dp2]",),
     ),
     Mistake(
         "replicated gradients count t times in the norm",
         "parallel/gradients.py",
-        "        if tp_shard_dim(parameter) is not None or mesh.tp.rank == 0:\n            counted",
-        "        counted",
+        "        if gradient.tp_dim is not None or mesh.tp.rank == 0\n",
+        "",
         (_MODEL + "[gpt2-False-tp2+sp-dp1]",),
     ),
     Mistake(
@@ -318,20 +317,23 @@ MISTAKES = (
         "training/step.py",
         """\
     sum_partial_gradients(model, mesh)
-    grad_norm = move_to(clip_gradients(model, config.optimizer.clip_grad, mesh), "cpu").item()
+
+    counts = float(mesh.tp.rank == 0)  # all tp ranks have the losses of the same samples
+    values = torch.cat([losses * counts, squared_norm(model, mesh).view(1)])
 """,
         """\
-    grad_norm = move_to(clip_gradients(model, config.optimizer.clip_grad, mesh), "cpu").item()
+    counts = float(mesh.tp.rank == 0)  # all tp ranks have the losses of the same samples
+    values = torch.cat([losses * counts, squared_norm(model, mesh).view(1)])
     sum_partial_gradients(model, mesh)
 """,
         (_STEP + "[tp2+sp-dp1]",),
     ),
     Mistake(
         "only the first rank clips",
-        "parallel/gradients.py",
-        "if largest_norm > 0:",
-        "if largest_norm > 0 and mesh.world.rank == 0:",
-        (_MODEL + "[gpt2-False-tp1-dp2]",),
+        "training/step.py",
+        "if config.optimizer.clip_grad > 0:",
+        "if config.optimizer.clip_grad > 0 and mesh.world.rank == 0:",
+        (_STEP + "[tp1-dp2]",),
     ),
     # Pipelines.
     Mistake(
@@ -420,9 +422,9 @@ MISTAKES = (
     ),
     Mistake(
         "a mask goes by the place in the micro-batch, not by the global sample",
-        "training/step.py",
-        "tuple(micro_batch.sample_indices.tolist())",
-        "tuple(range(len(micro_batch.sample_indices)))",
+        "data/loader.py",
+        "self._seed, step, micro_batch.sample_indices.tolist(), ",
+        "self._seed, step, range(len(micro_batch.sample_indices)), ",
         (_STEP + "[tp1-dp1]",),
     ),
     Mistake(
@@ -435,15 +437,15 @@ MISTAKES = (
     Mistake(
         "each rank draws its own initial weights, not a part of the whole",
         "parallel/parameters.py",
-        "local.copy_(full[mine])",
-        "local.normal_(0.0, spec.init_std, generator=generator)",
+        "shard.tensor.copy_(full[shard.slices])",
+        "shard.tensor.normal_(0.0, spec.init_std, generator=generator)",
         (_WEIGHTS + "[tp2+sp-dp1]",),
     ),
     Mistake(
         "every rank takes the first rank's part of a weight",
         "parallel/parameters.py",
-        "shard_range(global_shape[tp_dim], tp.size, tp.rank)",
-        "shard_range(global_shape[tp_dim], tp.size, 0)",
+        "shard_range(spec.shape[tp_dim], mesh.tp.size, mesh.tp.rank)",
+        "shard_range(spec.shape[tp_dim], mesh.tp.size, 0)",
         (_WEIGHTS + "[tp2+sp-dp1]",),
     ),
     Mistake(

@@ -10,7 +10,7 @@ from torch import Tensor
 from checkpoints import begin_save, commit_save
 from configs import Config, DataConfig, ModelConfig, RunConfig, TrainConfig, flatten, to_yaml
 from model import build_model
-from parallel import Mesh, local_slices, tp_shard_dim
+from parallel import Mesh, local_shards
 from tests.data_corpora import small_tokenizer
 from tests.distributed import Layout, run_on
 from training.optimizer import build_optimizer, training_tensors
@@ -43,7 +43,7 @@ def run_of(model: ModelConfig, folder: Path) -> Config:
     )
 
 
-def weight(name: str, shape: torch.Size) -> Tensor:
+def weight(name: str, shape: tuple[int, ...]) -> Tensor:
     """A function of the name; no weight, norm or bias is zero or one."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     middle = 1.0 if name.endswith("norm.weight") else 0.0
@@ -66,10 +66,8 @@ def write_run(folder: Path, model: ModelConfig, layout: Layout) -> Config:
 
 def _write(mesh: Mesh, folder: Path, config: Config) -> None:
     model = build_model(config, mesh)
-    for name, parameter in model.named_parameters():
-        mine = local_slices(parameter.shape, tp_shard_dim(parameter), mesh.tp, mesh.dp)
-        with torch.no_grad():
-            parameter.to_local().copy_(weight(name, parameter.shape)[mine])
+    for name, shard in local_shards(model).items():
+        shard.tensor.copy_(weight(name, shard.global_shape)[shard.slices])
     state = {
         "progress": {"step": STEP, "tokens": TOKENS, "wandb_id": "0", "consumed_samples": 0},
         "config": flatten(config),

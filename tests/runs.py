@@ -11,13 +11,16 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from configs import Config, parse_config
+from ops.matmul import Choice, Precision
 from parallel import Mesh
 from tests.distributed import Layout, run_on
 from tests.fork_server import REGISTRY, Program
 from tests.lines import ROOT
 from train import train
+from training import hardware
 from training.run_folder import RunFolder
 from training.signals import StopSignals
 
@@ -70,14 +73,18 @@ def rows(directory: Path, name: str = "test") -> list[dict[str, Any]]:
     ]
 
 
-def run_in_pool(mesh: Mesh, config: Config) -> None:
+def run_in_pool(mesh: Mesh, config: Config, fastest: Choice) -> None:
     """Train on one rank of the pool."""
-    with RunFolder(config, mesh) as folder:
+    with (
+        patch.object(hardware, "fastest_precision", lambda _: Precision(fastest, fastest)),
+        patch.object(hardware, "_seconds_of_product", lambda _: 1.0),  # native can take a minute
+        RunFolder(config, mesh) as folder,
+    ):
         assert train(config, mesh, folder, StopSignals()) == 0
 
 
-def train_on(layout: Layout, arguments: list[str]) -> None:
-    """Run a configuration on a layout."""
+def train_on(layout: Layout, arguments: list[str], *, fastest: Choice = "widened") -> None:
+    """Run a configuration on a layout, as on a processor with this fastest precision of bf16."""
     config = parse_config(arguments)
     parallel = dataclasses.replace(
         config.parallel,
@@ -86,7 +93,9 @@ def train_on(layout: Layout, arguments: list[str]) -> None:
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.chunks if layout.chunks > 1 else None,
     )
-    run_on(layout, run_in_pool, config=dataclasses.replace(config, parallel=parallel))
+    run_on(
+        layout, run_in_pool, config=dataclasses.replace(config, parallel=parallel), fastest=fastest
+    )
 
 
 def start(

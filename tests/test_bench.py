@@ -22,7 +22,7 @@ from bench.workload import Workload, parse
 from configs import Config, parse_config
 from interop.huggingface import from_huggingface
 from model import num_parameters
-from parallel import Mesh, local_slices, tp_shard_dim
+from parallel import Mesh, local_shards
 from tests.distributed import ONE_RANK, Layout, distributed
 from training.run_folder import RunFolder
 from training.state import Run, RunState, training_batches
@@ -83,11 +83,9 @@ def copy_weights(plain: nn.Module, run: Run) -> None:
         tensor = weights[f"{layer}{gpt2[stem]}.{leaf}"].detach()
         return tensor.t() if ".c_" in name and tensor.ndim > 1 else tensor  # GPT-2's [in, out]
 
-    for name, parameter in run.model.named_parameters():
+    for name, shard in local_shards(run.model).items():
         full = from_huggingface(name, "gpt2", run.config.model, read)
-        mine = local_slices(full.shape, tp_shard_dim(parameter), run.mesh.tp, run.mesh.dp)
-        with torch.no_grad():
-            parameter.to_local().copy_(full[mine])
+        shard.tensor.copy_(full[shard.slices])
 
 
 def rows_of(run: Run, num_steps: int) -> list[list[Tensor]]:
@@ -157,6 +155,26 @@ def test_activations_are_counted_once_and_weights_not() -> None:
 
     kept = saved_per_layer(make, dataclasses.replace(TINY, hidden_size=5, micro_batch_size=1))
     assert kept == {"layer_bytes": 4 * TINY.seq_length * 5, "bytes_per_sbh": 4.0}
+
+
+class CastLinear(nn.Linear):
+    """A layer that casts its weight to the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply by the cast weight."""
+        return nn.functional.linear(x, self.weight.to(x.dtype))
+
+
+def test_cast_weights_are_not_activations() -> None:
+    """Even if an activation has the shape of the weight: tanh keeps its output, 2 bytes."""
+
+    def make(num_layers: int) -> tuple[nn.Module, Any]:
+        layers = [m for _ in range(num_layers) for m in (CastLinear(5, 5, bias=False), nn.Tanh())]
+        model = nn.Sequential(*layers)
+        return model, lambda: model(torch.ones(5, 5, dtype=torch.bfloat16)).sum()
+
+    shape = dataclasses.replace(TINY, seq_length=5, hidden_size=5, micro_batch_size=1)
+    assert saved_per_layer(make, shape)["bytes_per_sbh"] == 2.0
 
 
 def test_a_visit_gives_what_the_side_reports(tmp_path: Path) -> None:

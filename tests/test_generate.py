@@ -7,7 +7,7 @@ import torch
 
 from configs import UserError, run_config
 from model import Sampling
-from parallel import Mesh, local_part
+from parallel import Mesh, local_shards
 from parallel.transport.shared_memory import PeerLostError
 from tests.data_corpora import small_tokenizer
 from tests.distributed import EVERY_LAYOUT, ONE_RANK, distributed
@@ -23,12 +23,11 @@ def test_any_layout_loads_only_weights(mesh: Mesh, runs: dict[str, Path], family
     trained = load_for_inference(run_config(str(run), precision="fp32"), run, mesh, step=3)
     dense = Dense(run, step=3)
     assert trained.checkpoint.step == 3
-    for name, parameter in trained.model.named_parameters():
-        local = parameter.to_local()
-        mine = local_part(parameter, mesh)
-        assert torch.equal(local, dense.weights.pop(name)[mine].float()), name
-        assert local.untyped_storage().nbytes() == 4 * local.numel()
+    for name, shard in local_shards(trained.model).items():
+        assert torch.equal(shard.tensor, dense.weights.pop(name)[shard.slices].float()), name
     assert not dense.weights
+    for parameter in trained.model.parameters():
+        assert parameter.untyped_storage().nbytes() == 4 * parameter.numel()
 
 
 @distributed(ONE_RANK)

@@ -19,15 +19,16 @@ from checkpoints.manifest import FORMAT_VERSION, read_manifest
 from data.packing import best_fit
 from data.sampler import SampleOrder, sample_rows
 from model.generation.sampling import Sampling, uniform_draw
-from ops.dropout import keep_mask
-from parallel import DropoutStream, Mesh, fold_seed
+from ops.dropout import keep_mask, site_index
+from parallel import Mesh, fold_seed, local_shards
 from tests.distributed import ONE_RANK, Layout, distributed
 from tests.model.test_gpt import tiny_model
 from tests.runs import rows, settings, train_on
+from tests.streams import stream
+from tests.weights import full_tensors
 from training.state import RECIPE_VERSIONS
 
 GOLDEN = Path(__file__).parent / "golden"
-CPU = torch.device("cpu")
 INITIAL_WEIGHTS = {  # the first two and the last, where the seed is 1234
     "embedding.weight": [-0.005667447112500668, 0.05123823508620262, -0.1712590903043747],
     "positions": [-0.09350405633449554, 0.06935948133468628, -0.18155816197395325],
@@ -80,8 +81,9 @@ def test_sample_order() -> None:
 
 def test_dropout_masks() -> None:
     """Keys, and the mask of two positions of two samples at a rate of 0.3."""
-    stream = DropoutStream(1234, 5, (6, 7))
-    keys = stream.keys(2, 1, CPU)
+    masks = stream(1234, 5, (6, 7))
+    assert masks.keys is not None
+    keys = masks.keys[site_index(2, 1)]
     assert keys.tolist() == [[-1990814203, 1698728986], [1298367852, -1980419284]]
     kept = keep_mask(torch.Size((2, 2, 16)), 3, 0.3, keys).int().view(4, 16)
     assert ["".join(map(str, row)) for row in kept.tolist()] == [
@@ -90,7 +92,7 @@ def test_dropout_masks() -> None:
         "0111011101110111",
         "1110111111111101",
     ]
-    assert stream.attention_seed(2, 1) == 2200357419681566379
+    assert masks.attention_seed(2, 1) == 2200357419681566379
 
 
 def test_sampled_tokens() -> None:
@@ -109,7 +111,7 @@ def test_initial_weights(mesh: Mesh) -> None:
     """
     assert fold_seed(1234, "embedding.weight") == 5654024191081372958
     assert fold_seed(1234, "sample", 7) == 7603754364394056735
-    whole = {name: p.full_tensor() for name, p in tiny_model(mesh).named_parameters()}
+    whole = full_tensors(local_shards(tiny_model(mesh)), mesh)
     for name, expected in INITIAL_WEIGHTS.items():
         mine = whole[name].flatten()[[0, 1, -1]]
         torch.testing.assert_close(mine, torch.tensor(expected), rtol=1e-6, atol=0)

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ops.dropout import keep_mask
+from ops.dropout import dropout_keys, keep_mask, site_index
 from ops.matmul import add_matmul_, matmul_fp32
-from parallel import DropoutStream
 from tests.runs import finish, rows, settings, start
 from tests.test_train_layouts import LLAMA
 
@@ -20,11 +19,8 @@ pytestmark = [
 
 def test_masks_are_those_of_the_processor() -> None:
     """The hash is integer arithmetic: the same bits on every device."""
-    stream, shape = DropoutStream(1, 2, (3, 4)), torch.Size((64, 2, 96))
-    masks = [
-        keep_mask(shape, 7, 0.1, stream.keys(0, 1, torch.device(device))).cpu()
-        for device in ("cpu", "cuda")
-    ]
+    keys, shape = dropout_keys(1, 2, (3, 4), 1)[site_index(0, 1)], torch.Size((64, 2, 96))
+    masks = [keep_mask(shape, 7, 0.1, keys.to(device)).cpu() for device in ("cpu", "cuda")]
     assert torch.equal(*masks)
 
 

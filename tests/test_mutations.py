@@ -85,17 +85,17 @@ from tests.mistakes import Mistake
 from tests.mutations import TableError, try_out
 
 def verdict(wrong, test="test_row_equals_dense[True-tp1-dp1]", time_limit_s=60):
-    right = "y = linear(x, self.weight.to_local())"
+    right = "y = linear(x, weight)"
     test = "tests/parallel/test_layers.py::" + test
     try:
         return try_out(Mistake("x", "parallel/layers.py", right, wrong, (test,)), time_limit_s)
     except TableError as error:
         return str(error).splitlines()[0]
 
-print(verdict("y = 0 * linear(x, self.weight.to_local())"))
-print(verdict("y = self.weight.to_local() =", "test_column_equals_dense"))
+print(verdict("y = 0 * linear(x, weight)"))
+print(verdict("y = weight =", "test_column_equals_dense"))
 print(verdict("y = nobody_has_this_name"))
-print(verdict("y = linear(x, self.weight.to_local())", "test_that_is_not_there"))
+print(verdict("y = linear(x, weight)", "test_that_is_not_there"))
 print(verdict("while True: pass", time_limit_s=3))
 """
 

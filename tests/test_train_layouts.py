@@ -10,12 +10,15 @@ from torch.testing import assert_close
 
 from configs import Config, parse_config
 from data import BatchLoader
-from parallel import DropoutStream, Mesh
+from parallel import Mesh
 from tests.distributed import EVERY_LAYOUT, ONE_RANK, Layout, distributed
 from tests.model.test_gpt import dense_weights, dropout_mask
 from tests.reference import reference_losses
 from tests.runs import rows, settings, train_on
+from tests.streams import stream
+from tests.weights import full_tensors
 from train import start
+from training.optimizer import training_tensors
 from training.run_folder import RunFolder
 from training.state import training_batches
 from training.step import train_step
@@ -61,14 +64,14 @@ def test_a_step_equals_the_reference(mesh: Mesh, config: Config) -> None:
         run.corpus,
         everything,
         consumed_samples=0,
+        first_step=0,
         dp_rank=0,
         dp_size=1,
         tp_size=1,
         device_is_cuda=False,
     ) as batches:
         (whole,) = next(batches).micro_batches
-    stream = DropoutStream(config.run.seed, step=0, sample_indices=tuple(range(8)))
-    mask = partial(dropout_mask, stream=stream)
+    mask = partial(dropout_mask, masks=stream(config.run.seed, step=0, samples=range(8)))
     inputs = (whole.tokens, whole.positions, whole.targets)
     loss = reference_losses(dense, config.model, *inputs, mask)[0] / whole.num_targets
     loss.backward()
@@ -83,10 +86,11 @@ def test_a_step_equals_the_reference(mesh: Mesh, config: Config) -> None:
     assert result.grad_norm == pytest.approx(norm, rel=2e-5)
     assert norm > config.optimizer.clip_grad
     factor = (1 - config.optimizer.adam_beta1) * config.optimizer.clip_grad / norm
-    for name, parameter in run.model.named_parameters():
-        moment = run.optimizer.state[parameter]["exp_avg"].full_tensor().double()
-        expected = factor * dense[name].grad
+    moments = full_tensors(training_tensors(run.model, run.optimizer), mesh)
+    for name, weight in dense.items():
+        expected = factor * weight.grad
         scale = expected.abs().max().item()
+        moment = moments[f"exp_avg.{name}"].double()
         assert_close(moment, expected, rtol=0, atol=2e-5 * scale, msg=name)
 
 

@@ -88,7 +88,9 @@ def _model(config: Config) -> str:
 
 
 def _ranks(run: Run) -> str:
-    mesh, precision = run.mesh, run.config.train.precision
+    mesh, precision = run.mesh, str(run.config.train.precision)
+    if precision == "bf16" and mesh.device.type == "cpu" and run.precision is not None:
+        precision += f" (matmuls {run.precision.matmul}, attention {run.precision.attention})"
     sp = " with sequence parallelism" if mesh.sequence_parallel else ""
     layout = f"{mesh.world.size} = tp {mesh.tp.size}{sp} x dp {mesh.dp.size}"
     if mesh.pp.size > 1:

@@ -22,7 +22,7 @@ from checkpoints import CheckpointError, Save, begin_save, commit_save, prune_ch
 from configs import flatten
 from parallel import any_rank, are_finite
 from training.divergence import NonFiniteError
-from training.hardware import host_memory_allows
+from training.hardware import hardware_record, host_memory_allows
 from training.optimizer import training_tensors
 from training.run_folder import FatalError
 from training.state import RECIPE_VERSIONS, Run, RunState
@@ -112,6 +112,7 @@ class CheckpointWriter:
             "progress": asdict(state),
             "config": flatten(run.config),
             "recipe_versions": RECIPE_VERSIONS,
+            **hardware_record(run.mesh, run.precision),
             "text_fingerprint": run.corpus.text_fingerprint,
             "data_fingerprint": run.corpus.fingerprint,
             "tokenizer_fingerprint": run.corpus.tokenizer.fingerprint,

@@ -1,17 +1,26 @@
-"""The device and memory of this rank: peak rate, names, allocator."""
+"""The device and memory of this rank: peak rate, names, allocator; the precision of all ranks."""
 
 import ctypes
+import json
+import logging
 import os
-import platform
 import resource
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ops.matmul import matmul_dtype
-from parallel import Mesh
+from checkpoints import Checkpoint
+from configs import Config, os_error_text
+from data.corpus.cache import locked, replace_durably
+from ops.matmul import Precision, matmul_dtype, use_precision
+from ops.processor import choice_before_manifests, known_choice, measure_precision, processor
+from parallel import Mesh, gather_json
+
+logger = logging.getLogger("microtron")
 
 # Dense bf16 matmul rates in FLOP/s from the data sheets (half of the sparse ones). The keys are
 # full torch.cuda.get_device_name, because boards with the same chip differ in clocks and power.
@@ -65,13 +74,100 @@ def _seconds_of_product(a: torch.Tensor) -> float:
 
 def device_name(device: torch.device) -> str:
     """The model name of a GPU or CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):  # not on every architecture
-                return line.partition(":")[2].strip()
-    return platform.machine()
+    is_gpu = device.type == "cuda"
+    return torch.cuda.get_device_name(device) if is_gpu else processor().name
+
+
+def choose_precision(
+    config: Config, mesh: Mesh, checkpoint: Checkpoint | None = None
+) -> Precision | None:
+    """Set the precision of bf16 on CPUs, alike on all ranks; None while no rank needs one.
+
+    A checkpoint keeps its precision, so that a resume repeats bit for bit. Otherwise it is the
+    fastest of rank 0's processor.
+    """
+    chosen = _recorded_precision(checkpoint) if checkpoint else None
+    if chosen is None and mesh.device.type == "cpu" and config.train.precision == "bf16":
+        is_first = mesh.world.rank == 0
+        fastest = asdict(fastest_precision(config.data.cache_directory)) if is_first else None
+        reports = gather_json(mesh, [processor().name, fastest])
+        chosen = Precision(**reports[0][1])
+        names = sorted({name for name, _ in reports})
+        if is_first and len(names) > 1:
+            text = "ranks run on different processors (%s); all use the precision of rank 0's: %s"
+            logger.warning(text, ", ".join(names), chosen)
+    if chosen is not None:
+        use_precision(chosen)
+    return chosen
+
+
+def fastest_precision(cache_directory: str) -> Precision:
+    """The fastest precision of this processor.
+
+    If it must be measured, `cache_directory`/processors.json stores the result.
+    """
+    cpu = processor()
+    if (choice := known_choice(cpu)) is not None:
+        return Precision(choice, choice)
+    path = Path(cache_directory).expanduser() / "processors.json"
+    key = f"{cpu.name}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    if key in (stored := _read_processors(path)):
+        return stored[key]
+    try:
+        with locked([path]):  # runs that start together measure once
+            stored = _read_processors(path)
+            if key not in stored:
+                stored[key] = measure_precision()
+                logger.info("measured bf16 on %s: %s", key, stored[key])
+                content = {name: asdict(precision) for name, precision in stored.items()}
+                replace_durably(path, json.dumps(content, indent=1).encode())
+    except OSError as error:
+        text = "cannot store the fastest precision of bf16, so every start measures it: %s: %s"
+        logger.warning(text, path, os_error_text(error))
+    return stored.get(key) or measure_precision()
+
+
+def _read_processors(path: Path) -> dict[str, Precision]:
+    try:
+        content = json.loads(path.read_bytes())
+        return {key: Precision(**entry) for key, entry in content.items()}
+    except (OSError, ValueError, TypeError, AttributeError):  # missing or damaged
+        return {}
+
+
+def _recorded_precision(checkpoint: Checkpoint) -> Precision | None:
+    state = checkpoint.state
+    if "matmul_precision" in state:
+        choices = state["matmul_precision"], state["attention_precision"]
+        return Precision(*choices) if all(choices) else None
+    is_imported = state["data_fingerprint"] is None  # not trained yet
+    if is_imported or state["config"]["train.precision"] != "bf16":
+        return None
+    choice = choice_before_manifests(processor())
+    return Precision(choice, choice)
+
+
+def hardware_record(mesh: Mesh, precision: Precision | None) -> dict[str, Any]:
+    """What decides the rounding of a step, for the manifest."""
+    return {
+        "matmul_precision": precision and precision.matmul,
+        "attention_precision": precision and precision.attention,
+        "processor": device_name(mesh.device),
+        "threads_per_rank": torch.get_num_threads() if mesh.device.type == "cpu" else None,
+    }
+
+
+def report_other_hardware(mesh: Mesh, checkpoint: Checkpoint) -> None:
+    """Log one line if a resume has another processor or another number of threads."""
+    now, state = hardware_record(mesh, None), checkpoint.state
+    changes = [
+        f"{key}={now[key]} (was {state[key]})"
+        for key in ("processor", "threads_per_rank")
+        if state.get(key, now[key]) != now[key]
+    ]
+    if changes and mesh.world.rank == 0:
+        text = "this resume is not bit-identical: %s; it keeps the checkpoint's precision of bf16"
+        logger.warning(text, ", ".join(changes))
 
 
 def set_up_allocator(mesh: Mesh, num_parameters: int) -> None:

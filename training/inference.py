@@ -10,6 +10,7 @@ from configs import Config, UserError, exit_with_error
 from data import Tokenizer, load_tokenizer
 from model import GPT, build_inference_model
 from parallel import Mesh, lost_connection
+from training.hardware import choose_precision
 from training.optimizer import WEIGHTS, weight_tensors
 
 
@@ -37,6 +38,7 @@ def load_for_inference(config: Config, folder: Path, mesh: Mesh, step: int | Non
             )
         tokenizer = load_tokenizer(folder / "tokenizer.model", "the tokenizer of the run")
         require_fingerprint(checkpoint, "tokenizer", tokenizer.fingerprint)
+        choose_precision(config, mesh, checkpoint)
         model = build_inference_model(config, mesh)
         load_tensors(checkpoint, weight_tensors(model), prefix=WEIGHTS, converts=True)
     return LoadedModel(config, mesh, checkpoint, tokenizer, model)

@@ -11,6 +11,7 @@ from configs import RENAMED, Config, OptimizerConfig, flatten
 from configs.errors import format_value
 from data import load_tokenizer
 from parallel import Mesh, gather_json
+from training.hardware import report_other_hardware
 from training.optimizer import learning_rate, set_num_updates, training_names, training_tensors
 from training.run_folder import RunFolder
 from training.state import RECIPE_VERSIONS, Run, RunState, recorded_wandb_id
@@ -100,6 +101,7 @@ def resume(run: Run, checkpoint: Checkpoint | None) -> RunState:
     }
     _require_same_fingerprints(checkpoint, found)
     logger.info("resuming from %s", checkpoint.directory)
+    report_other_hardware(run.mesh, checkpoint)
     return load(run, checkpoint)
 
 

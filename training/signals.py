@@ -25,6 +25,8 @@ class StopSignals:
     one line. Before `training` there is nothing to save, and a signal raises SystemExit.
     """
 
+    NONE = (0.0,) * len(_SIGNALS)  # `flags` without a signal
+
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._received_at = 0.0

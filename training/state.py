@@ -10,6 +10,7 @@ from torch.optim import AdamW
 from configs import Config, exit_with_error
 from data import BatchLoader, Corpus
 from model import GPT
+from ops.matmul import Precision
 from parallel import DeviceError, Mesh, init_mesh
 from training.run_folder import RunFolder
 
@@ -89,6 +90,7 @@ class Run:
     corpus: Corpus
     model: GPT
     optimizer: AdamW
+    precision: Precision | None = None  # of bf16 on CPUs, see `choose_precision`
 
 
 def mesh_from_config(config: Config, *, decoding: bool = False) -> Mesh:

@@ -45,7 +45,7 @@ def train_step(
     # All tp ranks have the losses of the same samples, and only the last stage has any.
     counts = float(mesh.tp.rank == 0 and mesh.is_last_stage)
     values = torch.cat([losses * counts, squared_norm(model, mesh).view(1)])
-    flags = [batch.sum_of_lengths * counts, *(signals.flags() if signals else ())]
+    flags = [batch.sum_of_lengths * counts, *(signals.flags() if signals else StopSignals.NONE)]
     cross_entropy, log_z_squared, square, lengths, *flags = sum_on_host(mesh, values, flags)
     # In float32, because a pipeline adds the squares in another order.
     loss, grad_norm = cross_entropy / num_targets, float(np.float32(math.sqrt(square)))

@@ -5,7 +5,7 @@ shared_memory.py. All other collectives use gloo, and so do groups whose ranks c
 Callers see one difference: a collective that is started with async_op=True is complete at once.
 
 A sum adds the ranks in order, for bfloat16 and float16 in float32 with one rounding at the end, so
-every rank computes the same bits. This is the only file of the folder with private torch APIs.
+every rank computes the same bits.
 """
 
 import itertools
@@ -21,14 +21,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import (  # type: ignore[attr-defined]  # one is not declared
-    ProcessGroupGloo,
-    _create_work_from_future,
-    _resolve_process_group,
-)
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
-from torch.distributed.distributed_c10d import GroupName
 
+from ops.torch_private import (
+    ALL_GATHER,
+    OTHER_COLLECTIVES,
+    REDUCE_SCATTER,
+    ProcessGroupGloo,
+    completed_work,
+    group_by_name,
+    register_backend,
+)
 from parallel.transport import shared_memory
 from parallel.transport.rendezvous import machine_id
 from parallel.transport.shared_memory import SLOT_BYTES, PeerLostError, SharedMemory
@@ -77,10 +80,9 @@ def _make_backend(options: Any, _: object) -> dist.ProcessGroup | ProcessGroupGl
             logger.info("a group of %d ranks uses gloo, not shared memory: %s", size, problem)
         return gloo
     inner = dist.ProcessGroup(store, rank, size)
-    for group in (inner, outer := _SharedMemoryGroup(inner, memory)):
-        group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
-        group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
-    inner._set_group_name(options.group_id)
+    register_backend(inner, gloo, options.group_id)
+    outer = _SharedMemoryGroup(inner, memory)
+    register_backend(outer, gloo)
     return outer
 
 
@@ -115,7 +117,7 @@ class _SharedMemoryGroup(dist.ProcessGroup):
     """
 
     def __init__(self, inner: dist.ProcessGroup, memory: SharedMemory) -> None:
-        super().__init__(memory.rank, memory.ranks)  # type: ignore[call-arg]  # exists in 2.13
+        super().__init__(memory.rank, memory.ranks)  # type: ignore[call-arg]  # undeclared
         self.inner, self.memory = inner, memory
 
     def getBackendName(self) -> str:  # noqa: N802  # torch's name
@@ -127,23 +129,21 @@ class _SharedMemoryGroup(dist.ProcessGroup):
         if reduction is None or tensors[0].dtype not in _REDUCIBLE:
             return self.inner.allreduce(tensors, opts)
         torch.ops.microtron.all_reduce(tensors[0], reduction, self.group_name)
-        return _completed(tensors)
+        return completed_work(tensors)
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> dist.Work:
         torch.ops.microtron.all_gather(output, input, self.group_name)
-        return _completed([output])
+        return completed_work([output])
 
     def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> dist.Work:
         if _REDUCTIONS.get(opts.reduceOp.op) != "sum" or input.dtype not in _REDUCIBLE:
-            return self.inner.reduce_scatter_single(output, input, opts)
+            return getattr(self.inner, REDUCE_SCATTER)(output, input, opts)
         torch.ops.microtron.reduce_scatter(output, input, self.group_name)
-        return _completed([output])
+        return completed_work([output])
 
 
-def _completed(tensors: list[Tensor]) -> dist.Work:
-    future: Any = torch.futures.Future()
-    future.set_result(tensors)
-    return _create_work_from_future(future)
+setattr(_SharedMemoryGroup, ALL_GATHER, _SharedMemoryGroup.all_gather_single)
+setattr(_SharedMemoryGroup, REDUCE_SCATTER, _SharedMemoryGroup.reduce_scatter_single)
 
 
 def _use_gloo(method: str) -> None:
@@ -155,16 +155,13 @@ def _use_gloo(method: str) -> None:
 
 # The inherited methods would reach gloo from C++ that holds the interpreter's lock: a deadlock if a
 # thread of gloo needs that lock to free a tensor.
-for _method in (
-    *("allgather", "all_gather_single_coalesced", "all_to_all_single", "allreduce_coalesced"),
-    *("barrier", "broadcast", "reduce_scatter", "reduce_scatter_single_coalesced", "recv", "send"),
-):
+for _method in OTHER_COLLECTIVES:
     _use_gloo(_method)
 
 
 def _memory_of(group_name: str, whole: Tensor, part: Tensor | None = None) -> SharedMemory:
     """Return the group's memory after a check of the tensors: `whole` has a part per rank."""
-    group: Any = _resolve_process_group(GroupName(group_name))
+    group: Any = group_by_name(group_name)
     memory: SharedMemory = group.memory
     if not all(tensor.is_contiguous() for tensor in (whole, part) if tensor is not None):
         raise ValueError("a collective needs contiguous tensors")

@@ -1,6 +1,7 @@
 """Checkpoints are exact on any layout and atomic, and damage is always detected."""
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -11,7 +12,6 @@ import torch
 import xxhash
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 import checkpoints.load as load_module
 import checkpoints.manifest as manifest_module
@@ -28,28 +28,42 @@ from checkpoints import (
 )
 from checkpoints.full_tensors import read_full_tensor
 from configs.weights import WeightSpec
-from parallel import Mesh, any_rank, declare_parameter, initialise_parameters
+from parallel import (
+    LocalShard,
+    Mesh,
+    any_rank,
+    declare_parameter,
+    initialise_parameters,
+    local_shards,
+)
 from tests.distributed import EVERY_LAYOUT, ONE_RANK, Layout, distributed, run_on
+from tests.weights import full_tensors
 
 SHAPES = {"rows": ((13, 6), 0), "columns": ((5, 11), 1), "norm": ((7,), None), "bias": ((9,), 0)}
+# Weights of one parameter: FSDP2 gives some ranks no row of the second.
+MERGED = {
+    "q": WeightSpec((12, 6), 0, init_std=1.0),
+    "kv": WeightSpec((2, 6), 0, init_std=1.0, num_row_groups=1),
+}
 STATE = {"progress": {"step": 1}, "exact": 0.1}
 
 
-def make_tensors(mesh: Mesh, seed: int) -> dict[str, DTensor]:
+def make_tensors(mesh: Mesh, seed: int) -> dict[str, LocalShard]:
     """Sharded tensors of uneven shapes, with values that depend on the seed."""
     module = nn.Module()
     for name, (shape, tp_dim) in SHAPES.items():
         declare_parameter(module, name, WeightSpec(shape, tp_dim, init_std=1.0), mesh)
+    declare_parameter(module, "qkv", MERGED, mesh)
     fully_shard(module, mesh=mesh.device_mesh["dp"])
     module.to_empty(device="cpu")
     initialise_parameters(module, seed, mesh)
-    return dict(module.named_parameters())  # type: ignore[arg-type]
+    return local_shards(module)
 
 
 def save_checkpoint(
     folder: Path,
     step: int,
-    tensors: dict[str, DTensor],
+    tensors: dict[str, LocalShard],
     state: dict[str, Any],
     mesh: Mesh,
     *,
@@ -76,7 +90,7 @@ def assert_loads(mesh: Mesh, folder: Path, step: int) -> None:
     tensors, expected = make_tensors(mesh, 999), make_tensors(mesh, step)
     load_tensors(checkpoint, tensors)
     for name, tensor in tensors.items():
-        assert torch.equal(tensor.to_local(), expected[name].to_local()), name
+        assert torch.equal(tensor.tensor, expected[name].tensor), name
 
 
 @distributed(*EVERY_LAYOUT)
@@ -88,10 +102,12 @@ def test_save_then_load(mesh: Mesh, tmp_path: Path) -> None:
         patch.setattr(load_module, "_CHUNK_BYTES", 50)  # one or two rows
         assert_loads(mesh, tmp_path, 3)
     manifest = json.loads((directory / "manifest.json").read_text())
-    for name, (shape, _) in SHAPES.items():
+    shapes = {name: shard.global_shape for name, shard in make_tensors(mesh, 3).items()}
+    assert shapes.keys() == SHAPES.keys() | MERGED.keys()
+    for name, shape in shapes.items():
         shards = manifest["tensors"][name]["shards"]
-        stored = sum(torch.Size(shard["shape"]).numel() for shard in shards)
-        assert stored == torch.Size(shape).numel(), name
+        stored = sum(math.prod(shard["shape"]) for shard in shards)
+        assert stored == math.prod(shape), name
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
 
 
@@ -290,7 +306,7 @@ def test_a_background_save_has_the_values_from_its_start(mesh: Mesh, tmp_path: P
     tensors = make_tensors(mesh, 7)
     pending = begin_save(tmp_path, 7, tensors, STATE, mesh, background=True)
     for tensor in tensors.values():
-        tensor.to_local().detach().fill_(float("nan"))
+        tensor.tensor.fill_(float("nan"))
     pending.wait()
     barrier(mesh)
     assert [path.name for path in tmp_path.iterdir()] == [".tmp-step_00000007"]
@@ -447,12 +463,11 @@ def test_a_held_checkpoint_is_readable_after_it_is_deleted(mesh: Mesh, tmp_path:
         save(mesh, tmp_path, 2, keep=1)
         assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
         tensors, expected = make_tensors(mesh, 999), make_tensors(mesh, 1)
+        full = full_tensors(expected, mesh)
         load_tensors(checkpoint, tensors)
         for name, tensor in tensors.items():
-            assert torch.equal(tensor.to_local(), expected[name].to_local()), name
-            assert torch.equal(read_full_tensor(checkpoint, name), expected[name].full_tensor()), (
-                name
-            )
+            assert torch.equal(tensor.tensor, expected[name].tensor), name
+            assert torch.equal(read_full_tensor(checkpoint, name), full[name]), name
         barrier(mesh)
 
 

@@ -14,8 +14,10 @@ from configs.schema import WeightedSource
 from data import BatchLoader, Corpus, StepBatch, TokenFile
 from data.sampler import SampleOrder
 from data.token_file import JoinedTokens
+from ops.dropout import dropout_keys
 from tests.data_corpora import corpus_of_lengths, token_file
 
+NUM_LAYERS = 2
 LENGTHS = [40, 3, 2, 90, 11, 1, 25, 64, 7, 130]
 Sample = tuple[int, tuple[int, ...], tuple[int, ...]]
 
@@ -36,11 +38,13 @@ def loader(corpus: Corpus, **changes: Any) -> BatchLoader:
     settings: dict[str, Any] = {
         "seed": 1,
         "seq_length": 8,
+        "hidden_dropout": 0.0,
         "mode": "pad",
         "inter_document_masking": False,
         "global_batch_size": 12,
         "micro_batch_size": 12,
         "consumed_samples": 0,
+        "first_step": 0,
         "dp_rank": 0,
         "dp_size": 1,
         "tp_size": 1,
@@ -50,7 +54,11 @@ def loader(corpus: Corpus, **changes: Any) -> BatchLoader:
     mode = settings.pop("mode")
     config = Config(
         run=RunConfig(seed=settings.pop("seed")),
-        model=ModelConfig(seq_length=settings.pop("seq_length")),
+        model=ModelConfig(
+            num_layers=NUM_LAYERS,
+            seq_length=settings.pop("seq_length"),
+            hidden_dropout=settings.pop("hidden_dropout"),
+        ),
         data=DataConfig(
             sources=tuple(WeightedSource(weight=weight) for weight in corpus.weights),
             sequence_mode="pad" if mode == "pad" else "pack",
@@ -156,12 +164,48 @@ def test_resume_with_another_batch_size_keeps_the_order() -> None:
     assert resumed == straight[24:48]
 
 
-def test_num_targets_counts_the_targets_of_this_rank() -> None:
-    """num_targets of a step is the sum over its micro-batches."""
-    (step,) = steps(corpus_of_lengths(LENGTHS), 1, micro_batch_size=4)
-    counts = [int((micro.targets != -100).sum()) for micro in step.micro_batches]
-    assert [micro.num_targets for micro in step.micro_batches] == counts
-    assert step.num_targets == sum(counts)
+@pytest.mark.parametrize("mode", ["stream", "best_fit", "pad"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_num_targets_counts_the_targets_of_all_ranks(mode: str, masked: bool) -> None:
+    """num_targets is that of the global batch, sum_of_lengths that of this rank's micro-batches."""
+    of_ranks = [
+        steps(
+            mixed_corpus(),
+            3,
+            mode=mode,
+            inter_document_masking=masked and mode != "pad",
+            micro_batch_size=4,
+            dp_rank=dp_rank,
+            dp_size=2,
+        )
+        for dp_rank in range(2)
+    ]
+    for shares in zip(*of_ranks, strict=True):
+        total = 0
+        for share in shares:
+            counts = [int((micro.targets != -100).sum()) for micro in share.micro_batches]
+            assert [micro.num_targets for micro in share.micro_batches] == counts
+            lengths = [micro.sum_of_lengths for micro in share.micro_batches]
+            assert share.sum_of_lengths == sum(lengths)
+            total += sum(counts)
+        assert [share.num_targets for share in shares] == [total, total]
+
+
+def test_dropout_keys_are_those_of_the_samples() -> None:
+    """They depend on seed, step and global sample, not on the layout or the step of a resume."""
+    corpus = corpus_of_lengths(LENGTHS)
+    (micro,) = steps(corpus, 3, hidden_dropout=0.1, mode="stream")[2].micro_batches
+    assert torch.equal(micro.dropout_keys, dropout_keys(1, 2, range(24, 36), NUM_LAYERS))
+    resumed = {
+        "mode": "stream",
+        "first_step": 2,
+        "consumed_samples": 24,
+        "dp_rank": 1,
+        "dp_size": 2,
+    }
+    (share,) = steps(corpus, 1, hidden_dropout=0.1, **resumed)[0].micro_batches
+    assert torch.equal(share.dropout_keys, micro.dropout_keys[..., 6:])
+    assert steps(corpus, 1)[0].micro_batches[0].dropout_keys is None
 
 
 @pytest.mark.parametrize("mode", ["stream", "best_fit", "pad"])

@@ -13,7 +13,7 @@ from data import IGNORED_TARGET, MicroBatch, TokenFile
 from data.packing import assign_by_length, assign_in_order, best_fit, padding_fraction
 from data.rows import Rows, Spans, make_micro_batch
 from docs.row_waste import Cuts, cuts
-from parallel import Mesh, sum_partial_gradients
+from parallel import Mesh, local_shards, sum_partial_gradients
 from tests.data_corpora import token_file
 from tests.distributed import ONE_RANK, Layout, distributed
 from tests.model.test_gpt import OPTIONS, TINY, VOCAB, dense_weights, tiny_model
@@ -174,7 +174,7 @@ def test_a_packed_row_equals_its_documents_alone(mesh: Mesh, options: str) -> No
     for row in range(len(rows)):
         number = np.array([row])
         batch = packed(file, number, mesh.tp.size, 2, apart=True)
-        losses = model(**batch.inputs(mesh.device))
+        losses = model(**batch.to(mesh.device).inputs())
         losses.objective.backward()
         expected = torch.zeros((), dtype=torch.float64)
         spans = rows.spans(number)
@@ -187,9 +187,10 @@ def test_a_packed_row_equals_its_documents_alone(mesh: Mesh, options: str) -> No
         num_pieces.append(len(spans.starts))
     assert max(num_pieces) > 2
     sum_partial_gradients(model, mesh)
-    for name, parameter in model.named_parameters():
-        gradient, scale = parameter.grad.full_tensor().double(), dense[name].grad.abs().max().item()
-        assert_close(gradient, dense[name].grad, rtol=0, atol=2e-5 * scale, msg=name)
+    for name, shard in local_shards(model, lambda parameter: parameter.grad).items():
+        gradient, scale = dense[name].grad, dense[name].grad.abs().max().item()
+        found, expected = shard.tensor.double(), gradient[shard.slices]
+        assert_close(found, expected, rtol=0, atol=2e-5 * scale, msg=name)
 
 
 @distributed(ONE_RANK, Layout(tp=2))
@@ -204,9 +205,10 @@ def test_padding_does_not_change_gradients(mesh: Mesh, apart: bool) -> None:
         batch = packed(file, numbers, multiple_of, padding_token, apart=apart)
         assert bool((batch.targets == IGNORED_TARGET).any())
         model = tiny_model(mesh, config)
-        model(**batch.inputs(mesh.device)).objective.backward()
+        model(**batch.to(mesh.device).inputs()).objective.backward()
         sum_partial_gradients(model, mesh)
-        gradients.append([parameter.grad.to_local() for parameter in model.parameters()])
+        shards = local_shards(model, lambda parameter: parameter.grad)
+        gradients.append([shard.tensor for shard in shards.values()])
     plain, refilled, widened = gradients
     assert all(torch.equal(a, b) for a, b in zip(plain, refilled, strict=True))
     for a, b in zip(plain, widened, strict=True):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from data import IGNORED_TARGET, MicroBatch, TokenFile
-from data.rows import Rows, make_micro_batch
+from data.rows import Rows, count_targets, make_micro_batch
 from tests.data_corpora import token_file
 
 PADDING = 2
@@ -68,6 +68,8 @@ def test_rows_equal_the_literal_ones(mode: str, seq_length: int, multiple_of: in
         assert batch.targets[number].tolist() == targets + [IGNORED_TARGET] * padding
         assert batch.positions[number].tolist() == [*range(len(inputs)), *[0] * padding]
     assert batch.num_targets == sum(len(targets) for _, targets in literal)
+    spans = rows.spans(np.arange(len(rows)))
+    assert batch.num_targets == count_targets(file, spans, keep_documents_apart=False)
     assert batch.num_targets == int((batch.targets != IGNORED_TARGET).sum())
     assert batch.sum_of_lengths == sum(len(targets) ** 2 for _, targets in literal)
     assert {t.dtype for t in (batch.tokens, batch.targets, batch.positions)} == {torch.int64}

@@ -93,8 +93,8 @@ def load_and_save(mesh: Mesh, run: Path, output: Path) -> None:
     checkpoint = find_checkpoint(run / "checkpoints", mesh)
     assert checkpoint is not None
     load_tensors(checkpoint, tensors)
-    for name, tensor in tensors.items():
-        assert name.startswith("parameters.") or not tensor.to_local().any(), name
+    for name, shard in tensors.items():
+        assert name.startswith("parameters.") or not shard.tensor.any(), name
     save = begin_save(output, 0, tensors, checkpoint.state, mesh, background=False)
     commit_save(save, mesh)
 

@@ -1,32 +1,40 @@
 """The model equals the dense reference on every layout: loss and every gradient."""
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.schema import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from configs.weights import model_weights
 from model import GPT, build_model, flops_per_token, num_parameters
-from ops.dropout import keep_mask
+from model.context import make_attention_context
+from ops.dropout import keep_mask, site_index
 from parallel import (
     DropoutStream,
     Mesh,
     are_finite,
     clip_gradients,
-    local_part,
-    local_slices,
-    parameter_facts,
+    local_shards,
+    set_gradient_sync,
+    squared_norm,
+    sum_on_host,
     sum_over,
     sum_partial_gradients,
-    tp_shard_dim,
 )
 from tests.distributed import EVERY_LAYOUT, ONE_RANK, OVERLAPPED, Layout, distributed
 from tests.parallel.test_mappings import seeded
 from tests.reference import reference_logits, reference_losses
+from tests.streams import stream
+from tests.weights import clone_tensors, fill, full_tensors, gradient_shards
 
 TINY = ModelConfig(
     num_layers=2,
@@ -64,7 +72,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "add_bias_linear": False,
     },
 }
-STREAM = DropoutStream(seed=1, step=3, sample_indices=(7, 8))
+STREAM = stream(seed=1, step=3, samples=(7, 8))
 
 
 def tiny_model(mesh: Mesh, config: ModelConfig = TINY, recompute: str = "none") -> GPT:
@@ -78,15 +86,19 @@ def tiny_model(mesh: Mesh, config: ModelConfig = TINY, recompute: str = "none") 
         ),
         mesh,
     )
-    with torch.no_grad():
-        for number, (name, parameter) in enumerate(model.named_parameters()):
-            if name.endswith("bias") or "norm" in name:
-                noise = torch.randn(
-                    parameter.shape, generator=torch.Generator().manual_seed(number)
-                )
-                mine = local_slices(parameter.shape, tp_shard_dim(parameter), mesh.tp, mesh.dp)
-                parameter.to_local().add_(0.3 * noise[mine])
+    for number, (name, shard) in enumerate(local_shards(model).items()):
+        if name.endswith("bias") or "norm" in name:
+            generator = torch.Generator().manual_seed(number)
+            noise = torch.randn(shard.global_shape, generator=generator)
+            shard.tensor.add_(0.3 * noise[shard.slices])
     return model
+
+
+def clip(model: GPT, largest_norm: float, mesh: Mesh) -> float:
+    """Clip gradients as a training step does; return their norm."""
+    (square,) = sum_on_host(mesh, squared_norm(model, mesh).view(1), ())
+    clip_gradients(model, square**0.5, largest_norm)
+    return square**0.5
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:
@@ -101,16 +113,17 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
 
 def dense_weights(model: GPT) -> dict[str, Tensor]:
     return {
-        name: parameter.full_tensor().detach().double().requires_grad_()
-        for name, parameter in model.named_parameters()
+        name: weight.double().requires_grad_()
+        for name, weight in full_tensors(local_shards(model), model.mesh).items()
     }
 
 
 def dropout_mask(
-    shape: tuple[int, ...], layer: int, site: int, stream: DropoutStream = STREAM
+    shape: tuple[int, ...], layer: int, site: int, masks: DropoutStream = STREAM
 ) -> Tensor:
     b, s, h = shape
-    keep = keep_mask(torch.Size((s, b, h)), 0, 0.1, stream.keys(layer, site, torch.device("cpu")))
+    assert masks.keys is not None
+    keep = keep_mask(torch.Size((s, b, h)), 0, 0.1, masks.keys[site_index(layer, site)])
     return keep.transpose(0, 1).double() / 0.9
 
 
@@ -140,16 +153,17 @@ def test_loss_and_gradients_equal_the_reference(
     (expected[0] + 0.1 * expected[1]).backward()
     for loss, dense_loss in zip(losses[1:], expected, strict=True):
         assert_close(loss.double(), dense_loss, rtol=1e-6, atol=0)
-    for name, parameter in model.named_parameters():
-        gradient = parameter.grad.full_tensor().double()
+    gradients = full_tensors(gradient_shards(model), mesh)
+    assert gradients.keys() == dense.keys()
+    for name, gradient in gradients.items():
         scale = dense[name].grad.abs().max().item()
-        assert_close(gradient, dense[name].grad, rtol=0, atol=2e-5 * scale, msg=name)
+        assert_close(gradient.double(), dense[name].grad, rtol=0, atol=2e-5 * scale, msg=name)
 
-    norm = torch.stack([w.grad.norm() for w in dense.values()]).norm()
-    assert_close(clip_gradients(model, 0.5 * norm.item(), mesh).double(), norm, rtol=1e-5, atol=0)
-    for name, parameter in model.named_parameters():
-        clipped, scale = parameter.grad.full_tensor().double(), dense[name].grad.abs().max().item()
-        assert_close(clipped, 0.5 * dense[name].grad, rtol=0, atol=2e-5 * scale, msg=name)
+    norm = torch.stack([w.grad.norm() for w in dense.values()]).norm().item()
+    assert clip(model, 0.5 * norm, mesh) == pytest.approx(norm, rel=1e-5)
+    for name, clipped in full_tensors(gradient_shards(model), mesh).items():
+        scale = dense[name].grad.abs().max().item()
+        assert_close(clipped.double(), 0.5 * dense[name].grad, rtol=0, atol=2e-5 * scale, msg=name)
 
 
 @distributed(ONE_RANK, Layout(tp=2), Layout(dp=2))
@@ -157,24 +171,25 @@ def test_loss_and_gradients_equal_the_reference(
 def test_gradients_of_any_size_have_a_norm(mesh: Mesh, largest: float) -> None:
     """Finite elements whose squares, or whose norm, overflow float32."""
     model = tiny_model(mesh)
-    dense = []
-    for number, parameter in enumerate(model.parameters()):
-        gradient = seeded(number, *parameter.shape).clamp(-1, 1)
-        parameter.grad = parameter.detach().clone()  # a DTensor of the same placement
-        parameter.grad.to_local().copy_(largest * gradient[local_part(parameter, mesh)])
-        dense.append((largest * gradient).float().double())
-    assert are_finite([parameter.grad.to_local() for parameter in model.parameters()])
+    for parameter in model.parameters():
+        parameter.grad = parameter.detach().clone()  # on several dp ranks, of the same placement
+    shards = gradient_shards(model)
+    dense = {
+        name: (largest * seeded(number, *shard.global_shape).clamp(-1, 1)).float().double()
+        for number, (name, shard) in enumerate(shards.items())
+    }
+    fill(shards, dense)
+    assert are_finite([shard.tensor for shard in shards.values()])
 
-    norm = torch.stack([gradient.norm() for gradient in dense]).norm()
-    assert_close(clip_gradients(model, 0.5, mesh).double(), norm, rtol=1e-6, atol=0)
-    scale = min(1.0, 0.5 / (norm.item() + 1e-6))
-    for parameter, gradient in zip(model.parameters(), dense, strict=True):
+    norm = torch.stack([gradient.norm() for gradient in dense.values()]).norm().item()
+    assert clip(model, 0.5, mesh) == pytest.approx(norm, rel=1e-6)
+    scale = min(1.0, 0.5 / (norm + 1e-6))
+    for name, clipped in full_tensors(shards, mesh).items():
         # A factor near 1e-41 has few bits left.
-        clipped = parameter.grad.full_tensor().double()
-        assert_close(clipped, scale * gradient, rtol=1e-3, atol=0)
+        assert_close(clipped.double(), scale * dense[name], rtol=1e-3, atol=0)
 
-    parameter.grad.to_local().view(-1)[0] = float("inf")
-    assert not are_finite([parameter.grad.to_local() for parameter in model.parameters()])
+    shards["norm.weight"].tensor.view(-1)[0] = float("inf")
+    assert not are_finite([shard.tensor for shard in shards.values()])
 
 
 @distributed(ONE_RANK, Layout(tp=2), Layout(tp=2, dp=2), *OVERLAPPED)
@@ -187,8 +202,9 @@ def test_recompute_changes_nothing(mesh: Mesh, options: str, recompute: str) -> 
     for model in (plain, recomputed):
         model(*batch(), STREAM).objective.backward()
         sum_partial_gradients(model, mesh)
-    for (name, a), b in zip(plain.named_parameters(), recomputed.parameters(), strict=True):
-        assert torch.equal(a.grad.to_local(), b.grad.to_local()), name
+    of_recomputed = gradient_shards(recomputed)
+    for name, gradient in gradient_shards(plain).items():
+        assert torch.equal(gradient.tensor, of_recomputed[name].tensor), name
 
 
 @distributed(ONE_RANK, Layout(tp=2), Layout(tp=4), Layout(tp=2, sp=False))
@@ -211,8 +227,8 @@ def test_padding_never_reaches_the_loss(mesh: Mesh) -> None:
         tokens, positions, targets = batch()
         tokens[1, 8:] = filler
         model(tokens, positions, targets, STREAM).objective.backward()
-        gradients.append([parameter.grad.to_local() for parameter in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+        gradients.append(clone_tensors(gradient_shards(model)))
+    assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
 
 
 @distributed(ONE_RANK, Layout(tp=2), Layout(tp=4))
@@ -223,8 +239,9 @@ def test_attention_dropout_is_repeatable(mesh: Mesh) -> None:
     for model in (plain, recomputed):
         model(*batch(), STREAM).objective.backward()
         sum_partial_gradients(model, mesh)
-    for (name, a), b in zip(plain.named_parameters(), recomputed.parameters(), strict=True):
-        assert torch.equal(a.grad.to_local(), b.grad.to_local()), name
+    of_recomputed = gradient_shards(recomputed)
+    for name, gradient in gradient_shards(plain).items():
+        assert torch.equal(gradient.tensor, of_recomputed[name].tensor), name
     other = plain(*batch(), dataclasses.replace(STREAM, step=4)).cross_entropy
     assert not torch.equal(plain(*batch(), STREAM).cross_entropy, other)
 
@@ -244,16 +261,98 @@ def test_attention_dropout_differs_between_ranks(mesh: Mesh) -> None:
 @distributed(*EVERY_LAYOUT)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_every_parameter_is_declared_and_trained(mesh: Mesh, options: str) -> None:
-    """Parameters are those of `model_weights`, and each has facts and a gradient."""
+    """Weights are those of `model_weights`, parameters hold no more, and each has a gradient."""
     config = dataclasses.replace(TINY, **OPTIONS[options])
     model = tiny_model(mesh, config)
     model(*batch(), STREAM).objective.backward()
-    names = [name for name, _ in model.named_parameters()]
-    assert set(names) == set(parameter_facts(model))
+    shards = local_shards(model)
+    num_local = sum(
+        (p.to_local() if isinstance(p, DTensor) else p).numel() for p in model.parameters()
+    )
+    assert num_local == sum(shard.tensor.numel() for shard in shards.values())
     assert all(parameter.grad is not None for parameter in model.parameters())
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = {name: shard.global_shape for name, shard in shards.items()}
     assert shapes == {name: spec.shape for name, spec in model_weights(config, VOCAB).items()}
-    assert sum(p.numel() for p in model.parameters()) == num_parameters(config, VOCAB)
+    assert sum(map(math.prod, shapes.values())) == num_parameters(config, VOCAB)
+
+
+class _CountMatmuls(TorchDispatchMode):
+    """Counts matrix products; attention's are one fused operation."""
+
+    num_matmuls = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.num_matmuls += func._opname in ("mm", "addmm", "matmul", "linear")
+        return func(*args, **(kwargs or {}))
+
+
+@distributed(ONE_RANK, Layout(tp=2), Layout(tp=2, sp=False), Layout(tp=2, overlap="backward"))
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_layer_has_four_matrices(mesh: Mesh, options: str) -> None:
+    """q and kv are rows of one plain parameter, up and gate of another: four matmuls forward."""
+    model = tiny_model(mesh, dataclasses.replace(TINY, **OPTIONS[options]))
+    assert {type(parameter) for parameter in model.parameters()} == {nn.Parameter}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    matrices = [p for p in model.blocks[0].parameters() if p.ndim == 2]
+    assert len(matrices) == 4
+    shards, qkv = local_shards(model), model.blocks[0].attention.qkv.weight
+    q, kv = (shards[f"blocks.0.attention.qkv.{name}.weight"].tensor for name in ("q", "kv"))
+    assert torch.equal(torch.cat([q, kv]), qkv)
+    assert q.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr()
+    x = torch.randn(12 // (mesh.tp.size if mesh.sequence_parallel else 1), 2, 16)
+    positions = torch.arange(12).unsqueeze(1).expand(12, 2)
+    context = make_attention_context(model.config, positions, None, STREAM, x.dtype)
+    with _CountMatmuls() as count:
+        model.blocks[0](x, context)
+    assert count.num_matmuls == 4
+
+
+def bf16_model(mesh: Mesh, config: ModelConfig) -> GPT:
+    return build_model(
+        Config(
+            model=config, data=DataConfig(vocab_size=VOCAB), train=TrainConfig(precision="bf16")
+        ),
+        mesh,
+    )
+
+
+@distributed(ONE_RANK)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_bf16_equals_the_casts_of_fsdp(mesh: Mesh, options: str) -> None:
+    """Without FSDP2 layers cast float32 weights: loss and gradients are those of its gathers.
+
+    The gradients of two micro-batches add up in float32. Those of tables are rounded less often.
+    """
+    config = dataclasses.replace(TINY, **OPTIONS[options])
+    plain, rounded, wrapped = (bf16_model(mesh, config) for _ in range(3))
+    for shard in local_shards(rounded).values():
+        shard.tensor.copy_(shard.tensor.bfloat16())
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for module in (*wrapped.blocks, wrapped):
+        fully_shard(module, mesh=mesh.device_mesh["dp"], mp_policy=policy)
+    once = {}
+    for number in (1, 2):
+        set_gradient_sync(wrapped, number == 2)
+        losses = [model(*batch(), STREAM).objective for model in (plain, rounded, wrapped)]
+        assert torch.equal(losses[0], losses[1])
+        assert torch.equal(losses[0], losses[2])
+        for loss in losses:
+            loss.backward()
+        once = once or clone_tensors(gradient_shards(plain))
+    of_wrapped = gradient_shards(wrapped)
+    for name, shard in gradient_shards(plain).items():
+        assert shard.tensor.dtype == torch.float32
+        assert torch.equal(shard.tensor, 2 * once[name]), name
+        expected = of_wrapped[name].tensor
+        if name in ("embedding.weight", "positions"):
+            scale = expected.abs().max().item()
+            assert_close(shard.tensor, expected, rtol=2**-7, atol=2**-7 * scale, msg=name)
+        else:
+            assert torch.equal(shard.tensor, expected), name
 
 
 def test_flops_equal_a_count_by_hand() -> None:

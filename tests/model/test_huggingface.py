@@ -102,6 +102,7 @@ def their_curve(name: str) -> list[dict[str, float]]:
 
 def step_batch(step: int, mesh: Mesh) -> StepBatch:
     """This data-parallel rank's rows, in two micro-batches."""
+    num_targets = int((rows_of_step(step)[1] >= 0).sum())
     tokens, targets = (rows.chunk(mesh.dp.size)[mesh.dp.rank] for rows in rows_of_step(step))
     micro_batches = [
         MicroBatch(
@@ -113,7 +114,7 @@ def step_batch(step: int, mesh: Mesh) -> StepBatch:
         )
         for part, part_targets in zip(tokens.chunk(2), targets.chunk(2), strict=True)
     ]
-    return StepBatch(micro_batches, sum(part.num_targets for part in micro_batches))
+    return StepBatch(micro_batches, num_targets, sum(part.sum_of_lengths for part in micro_batches))
 
 
 @pytest.fixture(scope="module", params=["GPT-2", "Llama, 2 query groups"])

@@ -20,13 +20,15 @@ from model.context import apply_rotary
 from model.mlp import swiglu
 from model.norm import rms_norm
 from ops.compile import compiler_problem, maybe_compile
-from ops.dropout import keep_mask
-from parallel import DropoutStream, Mesh, dropout_add
+from ops.dropout import keep_mask, site_index
+from parallel import Mesh, dropout_add
 from parallel.mesh import _all_can_compile
 from tests.distributed import ONE_RANK, Layout, distributed
 from tests.model.test_gpt import OPTIONS, STREAM, TINY, batch, tiny_model
 from tests.parallel.test_mappings import seeded
 from tests.runs import finish, rows, settings, start
+from tests.streams import stream
+from tests.weights import gradient_shards
 
 pytestmark = pytest.mark.timeout(300)  # compiling is slow the first time on a machine
 
@@ -90,7 +92,7 @@ def test_compiled_dropout_has_the_same_mask(
                 x,
                 residual if has_residual else None,
                 rate,
-                DropoutStream(1, 2, (3, 4)),
+                stream(1, 2, (3, 4)),
                 0,
                 1,
                 dataclasses.replace(mesh, compile=compile),
@@ -117,16 +119,17 @@ def test_compiled_dropout_gradient_is_right_in_any_thread(
 ) -> None:
     """On CUDA, backward runs in autograd's thread; compiler settings are per thread."""
     mesh = dataclasses.replace(mesh, compile=True)
-    stream = DropoutStream(1, 2, (3, 4))
+    masks = stream(1, 2, (3, 4))
+    assert masks.keys is not None
     for rate in (0.3, 0.1, 0.5):
         x, residual = torch.ones(2, 64, 2, 96, dtype=dtype).unbind()
         x.requires_grad_()
         residual = residual if has_residual else None
-        y = dropout_add(x, residual, rate, stream, 0, 1, mesh)
+        y = dropout_add(x, residual, rate, masks, 0, 1, mesh)
         thread = threading.Thread(target=y.backward, args=(torch.ones_like(y),))
         thread.start()
         thread.join()
-        kept = keep_mask(x.shape, 0, rate, stream.keys(0, 1, CPU))
+        kept = keep_mask(x.shape, 0, rate, masks.keys[site_index(0, 1)])
         assert torch.equal(x.grad, (kept / (1 - rate)).to(dtype)), rate
 
 
@@ -162,7 +165,7 @@ def model_outcome(mesh: Mesh, config: ModelConfig, recompute: str) -> list[Tenso
         assert (chain is plain) != mesh.compile
     losses = model(*batch(), STREAM)
     losses.objective.backward()
-    gradients = [parameter.grad.to_local() for parameter in model.parameters()]
+    gradients = [shard.tensor for shard in gradient_shards(model).values()]
     return [losses.cross_entropy.detach(), *gradients]
 
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,12 +21,14 @@ def exact(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(*shape, generator=generator).to(dtype).double()
 
 
-@pytest.fixture(params=[True, False], ids=["units", "no units"])
-def bfloat16_units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul, "_has_bfloat16_units", lambda: request.param)
+@pytest.fixture(params=["native", "widened"])
+def each_precision(request: pytest.FixtureRequest) -> Iterator[None]:
+    previous = matmul.use_precision(matmul.Precision(request.param, request.param))
+    yield
+    matmul.use_precision(previous)
 
 
-@pytest.mark.usefixtures("bfloat16_units")
+@pytest.mark.usefixtures("each_precision")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_linear_is_exact_up_to_one_rounding(dtype: torch.dtype) -> None:
     """Forward and every gradient against float64, with a single rounding to the dtype."""
@@ -46,6 +49,22 @@ def test_linear_is_exact_up_to_one_rounding(dtype: torch.dtype) -> None:
         assert tensor.grad is not None
         assert tensor.grad.dtype == dtype
         torch.testing.assert_close(tensor.grad.double(), reference.grad, **close)
+
+
+def test_matmuls_and_attention_have_their_own_precision() -> None:
+    """Only bf16 on a CPU is widened."""
+    x, wide = torch.ones(2, dtype=torch.bfloat16), torch.float32
+    for choices, dtypes in {
+        ("native", "widened"): (x.dtype, wide),
+        ("widened", "native"): (wide, x.dtype),
+    }.items():
+        previous = matmul.use_precision(matmul.Precision(*choices))
+        found = [(matmul.matmul_dtype(y), matmul.attention_dtype(y)) for y in (x, x.to("meta"))]
+        assert matmul.matmul_dtype(x.double()) == torch.float64
+        matmul.use_precision(previous)
+        assert found == [dtypes, (x.dtype, x.dtype)]
+    with pytest.raises(ValueError, match="is not one of"):
+        matmul.Precision("fast", "native")  # type: ignore[arg-type]
 
 
 def test_the_environment_does_not_lower_the_precision() -> None:
@@ -69,7 +88,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return torch.einsum("baij,jbad->ibad", probabilities, v)
 
 
-@pytest.mark.usefixtures("bfloat16_units")
+@pytest.mark.usefixtures("each_precision")
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "mask"])
 @pytest.mark.parametrize("groups", [4, 2, 1])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

@@ -15,15 +15,15 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from configs.weights import WeightSpec, column_weights, row_weights
-from ops import matmul
+from ops.matmul import Choice, Precision, use_precision
 from parallel import (
     MergedColumnParallelLinear,
     Mesh,
     RowParallelLinear,
     VocabParallelEmbedding,
     initialise_parameters,
+    local_shards,
     lookup,
-    parameter_facts,
     sequence_shard,
     sum_over,
     vocab_parallel_logits,
@@ -31,9 +31,11 @@ from parallel import (
 )
 from parallel import loss as loss_module
 from parallel.mappings import enter_tensor_parallel_region
-from parallel.parameters import shard_range, tp_shard_dim
+from parallel.parameters import shard_range
 from tests.distributed import ONE_RANK, OVERLAPPED, TENSOR_PARALLEL, Layout, distributed
 from tests.parallel.test_mappings import seeded
+from tests.weights import fill as fill_shards
+from tests.weights import gradient_shards
 
 LAYOUTS = (ONE_RANK, *TENSOR_PARALLEL)
 LINEAR_LAYOUTS = (*LAYOUTS, *OVERLAPPED)
@@ -50,17 +52,16 @@ def column_linear(mesh: Mesh, **out_sizes: int) -> MergedColumnParallelLinear:
     return MergedColumnParallelLinear(weights, mesh)
 
 
-def fill(layer: nn.Module, mesh: Mesh) -> dict[str, Tensor]:
+def fill(layer: nn.Module) -> dict[str, Tensor]:
     """Set random float64 weights; returns the dense ones, which require gradients."""
     layer.to_empty(device="cpu").double()
-    dense = {}
-    for number, (name, parameter) in enumerate(layer.named_parameters()):
-        dense[name] = seeded(1000 + number, *parameter.shape).requires_grad_()
-        with torch.no_grad():
-            parameter.to_local().copy_(
-                shard_of(dense[name].detach(), tp_shard_dim(parameter), mesh)
-            )
-    return dense
+    shards = local_shards(layer)
+    dense = {
+        name: seeded(1000 + number, *shard.global_shape)
+        for number, (name, shard) in enumerate(shards.items())
+    }
+    fill_shards(shards, dense)
+    return {name: weight.requires_grad_() for name, weight in dense.items()}
 
 
 def shard_of(full: Tensor, dim: int | None, mesh: Mesh) -> Tensor:
@@ -72,12 +73,11 @@ def shard_of(full: Tensor, dim: int | None, mesh: Mesh) -> Tensor:
 
 def assert_gradients(layer: nn.Module, dense: dict[str, Tensor], mesh: Mesh) -> None:
     """Each weight gradient, summed over tp if declared partial, is this rank's part."""
-    facts = parameter_facts(layer)
-    for name, parameter in layer.named_parameters():
-        gradient = parameter.grad.to_local().clone()
-        if facts[name].grad_is_partial:
+    for name, shard in gradient_shards(layer).items():
+        gradient = shard.tensor.clone()
+        if shard.grad_is_partial:
             sum_over(mesh.tp, gradient)
-        expected = shard_of(dense[name].grad, tp_shard_dim(parameter), mesh)
+        expected = shard_of(dense[name].grad, shard.tp_dim, mesh)
         assert_close(gradient, expected, rtol=1e-12, atol=1e-12, msg=name)
 
 
@@ -85,7 +85,7 @@ def assert_gradients(layer: nn.Module, dense: dict[str, Tensor], mesh: Mesh) -> 
 def test_column_equals_dense(mesh: Mesh) -> None:
     """Two weights that share a gather have separate outputs; their input gradients add up."""
     layer = column_linear(mesh, a=8, b=20)
-    dense = fill(layer, mesh)
+    dense = fill(layer)
     x_dense = seeded(1, S, B, H).requires_grad_()
     x = sequence_shard(x_dense.detach(), mesh).clone().requires_grad_()
 
@@ -111,7 +111,7 @@ def test_shared_row_groups_equal_dense(mesh: Mesh, num_row_groups: int, has_bias
     weights = column_weights(6 * num_row_groups, H, 1.0, has_bias, num_row_groups)
     weights = {f"kv.{name}": spec for name, spec in weights.items()}
     layer = MergedColumnParallelLinear(weights, mesh)
-    dense = fill(layer, mesh)
+    dense = fill(layer)
     x_dense = seeded(1, S, B, H).requires_grad_()
     x = sequence_shard(x_dense.detach(), mesh).clone().requires_grad_()
 
@@ -135,7 +135,7 @@ def test_shared_row_groups_equal_dense(mesh: Mesh, num_row_groups: int, has_bias
 def test_row_equals_dense(mesh: Mesh, has_bias: bool) -> None:
     """Sharding A by columns changes neither Y nor any gradient, including the bias's."""
     layer = RowParallelLinear(row_weights(H, 8, 1.0, has_bias), mesh)
-    dense = fill(layer, mesh)
+    dense = fill(layer)
     x_dense = seeded(1, S, B, 8).requires_grad_()
     x = shard_of(x_dense.detach(), 2, mesh).clone().requires_grad_()
     upstream = seeded(2, S, B, H)
@@ -155,7 +155,7 @@ def test_column_then_row_equals_dense(mesh: Mesh) -> None:
     """The pair is an MLP, without communication between the two layers."""
     column = column_linear(mesh, up=16)
     row = RowParallelLinear(row_weights(H, 16, 1.0), mesh)
-    up, down = fill(column, mesh), fill(row, mesh)
+    up, down = fill(column), fill(row)
     x_dense = seeded(1, S, B, H).requires_grad_()
     x = sequence_shard(x_dense.detach(), mesh).clone().requires_grad_()
     upstream = seeded(2, S, B, H)
@@ -176,8 +176,8 @@ def test_column_then_row_equals_dense(mesh: Mesh) -> None:
 @pytest.mark.parametrize("vocab_size", [20, 23])
 def test_embedding_equals_dense(mesh: Mesh, vocab_size: int) -> None:
     """Ids on any rank, repeated ids, and a vocabulary of 23 rows without padding."""
-    layer = VocabParallelEmbedding(WeightSpec((vocab_size, H), tp_dim=0), mesh)
-    dense = fill(layer, mesh)
+    layer = VocabParallelEmbedding(WeightSpec((vocab_size, H), tp_dim=0), mesh, torch.float64)
+    dense = fill(layer)
     tokens = torch.randint(vocab_size, (S, B), generator=torch.Generator().manual_seed(5))
     tokens[0] = torch.tensor([0, vocab_size - 1])
     upstream = seeded(2, S, B, H)
@@ -196,7 +196,7 @@ def test_lookup_sums_in_float32() -> None:
     table = torch.ones(3, 5, dtype=torch.bfloat16).requires_grad_()
     ids = torch.zeros(4096, dtype=torch.int64)
     upstream = seeded(1, 4096, 5).bfloat16()
-    lookup(table, ids).backward(upstream)
+    lookup(table, ids, torch.bfloat16).backward(upstream)
     expected = torch.zeros(3, 5, dtype=torch.float64)
     expected[0] = upstream.double().sum(0)
     assert_close(table.grad.double(), expected, rtol=2**-8, atol=0)
@@ -269,8 +269,8 @@ def test_logits_equal_dense(mesh: Mesh) -> None:
 
 
 @distributed(ONE_RANK, Layout(tp=2))
-@pytest.mark.parametrize("has_units", [True, False])
-def test_logits_of_bfloat16_are_float32(mesh: Mesh, has_units: bool) -> None:
+@pytest.mark.parametrize("choice", ["native", "widened"])
+def test_logits_of_bfloat16_are_float32(mesh: Mesh, choice: Choice) -> None:
     """Loss and logits of a bfloat16 head equal float64 ones; gradients are rounded once."""
     h, vocab_size = 64, 23
     x_dense = seeded(2, S, B, h).bfloat16()
@@ -283,13 +283,12 @@ def test_logits_of_bfloat16_are_float32(mesh: Mesh, has_units: bool) -> None:
 
     x = sequence_shard(x_dense, mesh).requires_grad_()
     table = shard_of(table_dense, 0, mesh).clone().requires_grad_()
-    with (
-        patch.object(matmul, "_has_bfloat16_units", lambda: has_units),
-        patch.dict(loss_module._CHUNK_ELEMENTS, cpu=5 * vocab_size),
-    ):
+    previous = use_precision(Precision(choice, choice))
+    with patch.dict(loss_module._CHUNK_ELEMENTS, cpu=5 * vocab_size):
         logits = vocab_parallel_logits(x, table, mesh)
         losses = vocab_parallel_loss(x, table, targets, vocab_size, mesh)
     losses.objective.backward()
+    use_precision(previous)
 
     assert logits.dtype == torch.float32
     assert_close(logits.double(), shard_of(exact, 2, mesh), rtol=1e-6, atol=2e-5)

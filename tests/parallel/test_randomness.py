@@ -3,38 +3,43 @@
 import pytest
 import torch
 
-from ops.dropout import keep_mask
+from ops.dropout import keep_mask, site_index
 from parallel import DropoutStream, Mesh, dropout_add, fold_seed, sequence_shard
 from tests.distributed import ONE_RANK, TENSOR_PARALLEL, distributed
+from tests.streams import stream
 
 RATE = 0.1
-CPU = torch.device("cpu")
 
 
-def mask(stream: DropoutStream, layer: int = 0, site: int = 1, positions: int = 64) -> torch.Tensor:
-    shape = torch.Size((positions, len(stream.sample_indices), 96))
-    return keep_mask(shape, 0, RATE, stream.keys(layer, site, CPU))
+def keys_of(masks: DropoutStream, layer: int, site: int) -> torch.Tensor:
+    assert masks.keys is not None
+    return masks.keys[site_index(layer, site)]
+
+
+def mask(masks: DropoutStream, layer: int = 0, site: int = 1, positions: int = 64) -> torch.Tensor:
+    keys = keys_of(masks, layer, site)
+    return keep_mask(torch.Size((positions, keys.shape[1], 96)), 0, RATE, keys)
 
 
 def test_a_shard_of_the_mask_is_the_mask_of_the_shard() -> None:
     """Rows computed from their global position equal those of the full mask."""
-    stream = DropoutStream(seed=1, step=2, sample_indices=(5, 6))
-    whole = mask(stream)
-    part = keep_mask(torch.Size((16, 2, 96)), 48, RATE, stream.keys(0, 1, CPU))
+    masks = stream(seed=1, step=2, samples=(5, 6))
+    whole = mask(masks)
+    part = keep_mask(torch.Size((16, 2, 96)), 48, RATE, keys_of(masks, 0, 1))
     assert torch.equal(part, whole[48:])
 
 
 def test_a_mask_does_not_depend_on_the_batch() -> None:
     """Sample 6 has the same mask next to 5 and next to 9, in either place."""
-    first = mask(DropoutStream(1, 2, (5, 6)))[:, 1]
-    second = mask(DropoutStream(1, 2, (6, 9)))[:, 0]
+    first = mask(stream(1, 2, (5, 6)))[:, 1]
+    second = mask(stream(1, 2, (6, 9)))[:, 0]
     assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9])
 def test_the_dropout_rate_is_right(rate: float) -> None:
     """Within four standard deviations of the binomial over a million elements."""
-    keys = DropoutStream(3, 4, tuple(range(8))).keys(1, 1, CPU)
+    keys = keys_of(stream(3, 4, range(8)), 1, 1)
     kept = keep_mask(torch.Size((256, 8, 512)), 0, rate, keys).double().mean().item()
     deviation = (rate * (1 - rate) / (256 * 8 * 512)) ** 0.5
     assert abs(kept - (1 - rate)) <= 4 * deviation + 1e-9
@@ -42,12 +47,12 @@ def test_the_dropout_rate_is_right(rate: float) -> None:
 
 def test_different_masks_are_uncorrelated() -> None:
     """After changing any one argument, or shifting along any dim."""
-    base = DropoutStream(1, 2, (5,))
+    base = stream(1, 2, (5,))
     x = mask(base, positions=512).double() - (1 - RATE)
     others = {
-        "seed": mask(DropoutStream(2, 2, (5,)), positions=512),
-        "step": mask(DropoutStream(1, 3, (5,)), positions=512),
-        "sample": mask(DropoutStream(1, 2, (6,)), positions=512),
+        "seed": mask(stream(2, 2, (5,)), positions=512),
+        "step": mask(stream(1, 3, (5,)), positions=512),
+        "sample": mask(stream(1, 2, (6,)), positions=512),
         "layer": mask(base, layer=1, positions=512),
         "site": mask(base, site=2, positions=512),
         "position": mask(base, positions=512).roll(1, 0),
@@ -61,7 +66,7 @@ def test_different_masks_are_uncorrelated() -> None:
 
 def test_every_channel_and_position_drops_alike() -> None:
     """Chi-squared of the counts per row and per column is within five deviations."""
-    x = (~mask(DropoutStream(7, 7, tuple(range(16))), positions=256)).double()
+    x = (~mask(stream(7, 7, range(16)), positions=256)).double()
     for dims, cells in (((0, 1), 96), ((1, 2), 256)):
         counts = x.sum(dims)
         expected = x.numel() / cells * RATE
@@ -72,14 +77,14 @@ def test_every_channel_and_position_drops_alike() -> None:
 @distributed(ONE_RANK, *TENSOR_PARALLEL)
 def test_dropout_add_equals_the_formula(mesh: Mesh) -> None:
     """Forward and both gradients on the shard, from the mask of the full sequence."""
-    stream = DropoutStream(1, 2, (5, 6))
-    whole = keep_mask(torch.Size((8, 2, 6)), 0, RATE, stream.keys(3, 1, CPU)).double()
+    masks = stream(1, 2, (5, 6))
+    whole = keep_mask(torch.Size((8, 2, 6)), 0, RATE, keys_of(masks, 3, 1)).double()
     scaled = sequence_shard(whole / (1 - RATE), mesh)
     x = torch.randn(scaled.shape, dtype=torch.float64).requires_grad_()
     residual = torch.randn(scaled.shape, dtype=torch.float64).requires_grad_()
     upstream = torch.randn(scaled.shape, dtype=torch.float64)
 
-    y = dropout_add(x, residual, RATE, stream, 3, 1, mesh)
+    y = dropout_add(x, residual, RATE, masks, 3, 1, mesh)
     y.backward(upstream)
 
     torch.testing.assert_close(y, residual + x * scaled)

@@ -9,10 +9,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from configs import Config, OptimizerConfig, parse_config
 from model import GPT
-from parallel import Mesh, clip_gradients, compare_replicas, sum_partial_gradients
+from parallel import LocalShard, Mesh, compare_replicas, sum_partial_gradients
 from tests.distributed import EVERY_LAYOUT, Layout, distributed
-from tests.model.test_gpt import OPTIONS, STREAM, TINY, batch, tiny_model
+from tests.model.test_gpt import OPTIONS, STREAM, TINY, batch, clip, tiny_model
 from tests.runs import settings
+from tests.weights import clone_tensors
 from train import start
 from training.divergence import ReplicaMismatchError, check_replicas
 from training.optimizer import apply_update, build_optimizer, training_tensors
@@ -26,12 +27,12 @@ def flip_a_bit(tensor: torch.Tensor) -> None:
     tensor.detach().view(-1)[:1].view(torch.int32).bitwise_xor_(1)
 
 
-def update(model: GPT, mesh: Mesh) -> dict[str, torch.Tensor]:
+def update(model: GPT, mesh: Mesh) -> dict[str, LocalShard]:
     """One training step; returns weights and moments."""
     optimizer = build_optimizer(model, OptimizerConfig())
     model(*batch(), STREAM).objective.backward()
     sum_partial_gradients(model, mesh)
-    clip_gradients(model, 1.0, mesh)
+    clip(model, 1.0, mesh)
     apply_update(optimizer, 1e-3)
     return training_tensors(model, optimizer)
 
@@ -42,10 +43,10 @@ def test_replicas_agree_after_a_step(mesh: Mesh, options: str) -> None:
     """Weights and moments, on every layout; the check changes nothing."""
     model = tiny_model(mesh, dataclasses.replace(TINY, **OPTIONS[options]))
     tensors = update(model, mesh)
-    before = {name: tensor.to_local().clone() for name, tensor in tensors.items()}
+    before = clone_tensors(tensors)
     assert compare_replicas(model, tensors, mesh) == []
     for name, tensor in tensors.items():
-        assert torch.equal(tensor.to_local(), before[name]), name
+        assert torch.equal(tensor.tensor, before[name]), name
     model(*batch(), STREAM).objective.backward()  # the model works as before
 
 
@@ -59,7 +60,7 @@ def test_one_flipped_bit_is_found(mesh: Mesh, name: str) -> None:
     tensors = update(model, mesh)
     last = mesh.world.size - 1
     if mesh.world.rank == last:
-        flip_a_bit(tensors[name].to_local())
+        flip_a_bit(tensors[name].tensor)
 
     (mismatch,) = compare_replicas(model, tensors, mesh)
 
@@ -80,7 +81,7 @@ def test_a_wrong_gathered_weight_is_found(mesh: Mesh) -> None:
     def gather_badly() -> None:
         gather()
         if mesh.world.rank == 0:
-            flip_a_bit(block.mlp.down.weight.to_local())
+            flip_a_bit(block.mlp.down.weight)
 
     block.unshard = gather_badly
 
@@ -98,8 +99,8 @@ def test_a_wrong_gathered_weight_is_found(mesh: Mesh) -> None:
 def test_an_unsummed_partial_gradient_is_found_after_one_step(mesh: Mesh) -> None:
     """The gradient of a norm is partial but declared complete."""
     model = tiny_model(mesh)
-    facts = model.blocks[0].mlp_norm.__dict__["facts"]
-    facts["bias"] = dataclasses.replace(facts["bias"], grad_is_partial=False)
+    declared = model.blocks[0].mlp_norm.__dict__["declared"]["bias"]
+    declared["bias"] = dataclasses.replace(declared["bias"], grad_is_partial=False)
     mismatches = compare_replicas(model, update(model, mesh), mesh)
     names = {f"{kind}.blocks.0.mlp_norm.bias" for kind in ("parameters", "exp_avg", "exp_avg_sq")}
     assert {mismatch.name for mismatch in mismatches} == names
@@ -120,7 +121,7 @@ def test_a_replica_mismatch_ends_the_run(mesh: Mesh, config: Config) -> None:
         run, state = start(config, mesh, folder)
         if mesh.tp.rank == 1:
             for block in run.model.blocks:
-                flip_a_bit(block.mlp_norm.weight.to_local())
+                flip_a_bit(block.mlp_norm.weight)
         check_replicas(run, state)
     message = str(caught.value)
     assert "step 0: ranks hold different copies of parameters.blocks.0.mlp_norm.weight" in message

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing import assert_close
 
+from ops.torch_private import all_gather_single, reduce_scatter_single
 from parallel import Mesh, gather_json
 from parallel.transport.backend import cpu_backend
 from parallel.transport.shared_memory import SLOT_BYTES
@@ -70,11 +71,11 @@ def test_sums_are_exact(mesh: Mesh, dtype: torch.dtype) -> None:
 
         wholes = [values_of_rank(rank, ranks * size, dtype) for rank in range(ranks)]
         piece = wholes[me].new_empty(size)
-        dist.reduce_scatter_single(piece, wholes[me], group=group)
+        reduce_scatter_single(piece, wholes[me], group=group)
         expected = summed(wholes).view(ranks, size)[me]
         assert_close(piece, expected, rtol=0, atol=0)
         in_place = wholes[me].view(ranks, size)
-        dist.reduce_scatter_single(in_place[me], in_place, group=group)
+        reduce_scatter_single(in_place[me], in_place, group=group)
         assert_close(in_place[me], expected, rtol=0, atol=0)
 
 
@@ -86,11 +87,11 @@ def test_all_gather_is_exact(mesh: Mesh, dtype: torch.dtype) -> None:
     for size in sizes(dtype):
         parts = [values_of_rank(rank, size, torch.int32).to(dtype) for rank in range(ranks)]
         gathered = parts[me].new_empty(ranks, size)
-        dist.all_gather_single(gathered, parts[me], group=group)
+        all_gather_single(gathered, parts[me], group=group)
         assert torch.equal(gathered, torch.stack(parts))
         in_place = torch.zeros_like(gathered)
         in_place[me] = parts[me]
-        dist.all_gather_single(in_place.view(-1), in_place[me], group=group)
+        all_gather_single(in_place.view(-1), in_place[me], group=group)
         assert torch.equal(in_place, torch.stack(parts))
 
 
@@ -154,7 +155,7 @@ def test_different_calls_are_an_error(mesh: Mesh) -> None:
     with pytest.raises(RuntimeError, match="an earlier collective has failed"):
         dist.all_reduce(torch.ones(4), group=group)
     with pytest.raises(ValueError, match=r"don't make 3 of torch\.float32"):
-        dist.all_gather_single(torch.empty(3), torch.ones(1), group=mesh.world.group)
+        all_gather_single(torch.empty(3), torch.ones(1), group=mesh.world.group)
     with pytest.raises(ValueError, match="contiguous"):
         dist.all_reduce(torch.ones(4, 4).t()[1:], group=mesh.world.group)
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from configs import EXIT_BEFORE_TRAINING, Config, parse_config
@@ -20,8 +21,9 @@ from model import build_model
 from model.build import COMPUTE_DTYPE
 from model.context import make_attention_context
 from model.gpt import Block
+from ops.dropout import dropout_keys
 from ops.scratch import scratch_scope
-from parallel import DropoutStream, Mesh, initialise_parameters
+from parallel import DropoutStream, Mesh, initialise_parameters, local_shards
 from plan import num_ranks, parse
 from planning.dry_run import StepReport, dry_run
 from planning.page import page, paper_formula
@@ -90,7 +92,8 @@ def micro_batch(config: Config) -> MicroBatch:
     tokens = torch.randint(config.data.vocab_size, (b, s))
     positions = torch.arange(s).repeat(b, 1)
     documents = (positions > s // 2).long() if config.data.inter_document_masking else None
-    return MicroBatch(tokens, tokens, positions, torch.arange(b), b * s, documents)
+    keys = dropout_keys(1, 0, range(b), config.model.num_layers)
+    return MicroBatch(tokens, tokens, positions, torch.arange(b), b * s, documents, keys)
 
 
 class Allocations:
@@ -125,11 +128,15 @@ def compare_step(mesh: Mesh, config: Config, expected: dict[str, Any]) -> None:
     model = build_model(config, mesh)
     optimizer = build_optimizer(model, config.optimizer)
     run = SimpleNamespace(config=config, mesh=mesh, model=model, optimizer=optimizer)
-    batch = StepBatch([micro_batch(config)] * NUM_MICRO_BATCHES, 1)
+    micro_batches = [micro_batch(config)] * NUM_MICRO_BATCHES
+    batch = StepBatch(micro_batches, num_targets=1, sum_of_lengths=1)
     gradients: list[int] = []
-    optimizer.register_step_pre_hook(
-        lambda *_: gradients.extend(p.grad.to_local().nbytes for p in model.parameters())  # type: ignore[union-attr]
-    )
+
+    def note_gradients(*_: Any) -> None:
+        shards = local_shards(model, lambda parameter: cast(Tensor, parameter.grad))
+        gradients.extend(shard.tensor.nbytes for shard in shards.values())
+
+    optimizer.register_step_pre_hook(note_gradients)
     steps = []
     with scratch_scope() as scratch:
         for _ in range(REPEATS):
@@ -141,8 +148,8 @@ def compare_step(mesh: Mesh, config: Config, expected: dict[str, Any]) -> None:
         return
     assert Counter(traffic) == expected["traffic"]
     num_bytes: Counter[str] = Counter()
-    for name, tensor in training_tensors(model, optimizer).items():
-        num_bytes[name.partition(".")[0]] += tensor.to_local().nbytes
+    for name, shard in training_tensors(model, optimizer).items():
+        num_bytes[name.partition(".")[0]] += shard.tensor.nbytes
     assert num_bytes["parameters"] == expected["weights"]
     assert num_bytes["exp_avg"] + num_bytes["exp_avg_sq"] == expected["moments"]
     assert sum(gradients) == REPEATS * expected["gradients"]
@@ -176,7 +183,7 @@ def compare_layer(mesh: Mesh, config: Config, expected: int) -> None:
     initialise_parameters(block, 1, mesh)
     block.to(dtype)
     inputs = micro_batch(config)
-    stream = DropoutStream(1, 0, tuple(range(len(inputs.tokens))))
+    stream = DropoutStream(1, 0, 0, inputs.dropout_keys)
     documents = None if inputs.documents is None else inputs.documents.t()
     context = make_attention_context(model, inputs.positions.t(), documents, stream, dtype)
     s = model.seq_length // (mesh.tp.size if mesh.sequence_parallel else 1)
@@ -224,6 +231,15 @@ def test_a_layer_saves_what_the_formulas_need(
     sbh = config.model.seq_length * config.train.micro_batch_size * config.model.hidden_size
     num_bytes = sum(one.num_bytes for one in plan.saved_in_layer)
     assert num_bytes == pytest.approx(bytes_per_sbh * sbh / layout.tp, rel=0.01)
+
+
+@pytest.mark.parametrize("layout", [ONE_RANK, Layout(tp=4), Layout(tp=4, dp=2)], ids=str)
+def test_weights_to_compute_with_are_not_activations(layout: Layout) -> None:
+    """A layer saves tensors `[s, b, ...]` alone: no cast weight, and no rows of a shared one."""
+    plan = dry_run(small_config(layout, *LLAMA), layout.tp * layout.dp)
+    activations = {2, 128 // layout.tp, 128, 2 * 128}  # b, s/t, s, s b
+    assert [one for one in plan.saved_in_layer if one.shape[0] not in activations] == []
+    assert plan.peak["weight copies"] > 0
 
 
 @pytest.mark.slow

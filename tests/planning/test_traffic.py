@@ -20,15 +20,15 @@ from model.gpt import Block
 from parallel import (
     Mesh,
     any_rank,
-    clip_gradients,
     gather_json,
     initialise_parameters,
     sum_partial_gradients,
 )
 from planning.traffic import Collective, record_traffic
 from tests.distributed import ONE_RANK, OVERLAPPED, TENSOR_PARALLEL, Layout, distributed
-from tests.model.test_gpt import OPTIONS, STREAM, TINY, VOCAB, batch, tiny_model
+from tests.model.test_gpt import OPTIONS, STREAM, TINY, VOCAB, batch, clip, tiny_model
 from tests.parallel.test_mappings import seeded
+from tests.weights import gradient_shards
 
 S, B, H, L = 12, 2, TINY.hidden_size, TINY.num_layers
 GATHER, SCATTER, REDUCE = "all_gather", "reduce_scatter", "all_reduce"
@@ -204,14 +204,17 @@ def num_partial(config: ModelConfig, mesh: Mesh) -> int:
 @distributed(*TENSOR_PARALLEL)
 @every_option
 def test_gradient_traffic(mesh: Mesh, options: str) -> None:
-    """One AR per step for all partial gradients, and one of a single float64 for the norm."""
+    """One AR per step for all partial gradients, and one of a single float64 for the norm.
+
+    The step makes that one together with its other sums.
+    """
     config = dataclasses.replace(TINY, **OPTIONS[options])
     model = tiny_model(mesh, config)
     model(*batch(), STREAM).objective.backward()
     with record_traffic() as partial:
         sum_partial_gradients(model, mesh)
     with record_traffic() as clipping:
-        clip_gradients(model, 1.0, mesh)
+        clip(model, 1.0, mesh)
 
     count = num_partial(config, mesh)
     assert partial == ([over_tp(mesh, REDUCE, count)] if count else [])
@@ -304,8 +307,9 @@ def test_recording_changes_nothing(mesh: Mesh, recompute: str) -> None:
     assert torch.equal(loss, expected)
     for model in (seen, unseen):
         sum_partial_gradients(model, mesh)
-    for (name, a), b in zip(seen.named_parameters(), unseen.parameters(), strict=True):
-        assert torch.equal(a.grad.to_local(), b.grad.to_local()), name
+    expected_gradients = gradient_shards(unseen)
+    for name, a in gradient_shards(seen).items():
+        assert torch.equal(a.tensor, expected_gradients[name].tensor), name
 
 
 @pytest.mark.parametrize(

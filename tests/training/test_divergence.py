@@ -13,19 +13,21 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from configs import Config, parse_config
 from data import MicroBatch
-from parallel import DropoutStream, Mesh
+from parallel import Mesh
 from parallel.dp_overlap import await_gradients
 from tests.distributed import ONE_RANK, Layout, distributed
 from tests.runs import rows, settings
+from tests.weights import gradient_shards
 from train import train
 from training import step as step_module
 from training.divergence import NonFiniteError
 from training.run_folder import RunFolder
 from training.signals import StopSignals
-from training.state import RunState
+from training.state import Run, RunState
 
 LAYOUTS = (ONE_RANK, Layout(tp=2), Layout(dp=2), Layout(tp=2, dp=2))
 BATCH = 8  # samples of a step
@@ -72,21 +74,23 @@ def poisoned(mesh: Mesh, samples: Container[int]) -> Iterator[list[tuple[int, li
     """Make gradients of these samples NaN; yield each step and this rank's samples."""
     seen: list[tuple[int, list[int]]] = []
     sum_gradients = step_module.sum_partial_gradients
+    forward_backward = step_module.forward_backward
 
-    def name_masks(seed: int, step: int, of_micro_batch: tuple[int, ...]) -> DropoutStream:
-        if not seen or seen[-1][0] != step or of_micro_batch[0] != seen[-1][1][-1] + 1:
-            seen.append((step, []))
+    def note_samples(run: Run, state: RunState, micro_batch: MicroBatch, *others: Any) -> Tensor:
+        of_micro_batch = micro_batch.sample_indices.tolist()
+        if not seen or seen[-1][0] != state.step or of_micro_batch[0] != seen[-1][1][-1] + 1:
+            seen.append((state.step, []))
         seen[-1][1].extend(of_micro_batch)
-        return DropoutStream(seed, step, of_micro_batch)
+        return forward_backward(run, state, micro_batch, *others)
 
     def poison(model: Any, mesh: Mesh) -> None:
         await_gradients(model)
         if mesh.tp.rank == mesh.tp.size - 1 and any(n in samples for n in seen[-1][1]):
-            next(model.parameters()).grad.to_local().view(-1)[:1] = float("nan")
+            next(iter(gradient_shards(model).values())).tensor.view(-1)[:1] = float("nan")
         sum_gradients(model, mesh)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step_module, "DropoutStream", name_masks)
+        patch.setattr(step_module, "forward_backward", note_samples)
         patch.setattr(step_module, "sum_partial_gradients", poison)
         yield seen
 
@@ -215,8 +219,8 @@ def test_a_loss_spike_is_skipped(mesh: Mesh, config: Config) -> None:
     config = changed(config, train={"train_steps": 10})
     give = MicroBatch.inputs
 
-    def nonsense(micro_batch: MicroBatch, device: torch.device) -> dict[str, Any]:
-        inputs = give(micro_batch, device)
+    def nonsense(micro_batch: MicroBatch) -> dict[str, Any]:
+        inputs = give(micro_batch)
         if 64 <= int(micro_batch.sample_indices[0]) < 72:
             assert inputs["targets"] is not None
             inputs["targets"] = torch.full_like(inputs["targets"], 7)

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from configs import Config, parse_config
 from data.token_file import Tokens
-from parallel import Mesh
+from parallel import Mesh, local_shards
 from tests.distributed import ONE_RANK, Layout, distributed
 from tests.reference import reference_logits
+from tests.weights import full_tensors
 from train import start
 from training.evaluation import evaluate, generate_sample, sample_prompt, validation_set
 from training.run_folder import RunFolder
@@ -72,10 +73,7 @@ def test_scores_equal_the_reference(mesh: Mesh, config: Config) -> None:
     with RunFolder(config, mesh) as folder:
         run, state = start(config, mesh, folder)
         result = evaluate(run, state, validation_set(run))
-        weights = {
-            name: parameter.full_tensor().detach()
-            for name, parameter in run.model.named_parameters()
-        }
+        weights = full_tensors(local_shards(run.model), mesh)
         file, tokenizer = run.corpus.validation, run.corpus.tokenizer
         nats, num_targets = reference_score(weights, config, file)
         num_bytes = sum(

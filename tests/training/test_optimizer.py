@@ -10,9 +10,9 @@ from torch.distributed.fsdp import fully_shard
 
 from configs import Config, OptimizerConfig, TrainConfig
 from configs.weights import WeightSpec
-from parallel import Mesh, declare_parameter, initialise_parameters, local_slices
-from parallel import tp_shard_dim as cut_dim
+from parallel import Mesh, declare_parameter, initialise_parameters, local_shards
 from tests.distributed import EVERY_LAYOUT, distributed
+from tests.weights import fill, full_tensors, gradient_shards
 from training.optimizer import (
     apply_update,
     build_optimizer,
@@ -113,7 +113,8 @@ def test_updates_equal_adamw_on_dense_weights(mesh: Mesh) -> None:
     initialise_parameters(module, 1, mesh)
     config = OptimizerConfig(weight_decay=0.1)
     optimizer = build_optimizer(module, config)
-    dense = {name: nn.Parameter(p.full_tensor()) for name, p in module.named_parameters()}
+    whole = full_tensors(local_shards(module), mesh)
+    dense = {name: nn.Parameter(weight) for name, weight in whole.items()}
     reference = torch.optim.AdamW(
         [
             {"params": [dense["matrix"]], "weight_decay": 0.1},
@@ -124,18 +125,18 @@ def test_updates_equal_adamw_on_dense_weights(mesh: Mesh) -> None:
     )
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
-        for name, parameter in module.named_parameters():
-            dense[name].grad = torch.randn(parameter.shape, generator=generator)
-            mine = local_slices(parameter.shape, cut_dim(parameter), mesh.tp, mesh.dp)
+        for parameter in module.parameters():
             parameter.grad = torch.zeros_like(parameter)
-            parameter.grad.to_local().copy_(dense[name].grad[mine])
+        for weight in dense.values():
+            weight.grad = torch.randn(weight.shape, generator=generator)
+        fill(gradient_shards(module), {name: weight.grad for name, weight in dense.items()})
         apply_update(optimizer, lr=0.01)
         for group in reference.param_groups:
             group["lr"] = 0.01
         reference.step()
-    for name, parameter in module.named_parameters():
-        assert parameter.grad is None
-        torch.testing.assert_close(parameter.full_tensor(), dense[name].data, rtol=1e-5, atol=1e-6)
+    assert all(parameter.grad is None for parameter in module.parameters())
+    for name, weight in full_tensors(local_shards(module), mesh).items():
+        torch.testing.assert_close(weight, dense[name].data, rtol=1e-5, atol=1e-6)
     assert set(training_tensors(module, optimizer)) == {
         f"{kind}.{name}" for kind in ("parameters", "exp_avg", "exp_avg_sq") for name in shapes
     }

@@ -279,7 +279,7 @@ def test_exit_json_comes_before_wandb_and_pruning(
         if ending == "signal":
             agreed = signals.agreed
             patch.setattr(
-                signals, "agreed", lambda m: signal.SIGTERM if folder.step == 4 else agreed(m)
+                signals, "agreed", lambda sums: signal.SIGTERM if folder.step == 3 else agreed(sums)
             )
         if ending == "not finite":
             with pytest.raises(NonFiniteError):

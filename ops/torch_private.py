@@ -1,0 +1,158 @@
+"""The private APIs of torch that this project uses; no other file names one.
+
+All were tried with torch 2.11.0, 2.13.0 and 2.14.1; tests/ops/test_torch_private.py checks each.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import (  # type: ignore[attr-defined]  # one is not declared
+    ProcessGroupGloo,
+    _create_work_from_future,
+    _resolve_process_group,
+)
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.distributed_c10d import GroupName
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
+from torch.distributed.tensor import _sharding_prop
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = [
+    "DefaultReduceScatter",  # FSDP2's reduce-scatter, of which ours does not wait
+    "FakeTensor",  # dry runs have tensors without memory
+    "FakeTensorMode",  # and compute with them under this mode
+    "ProcessGroupGloo",  # does what a group that shares memory does not
+    "TorchDispatchMode",  # sees every operation: the log of memory and traffic
+]
+
+# Attention that returns what its backward needs, so that the caller chooses what to save.
+flash_attention_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+flash_attention_on_cpu_backward = (
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+)
+# One kernel for many gradients.
+foreach_copy_, foreach_mul_, foreach_norm = (
+    torch._foreach_copy_,
+    torch._foreach_mul_,
+    torch._foreach_norm,
+)
+# The operators behind `tensor.item()` and `tensor.to(dtype)`, to recognise them in a dispatch mode.
+ITEM = torch.ops.aten._local_scalar_dense.default
+CAST = torch.ops.aten._to_copy.default
+
+# Collectives on one tensor, and the methods of a process group that they call. torch 2.11 has the
+# older names.
+_NEW_NAMES = hasattr(dist, "all_gather_single")
+all_gather_single = dist.all_gather_single if _NEW_NAMES else dist.all_gather_into_tensor
+reduce_scatter_single = dist.reduce_scatter_single if _NEW_NAMES else dist.reduce_scatter_tensor
+ALL_GATHER = "all_gather_single" if _NEW_NAMES else "_allgather_base"
+REDUCE_SCATTER = "reduce_scatter_single" if _NEW_NAMES else "_reduce_scatter_base"
+# The other collectives that a Python process group can override.
+OTHER_COLLECTIVES = tuple(
+    name
+    for name in (
+        *("allgather", "allreduce_coalesced", "barrier", "broadcast", "reduce_scatter"),
+        *("recv", "send", "all_to_all_single", "alltoall_base"),
+        *("all_gather_single_coalesced", "allgather_into_tensor_coalesced"),
+        *("reduce_scatter_single_coalesced", "reduce_scatter_tensor_coalesced"),
+    )
+    if hasattr(dist.ProcessGroup, name)
+)
+
+
+def call_after_backward(function: Callable[[], None]) -> None:
+    """Call a function at the end of the backward pass that is running."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)  # type: ignore[no-untyped-call,attr-defined]
+
+
+def current_saved_tensors_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:
+    """The innermost pack and unpack hooks, identities if there are none.
+
+    torch runs only the innermost hooks, so ours pass on to these the tensors they do not handle.
+    """
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks or ((lambda tensor: tensor), (lambda saved: saved))
+
+
+def storage_id(tensor: Tensor) -> int:
+    """Identify a storage while it exists; fake and meta tensors have no address in memory."""
+    return tensor.untyped_storage()._cdata
+
+
+def compile_with_limit(function: Callable[..., Tensor], limit: int) -> Callable[..., Tensor]:
+    """Compile for dynamic shapes, without graph breaks, and recompile up to `limit` times.
+
+    Settings of torch 2.13 are per thread, and autograd has its own threads; but there the limit is
+    also an argument. In torch 2.11 it is a setting of the process.
+    """
+    options: dict[str, Any] = {"dynamic": True, "fullgraph": True}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        options["recompile_limit"] = limit
+    else:
+        from torch._dynamo import config  # noqa: PLC0415  # takes seconds
+
+        config.recompile_limit = limit
+    return torch.compile(function, **options)
+
+
+def kernel_cache_dir() -> str:
+    """The directory where torch.compile writes kernels; created if missing."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # noqa: PLC0415  # takes seconds
+
+    return cache_dir()
+
+
+def enable_async_unshard(model: nn.Module) -> None:
+    """Let FSDP2 prefetch weights in backward, on a CPU too."""
+    model._set_unshard_async_op(True)  # type: ignore[operator]
+
+
+def register_backend(group: dist.ProcessGroup, backend: Any, name: str | None = None) -> None:
+    """Make a gloo backend that of a group for CPU tensors; `name` is that of the group."""
+    group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+    group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
+    if name is not None:
+        group._set_group_name(GroupName(name))
+
+
+def group_by_name(name: str) -> dist.ProcessGroup:
+    """Find a process group by the name that operators get."""
+    return _resolve_process_group(GroupName(name))
+
+
+def completed_work(tensors: list[Tensor]) -> dist.Work:
+    """The handle of a collective that is complete."""
+    future: Any = torch.futures.Future()
+    future.set_result(tensors)
+    return _create_work_from_future(future)
+
+
+def init_fake_process_group(num_ranks: int) -> None:
+    """Be rank 0 of `num_ranks` whose collectives return at once, for dry runs."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: PLC0415  # registers
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
+
+
+def arguments_by_name(operator: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The arguments that a dispatch mode gets, positional ones too, by their names."""
+    names = (argument.name for argument in operator._schema.arguments)
+    return {**dict(zip(names, args, strict=False)), **(kwargs or {})}
+
+
+def operator_name(operator: Any) -> str:
+    """The name of an operator without namespace and overload."""
+    return operator._opname
+
+
+def is_sharding_rule() -> bool:
+    """Whether DTensor is computing shapes, on global tensors that it makes for that."""
+    frame = sys._getframe().f_back
+    while frame is not None and frame.f_globals is not vars(_sharding_prop):
+        frame = frame.f_back
+    return frame is not None
