@@ -185,8 +185,8 @@ MISTAKES = (
     Mistake(
         "rotary angles start anew in every sequence shard",
         "model/gpt.py",
-        "make_attention_context(self.config, positions, ",
-        "make_attention_context(self.config, positions % x.shape[0], ",
+        "self.config, positions, documents, ",
+        "self.config, positions % (len(positions) // self.mesh.tp.size), documents, ",
         (_MODEL + "[llama-False-tp2+sp-dp1]",),
     ),
     Mistake(
@@ -276,7 +276,7 @@ MISTAKES = (
     Mistake(
         "the loss is summed over tp, where every rank has all of it",
         "training/step.py",
-        "counts = float(mesh.tp.rank == 0)",
+        "counts = float(mesh.tp.rank == 0 and mesh.is_last_stage)",
         "counts = 1.0",
         (_STEP + "[tp2-dp1]",),
     ),
@@ -308,8 +308,8 @@ MISTAKES = (
     Mistake(
         "replicated gradients count t times in the norm",
         "parallel/gradients.py",
-        "        if gradient.tp_dim is not None or mesh.tp.rank == 0\n",
-        "",
+        "(gradient.tp_dim is not None or mesh.tp.rank == 0)",
+        "True",
         (_MODEL + "[gpt2-False-tp2+sp-dp1]",),
     ),
     Mistake(
@@ -318,11 +318,12 @@ MISTAKES = (
         """\
     sum_partial_gradients(model, mesh)
 
-    counts = float(mesh.tp.rank == 0)  # all tp ranks have the losses of the same samples
+    # All tp ranks have the losses of the same samples, and only the last stage has any.
+    counts = float(mesh.tp.rank == 0 and mesh.is_last_stage)
     values = torch.cat([losses * counts, squared_norm(model, mesh).view(1)])
 """,
         """\
-    counts = float(mesh.tp.rank == 0)  # all tp ranks have the losses of the same samples
+    counts = float(mesh.tp.rank == 0 and mesh.is_last_stage)
     values = torch.cat([losses * counts, squared_norm(model, mesh).view(1)])
     sum_partial_gradients(model, mesh)
 """,
