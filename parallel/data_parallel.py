@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from parallel.dp_overlap import overlap_on_cpu
 from parallel.mesh import Mesh
@@ -63,9 +64,9 @@ def set_gradient_sync(
     """
     if not isinstance(model, FSDPModule):
         return
-    if enabled and modules is None and hasattr(model, "deferred"):
-        # FSDP2 would add to a sum that is still running.
-        assert all(parameter.grad is None for parameter in model.parameters())
+    if enabled and hasattr(model, "deferred"):  # FSDP2 would add to a sum that is still running
+        sharded = (parameter for parameter in model.parameters() if isinstance(parameter, DTensor))
+        assert all(parameter.grad is None for parameter in sharded)
     for module in model.modules() if modules is None else modules:
         if isinstance(module, FSDPModule):
             module.set_requires_gradient_sync(enabled, recurse=False)

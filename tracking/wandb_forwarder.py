@@ -152,7 +152,12 @@ def wandb_config(config: Config, mesh: Mesh) -> dict[str, Any]:
     return {
         **_without_paths(dataclasses.asdict(config)),
         "num_parameters": num_parameters(config.model, config.data.vocab_size),
-        "layout": {"tp": mesh.tp.size, "dp": mesh.dp.size, "world": mesh.world.size},
+        "layout": {
+            "pp": mesh.pp.size,
+            "dp": mesh.dp.size,
+            "tp": mesh.tp.size,
+            "world": mesh.world.size,
+        },
         "environment": {"device": device_name(mesh.device), "torch": torch.__version__},
     }
 

@@ -100,7 +100,7 @@ def forward_backward(
     def before_backward(number: int, chunk: int) -> None:
         is_last = number == len(micro_batches) - 1
         # The last backward of a chunk may be long before that of the others.
-        modules = model.modules_of_chunk(chunk) if is_last and mesh.pp.size > 1 else None
+        modules = model.modules_of_chunk(chunk) if is_last and mesh.num_chunks > 1 else None
         sync = is_last or config.parallel.gradient_sync == "micro_batch"
         set_gradient_sync(model, sync, modules)
 

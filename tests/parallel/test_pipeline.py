@@ -6,6 +6,9 @@ import math
 import os
 import shutil
 import signal
+import sys
+import threading
+import time
 import weakref
 from collections import defaultdict, deque
 from pathlib import Path
@@ -18,11 +21,13 @@ from torch import Tensor
 from checkpoints.full_tensors import read_full_tensor
 from checkpoints.manifest import read_manifest
 from configs import Config, parse_config
-from parallel import Mesh, run_pipeline
+from model import build_model
+from parallel import Mesh, compare_replicas, is_blocking_frame, run_pipeline
 from parallel.pipeline import Action, max_alive, schedule
 from tests.distributed import ONE_RANK, Layout, distributed
 from tests.runs import finish, ranks_of, rows, settings, start, steps_done, train_on, wait_for
 from train import start as start_run
+from training.optimizer import weight_tensors
 from training.run_folder import RunFolder
 from training.state import training_batches
 from training.step import train_step
@@ -44,39 +49,41 @@ def test_schedules(num_micro_batches: int, p: int, v: int) -> None:
             backwards = [one for one in actions if not one.is_forward and one.chunk == chunk]
             assert [one.micro_batch for one in backwards] == list(range(m))
         num_alive = most = 0
-        for one in actions:
+        for number, one in enumerate(actions):
             num_alive += 1 if one.is_forward else -1
             most = max(most, num_alive)
+            assert one.is_forward or one._replace(is_forward=True) in actions[:number]
         assert most <= (p - stage if v == 1 else max_alive(p, v, stage))
     _replay(stages, v)
 
 
 def _replay(stages: tuple[tuple[Action, ...], ...], v: int) -> None:
-    """Run the stages against each other: messages are received in the order they were sent."""
-    p, num_done = len(stages), [0] * len(stages)
+    """Run the stages against each other: messages are received in the order they were sent.
+
+    A send waits if `max_pending` messages before it are not received. The order in which stages get
+    to run makes no difference, as each only reads and writes queues.
+    """
+    p, to_do = len(stages), [deque(actions) for actions in stages]
     queues: dict[tuple[int, bool], deque[tuple[int, int]]] = defaultdict(deque)  # of receivers
-    while any(done < len(actions) for done, actions in zip(num_done, stages, strict=True)):
-        before = list(num_done)
-        for stage, actions in enumerate(stages):
-            if num_done[stage] == len(actions):
-                continue
-            action = actions[num_done[stage]]
-            piece, step = action.chunk * p + stage, 1 if action.is_forward else -1
-            first, last = (0, p * v - 1)[::step]
-            queue = queues[stage, action.is_forward]
-            if piece != first:
-                if not queue:
-                    continue
-                assert queue.popleft() == (action.micro_batch, piece)
-            elif not action.is_forward:
-                assert action._replace(is_forward=True) in actions[: num_done[stage]]
-            if piece != last:
-                receiver = queues[(stage + step) % p, action.is_forward]
-                receiver.append((action.micro_batch, piece + step))
-                # So a sender never waits for an earlier message, see max_pending.
-                assert len(receiver) < max_alive(p, v, 0)
-            num_done[stage] += 1
-        assert num_done != before, "no stage can continue"
+
+    def run(stage: int, action: Action) -> bool:
+        piece, step = action.chunk * p + stage, 1 if action.is_forward else -1
+        first, last = (0, p * v - 1)[::step]
+        received = queues[stage, action.is_forward]
+        sent = queues[(stage + step) % p, action.is_forward]
+        if (piece != first and not received) or (piece != last and len(sent) == max_alive(p, v, 0)):
+            return False
+        if piece != first:
+            assert received.popleft() == (action.micro_batch, piece)
+        if piece != last:
+            sent.append((action.micro_batch, piece + step))
+        return True
+
+    while num_left := sum(map(len, to_do)):
+        for stage, actions in enumerate(to_do):
+            if actions and run(stage, actions[0]):
+                actions.popleft()
+        assert sum(map(len, to_do)) < num_left, "no stage can continue"
     assert not any(queues.values())
 
 
@@ -131,11 +138,22 @@ def test_gradients_have_the_bits_of_a_loop(mesh: Mesh) -> None:
         assert most == p - mesh.pp.rank
 
 
-@pytest.mark.parametrize("layout", [Layout(pp=2), Layout(pp=4)], ids=str)
-def test_stages_give_the_same_bits(corpus: Path, tmp_path: Path, layout: Layout) -> None:
+@pytest.mark.parametrize(
+    ("layout", "option"),
+    [
+        (Layout(pp=2), "train.precision=fp32"),
+        (Layout(pp=4), "train.precision=fp32"),
+        (Layout(pp=3), "train.precision=bf16"),
+        (Layout(pp=2, chunks=2), "parallel.recompute_granularity=full"),
+    ],
+    ids=str,
+)
+def test_stages_give_the_same_bits(
+    corpus: Path, tmp_path: Path, layout: Layout, option: str
+) -> None:
     """Six steps with dropout: losses, norms, scores, samples and weights of one process."""
     for each, name in ((ONE_RANK, "one"), (layout, "stages")):
-        train_on(each, settings(corpus, tmp_path, *UNTIED, f"run.name={name}"))
+        train_on(each, settings(corpus, tmp_path, *UNTIED, option, f"run.name={name}"))
     assert rows(tmp_path, "stages") == rows(tmp_path, "one")
     samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("one", "stages")]
     assert _texts(samples[0]) == _texts(samples[1])
@@ -157,21 +175,27 @@ def _texts(lines: str) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "layout",
+    ("layout", "gradient_sync"),
     [
-        Layout(pp=2),
-        Layout(tp=2, pp=2),
-        Layout(tp=2, sp=False, pp=2),
-        Layout(dp=2, pp=2),
-        Layout(pp=3),
-        Layout(pp=2, chunks=2),
-        Layout(dp=2, pp=2, chunks=2),
+        (Layout(pp=2), "step"),
+        (Layout(tp=2, pp=2), "step"),
+        (Layout(tp=2, sp=False, pp=2), "step"),
+        (Layout(dp=2, pp=2), "step"),
+        (Layout(dp=2, pp=2), "micro_batch"),
+        (Layout(pp=3), "step"),
+        (Layout(pp=2, chunks=2), "step"),
+        (Layout(dp=2, pp=2, chunks=2), "step"),
     ],
     ids=str,
 )
-def test_tied_stages_give_the_same_losses(corpus: Path, tmp_path: Path, layout: Layout) -> None:
+def test_tied_stages_give_the_same_losses(
+    corpus: Path, tmp_path: Path, layout: Layout, gradient_sync: str
+) -> None:
     """With a table on two stages, and rows of different widths: within 2e-6 over six steps."""
-    options = ("data.sequence_mode=pad", "model.num_layers=5", "debug.audit_interval=2")
+    options = (
+        *("data.sequence_mode=pad", "model.num_layers=5", "debug.audit_interval=2"),
+        f"parallel.gradient_sync={gradient_sync}",
+    )
     for each, name in ((ONE_RANK, "one"), (layout, "stages")):
         train_on(each, settings(corpus, tmp_path, *options, f"run.name={name}"))
     _require_near(rows(tmp_path, "stages"), rows(tmp_path, "one"))
@@ -216,6 +240,43 @@ def test_all_stages_skip_a_step(mesh: Mesh, config: Config) -> None:
     assert math.isfinite(result.loss)
     assert result.why_skipped is not None
     assert torch.equal(weight, before)
+
+
+@distributed(Layout(pp=3))
+def test_copies_of_a_tied_table_are_compared(mesh: Mesh, config: Config) -> None:
+    """A bit that differs on the last stage is found."""
+    model = build_model(config, mesh)
+    tensors = weight_tensors(model)
+    assert not compare_replicas(model, tensors, mesh)
+    if mesh.is_last_stage:
+        tensors["parameters.embedding.weight"].tensor[0, 0] += 1
+    (found,) = compare_replicas(model, tensors, mesh)
+    assert str(found) == "parameters.embedding.weight of rank 0, 2 among pp ranks [0, 2]"
+
+
+@distributed(Layout(pp=2))
+def test_a_waiting_stage_is_not_to_blame(mesh: Mesh) -> None:
+    """While the first stage is slow, the watchdog sees that the last one waits."""
+    main = threading.get_ident()
+    seen: list[bool] = []
+
+    def forward(n: int, chunk: int, x: Tensor | None) -> Tensor:
+        time.sleep(0.5 * (mesh.pp.rank == 0))
+        weight = torch.ones(1, requires_grad=True)
+        return weight if x is None else (x * weight).sum()
+
+    def watch() -> None:
+        time.sleep(0.25)
+        frame = sys._current_frames()[main]
+        while frame is not None:
+            seen.append(is_blocking_frame(frame.f_code))
+            frame = frame.f_back  # type: ignore[assignment]
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    run_pipeline(mesh, [(1,)], torch.float32, forward, lambda *_: None)
+    watching.join()
+    assert any(seen) == mesh.is_last_stage
 
 
 @pytest.fixture
