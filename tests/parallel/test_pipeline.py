@@ -12,7 +12,8 @@ import time
 import weakref
 from collections import defaultdict, deque
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -26,10 +27,11 @@ from parallel import Mesh, compare_replicas, is_blocking_frame, run_pipeline
 from parallel.pipeline import Action, max_alive, schedule
 from tests.distributed import ONE_RANK, Layout, distributed
 from tests.runs import finish, ranks_of, rows, settings, start, steps_done, train_on, wait_for
+from tracking.summary import pipeline_problem
 from train import start as start_run
 from training.optimizer import weight_tensors
 from training.run_folder import RunFolder
-from training.state import training_batches
+from training.state import Run, training_batches
 from training.step import train_step
 
 UNTIED = ("model.num_layers=5", "model.untie_embeddings_and_output_weights=true")
@@ -279,6 +281,19 @@ def test_a_waiting_stage_is_not_to_blame(mesh: Mesh) -> None:
     assert any(seen) == mesh.is_last_stage
 
 
+@distributed(Layout(pp=3))
+def test_fewer_micro_batches_than_stages_are_reported(mesh: Mesh, config: Config) -> None:
+    """With the part of a step in which the stages are idle."""
+    train = dataclasses.replace(config.train, global_batch_size=4)
+    run = SimpleNamespace(config=dataclasses.replace(config, train=train), mesh=mesh)
+    problem = pipeline_problem(cast(Run, run))
+    assert problem is not None
+    assert "2 micro-batches per step are fewer than the 3 stages" in problem
+    assert "idle for 50% of each step" in problem
+    run.config = config  # of 4 micro-batches
+    assert pipeline_problem(cast(Run, run)) is None
+
+
 @pytest.fixture
 def config(corpus: Path, tmp_path: Path) -> Config:
     """A run on two stages."""
@@ -305,7 +320,8 @@ def test_a_killed_stage_loses_nothing(corpus: Path, tmp_path: Path) -> None:
     finish(process, expected=1)
     killed_at = steps_done(tmp_path)
     assert killed_at < 12
-    finish(start(2, arguments))
+    output = finish(start(2, arguments))
+    assert "2 = tp 1 x dp 1 x pp 2 (layers of each stage: 3, 2)" in output
     resumed = rows(tmp_path)
     shutil.rmtree(tmp_path / "test")
     finish(start(2, arguments))
