@@ -4,7 +4,7 @@ The code is train.py's own: model, FSDP2, loss, gradients, optimizer. Its tensor
 contents (torch's FakeTensorMode on a CPU), and its collectives return at once. The memory that the
 step takes and the collectives that it issues are recorded, not derived.
 
-M is the bytes of a full tensor, see [Note: bytes on a ring] in planning/traffic.py.
+M is the bytes of a full tensor, see [Note: bytes on a ring] in parallel/transport/traffic.py.
 """
 
 from collections import Counter
@@ -23,8 +23,8 @@ from model import GPT, build_meta_model
 from ops.dropout import dropout_keys
 from ops.torch_private import FakeTensorMode, call_after_backward
 from parallel import Losses, Mesh, local_shards
+from parallel.transport.traffic import Collective, fake_mesh, record_traffic
 from planning.memory_log import Allocation, MemoryLog
-from planning.traffic import Collective, fake_mesh, record_traffic
 from training.optimizer import WEIGHTS, build_optimizer, training_tensors
 from training.state import Run, RunState
 from training.step import train_step

@@ -8,8 +8,8 @@ import torch
 
 from configs import Config
 from model import flops_per_token, num_parameters
+from parallel.transport.traffic import Collective
 from planning.dry_run import AFTER, BEFORE, SavedTensors, StepReport
-from planning.traffic import Collective
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _NAME_WIDTH, _CELL_WIDTH = 55, 14

@@ -24,10 +24,10 @@ from model.gpt import Block
 from ops.dropout import dropout_keys
 from ops.scratch import scratch_scope
 from parallel import DropoutStream, Mesh, initialise_parameters, local_shards
+from parallel.transport.traffic import record_traffic
 from plan import num_ranks, parse
 from planning.dry_run import StepReport, dry_run
 from planning.page import page, paper_formula
-from planning.traffic import record_traffic
 from tests.distributed import ONE_RANK, Layout, run_on
 from tests.lines import ROOT
 from training.optimizer import build_optimizer, training_tensors
