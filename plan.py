@@ -18,12 +18,13 @@ class Settings:
     """
 
     nproc: int | None = None  # ranks on all nodes; null: parallel.tensor_model_parallel_size
-    memory_gib: float = 80.0  # memory of a device in GiB, to report whether the step fits
+    # memory of a device in GiB, for the verdict and the advice; null: this machine's GPU's, or 80
+    memory_gib: float | None = None
 
     RANGES: ClassVar = {"nproc": Range(1), "memory_gib": Range(0, open_low=True)}
 
 
-def parse(arguments: list[str]) -> tuple[Config, int, float]:
+def parse(arguments: list[str]) -> tuple[Config, int, float | None]:
     """Return the configuration, the number of ranks and a device's memory in GiB, or exit."""
     keys = ("nproc", "memory_gib", "--help", "-h", "help")
     own = [argument for argument in arguments if argument.partition("=")[0] in keys]
@@ -57,10 +58,14 @@ if __name__ == "__main__":
 
 from planning.dry_run import dry_run
 from planning.page import page
+from training.hardware import gpu_memory_gib
+
+_DEFAULT_GIB = 80.0
 
 
-def main(config: Config, num_ranks: int, memory_gib: float) -> int:
+def main(config: Config, num_ranks: int, memory_gib: float | None) -> int:
     """Run one step on fake tensors, and print the page."""
+    memory_gib = memory_gib or gpu_memory_gib() or _DEFAULT_GIB
     sys.stdout.write(page(config, dry_run(config, num_ranks), memory_gib))
     return 0
 

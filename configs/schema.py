@@ -157,6 +157,10 @@ class ParallelConfig:
     recompute_granularity: Recompute = "none"
     # Reduce gradients over data-parallel ranks per step (faster) or per micro_batch (less memory).
     gradient_sync: Literal["step", "micro_batch"] = "step"
+    # Free the weights gathered over data-parallel ranks after each layer's forward and backward.
+    # false: gather them once per step and keep them, 2 bytes per parameter in bf16; faster. In a
+    # pipeline always false.
+    reshard_after_forward: bool = True
 
     @property
     def ranks_per_replica(self) -> int:

@@ -15,6 +15,7 @@ from parallel.collectives import (
 from parallel.data_parallel import (
     free_gathered_weights,
     set_gradient_sync,
+    set_reshard_after_backward,
     shard_over_data_parallel,
 )
 from parallel.gradients import (
@@ -80,6 +81,7 @@ __all__ = [
     "run_pipeline",
     "sequence_shard",
     "set_gradient_sync",
+    "set_reshard_after_backward",
     "shard_over_data_parallel",
     "squared_norm",
     "sum_on_host",

@@ -56,9 +56,15 @@ def move_to(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the work queued on a device."""
+    """Wait for the work queued on a device.
+
+    Waiting for an event is explicit; `torch.cuda.set_sync_debug_mode` counts waiting for a stream
+    among the implicit synchronizations that it warns of.
+    """
     if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(device))
+        event.synchronize()
 
 
 def is_blocking_frame(code: CodeType) -> bool:
@@ -131,7 +137,7 @@ def sum_on_host(mesh: Mesh, values: Tensor, flags: Sequence[float]) -> list[floa
     Waits for the device once and makes one all-reduce, on the host even if the device is a GPU.
     Every rank gets the same sums.
     """
-    on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+    on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=mesh.device.type != "cpu")
     on_host.copy_(values, non_blocking=True)
     synchronize(mesh.device)
     on_host = torch.cat([on_host, torch.tensor(flags, dtype=values.dtype)])

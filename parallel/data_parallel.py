@@ -24,11 +24,14 @@ def shard_over_data_parallel(
     *,
     overlap: bool,
     one_sum_per_step: bool,
+    reshard_after_forward: bool,
 ) -> None:
     """Wrap each block, and the rest of the model as the root, in FSDP2 if there are dp ranks.
 
     Embedding, positions, final norm and head stay together in the root: FSDP2 would free a tied
     embedding of its own between its two uses. `overlap` and `one_sum_per_step`: see dp_overlap.py.
+    `reshard_after_forward`: free a block's gathered weights after its forward and gather them again
+    for its backward. Those of the root stay until its backward.
     """
     if mesh.dp.size == 1:
         return
@@ -36,21 +39,19 @@ def shard_over_data_parallel(
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    # A stage of a pipeline gathers its weights once a step: forwards and backwards alternate.
-    reshards = mesh.pp.size == 1
     for module in (*blocks, model):
         fully_shard(
             module,
             mesh=mesh.device_mesh["dp"],
+            # None: all but the root
+            reshard_after_forward=None if reshard_after_forward else False,
             mp_policy=policy,
-            reshard_after_forward=None if reshards else False,
         )
         assert isinstance(module, FSDPModule)
         # The loss is already divided by the target count of the global batch, so gradients are
         # summed, not averaged. gloo needs both settings.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-        module.set_reshard_after_backward(reshards)
     if overlap and mesh.device.type == "cpu":
         overlap_on_cpu(model, blocks, one_sum_per_step)
 
@@ -65,11 +66,17 @@ def set_gradient_sync(
     if not isinstance(model, FSDPModule):
         return
     if enabled and hasattr(model, "deferred"):  # FSDP2 would add to a sum that is still running
-        sharded = (parameter for parameter in model.parameters() if isinstance(parameter, DTensor))
+        sharded = [p for p in model.parameters() if isinstance(p, DTensor)]
         assert all(parameter.grad is None for parameter in sharded)
     for module in model.modules() if modules is None else modules:
         if isinstance(module, FSDPModule):
             module.set_requires_gradient_sync(enabled, recurse=False)
+
+
+def set_reshard_after_backward(model: nn.Module, enabled: bool) -> None:
+    """Set whether the next backward frees the gathered weights."""
+    if isinstance(model, FSDPModule):
+        model.set_reshard_after_backward(enabled)
 
 
 def free_gathered_weights(model: nn.Module) -> None:

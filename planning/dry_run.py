@@ -29,8 +29,6 @@ from training.optimizer import WEIGHTS, build_optimizer, training_tensors
 from training.state import Run, RunState
 from training.step import train_step
 
-# The micro-batches of a step are alike except the last, so two represent any number.
-_NUM_TRACED = 2
 BEFORE, FORWARD, BACKWARD, AFTER = "before", "forward", "backward", "after"
 
 
@@ -152,8 +150,8 @@ class _TracedList(list[MicroBatch]):
         return super().__getitem__(number)
 
 
-def dry_run(config: Config, num_ranks: int, num_traced: int = _NUM_TRACED) -> StepReport:
-    """Run one step of at most `num_traced` micro-batches as rank 0 of `num_ranks`.
+def dry_run(config: Config, num_ranks: int, num_traced: int | None = None) -> StepReport:
+    """Run one step as rank 0 of `num_ranks`; `num_traced` micro-batches, None: as few as will do.
 
     Raises RuntimeError if this process has joined a process group.
     """
@@ -161,7 +159,11 @@ def dry_run(config: Config, num_ranks: int, num_traced: int = _NUM_TRACED) -> St
     size = parallel.tensor_model_parallel_size
     tp, dp = tuple(range(size)), tuple(range(0, num_ranks, size))
     num_micro_batches = train.global_batch_size // (train.micro_batch_size * len(dp))
-    num_traced = min(num_traced, num_micro_batches)
+    # The micro-batches of a step are alike except the last, and the first if it gathers weights for
+    # all of them: two or three represent any number.
+    typical = 1 if len(dp) > 1 and not parallel.reshard_after_forward else 0
+    num_traced = min(num_traced or typical + 2, num_micro_batches)
+    typical = min(typical, num_traced - 1)
     with fake_mesh(num_ranks, size, parallel.sequence_parallel, parallel.tp_comm_overlap) as mesh:
         tracer, tensors = _trace_step(config, mesh, num_traced)
     memory, first_forward = tracer.memory, tracer.spans[0]
@@ -181,7 +183,7 @@ def dry_run(config: Config, num_ranks: int, num_traced: int = _NUM_TRACED) -> St
     peak, peak_phase = _peak(tracer, kinds)
     step: Counter[Collective] = Counter()
     for one in tracer.sent:
-        is_repeated = one.phase in (FORWARD, BACKWARD) and one.micro_batch == 0
+        is_repeated = one.phase in (FORWARD, BACKWARD) and one.micro_batch == typical
         step[one.collective] += num_micro_batches - num_traced + 1 if is_repeated else 1
     return StepReport(
         tp=tp,
@@ -194,7 +196,7 @@ def dry_run(config: Config, num_ranks: int, num_traced: int = _NUM_TRACED) -> St
         saved_bytes=sum(saved.values()),
         peak=peak,
         peak_phase=peak_phase,
-        traffic=_traffic(tracer.sent, tp, dp, layer, num_traced - 1),
+        traffic=_traffic(tracer.sent, tp, dp, layer, (typical, num_traced - 1)),
         step=step,
     )
 
@@ -282,7 +284,11 @@ def _peak(tracer: StepTracer, kinds: dict[Allocation, str]) -> tuple[dict[str, i
 
 
 def _traffic(
-    sent: Iterable[_Sent], tp: tuple[int, ...], dp: tuple[int, ...], layer: int, last: int
+    sent: Iterable[_Sent],
+    tp: tuple[int, ...],
+    dp: tuple[int, ...],
+    layer: int,
+    typical_and_last: tuple[int, int],
 ) -> dict[str, Counter[Collective]]:
     """Split the traffic into what one micro-batch sends over each axis, and the rest."""
 
@@ -301,10 +307,11 @@ def _traffic(
         for where, number in (("one layer", layer), ("outside layers", None))
         for phase in (FORWARD, BACKWARD)
     }
+    typical, last = typical_and_last
     for phase in (FORWARD, BACKWARD):
-        parts[f"dp  one micro-batch, {phase}"] = count(dp, phase, 0, of=())
-    last_backward = count(dp, BACKWARD, last, of=())
-    if last_backward != parts[f"dp  one micro-batch, {BACKWARD}"]:
-        parts[f"dp  the last one, {BACKWARD}"] = last_backward
+        parts[f"dp  one micro-batch, {phase}"] = usual = count(dp, phase, typical, of=())
+        for place, number in (("first", 0), ("last", last)):
+            if (unusual := count(dp, phase, number, of=())) != usual:
+                parts[f"dp  the {place} one, {phase}"] = unusual
     once = Counter(one.collective for one in sent if one.phase in (BEFORE, AFTER))
     return parts | {"any once per step": once}

@@ -24,6 +24,8 @@ _KINDS = {
     "saved activations": "activations saved for backward",
     "temporary": "temporary: loss, activation gradients, buffers",
 }
+_RECOMPUTATION = ("none", "selective", "full")
+_MUCH_LEFT = 0.7  # of the memory in use; the rest of a device also holds what is not counted
 _PHASES = {BEFORE: "before the first micro-batch", AFTER: "during the optimizer step"}
 
 
@@ -54,7 +56,7 @@ def paper_formula(config: Config, sequence_parallel: bool) -> Formula:
 
 
 def page(config: Config, report: StepReport, memory_gib: float) -> str:
-    """Format the whole page; its last line answers whether the step fits."""
+    """Format the whole page, which ends with whether the step fits and which settings to change."""
     sections = (
         _heading(config, report),
         _memory(config, report),
@@ -188,6 +190,37 @@ def _answer(config: Config, report: StepReport, memory_gib: float) -> Iterator[s
         else f"does not fit in {memory_gib:g} GiB, {size(-spare)} too much"
     )
     yield f"A rank needs {size(report.peak_bytes)} for its tensors: {verdict}."
+    yield from _advice(config, report, report.peak_bytes / (memory_gib * 2**30))
+
+
+def _advice(config: Config, report: StepReport, used: float) -> Iterator[str]:
+    """The settings to change, most effective first, if memory is missing or much of it is left."""
+    parallel, b, m = config.parallel, config.train.micro_batch_size, report.num_micro_batches
+    level, several = _RECOMPUTATION.index(parallel.recompute_granularity), len(report.dp) > 1
+    smaller = max((rows for rows in range(1, b) if b % rows == 0), default=None)
+    larger = next((b * factor for factor in range(2, m + 1) if m % factor == 0), None)
+    if used > 1:
+        yield "To use less memory:"
+        changes = {
+            f"train.micro_batch_size={smaller}": smaller is not None,
+            "parallel.recompute_granularity=selective": level == 0,
+            "parallel.recompute_granularity=full": level == 1,
+            "parallel.reshard_after_forward=true": several and not parallel.reshard_after_forward,
+            "parallel.gradient_sync=micro_batch": several and parallel.gradient_sync == "step",
+            "more ranks, or a larger parallel.tensor_model_parallel_size": True,
+        }
+    elif used < _MUCH_LEFT:
+        yield f"Only {100 * used:.2g}% of the memory is used. To use more of it, for speed:"
+        changes = {
+            f"train.micro_batch_size={larger}": larger is not None,
+            f"parallel.recompute_granularity={_RECOMPUTATION[level - 1]}": level > 0,
+            "parallel.gradient_sync=step": several and parallel.gradient_sync == "micro_batch",
+            "parallel.reshard_after_forward=false": several and parallel.reshard_after_forward,
+            "fewer ranks, or a larger model": True,
+        }
+    else:
+        return
+    yield from (f"  {change}" for change, applies in changes.items() if applies)
 
 
 def _dtype(dtype: torch.dtype) -> str:

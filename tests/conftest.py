@@ -6,11 +6,17 @@ from typing import Any
 
 import pytest
 
+from tests.distributed import DEVICE, ONE_RANK
 from tests.runs import LONG, finish, rows, settings, start
 from tests.trained_runs import FAMILIES, train_family
 
 # Fixtures of tests that start ranks or programs; each of their cases takes seconds.
 _COSTLY = {"layout", "corpus", "runs", "unbroken"}
+# The tests of `make test-gpu`, besides those of what only a GPU has.
+_ON_GPUS = ("parallel/", "model/", "checkpoints/", "training/test_resume", "test_golden")
+_CPU_ONLY = tuple(
+    f"parallel/test_{name}" for name in ("data_parallel", "rendezvous", "shared_memory")
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,7 +26,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Select the tests of `make test`; begin with files that take long, so that no worker idles."""
+    """Select the tests of `make test` or `make test-gpu`; begin with files that take long."""
+    if DEVICE == "cuda":
+        _keep(config, items, [item for item in items if _runs_on_a_gpu(item)])
     if config.getoption("sample"):
         _sample(config, items)
     num_costly = Counter(item.path for item in items if _is_costly(item))
@@ -40,6 +48,19 @@ def _sample(config: pytest.Config, items: list[pytest.Item]) -> None:
     for of_one_test in cases.values():
         ends = dict.fromkeys((of_one_test[0], of_one_test[-1]))
         chosen += ends if _is_costly(of_one_test[0]) else of_one_test
+    _keep(config, items, chosen)
+
+
+def _runs_on_a_gpu(item: pytest.Item) -> bool:
+    """Whether a test is about GPUs, or about code that both run, on ranks that can have a GPU."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    layout = parameters.get("layout", ONE_RANK)
+    path = str(item.path.relative_to(Path(__file__).parent))
+    on_both = path.startswith(_ON_GPUS) and not path.startswith(_CPU_ONLY)
+    return bool(item.get_closest_marker("gpu")) or (on_both and layout.has_devices())
+
+
+def _keep(config: pytest.Config, items: list[pytest.Item], chosen: list[pytest.Item]) -> None:
     left_out = set(items) - set(chosen)
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]

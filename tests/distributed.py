@@ -5,9 +5,13 @@ torch takes seconds. A test names the layouts it wants; the body runs on every r
 that layout as its first argument. Rendezvous is a file, so no port can be taken. A test that hangs
 fails: the stacks of all ranks are shown, and the pool is replaced, as its collectives may be out of
 step.
+
+With MICROTRON_TEST_DEVICE=cuda every rank has a GPU of its own and NCCL, and tensors that a test
+makes are on it: `make test-gpu`.
 """
 
 import atexit
+import contextlib
 import faulthandler
 import functools
 import importlib
@@ -16,6 +20,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -28,11 +33,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
+from ops.matmul import use_full_precision
 from parallel.mesh import Mesh, Overlap, make_mesh
 from parallel.transport.backend import cpu_backend
 
+DEVICE = os.environ.get("MICROTRON_TEST_DEVICE", "cpu")  # or cuda
 TIME_LIMIT_S = 60.0
+_TESTS = str(Path(__file__).parent)
 # Safe in any process. mutations.py, whose process has done nothing but imports, sets "fork".
 START_METHOD = "spawn"
 
@@ -48,6 +58,17 @@ class Layout:
     sp: bool = True
     overlap: Overlap = "none"
     shared_memory: bool = False  # between the ranks; otherwise gloo
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of all axes."""
+        return self.tp * self.dp * self.pp
+
+    def has_devices(self) -> bool:
+        """Whether the test device has a place for each rank."""
+        if DEVICE == "cpu":
+            return True
+        return self.num_ranks <= torch.cuda.device_count() and not self.shared_memory
 
     def __str__(self) -> str:
         sp = "+sp" if self.sp and self.tp > 1 else ""
@@ -94,8 +115,30 @@ def distributed(*layouts: Layout) -> Callable[[Callable[..., None]], Callable[..
 
 def run_on(layout: Layout, body: Callable[..., None], **parameters: Any) -> None:
     """Run a module's function on every rank of a layout, a mesh first; any rank's failure fails."""
-    pool = _pool(layout.tp * layout.dp * layout.pp, layout.shared_memory)
+    if not layout.has_devices():
+        pytest.skip(f"{layout} needs {layout.num_ranks} GPUs")
+    pool = _pool(layout.num_ranks, layout.shared_memory)
     pool.run(body.__module__, body.__qualname__, layout, parameters)
+
+
+class OnDevice(TorchFunctionMode):
+    """Makes the tensors that tests create on a device; what our own code creates is unchanged.
+
+    Draws from a generator are made on the CPU and copied, so that they are the same everywhere.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        of_test = sys._getframe(1).f_code.co_filename.startswith(_TESTS)
+        if not of_test or func not in _device_constructors() or kwargs.get("device") is not None:
+            return func(*args, **kwargs)
+        if kwargs.get("generator") is not None:
+            return func(*args, **kwargs).to(self.device)
+        return func(*args, **{**kwargs, "device": self.device})
 
 
 class _Pool:
@@ -186,11 +229,16 @@ def _work(
     torch.set_num_threads(1)
     # Warns that full_tensor, which tests alone call, gathers over two axes one after the other.
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
+    device = torch.device("cpu") if DEVICE == "cpu" else torch.device("cuda", rank)
+    if device.type == "cuda":
+        use_full_precision()
+        torch.cuda.set_device(device)
     dist.init_process_group(
-        cpu_backend(shared_memory),
+        cpu_backend(shared_memory) if device.type == "cpu" else "cpu:gloo,cuda:nccl",
         init_method=f"file://{directory}/rendezvous",
         rank=rank,
         world_size=world_size,
+        device_id=None if device.type == "cpu" else device,
     )
     meshes: dict[Layout, Mesh] = {}
     while True:
@@ -203,15 +251,16 @@ def _work(
                 meshes[layout] = make_mesh(
                     layout.tp,
                     layout.sp,
-                    torch.device("cpu"),
+                    device,
                     rank,
                     layout.overlap,
                     pipeline_model_parallel_size=layout.pp,
                     num_chunks=layout.chunks,
                 )
             function = getattr(importlib.import_module(module), name)
-            # The name of a decorated test is that of its wrapper.
-            getattr(function, "body", function)(meshes[layout], **parameters)
+            with contextlib.nullcontext() if device.type == "cpu" else OnDevice(device):
+                # The name of a decorated test is that of its wrapper.
+                getattr(function, "body", function)(meshes[layout], **parameters)
             pipe.send(None)
         except Exception:
             pipe.send(traceback.format_exc())

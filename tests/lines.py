@@ -24,8 +24,8 @@ PACKAGES = tuple(package for level in LEVELS for package in level)
 PROGRAMS = ("train", "generate", "evaluate", "export", "import_hf", "plan")
 MAX_MODULES = 14  # of a folder, `__init__.py` not counted
 BESIDE = ("bench", "docs", "tests")  # folders without that limit
-# While the tree is being rebuilt; the budget after that is 8,000.
-CLOSURE_BUDGET = 11_300
+# What is there now. The goal is 9,500 with context and pipeline parallelism.
+CLOSURE_BUDGET = 11_800
 READING_PATH_BUDGET = 3_000
 _READING_PATH = ("train.py", "model/**/*.py", "parallel/mesh.py", "parallel/mappings.py")
 _READING_PATH += ("parallel/layers.py", "parallel/loss.py", "configs/weights.py")

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 from ops.dropout import dropout_keys
 from parallel import DropoutStream
+from tests.distributed import DEVICE
 
 
 def stream(
-    seed: int, step: int, samples: Sequence[int], num_layers: int = 4, device: str = "cpu"
+    seed: int, step: int, samples: Sequence[int], num_layers: int = 4, device: str = DEVICE
 ) -> DropoutStream:
     """The masks of a micro-batch, for a model of at most `num_layers` layers."""
     keys = dropout_keys(seed, step, samples, num_layers).to(device)

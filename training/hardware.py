@@ -222,6 +222,13 @@ def _container_memory() -> tuple[int, int] | None:
     return int(allowed), int(used.read_text())
 
 
+def gpu_memory_gib() -> float | None:
+    """Memory of this machine's first GPU; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    return round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """Peak memory so far: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":

@@ -14,6 +14,7 @@ from parallel import (
     clip_gradients,
     run_pipeline,
     set_gradient_sync,
+    set_reshard_after_backward,
     squared_norm,
     sum_on_host,
     sum_partial_gradients,
@@ -103,6 +104,8 @@ def forward_backward(
         modules = model.modules_of_chunk(chunk) if is_last and mesh.num_chunks > 1 else None
         sync = is_last or config.parallel.gradient_sync == "micro_batch"
         set_gradient_sync(model, sync, modules)
+        reshards = is_last or config.parallel.reshard_after_forward
+        set_reshard_after_backward(model, reshards and mesh.pp.size == 1)
 
     shapes = [model.activation_shape(micro_batch.tokens.t()) for micro_batch in micro_batches]
     run_pipeline(mesh, shapes, model.dtype, forward, before_backward)

@@ -55,7 +55,7 @@ def make_tensors(mesh: Mesh, seed: int) -> dict[str, LocalShard]:
         declare_parameter(module, name, WeightSpec(shape, tp_dim, init_std=1.0), mesh)
     declare_parameter(module, "qkv", MERGED, mesh)
     fully_shard(module, mesh=mesh.device_mesh["dp"])
-    module.to_empty(device="cpu")
+    module.to_empty(device=mesh.device)
     initialise_parameters(module, seed, mesh)
     return local_shards(module)
 

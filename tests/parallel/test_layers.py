@@ -32,7 +32,7 @@ from parallel import (
 from parallel import loss as loss_module
 from parallel.mappings import enter_tensor_parallel_region
 from parallel.parameters import shard_range
-from tests.distributed import ONE_RANK, OVERLAPPED, TENSOR_PARALLEL, Layout, distributed
+from tests.distributed import DEVICE, ONE_RANK, OVERLAPPED, TENSOR_PARALLEL, Layout, distributed
 from tests.parallel.test_mappings import seeded
 from tests.weights import fill as fill_shards
 from tests.weights import gradient_shards
@@ -54,7 +54,7 @@ def column_linear(mesh: Mesh, **out_sizes: int) -> MergedColumnParallelLinear:
 
 def fill(layer: nn.Module) -> dict[str, Tensor]:
     """Set random float64 weights; returns the dense ones, which require gradients."""
-    layer.to_empty(device="cpu").double()
+    layer.to_empty(device=DEVICE).double()
     shards = local_shards(layer)
     dense = {
         name: seeded(1000 + number, *shard.global_shape)
@@ -309,7 +309,7 @@ def test_sequence_parallelism_cannot_be_mixed(mesh: Mesh) -> None:
             "row": RowParallelLinear(row_weights(H, 16, 1.0), other),
         }
     )
-    model.to_empty(device="cpu")
+    model.to_empty(device=mesh.device)
     with pytest.raises(RuntimeError, match=r"row\.weight was created with tp=\d, sequence_para"):
         initialise_parameters(model, 1, mesh)
 

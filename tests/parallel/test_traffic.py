@@ -56,7 +56,7 @@ def block_traffic(
 ) -> tuple[list[Collective], list[Collective]]:
     """The collectives of one block in forward and in backward."""
     block = Block(config, 0, mesh, recompute)
-    block.to_empty(device="cpu")
+    block.to_empty(device=mesh.device)
     initialise_parameters(block, 1, mesh)
     block.to(dtype)
     positions = torch.arange(s).unsqueeze(1).expand(s, B)
