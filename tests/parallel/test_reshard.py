@@ -5,11 +5,11 @@ from collections import Counter
 from typing import cast
 
 import pytest
-from parallel.traffic import Collective, record_traffic
 
 from bench.ours import build_run
 from configs import Config, parse_config
 from parallel import Mesh, local_shards
+from parallel.transport.traffic import Collective, record_traffic
 from planning.dry_run import dry_run
 from tests.distributed import Layout, distributed, run_on
 from training.run_folder import RunFolder

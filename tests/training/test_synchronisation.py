@@ -14,7 +14,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-from parallel.traffic import fake_mesh
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -24,6 +23,7 @@ from configs import parse_config
 from data import BatchLoader
 from model import build_meta_model
 from parallel.loss import _CHUNK_ELEMENTS
+from parallel.transport.traffic import fake_mesh
 from training.optimizer import build_optimizer
 from training.state import Run, RunState
 from training.step import train_step
