@@ -183,7 +183,7 @@ class _Inbox:
         buffer = next(self._buffers, None)
         if buffer is None:
             return None
-        return Pending(buffer, dist.irecv(buffer, group=self._group, group_src=self._source))
+        return Pending(buffer, [dist.irecv(buffer, group=self._group, group_src=self._source)])
 
     def receive(self) -> Tensor:
         assert self._next is not None, "there are no more messages"
@@ -203,7 +203,7 @@ class _Outbox:
         self.wait(self._max_pending - 1)
         tensor = tensor.contiguous()
         work = dist.isend(tensor, group=self._group, group_dst=self._target)
-        self._pending.append(Pending(tensor, work))
+        self._pending.append(Pending(tensor, [work]))
 
     def wait(self, max_pending: int = 0) -> None:
         """Wait, oldest first, until at most `max_pending` are not received."""

@@ -29,7 +29,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel.mesh import Mesh, Overlap, make_mesh
+from parallel.mesh import CPCommType, Mesh, Overlap, make_mesh
 from parallel.transport.backend import cpu_backend
 
 TIME_LIMIT_S = 60.0
@@ -45,17 +45,20 @@ class Layout:
     dp: int = 1
     pp: int = 1
     chunks: int = 1  # of each stage
+    cp: int = 1
     sp: bool = True
     overlap: Overlap = "none"
+    cp_comm_type: CPCommType = "all_gather"
     shared_memory: bool = False  # between the ranks; otherwise gloo
 
     def __str__(self) -> str:
         sp = "+sp" if self.sp and self.tp > 1 else ""
         overlap = f"-overlap {self.overlap}" if self.overlap != "none" else ""
         memory = "-memory" if self.shared_memory else ""
+        cp = f"-cp{self.cp} {self.cp_comm_type}" if self.cp > 1 else ""
         chunks = f"x{self.chunks}" if self.chunks > 1 else ""
         pp = f"-pp{self.pp}{chunks}" if self.pp > 1 else ""
-        return f"tp{self.tp}{sp}-dp{self.dp}{pp}{overlap}{memory}"
+        return f"tp{self.tp}{sp}-dp{self.dp}{cp}{pp}{overlap}{memory}"
 
 
 ONE_RANK = Layout()
@@ -94,7 +97,7 @@ def distributed(*layouts: Layout) -> Callable[[Callable[..., None]], Callable[..
 
 def run_on(layout: Layout, body: Callable[..., None], **parameters: Any) -> None:
     """Run a module's function on every rank of a layout, a mesh first; any rank's failure fails."""
-    pool = _pool(layout.tp * layout.dp * layout.pp, layout.shared_memory)
+    pool = _pool(layout.tp * layout.cp * layout.dp * layout.pp, layout.shared_memory)
     pool.run(body.__module__, body.__qualname__, layout, parameters)
 
 
@@ -208,6 +211,8 @@ def _work(
                     layout.overlap,
                     pipeline_model_parallel_size=layout.pp,
                     num_chunks=layout.chunks,
+                    context_parallel_size=layout.cp,
+                    cp_comm_type=layout.cp_comm_type,
                 )
             function = getattr(importlib.import_module(module), name)
             # The name of a decorated test is that of its wrapper.
