@@ -139,6 +139,9 @@ class ParallelConfig:
 
     tensor_model_parallel_size: Count = 1  # Number of ranks that share each layer (TP)
     sequence_parallel: bool = True  # Split norms and dropout over the sequence among TP ranks
+    context_parallel_size: Count = 1  # Number of ranks that share each sequence (CP)
+    # How CP ranks exchange keys and values: gather them, or pass them around a ring (less memory).
+    cp_comm_type: Literal["all_gather", "p2p"] = "all_gather"
     # Number of stages that split the layers (PP), each on its own ranks; schedule: 1F1B.
     pipeline_model_parallel_size: Count = 1
     # Chunks of layers per stage, for the interleaved schedule: a smaller bubble, more messages.
@@ -164,8 +167,12 @@ class ParallelConfig:
 
     @property
     def ranks_per_replica(self) -> int:
-        """Number of ranks that share one micro-batch: PP x TP."""
-        return self.pipeline_model_parallel_size * self.tensor_model_parallel_size
+        """Number of ranks that share one micro-batch: PP x CP x TP."""
+        return (
+            self.pipeline_model_parallel_size
+            * self.context_parallel_size
+            * self.tensor_model_parallel_size
+        )
 
 
 @dataclass(frozen=True)

@@ -155,6 +155,7 @@ def wandb_config(config: Config, mesh: Mesh) -> dict[str, Any]:
         "layout": {
             "pp": mesh.pp.size,
             "dp": mesh.dp.size,
+            "cp": mesh.cp.size,
             "tp": mesh.tp.size,
             "world": mesh.world.size,
         },
