@@ -93,9 +93,8 @@ def start_all_reduce(x: Tensor, axis: Axis) -> Pending:
     return Pending(reduced, [dist.all_reduce(reduced, group=axis.group, async_op=True)])
 
 
-def start_shift(x: Tensor, axis: Axis) -> Pending:
-    """Start a ring shift: send x to the next rank, receive its like from the one before."""
-    received, x = torch.empty_like(x, memory_format=torch.contiguous_format), x.contiguous()
+def start_shift(x: Tensor, received: Tensor, axis: Axis) -> Pending:
+    """Start a ring shift: send x to the next rank, and receive its like from the one before."""
     ranks = dist.get_process_group_ranks(axis.group)
     following, before = (ranks[(axis.rank + step) % axis.size] for step in (1, -1))
     both = [

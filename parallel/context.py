@@ -152,10 +152,11 @@ def _gather(pair: Tensor, cp: Axis) -> Iterator[Tensor]:
 
 
 def _pass_around(pair: Tensor, cp: Axis) -> Iterator[Tensor]:
+    spare = torch.empty_like(pair)
     for _ in range(cp.size - 1):
-        receiving = start_shift(pair, cp)
+        receiving = start_shift(pair, spare, cp)
         yield pair
-        pair = receiving.wait()
+        pair, spare = receiving.wait(), pair
     yield pair
 
 
@@ -170,6 +171,6 @@ def _sum_around_ring(gradients: Iterator[tuple[int, Tensor]], cp: Axis) -> Tenso
     receiving = None
     for _, grad in gradients:
         total = grad if receiving is None else grad.add_(receiving.wait())
-        receiving = start_shift(total, cp)
+        receiving = start_shift(total, torch.empty_like(total), cp)
     assert receiving is not None, "a ring has two ranks or more"
     return own + receiving.wait()

@@ -10,7 +10,6 @@ import pytest
 
 from tests.distributed import ONE_RANK, Layout
 from tests.runs import (
-    LONG,
     finish,
     rows,
     settings,
@@ -98,13 +97,15 @@ def test_checkpoints_move_between_axes(corpus: Path, tmp_path: Path) -> None:
         assert row == pytest.approx(reference, rel=1e-5)
 
 
+@pytest.mark.timeout(240)  # three launches
 def test_kill_9_loses_nothing(corpus: Path, tmp_path: Path) -> None:
     """A killed and resumed run equals an uninterrupted one, bit for bit."""
     cp = ("parallel.tensor_model_parallel_size=1", "parallel.context_parallel_size=2")
-    finish(start(2, settings(corpus, tmp_path / "whole", *LONG, *cp)))
-    arguments = settings(corpus, tmp_path, *LONG, *cp)
+    steps = ("train.train_steps=20", "checkpoint.save_interval=5", "evaluate.interval=0")
+    finish(start(2, settings(corpus, tmp_path / "whole", *steps, *cp)))
+    arguments = settings(corpus, tmp_path, *steps, *cp)
     process = start(2, arguments)
-    wait_for(lambda: steps_done(tmp_path) >= 12, process)
+    wait_for(lambda: steps_done(tmp_path) >= 7, process)
     os.kill(workers_of(tmp_path)[1], signal.SIGKILL)
     process.communicate(timeout=60)
     assert "resuming from" in finish(start(2, arguments))

@@ -32,6 +32,7 @@ from parallel import (
     DropoutStream,
     LocalShard,
     Mesh,
+    compare_replicas,
     context_parallel_attention,
     initialise_parameters,
     key_blocks,
@@ -166,6 +167,25 @@ def test_recompute_changes_nothing(mesh: Mesh, recompute: Recompute) -> None:
         gradients.append(local_shards(model, lambda parameter: parameter.grad))
     for name, shard in gradients[0].items():
         assert torch.equal(shard.tensor, gradients[1][name].tensor), name
+
+
+@distributed(Layout(cp=2), Layout(cp=2, dp=2))
+def test_a_wrong_gathered_weight_names_both_axes(mesh: Mesh) -> None:
+    """FSDP2 gathers over dp and cp ranks, so the replica check compares all of these."""
+    model = tiny_model(mesh, TINY)
+    assert compare_replicas(model, {}, mesh) == []
+    block: Any = model.blocks[0]
+    gather = block.unshard
+
+    def gather_badly() -> None:
+        gather()
+        if mesh.world.rank == 0:
+            block.mlp.down.weight.detach().view(-1)[0] += 1
+
+    block.unshard = gather_badly
+    (mismatch,) = compare_replicas(model, {}, mesh)
+    assert (mismatch.name, mismatch.axis) == ("gathered blocks.0.mlp.down.weight", "dp x cp")
+    assert mismatch.ranks == tuple(range(mesh.world.size))
 
 
 @distributed(GATHERED[1], RINGS[1])
