@@ -155,7 +155,7 @@ def _splits(config: Config, tp: int, world_size: int) -> bool:
 def _weight_with_empty_shard(config: Config, tp: int, dp_cp: int) -> str | None:
     """Name and shape of a weight of which some rank would have no row; None if there is none."""
     one_layer = dataclasses.replace(config.model, num_layers=1)  # all layers are alike
-    for name, spec in model_weights(one_layer, config.data.vocab_size).items():
+    for name, spec in model_weights(one_layer, config.data.padded_vocab_size).items():
         rows, parts = spec.shape[0], tp if spec.tp_dim_at(tp) == 0 else 1
         # The last tp rank may have fewer rows than the others; each shard is split again.
         shards = {-(-rows // parts), last_chunk(rows, parts)}

@@ -75,8 +75,9 @@ def _heading(config: Config, report: StepReport) -> Iterator[str]:
     model, train, parallel = config.model, config.train, config.parallel
     t, c, n = len(report.tp), len(report.cp), len(report.tp) * len(report.dp_cp)
     sequence = " + sequence parallel" if report.sequence_parallel else ""
+    vocab_size = config.data.padded_vocab_size
     yield (
-        f"{config.run.name}: {num_parameters(model, config.data.vocab_size):,} parameters on "
+        f"{config.run.name}: {num_parameters(model, vocab_size):,} parameters on "
         f"{n} rank{'s' * (n > 1)}: tensor parallel {t}{sequence} x data parallel {n // (t * c)}"
     )
     if c > 1:
@@ -84,7 +85,7 @@ def _heading(config: Config, report: StepReport) -> Iterator[str]:
     yield (
         f"s {model.seq_length}, b {train.micro_batch_size}, h {model.hidden_size}, "
         f"a {model.num_attention_heads}, f {model.ffn_size}, L {model.num_layers}, "
-        f"v {config.data.vocab_size}; {train.precision}"
+        f"v {vocab_size}; {train.precision}"
     )
     yield (
         f"recompute_granularity {parallel.recompute_granularity}, gradient_sync "
@@ -170,7 +171,7 @@ def _communication(report: StepReport) -> Iterator[str]:
 
 def _operations(config: Config, report: StepReport) -> Iterator[str]:
     model = config.model
-    per_token = flops_per_token(model, config.data.vocab_size)
+    per_token = flops_per_token(model, config.data.padded_vocab_size)
     attention = 12 * model.num_layers * model.hidden_size * model.seq_length
     weights = (per_token - attention) // 6
     tokens = config.train.global_batch_size * model.seq_length

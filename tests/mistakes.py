@@ -494,10 +494,10 @@ MISTAKES = (
     ),
     Mistake(
         "gradients are averaged over cp",
-        "parallel/data_parallel.py",
-        "set_gradient_divide_factor(1.0)",
-        "set_gradient_divide_factor(float(mesh.cp.size))",
-        (_CP_LEARNED + _CP2,),
+        "training/step.py",
+        "(losses.objective / num_targets).backward()",
+        "(losses.objective / num_targets / run.mesh.cp.size).backward()",
+        (_CP_STEPS + "[" + _CP2,),
     ),
     Mistake(
         "gradients are summed over dp but not over cp",

@@ -80,7 +80,7 @@ def report_end(run: Run, began: RunState, state: RunState, stop: signal.Signals 
 
 
 def _model(config: Config) -> str:
-    model, vocab_size = config.model, config.data.vocab_size
+    model, vocab_size = config.model, config.data.padded_vocab_size
     return (
         f"{num_parameters(model, vocab_size):,} parameters: {model.num_layers} layers, hidden size "
         f"{model.hidden_size:,}, {model.num_attention_heads} heads, vocabulary {vocab_size:,}"
