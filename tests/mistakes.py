@@ -495,8 +495,8 @@ MISTAKES = (
     Mistake(
         "gradients are averaged over cp",
         "training/step.py",
-        "(losses.objective / num_targets).backward()",
-        "(losses.objective / num_targets / run.mesh.cp.size).backward()",
+        "return output.objective / num_targets",
+        "return output.objective / num_targets / run.mesh.cp.size",
         (_CP_STEPS + "[" + _CP2,),
     ),
     Mistake(
