@@ -24,6 +24,8 @@ from configs import (
 )
 from configs.validate import check_inputs
 
+_OF_THE_TOKENIZER = ("vocab_size", "bos_token", "eos_token")  # the run's, whatever is scored
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -103,7 +105,8 @@ def parse(arguments: list[str]) -> tuple[Settings, Config]:
                 hub_split=settings.hub_split,
                 hub_revision=settings.hub_revision,
             )
-            config = replace(config, data=replace(data, vocab_size=config.data.vocab_size))
+            kept = {key: getattr(config.data, key) for key in _OF_THE_TOKENIZER}
+            config = replace(config, data=replace(data, **kept))
         check_inputs(config)
     return settings, config
 
@@ -136,7 +139,7 @@ def text_to_score(trained: LoadedModel, settings: Settings) -> tuple[Corpus, int
     config, mesh, tokenizer = trained.config, trained.mesh, trained.tokenizer
     with machine_errors_as_user_errors("read the text"):
         if settings.source != "held_out":
-            path = Path(settings.run, "tokenizer.model")
+            path = Path(settings.run, tokenizer.file_name)
             corpus = load_eval_corpus(config.data, tokenizer, path)
             require_same_on_all_ranks(mesh, corpus.fingerprint, "the text")
             return corpus, settings.max_sequences

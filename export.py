@@ -56,7 +56,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from checkpoints import Checkpoint, held_checkpoint
 from checkpoints.full_tensors import TensorInfo, read_full_tensor, write_tensors
-from data import Tokenizer, load_tokenizer
+from data import SentencePieceTokenizer, Tokenizer
 from interop.check import Comparison, checkpoint_logits, compare, random_tokens
 from interop.huggingface import shapes_of, to_huggingface
 from interop.huggingface_config import family_of, to_huggingface_config
@@ -64,7 +64,7 @@ from interop.model_card import model_card
 from interop.tokenizer_json import tokenizer_config, tokenizer_json
 from parallel import DeviceError, Mesh, close_mesh, init_mesh
 from tracking.console import set_up_logging
-from training.inference import exit_on_error, require_fingerprint
+from training.inference import exit_on_error, load_run_tokenizer, require_fingerprint
 from training.optimizer import WEIGHTS
 
 # Largest difference of float32 logits due to another order of sums, relative to the largest logit.
@@ -78,7 +78,7 @@ def export(settings: Settings, config: Config, mesh: Mesh) -> Comparison | None:
     with held_checkpoint(run / "checkpoints", mesh, settings.step, prefix=WEIGHTS) as checkpoint:
         if checkpoint is None:
             raise UserError(f"run={settings.run} has no checkpoint yet")
-        tokenizer = load_tokenizer(run / "tokenizer.model", "the run's tokenizer.model")
+        tokenizer = load_run_tokenizer(run, config)
         require_fingerprint(checkpoint, "tokenizer", tokenizer.fingerprint)
         files = small_files(settings, config, checkpoint, tokenizer)
         tokens, logits = random_tokens(config, tokenizer.vocab_size), None
@@ -102,20 +102,21 @@ def small_files(
 ) -> dict[str, bytes]:
     """The contents of all files except the weights; UserError if something has no counterpart."""
     token_ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    options = to_huggingface_config(config.model, config.data.vocab_size)
+    options = to_huggingface_config(config.model, config.data.padded_vocab_size)
     generation: dict[str, Any] = {**token_ids, "pad_token_id": tokenizer.eos_id}
-    if unused_ids := [*range(tokenizer.vocab_size, config.data.vocab_size)]:
+    if unused_ids := [*range(tokenizer.vocab_size, config.data.padded_vocab_size)]:
         generation["suppress_tokens"] = unused_ids
     contents: dict[str, Any] = {
         "config.json": {**options, **token_ids, "dtype": settings.dtype},
         "generation_config.json": generation,
-        "tokenizer.json": tokenizer_json(tokenizer),
         "tokenizer_config.json": tokenizer_config(tokenizer, config.model.seq_length),
     }
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        contents["tokenizer.json"] = tokenizer_json(tokenizer)
     metrics = Path(settings.run).expanduser() / "metrics.jsonl"
     card = model_card(config, checkpoint, metrics, options["architectures"][0])
     files = {name: _json(content) for name, content in contents.items()}
-    return files | {"tokenizer.model": tokenizer.model, "README.md": card.encode()}
+    return files | {tokenizer.file_name: tokenizer.content, "README.md": card.encode()}
 
 
 def _json(content: object) -> bytes:

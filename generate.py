@@ -77,7 +77,7 @@ def parse(arguments: list[str]) -> tuple[Settings, Config]:
             settings.tensor_model_parallel_size,
             precision=settings.precision,
         )
-        num_ids = config.data.vocab_size
+        num_ids = config.data.padded_vocab_size
         if settings.stop_id is not None and settings.stop_id >= num_ids:
             raise ConfigError(
                 f"stop_id={settings.stop_id} is not in the vocabulary; choose 0 to {num_ids - 1}",

@@ -37,14 +37,17 @@ from interop.atomic_directory import atomic_directory, require_new
 class Settings:
     """Start a run from a Hugging Face model.
 
-    Reads config.json, safetensors and tokenizer.model of a GPT2LMHeadModel or a LlamaForCausalLM;
-    see docs/interop.md.
+    Reads config.json, safetensors and tokenizer.model or tokenizer.json of a GPT2LMHeadModel or a
+    LlamaForCausalLM; see docs/interop.md.
     """
 
     source: str  # the folder of a model, or its name on the hub
     run: str  # the folder of the new run, such as runs/mine
     revision: str | None = None  # of a model on the hub; null: the newest
-    tokenizer: str | None = None  # a sentencepiece model; null: tokenizer.model of the source
+    # sentencepiece model, tokenizer.json or a folder with one of them; null: that of the source
+    tokenizer: str | None = None
+    bos_token: str | None = None  # null: as the files next to tokenizer.json say
+    eos_token: str | None = None  # null: as the files next to tokenizer.json say
     seq_length: int | None = None  # positions per row; null: the maximum of the source
     RANGES: ClassVar = {"seq_length": Range(1)}
 
@@ -61,6 +64,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from checkpoints.full_tensors import TensorInfo, write_full_checkpoint
 from data import Tokenizer, load_tokenizer
+from data.huggingface_tokenizer import HuggingFaceTokenizer
 from interop.huggingface import Family, from_huggingface, shapes_of, to_huggingface
 from interop.huggingface_config import ARCHITECTURES, from_huggingface_config, unknown_options
 from interop.source import Source, download, open_source
@@ -101,11 +105,17 @@ def import_model(settings: Settings, mesh: Mesh) -> Config:
             )
         model["seq_length"] = settings.seq_length
     with atomic_directory(run, "run") as work:
-        (work / "tokenizer.model").write_bytes(tokenizer.model)
+        (work / tokenizer.file_name).write_bytes(tokenizer.content)
+        is_json = isinstance(tokenizer, HuggingFaceTokenizer)
         config = Config(
             run=RunConfig(name=run.name, directory=str(run.parent)),
             model=ModelConfig(**model),
-            data=DataConfig(vocab_size=vocab_size, tokenizer=str(run / "tokenizer.model")),
+            data=DataConfig(
+                vocab_size=vocab_size,
+                tokenizer=str(run / tokenizer.file_name),
+                bos_token=tokenizer.bos_token if is_json else None,
+                eos_token=tokenizer.eos_token if is_json else None,
+            ),
             optimizer=_OPTIMIZER,
         )
         (work / "config.yaml").write_text(to_yaml(config), "utf-8")
@@ -115,19 +125,12 @@ def import_model(settings: Settings, mesh: Mesh) -> Config:
 
 
 def find_tokenizer(settings: Settings, source: Source, vocab_size: int) -> Tokenizer:
-    """Load the sentencepiece model given in the settings, otherwise that of the source."""
-    if settings.tokenizer is not None:
-        tokenizer = load_tokenizer(Path(settings.tokenizer).expanduser(), "tokenizer")
-    elif (source.folder / "tokenizer.model").is_file():
-        tokenizer = load_tokenizer(source.folder / "tokenizer.model", "the source's tokenizer")
-    else:
-        raise UserError(
-            f"{source.folder} has no tokenizer.model: only sentencepiece tokenizers are supported; "
-            "give tokenizer=FILE if the model has one"
-        )
+    """Load the tokenizer given in the settings, otherwise that of the source."""
+    path = Path(settings.tokenizer).expanduser() if settings.tokenizer else source.folder
+    tokenizer = load_tokenizer(path, "tokenizer", settings.bos_token, settings.eos_token)
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} pieces but the model has only {vocab_size} "
+            f"the tokenizer has {tokenizer.vocab_size} tokens but the model has only {vocab_size} "
             "embeddings; give the tokenizer of the model with tokenizer=FILE"
         )
     for key, verb, token_id in (
@@ -152,7 +155,7 @@ def write_checkpoint(
     folder: Path, config: Config, source: Source, family: Family, tokenizer: Tokenizer, mesh: Mesh
 ) -> None:
     """Write the checkpoint of step 0: float32 weights, zero moments, nothing consumed."""
-    model = GPT(config.model, config.data.vocab_size, mesh)  # on the meta device
+    model = GPT(config.model, config.data.padded_vocab_size, mesh)  # on the meta device
     shapes = {name: shard.global_shape for name, shard in local_shards(model).items()}
     makers = to_huggingface(shapes, family, config.model)
     is_tied = not config.model.untie_embeddings_and_output_weights

@@ -17,7 +17,7 @@ class Settings:
     --help.
     """
 
-    nproc: int | None = None  # ranks on all nodes; null: parallel.tensor_model_parallel_size
+    nproc: int | None = None  # ranks on all nodes; null: as few as the parallel sizes need
     # memory of a device in GiB, for the verdict and the advice; null: this machine's GPU's, or 80
     memory_gib: float | None = None
 
@@ -35,19 +35,22 @@ def parse(arguments: list[str]) -> tuple[Config, int, float | None]:
 
 
 def num_ranks(nproc: int | None, config: Config) -> int:
-    """Return nproc, by default the tensor-parallel size, if that divides it."""
-    key, t = "parallel.tensor_model_parallel_size", config.parallel.tensor_model_parallel_size
-    if (pp := config.parallel.pipeline_model_parallel_size) > 1:
+    """Return nproc, by default the ranks of one replica, if that divides it."""
+    key, parallel = "parallel.tensor_model_parallel_size", config.parallel
+    if (pp := parallel.pipeline_model_parallel_size) > 1:
         raise ConfigError(
             f"plan.py does not support parallel.pipeline_model_parallel_size={pp}; plan one stage "
             f"as a model of model.num_layers={-(-config.model.num_layers // pp)}"
         )
-    n = nproc or t
-    if n % t:
-        nearest = [multiple for multiple in (n // t * t, n // t * t + t) if multiple]
+    needed, n = parallel.ranks_per_replica, nproc or parallel.ranks_per_replica
+    if n % needed:
+        nearest = n // needed * needed, -(-n // needed) * needed
+        c = parallel.context_parallel_size
+        cp = f" x parallel.context_parallel_size={c}" if c > 1 else ""
         raise ConfigError(
-            f"nproc={n} is not divisible by {key}={t}; choose nproc="
-            f"{' or '.join(map(str, nearest))}, or another {key}"
+            f"nproc={n} is not divisible by {key}={parallel.tensor_model_parallel_size}{cp}; "
+            f"choose nproc={' or '.join(str(number) for number in nearest if number)}, or another "
+            f"{key}"
         )
     return n
 

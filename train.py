@@ -75,7 +75,7 @@ def start(config: Config, mesh: Mesh, folder: RunFolder) -> tuple[Run, RunState]
         corpus = prepare_corpus(config.data, config.model.seq_length, mesh.local_rank)
         require_same_on_all_ranks(mesh, corpus.fingerprint, "the tokenized text")
     precision = choose_precision(config, mesh, checkpoint)
-    set_up_allocator(mesh, num_parameters(config.model, config.data.vocab_size))
+    set_up_allocator(mesh, num_parameters(config.model, config.data.padded_vocab_size))
     model = build_model(config, mesh)
     optimizer = build_optimizer(model, config.optimizer)
     run = Run(config, mesh, folder, corpus, model, optimizer, precision)

@@ -279,7 +279,7 @@ def check_speed(options: Options) -> Iterator[str]:
                 tokens = sum(training.step().num_targets for _ in range(timed))
                 rate = tokens / (time.perf_counter() - started_at)
                 config, device = training.config, training.mesh.device
-                flops = rate * flops_per_token(config.model, config.data.vocab_size)
+                flops = rate * flops_per_token(config.model, config.data.padded_vocab_size)
                 mfu = flops / peak_flops_per_second(device, config.train.precision)
                 del training
             if options.device == "cuda":

@@ -32,7 +32,7 @@ from bench.workload import (
     parse,
 )
 from configs import Config, parse_config
-from data import BatchLoader, Corpus, TokenFile, Tokenizer
+from data import BatchLoader, Corpus, SentencePieceTokenizer, TokenFile
 from data.tokenizer import train_tokenizer
 from model import build_model, flops_per_token, num_parameters
 from parallel import DropoutStream, Mesh, close_mesh
@@ -79,19 +79,20 @@ def random_corpus(config: Config) -> Corpus:
     """One document of random tokens, the same on every rank."""
     model = train_tokenizer(["ab"], _PIECES)
     length = _ROWS * config.model.seq_length + 1
-    tokens = np.random.default_rng(SEED).integers(0, config.data.vocab_size, length)
+    tokens = np.random.default_rng(SEED).integers(0, config.data.padded_vocab_size, length)
     document = TokenFile(
         tokens.astype(np.uint32),
         np.array([0, length], dtype=np.int64),
         np.array([length], dtype=np.int64),
-        config.data.vocab_size,
+        config.data.padded_vocab_size,
     )
-    return Corpus(Tokenizer(model, "the benchmark"), _CONFIG, document, document, "random", {})
+    tokenizer = SentencePieceTokenizer(model, "the benchmark")
+    return Corpus(tokenizer, _CONFIG, document, document, "random", {})
 
 
 def build_run(config: Config, mesh: Mesh, folder: RunFolder) -> Run:
     """Create what train.py's `start` creates, from random tokens."""
-    set_up_allocator(mesh, num_parameters(config.model, config.data.vocab_size))
+    set_up_allocator(mesh, num_parameters(config.model, config.data.padded_vocab_size))
     model = build_model(config, mesh)
     optimizer = build_optimizer(model, config.optimizer)
     return Run(config, mesh, folder, random_corpus(config), model, optimizer)
@@ -116,8 +117,8 @@ def time_training(config: Config, mesh: Mesh, arguments: Arguments) -> dict[str,
     with training_batches(run, RunState(wandb_id="none")) as batches:
         measured = time_steps(stepper(run, batches), arguments)
     return {
-        "num_parameters": num_parameters(config.model, config.data.vocab_size),
-        "flops_per_token": flops_per_token(config.model, config.data.vocab_size),
+        "num_parameters": num_parameters(config.model, config.data.padded_vocab_size),
+        "flops_per_token": flops_per_token(config.model, config.data.padded_vocab_size),
         "tokens_per_step": config.train.global_batch_size * config.model.seq_length,
         **measured,
     }

@@ -33,7 +33,8 @@ def measure(config: Config, mesh: Mesh) -> dict[str, float]:
     """Median seconds of making a batch, and of logging a step."""
     with RunFolder(config, mesh) as folder:
         folder.path.mkdir(parents=True, exist_ok=True)
-        model = GPT(config.model, config.data.vocab_size, mesh)  # on the meta device: not used
+        # On the meta device, because it is not used.
+        model = GPT(config.model, config.data.padded_vocab_size, mesh)
         optimizer = build_optimizer(model, config.optimizer)
         run, state = (
             Run(config, mesh, folder, random_corpus(config), model, optimizer),

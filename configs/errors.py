@@ -43,6 +43,7 @@ _ALIASES = {
     "untie_embeddings_and_output_weights": "tie_word_embeddings",
     "tensor_model_parallel_size": "tp tp_size",
     "pipeline_model_parallel_size": "pp pp_size",
+    "context_parallel_size": "cp cp_size",
     "recompute_granularity": "gradient_checkpointing",
     "global_batch_size micro_batch_size num_samples": "batch_size",
     "global_batch_size": "gradient_accumulation_steps",

@@ -43,11 +43,16 @@ def threads_per_rank(num_threads: int | None, environ: Mapping[str, str]) -> int
         cores = int(slurm)
     elif omp.isdecimal() and not (omp == "1" and "TORCHELASTIC_RUN_ID" in environ):
         return max(1, int(omp))
-    elif hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:  # macOS
-        cores = os.cpu_count() or 1
+    else:
+        cores = usable_cores()
     return max(1, cores // int(environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS
 
 
 def is_rank_zero() -> bool:

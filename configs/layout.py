@@ -1,7 +1,7 @@
 """How model and batch divide over the ranks, and which sizes would work instead.
 
 [Note: no rank without rows]
-Every tensor is split by rows over tp (or not), and each tp shard by rows over dp, in chunks of
+Every tensor is split by rows over tp (or not), and each tp shard by rows over dp x cp, in chunks of
 ceil(rows / parts) with a shorter last one. Uneven chunks work; empty ones do not, because FSDP2's
 backward fails on a rank that has no row of a tensor.
 """
@@ -15,6 +15,7 @@ from configs.weights import model_weights
 _TP = "parallel.tensor_model_parallel_size"
 _PP = "parallel.pipeline_model_parallel_size"
 _VPP = "parallel.virtual_pipeline_model_parallel_size"
+_CP = "parallel.context_parallel_size"
 
 
 def last_chunk(n: int, parts: int) -> int:
@@ -36,10 +37,9 @@ def stage_layers(num_layers: int, num_pieces: int, piece: int) -> range:
 
 def check_layout(config: Config, world_size: int) -> None:
     """Raise ConfigError if the model or the batch cannot be divided over this many ranks."""
-    tp, pp = (
-        config.parallel.tensor_model_parallel_size,
-        config.parallel.pipeline_model_parallel_size,
-    )
+    parallel = config.parallel
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    pp = parallel.pipeline_model_parallel_size
     if tp > world_size:
         ranks = "there is 1 rank" if world_size == 1 else f"there are {world_size} ranks"
         fix = f"start with torchrun --nproc-per-node {tp} ..., or choose {_TP}={world_size}"
@@ -48,14 +48,23 @@ def check_layout(config: Config, world_size: int) -> None:
         problem = f"does not divide the number of ranks {world_size} (torchrun's nodes x"
         fix = f"choose a divisor of {world_size} ({listed(divisors(world_size))})"
         raise bad_setting(_TP, tp, f"{problem} --nproc-per-node); {fix}")
-    if world_size // tp % pp:
+    if world_size // tp % cp:
         problem = f"x {_TP}={tp} does not divide the number of ranks {world_size} (torchrun's nodes"
-        fix = f"choose {_PP}={listed(divisors(world_size // tp))}, or a multiple of {pp * tp} ranks"
-        raise bad_setting(_PP, pp, f"{problem} x --nproc-per-node); {fix}")
+        fix = f"choose {_CP}={listed(divisors(world_size // tp))}, or a multiple of {cp * tp} ranks"
+        raise bad_setting(_CP, cp, f"{problem} x --nproc-per-node); {fix}")
+    if world_size // (tp * cp) % pp:
+        sizes = f"x {_TP}={tp}" + (f" x {_CP}={cp}" if cp > 1 else "")
+        problem = f"{sizes} does not divide the number of ranks {world_size} (torchrun's nodes"
+        fix = f"choose {_PP}={listed(divisors(world_size // (tp * cp)))}, or a multiple of"
+        raise bad_setting(
+            _PP, pp, f"{problem} x --nproc-per-node); {fix} {parallel.ranks_per_replica} ranks"
+        )
+    if cp > 1:
+        _check_context(config, tp, cp)
     _check_stages(config)
     _check_split(config, tp)
-    _check_shards(config, tp, world_size // tp // pp)
-    _check_batch(config, world_size // tp // pp)
+    _check_shards(config, tp, world_size // (tp * pp))
+    _check_batch(config, world_size // parallel.ranks_per_replica)
 
 
 def _check_stages(config: Config) -> None:
@@ -73,6 +82,18 @@ def _check_stages(config: Config) -> None:
         problem = f"{x_chunks}is more than model.num_layers={num_layers}"
         fix = f"choose {sizes} of at most {num_layers}, or more layers"
         raise bad_setting(_PP, pp, f"{problem}; {fix}")
+
+
+def _check_context(config: Config, tp: int, cp: int) -> None:
+    model, least = config.model, 2 * cp * tp
+    if model.seq_length < least:
+        problem = f"is too short for {_CP}={cp} x {_TP}={tp}, which split each sequence in {least}"
+        fix = f"choose model.seq_length={least} or more, or a smaller {_CP}"
+        raise bad_setting("model.seq_length", model.seq_length, f"{problem}; {fix}")
+    if model.attention_dropout > 0:
+        fix = f"choose model.attention_dropout=0, or {_CP}=1"
+        key, problem = "model.attention_dropout", f"is not supported with {_CP}={cp}"
+        raise bad_setting(key, model.attention_dropout, f"{problem}; {fix}")
 
 
 def _check_split(config: Config, tp: int) -> None:
@@ -98,11 +119,12 @@ def _groups_fit(groups: int, tp: int) -> bool:
     return groups % tp == 0 or tp % groups == 0
 
 
-def _check_shards(config: Config, tp: int, dp: int) -> None:
-    weight = _weight_with_empty_shard(config, tp, dp)
+def _check_shards(config: Config, tp: int, dp_cp: int) -> None:
+    weight = _weight_with_empty_shard(config, tp, dp_cp)
     if weight is None:
         return
-    world_size = tp * dp  # of a stage
+    world_size, cp = tp * dp_cp, config.parallel.context_parallel_size  # of a stage
+    others = f"data parallel size {dp_cp // cp}" + (f" x {_CP}={cp}" if cp > 1 else "")
     working = [size for size in divisors(world_size) if _splits(config, size, world_size)]
     ranks = f"{world_size} ranks"
     if config.parallel.pipeline_model_parallel_size > 1:
@@ -113,8 +135,8 @@ def _check_shards(config: Config, tp: int, dp: int) -> None:
         else f"no layout of {ranks} works; use fewer ranks or a larger model"
     )
     raise ConfigError(
-        f"{weight} has too few rows to shard over {_TP}={tp} x data parallel size {dp}: a rank "
-        f"would have none; {fix}",
+        f"{weight} has too few rows to shard over {_TP}={tp} x {others}: a rank would have none; "
+        f"{fix}",
         _TP,
     )
 
@@ -124,19 +146,20 @@ def _splits(config: Config, tp: int, world_size: int) -> bool:
     divisible = not (model.num_attention_heads % tp or model.ffn_size % tp)
     return (
         divisible
+        and world_size // tp % config.parallel.context_parallel_size == 0
         and _groups_fit(model.num_groups, tp)
         and _weight_with_empty_shard(config, tp, world_size // tp) is None
     )
 
 
-def _weight_with_empty_shard(config: Config, tp: int, dp: int) -> str | None:
+def _weight_with_empty_shard(config: Config, tp: int, dp_cp: int) -> str | None:
     """Name and shape of a weight of which some rank would have no row; None if there is none."""
     one_layer = dataclasses.replace(config.model, num_layers=1)  # all layers are alike
-    for name, spec in model_weights(one_layer, config.data.vocab_size).items():
+    for name, spec in model_weights(one_layer, config.data.padded_vocab_size).items():
         rows, parts = spec.shape[0], tp if spec.tp_dim_at(tp) == 0 else 1
-        # The last tp rank may have fewer rows than the others; each shard is split again over dp.
+        # The last tp rank may have fewer rows than the others; each shard is split again.
         shards = {-(-rows // parts), last_chunk(rows, parts)}
-        if any(last_chunk(shard, dp) == 0 for shard in shards):
+        if any(last_chunk(shard, dp_cp) == 0 for shard in shards):
             return f"{name} {list(spec.shape)}"
     return None
 

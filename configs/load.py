@@ -18,6 +18,7 @@ from configs.errors import ConfigError, bad_setting, format_value, nearest, os_e
 from configs.fields import KEYS, SECTIONS, Field, convert, unknown_key
 from configs.launch import is_rank_zero, world_size_from_environment
 from configs.schema import RENAMED, Config
+from configs.tokenizer_files import resolve_tokenizer
 from configs.validate import check_inputs, validate
 
 logger = logging.getLogger("microtron")
@@ -51,6 +52,8 @@ def parse_config(arguments: list[str], num_ranks: Callable[[Config], int] | None
         _use_run_folder(path, values, overrides)
     try:
         config = _build(values | overrides, path)
+        if num_ranks is None or config.data.vocab_size is None:
+            config = resolve_tokenizer(config)
         validate(config, num_ranks(config) if num_ranks else world_size_from_environment())
         if num_ranks is None:
             check_inputs(config)

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 MAX_STEP = 99_999_999  # checkpoint folders have eight digits
 _MAX_HANG_TIMEOUT_S = 1500  # collectives time out after 1800
+_TRAINED_VOCAB_SIZE = 8192
 _SWIGLU_MULTIPLE = 64  # divides over up to 64 tensor-parallel ranks
 
 # Renamed keys, old to new; the old name still works and logs a warning.
@@ -139,6 +140,9 @@ class ParallelConfig:
 
     tensor_model_parallel_size: Count = 1  # Number of ranks that share each layer (TP)
     sequence_parallel: bool = True  # Split norms and dropout over the sequence among TP ranks
+    context_parallel_size: Count = 1  # Number of ranks that share each sequence (CP)
+    # How CP ranks exchange keys and values: gather them, or pass them around a ring (less memory).
+    cp_comm_type: Literal["all_gather", "p2p"] = "all_gather"
     # Number of stages that split the layers (PP), each on its own ranks; schedule: 1F1B.
     pipeline_model_parallel_size: Count = 1
     # Chunks of layers per stage, for the interleaved schedule: a smaller bubble, more messages.
@@ -164,8 +168,12 @@ class ParallelConfig:
 
     @property
     def ranks_per_replica(self) -> int:
-        """Number of ranks that share one micro-batch: PP x TP."""
-        return self.pipeline_model_parallel_size * self.tensor_model_parallel_size
+        """Number of ranks that share one micro-batch: PP x CP x TP."""
+        return (
+            self.pipeline_model_parallel_size
+            * self.context_parallel_size
+            * self.tensor_model_parallel_size
+        )
 
 
 @dataclass(frozen=True)
@@ -199,9 +207,16 @@ class DataConfig(SourceConfig):
     # A mixture instead of one source: [{source: text, path: a.txt, weight: 3}, {...}], where weight
     # (default 1) is the relative number of sequences.
     sources: tuple[WeightedSource, ...] = ()
-    tokenizer: str | None = None  # Sentencepiece model file; null: train one on the source
-    # Rows of the embedding; also the vocabulary size of a trained tokenizer.
-    vocab_size: Annotated[int, Range(1, 2**31)] = 8192
+    # Sentencepiece model, Hugging Face tokenizer.json, or a folder with one of them; null: train a
+    # tokenizer on the source.
+    tokenizer: str | None = None
+    # First token of each document; null: as in tokenizer_config.json or config.json next to a
+    # tokenizer.json. Sentencepiece models define their own.
+    bos_token: str | None = None
+    eos_token: str | None = None  # Last token of each document; null: as bos_token; may equal bos
+    # Rows of the embedding; more than the tokenizer has are unused. null: the size of the
+    # tokenizer, 8192 if one is trained.
+    vocab_size: Annotated[int, Range(1, 2**31)] | None = None
     # Fill each sequence with several documents (pack), or pad each document to one (pad).
     sequence_mode: Literal["pack", "pad"] = "pack"
     # With pack: cut concatenated documents (stream), or split only documents longer than a sequence
@@ -212,6 +227,12 @@ class DataConfig(SourceConfig):
     # Fraction of documents held out for evaluation; of the bytes, if there are few documents.
     validation_fraction: Fraction = 0.01
     cache_directory: str = "~/.cache/microtron"  # Folder for tokenized text and trained tokenizers
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding. Loading a configuration replaces null by the tokenizer's size."""
+        assert self.vocab_size is not None or self.tokenizer is None, "resolve_tokenizer sets it"
+        return self.vocab_size or _TRAINED_VOCAB_SIZE
 
     @property
     def mixture(self) -> dict[str, WeightedSource]:

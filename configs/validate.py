@@ -6,11 +6,13 @@ Ranges of single settings are in `configs/schema.py`, the layout over ranks in `
 import glob
 import os
 from dataclasses import fields
+from pathlib import Path
 
 from configs.errors import ConfigError, bad_setting, format_value
 from configs.fields import KEYS, flatten
 from configs.layout import check_layout, divisors, listed, multiples
 from configs.schema import MAX_STEP, Config, SourceConfig, WeightedSource
+from configs.tokenizer_files import expand_path, find_tokenizer
 
 # A trained tokenizer begins with 256 byte pieces, three special ones and the newline.
 _SMALLEST_TRAINED_VOCABULARY = 300
@@ -93,10 +95,10 @@ def _check_data(config: Config) -> None:
             raise bad_setting(key, value, f"has no effect together with data.sources; {fix}")
     for prefix, source in data.mixture.items():
         _check_source(prefix, source)
-    if data.tokenizer is None and data.vocab_size < _SMALLEST_TRAINED_VOCABULARY:
+    if data.tokenizer is None and data.padded_vocab_size < _SMALLEST_TRAINED_VOCABULARY:
         problem = "is too small to train a tokenizer, which has 256 bytes and special pieces"
         fix = f"choose {_SMALLEST_TRAINED_VOCABULARY} or more, or give data.tokenizer"
-        raise bad_setting("data.vocab_size", data.vocab_size, f"{problem}; {fix}")
+        raise bad_setting("data.vocab_size", data.padded_vocab_size, f"{problem}; {fix}")
 
 
 def _check_source(prefix: str, source: WeightedSource) -> None:
@@ -131,22 +133,19 @@ def check_inputs(config: Config) -> None:
             if path is not None and source.source in SOURCE_EXTENSIONS:
                 _check_files(f"{prefix}.{leaf}", path, source.source)
     if config.data.tokenizer is not None:
-        path = _expand("data.tokenizer", config.data.tokenizer)
-        if not os.path.isfile(path):
-            fix = "give a sentencepiece model file, or null to train one"
-            raise bad_setting("data.tokenizer", config.data.tokenizer, f"is not a file; {fix}")
-        _check_readable("data.tokenizer", config.data.tokenizer, path)
+        path = expand_path("data.tokenizer", config.data.tokenizer)
+        find_tokenizer(Path(path), "data.tokenizer")
     for key, folder in (
         ("run.directory", config.run.directory),
         ("data.cache_directory", config.data.cache_directory),
     ):
-        path = _expand(key, folder)
+        path = expand_path(key, folder)
         if os.path.exists(path) and not os.path.isdir(path):
             raise bad_setting(key, folder, "is a file; choose a folder, new or old")
 
 
 def _check_files(key: str, path: str, source: str) -> None:
-    expanded, wanted = _expand(key, path), extensions_in_words(source)
+    expanded, wanted = expand_path(key, path), extensions_in_words(source)
     if os.path.isdir(expanded):
         names = glob.iglob("**", root_dir=expanded, recursive=True)
         found = [os.path.join(expanded, n) for n in names if n.endswith(SOURCE_EXTENSIONS[source])]
@@ -168,13 +167,3 @@ def _check_readable(key: str, value: str, file: str) -> None:
     if not os.access(file, os.R_OK):
         problem = f"{file} may not be read by this user; change its permissions"
         raise ConfigError(f"{key}={format_value(value)}: {problem}", key)
-
-
-def _expand(key: str, path: str) -> str:
-    """Return a path with `~` expanded; refuse one that the locale cannot represent."""
-    try:
-        os.fsencode(path)
-    except UnicodeEncodeError as error:
-        problem = f"is not a valid file name in the locale's encoding {error.encoding}"
-        raise bad_setting(key, path, f"{problem}; set PYTHONUTF8=1") from None
-    return os.path.expanduser(path)

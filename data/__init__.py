@@ -9,7 +9,7 @@ from data.loader import BatchLoader, StepBatch, rows_of_corpus
 from data.rows import IGNORED_TARGET, MicroBatch
 from data.sampler import SampleOrder
 from data.token_file import TokenFile
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [
     "IGNORED_TARGET",
@@ -18,6 +18,7 @@ __all__ = [
     "EvaluationSet",
     "MicroBatch",
     "SampleOrder",
+    "SentencePieceTokenizer",
     "StepBatch",
     "TokenFile",
     "Tokenizer",

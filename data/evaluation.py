@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 import xxhash
@@ -31,6 +32,7 @@ from data.packing import Int64Array
 from data.rows import IGNORED_TARGET, MicroBatch, Spans, make_micro_batch
 from data.token_file import TokenArray, TokenFile, encode_documents, token_dtype
 from data.tokenizer import Tokenizer
+from ops.balance import CPRank, width_multiple
 
 _BATCH_RECORDS = 256  # encoded in one call, on all cores
 
@@ -57,6 +59,7 @@ class EvaluationSet:
         dp_size: int,
         tp_size: int,
         stride: int | None = None,
+        **cp: Unpack[CPRank],
     ) -> None:
         stride = stride or seq_length
         file = corpus.validation
@@ -81,7 +84,8 @@ class EvaluationSet:
         windows[:, :num_rows] = starts, lengths, scored, np.arange(num_rows)
         # [4, num_batches, b]; windows without inputs fill up the last batches
         self._windows = windows.reshape(4, -1, dp_size, micro_batch_size)[:, :, dp_rank]
-        self._corpus, self._multiple_of = corpus, tp_size
+        self._corpus, self._cp = corpus, cp
+        self._multiple_of = width_multiple(cp.get("cp_size", 1), tp_size)
         self.num_documents = len(chosen)
         self.num_bytes = int(file.document_bytes[chosen].sum())  # UTF-8 bytes of the text
         self.num_targets = int(scored.sum())
@@ -113,7 +117,8 @@ class EvaluationSet:
             targets = batch.targets.numpy()
             # The first targets are scored by the window before.
             targets[np.arange(targets.shape[1]) < (lengths - scored)[:, None]] = IGNORED_TARGET
-            yield replace(batch, num_targets=int(scored.sum()))
+            batch = replace(batch, num_targets=int(scored.sum()))
+            yield batch.of_cp_rank(**self._cp)
 
 
 def _count_unknown(corpus: Corpus, documents: Int64Array) -> int:

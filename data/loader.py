@@ -3,6 +3,7 @@
 Step k of a run takes samples [k B, k B + B) with B = global_batch_size, whatever the layout. In
 mode `pack` a data-parallel rank takes a contiguous share of them; in mode `pad` rows of similar
 length share a micro-batch, to save padding. All ranks of a tensor-parallel group get equal batches.
+Context-parallel ranks read the same rows, and each selects its positions.
 """
 
 import logging
@@ -11,6 +12,7 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Unpack
 
 from torch.profiler import record_function
 
@@ -20,6 +22,7 @@ from data.corpus.prepare import Corpus
 from data.packing import Assign, assign_by_length, assign_in_order, padding_fraction
 from data.rows import MicroBatch, Rows, count_targets, make_micro_batch
 from data.sampler import SampleOrder
+from ops.balance import CPRank, width_multiple
 from ops.dropout import dropout_keys
 
 WAITING_FOR_DATA = "waiting for data"  # in a torch.profiler trace
@@ -52,6 +55,7 @@ class BatchLoader(Iterator[StepBatch]):
         dp_size: int,
         tp_size: int,
         device_is_cuda: bool,
+        **cp: Unpack[CPRank],
     ) -> None:
         self._batch_size = config.train.global_batch_size
         if self._batch_size % dp_size:
@@ -66,7 +70,8 @@ class BatchLoader(Iterator[StepBatch]):
         self._corpus, self._data = corpus, config.data
         self._micro_batch_size = config.train.micro_batch_size
         self._assign = assign_by_length if self._data.sequence_mode == "pad" else assign_in_order
-        self._dp_rank, self._dp_size, self._tp_size = dp_rank, dp_size, tp_size
+        self._dp_rank, self._dp_size, self._cp = dp_rank, dp_size, cp
+        self._multiple_of = width_multiple(cp.get("cp_size", 1), tp_size)
         self._pin_memory = device_is_cuda
         if logger.isEnabledFor(logging.INFO):
             self._log_padding(elapsed_s)
@@ -108,10 +113,10 @@ class BatchLoader(Iterator[StepBatch]):
                 self._corpus.train,
                 self._rows.spans(rows[part]),
                 first_sample + part,
-                self._tp_size,
+                self._multiple_of,
                 self._corpus.tokenizer.eos_id,
                 keep_documents_apart=masked,
-            )
+            ).of_cp_rank(**self._cp)
             for part in parts
         ]
         if self._num_layers is not None:
@@ -136,7 +141,7 @@ class BatchLoader(Iterator[StepBatch]):
     def _log_padding(self, elapsed_s: float) -> None:
         num_steps = max(1, min(_ESTIMATE_ROWS, len(self._rows)) // self._batch_size)
         lengths = self._rows.lengths(self._order.rows(0, num_steps * self._batch_size))
-        layout = (self._batch_size, self._micro_batch_size, self._dp_size, self._tp_size)
+        layout = (self._batch_size, self._micro_batch_size, self._dp_size, self._multiple_of)
 
         def percent(assign: Assign) -> float:
             return 100 * padding_fraction(lengths, assign, *layout)

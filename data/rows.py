@@ -23,6 +23,7 @@ from torch import Tensor
 
 from data.packing import Int64Array, best_fit
 from data.token_file import Tokens
+from ops.balance import RowDocuments, balanced_positions
 
 IGNORED_TARGET = -100  # torch's default for ignored targets
 _MODEL_INPUTS = ("tokens", "positions", "targets", "documents")
@@ -30,7 +31,10 @@ _MODEL_INPUTS = ("tokens", "positions", "targets", "documents")
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows of one forward and backward pass, padded to the same width."""
+    """Rows of one forward and backward pass, padded to the same width.
+
+    With context parallelism, this rank's positions of them, `[b, s/c]` (`documents`: all).
+    """
 
     tokens: Tensor  # [b, s] int64; eos in padded slots
     targets: Tensor  # [b, s] int64; IGNORED_TARGET where nothing is scored
@@ -40,6 +44,7 @@ class MicroBatch:
     # [b, s] int64, the column where the slot's document begins, -1 in padding. None: not kept apart
     documents: Tensor | None = None
     dropout_keys: Tensor | None = None  # [1 + 2 L, 2, b] int32, of all sites in the model
+    visible_ranks: tuple[int, ...] | None = None  # of RowDocuments, with context parallelism
 
     @property
     def sum_of_lengths(self) -> int:
@@ -49,9 +54,30 @@ class MicroBatch:
         """
         return int(((2 * self.positions + 1) * (self.targets != IGNORED_TARGET)).sum())
 
-    def inputs(self) -> dict[str, Tensor | None]:
+    def inputs(self) -> dict[str, Any]:
         """Return the model's arguments by name."""
-        return {name: getattr(self, name) for name in _MODEL_INPUTS}
+        inputs = {name: getattr(self, name) for name in _MODEL_INPUTS}
+        if self.documents is not None and self.visible_ranks is not None:
+            inputs["documents"] = RowDocuments(self.documents, self.visible_ranks)
+        return inputs
+
+    def of_cp_rank(self, cp_rank: int = 0, cp_size: int = 1) -> "MicroBatch":
+        """Return the positions of one context-parallel rank."""
+        if cp_size == 1:
+            return self
+        columns = balanced_positions(self.tokens.shape[1], cp_rank, cp_size)
+        visible = None
+        if self.documents is not None:
+            visible = _visible_ranks(self.documents[:, columns], columns, cp_rank, cp_size)
+        targets = self.targets[:, columns]
+        return replace(
+            self,
+            tokens=self.tokens[:, columns],
+            targets=targets,
+            positions=self.positions[:, columns],
+            num_targets=int((targets != IGNORED_TARGET).sum()),
+            visible_ranks=visible,
+        )
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Return the same rows on a device; pinned ones are copied asynchronously."""
@@ -65,6 +91,24 @@ class MicroBatch:
         of_device = {name: getattr(self, name) for name in (*_MODEL_INPUTS, "dropout_keys")}
         mapped: dict[str, Any] = {n: function(t) for n, t in of_device.items() if t is not None}
         return replace(self, **mapped)
+
+
+def _visible_ranks(first: Tensor, columns: Tensor, rank: int, size: int) -> tuple[int, ...]:
+    """Return the cp ranks with keys that the queries in some columns, `[s/c]`, see.
+
+    `first` `[b, s/c]` is the column where a query's document begins, -1 in padding. It sees all
+    columns from there to its own. See parallel/context.py for the keys of another rank.
+    """
+    chunk = len(columns) // 2
+    firsts = torch.where(first >= 0, first, columns).amin(dim=0)  # over rows
+    in_any_chunk, in_second_chunk = int(firsts.min()), int(firsts[chunk:].min())
+    return tuple(
+        other
+        for other in range(size)
+        if other == rank
+        or (other < rank and in_any_chunk < (other + 1) * chunk)
+        or (other > rank and in_second_chunk < (2 * size - other) * chunk)
+    )
 
 
 class Spans(NamedTuple):

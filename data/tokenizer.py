@@ -1,4 +1,4 @@
-"""The sentencepiece tokenizer: loading, encoding, decoding, and training a lossless one.
+"""The interface of tokenizers, and sentencepiece: encoding, decoding, training a lossless one.
 
 [Note: cutting texts]
 Encoding time grows faster than the length of a string, and one string uses one core. Where no piece
@@ -13,12 +13,11 @@ texts may be cut, it is cut out and encoded as its three byte pieces, which deco
 import functools
 import io
 import itertools
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +25,9 @@ import sentencepiece
 import xxhash
 
 from configs.errors import UserError
+from configs.launch import usable_cores
+from configs.tokenizer_files import load_sentencepiece, read_tokenizer
+from data.huggingface_tokenizer import HuggingFaceTokenizer
 
 RECIPE_VERSION = 1  # part of the cache key; raise it when the recipe below changes
 _RECIPE: dict[str, Any] = {
@@ -51,35 +53,50 @@ _CUT_PROBES = ("a\n", "\n", " \n", "\tA\n", "\n\n", "  a", "é ")
 _LOSSLESS_PROBE = "  a\t\tb \n\n c\r\n\x00 é ﬁ 漢 \U0001f600  "
 
 
-class Tokenizer:
-    """A loaded sentencepiece model with bos and eos."""
+class Tokenizer(Protocol):
+    """A tokenizer of either kind, with bos and eos."""
 
-    def __init__(self, model: bytes, origin: str) -> None:
-        """Load a serialized model; `origin` names it in errors."""
-        processor = sentencepiece.SentencePieceProcessor()
-        try:
-            processor.LoadFromSerializedProto(model)
-        except RuntimeError as error:
-            raise UserError(f"{origin} is not a readable sentencepiece model") from error
-        self.vocab_size: int = processor.get_piece_size()
-        if self.vocab_size == 0:  # sentencepiece accepts an empty file
-            raise UserError(f"{origin} is not a readable sentencepiece model: it has no pieces")
-        self.bos_id: int = processor.bos_id()
-        self.eos_id: int = processor.eos_id()
-        self.unk_id: int = processor.unk_id()
-        if self.bos_id < 0 or self.eos_id < 0:
-            raise UserError(
-                f"{origin} has bos_id={self.bos_id} and eos_id={self.eos_id}; both must be "
-                "defined, since documents begin with bos and end with eos"
-            )
-        self.model = model
-        self.fingerprint = xxhash.xxh3_128_hexdigest(model)
-        self._processor = processor
-        self._num_threads = len(os.sched_getaffinity(0))
+    file_name: str  # in caches and run folders
+    content: bytes  # of the file
+    fingerprint: str  # hex; equal if and only if the ids of every document are
+    vocab_size: int  # the largest id + 1
+    bos_token: str
+    eos_token: str
+    bos_id: int
+    eos_id: int
+    unk_token: str | None
+    unk_id: int  # -1: there is none
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, without bos and eos."""
+        """Return the ids of a text, without bos and eos; special tokens in it are plain text."""
         return self.encode_batch([text])[0].tolist()
+
+    def encode_batch(self, texts: list[str]) -> list[npt.NDArray[np.int32]]:
+        """Return the ids of each text, without bos and eos, using all cores."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of ids; bos and eos have none."""
+        ...
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A loaded sentencepiece model."""
+
+    file_name = "tokenizer.model"
+
+    def __init__(self, content: bytes, origin: str) -> None:
+        """Load a serialized model; `origin` names it in errors."""
+        self._processor = processor = load_sentencepiece(content, origin)
+        self.vocab_size = processor.get_piece_size()
+        self.bos_id, self.eos_id = processor.bos_id(), processor.eos_id()
+        self.unk_id = processor.unk_id()
+        self.bos_token = processor.id_to_piece(self.bos_id)
+        self.eos_token = processor.id_to_piece(self.eos_id)
+        self.unk_token = processor.id_to_piece(self.unk_id)
+        self.content = content
+        self.fingerprint = xxhash.xxh3_128_hexdigest(content)
+        self._num_threads = usable_cores()
 
     def encode_batch(self, texts: list[str]) -> list[npt.NDArray[np.int32]]:
         """Return the ids of each text, without bos and eos, using all cores."""
@@ -133,11 +150,18 @@ def cut_after_newlines(text: str, part_length: int = _PART_LENGTH) -> list[str]:
     return [part for part in parts if part]  # the end of the text also matches as an empty part
 
 
-def load_tokenizer(path: Path, key: str = "data.tokenizer") -> Tokenizer:
-    """Read a sentencepiece model file; `key` names the setting in errors."""
-    if not path.is_file():
-        raise UserError(f"{key}={str(path)!r} is not a file; give a sentencepiece model file")
-    return Tokenizer(path.read_bytes(), f"{key}={str(path)!r}")
+def load_tokenizer(
+    path: Path,
+    key: str = "data.tokenizer",
+    bos_token: str | None = None,
+    eos_token: str | None = None,
+) -> Tokenizer:
+    """Load a tokenizer's file, or that of a folder; `key` names the setting in errors."""
+    file = read_tokenizer(path, key, bos_token, eos_token)
+    origin = f"{key}={file.path}"
+    if file.spec is None:
+        return SentencePieceTokenizer(file.content, origin)
+    return HuggingFaceTokenizer(file, origin)
 
 
 def train_tokenizer(sentences: Sequence[str], vocab_size: int) -> bytes:

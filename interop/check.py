@@ -78,7 +78,8 @@ def compare(folder: Path, logits: Tensor, tokens: Tensor, tokenizer: Tokenizer) 
     top1_differs = exported.argmax(-1) != logits.argmax(-1)
     exported_tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     texts = unusual_texts(tokenizer, NUM_TEXTS)
-    pairs = zip(exported_tokenizer(texts)["input_ids"], tokenizer.encode_batch(texts), strict=True)
+    exported_ids = exported_tokenizer(texts, add_special_tokens=False)["input_ids"]
+    pairs = zip(exported_ids, tokenizer.encode_batch(texts), strict=True)
     return Comparison(
         max_difference=(exported - logits).abs().max().item(),
         max_logit=logits.abs().max().item(),
@@ -90,10 +91,10 @@ def compare(folder: Path, logits: Tensor, tokens: Tensor, tokenizer: Tokenizer) 
 
 def unusual_texts(tokenizer: Tokenizer, number: int) -> list[str]:
     """Random sequences of pieces, white space and rare characters; the same in each call."""
-    rng = random.Random(number)
+    rng, unusual = random.Random(number), [*_UNUSUAL, tokenizer.bos_token, tokenizer.eos_token]
     texts = []
     for _ in range(number):
         ids = rng.choices(range(tokenizer.vocab_size), k=rng.randrange(_MAX_PIECES))
         pieces = (tokenizer.decode([i]) for i in ids)
-        texts.append("".join(rng.choice(_UNUSUAL) if rng.random() < 1 / 2 else p for p in pieces))
+        texts.append("".join(rng.choice(unusual) if rng.random() < 1 / 2 else p for p in pieces))
     return texts

@@ -20,7 +20,7 @@ _KEYS = ("run.seed", "data.vocab_size", "data.sequence_mode", "data.inter_docume
 def model_card(config: Config, checkpoint: Checkpoint, metrics: Path, architecture: str) -> str:
     """Describe the model, its training data, its quality and how to load it."""
     progress = checkpoint.state["progress"]
-    parameters = num_parameters(config.model, config.data.vocab_size)
+    parameters = num_parameters(config.model, config.data.padded_vocab_size)
     corpus = " and ".join(_corpus(source) for source in config.data.mixture.values())
     settings = {
         key: value
@@ -49,8 +49,8 @@ inputs = tokenizer({json.dumps(config.evaluate.sample_prompt or "def ")}, return
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 
-The tokenizer does not prepend anything to a text. In training, each document began with
-`tokenizer.bos_token` and ended with `tokenizer.eos_token`.
+In training, each document began with `tokenizer.bos_token` and ended with `tokenizer.eos_token`.
+`tokenizer(text, add_special_tokens=False)` gives the ids in between.
 
 ## Training settings
 

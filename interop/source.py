@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from configs.errors import UserError
+from configs.tokenizer_files import TOKENIZER_FILES
 from data.corpus.hub import requests_to_hub
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -77,7 +78,8 @@ def open_source(folder: Path) -> Source:
 
 def download(name: str, revision: str | None) -> Path:
     """Download a model of the hub into its cache; returns the folder."""
-    patterns = [_SINGLE, _INDEX, "model-*.safetensors", "config.json", "tokenizer.model"]
+    names = ["config.json", "generation_config.json", "tokenizer_config.json", *TOKENIZER_FILES]
+    patterns = [_SINGLE, _INDEX, "model-*.safetensors", *names]
     with requests_to_hub(f"source={name} is not a folder, and"):
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
 

@@ -3,7 +3,7 @@
 [Note: spaces in pieces]
 sentencepiece writes a space as U+2581 inside its pieces, so most conversions turn a U+2581 in a
 text into a space. Here pieces contain spaces. No piece contains U+2581, so like any rare character
-it is encoded as bytes, which is what `Tokenizer` does too.
+it is encoded as bytes, which is what `SentencePieceTokenizer` does too.
 
 [Note: merges]
 sentencepiece merges the two neighbours whose joint piece has the highest score; tokenizers merges
@@ -17,12 +17,12 @@ to do the same.
 from typing import Any
 
 from configs.errors import UserError
-from data.tokenizer import Tokenizer
+from data import SentencePieceTokenizer, Tokenizer
 
 _BLOCK = "\u2581"
 
 
-def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+def tokenizer_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     """The content of tokenizer.json.
 
     Raises UserError naming the properties of the sentencepiece model that tokenizers lacks.
@@ -73,24 +73,24 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def tokenizer_config(tokenizer: Tokenizer, seq_length: int) -> dict[str, Any]:
-    """The content of tokenizer_config.json. No bos is prepended to texts."""
-    pieces = _parse(tokenizer).pieces
+    """The content of tokenizer_config.json."""
+    unknown = {} if tokenizer.unk_token is None else {"unk_token": tokenizer.unk_token}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": pieces[tokenizer.bos_id].piece,
-        "eos_token": pieces[tokenizer.eos_id].piece,
-        "unk_token": next(piece.piece for piece in pieces if piece.type == type(piece).UNKNOWN),
+        "bos_token": tokenizer.bos_token,
+        "eos_token": tokenizer.eos_token,
+        **unknown,
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
         "model_max_length": seq_length,
     }
 
 
-def _parse(tokenizer: Tokenizer) -> Any:
+def _parse(tokenizer: SentencePieceTokenizer) -> Any:
     # Not at the top: it registers messages for the whole process.
     from sentencepiece import sentencepiece_model_pb2 as messages  # noqa: PLC0415
 
-    parsed: Any = vars(messages)["ModelProto"].FromString(tokenizer.model)
+    parsed: Any = vars(messages)["ModelProto"].FromString(tokenizer.content)
     return parsed
 
 
@@ -132,7 +132,7 @@ def _normalizers(spec: Any, can_cut: bool) -> list[dict[str, Any]]:
     normalizers = []
     if spec.remove_extra_whitespaces:
         normalizers += [replaced({"Regex": r"\A +"}, ""), replaced({"Regex": " {2,}"}, " ")]
-    if not can_cut:  # `Tokenizer` distinguishes U+2581 from a space only if texts may be cut
+    if not can_cut:  # otherwise the tokenizer distinguishes U+2581 from a space
         normalizers.append(replaced({"String": _BLOCK}, " "))
     if spec.remove_extra_whitespaces:
         normalizers.append(replaced({"Regex": r" +\z"}, ""))

@@ -10,7 +10,13 @@ from model.norm import make_head_norm
 from ops.compile import maybe_compile
 from ops.recompute import is_same_memory, recompute_in_backward
 from ops.sdpa import sdpa
-from parallel import DropoutStream, MergedColumnParallelLinear, Mesh, RowParallelLinear
+from parallel import (
+    DropoutStream,
+    MergedColumnParallelLinear,
+    Mesh,
+    RowParallelLinear,
+    context_parallel_attention,
+)
 
 
 class SelfAttention(nn.Module):
@@ -18,7 +24,8 @@ class SelfAttention(nn.Module):
 
     Each of g groups of a/g heads shares a key and a value (Ainslie et al. 2023). The weights q and
     kv share one gather and one matmul. The rows of kv go group by group, so that a tp shard is one
-    contiguous slice. With g < t, every rank holds kv in full and computes the group it needs.
+    contiguous slice. With g < t, every rank holds kv in full and computes the group it needs. With
+    context parallelism, read s/c for s: this rank has the queries of its positions only.
     """
 
     def __init__(
@@ -47,11 +54,13 @@ class SelfAttention(nn.Module):
             q, k = self.apply_rotary(q, *context.rotation), self.apply_rotary(k, *context.rotation)
             if not self.qk_layernorm:
                 v = v.contiguous()  # a view would keep the unrotated q and k until backward
-        if context.cache is None:
+        if context.cache is not None:
+            y = context.cache.update_and_attend(self.layer, q, k, v)  # [s, b, a/t, d]
+        elif context.key_blocks is not None:
+            y = context_parallel_attention(q, k, v, context.key_blocks, self.mesh)
+        else:
             dropout = self.seed_attention_dropout(context.stream)
             y = sdpa(q, k, v, context.mask, dropout)  # [s, b, a/t, d]
-        else:
-            y = context.cache.update_and_attend(self.layer, q, k, v)  # [s, b, a/t, d]
         joined = y.flatten(2)  # [s, b, h/t], a copy if the kernel had another layout
         kept, is_copy = y.detach(), not is_same_memory(joined, y)
         # Full recomputation saves neither y nor its copy, but the closure would keep y alive.

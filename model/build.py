@@ -13,7 +13,7 @@ def build_meta_model(config: Config, mesh: Mesh) -> GPT:
     """Build the sharded model on the meta device, without memory."""
     dtype = COMPUTE_DTYPE[config.train.precision]
     recompute = config.parallel.recompute_granularity
-    model = GPT(config.model, config.data.vocab_size, mesh, recompute, dtype)
+    model = GPT(config.model, config.data.padded_vocab_size, mesh, recompute, dtype)
     shard_over_data_parallel(
         model,
         model.blocks,
@@ -40,7 +40,7 @@ def build_inference_model(config: Config, mesh: Mesh) -> GPT:
     Every rank has its tensor-parallel shard; nothing is sharded over dp, gathered or kept twice.
     """
     dtype = COMPUTE_DTYPE[config.train.precision]
-    model = GPT(config.model, config.data.vocab_size, mesh, dtype=dtype)
+    model = GPT(config.model, config.data.padded_vocab_size, mesh, dtype=dtype)
     model.requires_grad_(False)
     model.to(dtype)
     model.to_empty(device=mesh.device)

@@ -7,35 +7,38 @@ from torch import Tensor
 
 from configs.schema import ModelConfig
 from model.generation.cache import KeyValueCache
-from parallel import DropoutStream
+from ops.balance import RowDocuments
+from parallel import DropoutStream, KeyBlocks
 
-Rotation = tuple[Tensor, Tensor]  # cosines and sines of the angles, each [s, b, 1, d/2]
+Rotation = tuple[Tensor, Tensor]  # cosines and sines of the angles, each [s/c, b, 1, d/2]
 
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """Of one micro-batch. The same on all tp ranks, because attention sees all positions."""
+    """Of one micro-batch. The same on all tp ranks, because attention sees all their positions."""
 
     rotation: Rotation | None  # None: learned positions
     mask: Tensor | None  # [b, 1, s, s], true where a query (row) may see a key; None: causal
     stream: DropoutStream | None  # None: no dropout
     cache: KeyValueCache | None = None  # None: no earlier positions
+    key_blocks: KeyBlocks | None = None  # of context parallelism, which then replace the mask
 
 
 def make_attention_context(
     config: ModelConfig,
     positions: Tensor,
-    documents: Tensor | None,
+    documents: Tensor | RowDocuments | None,
     stream: DropoutStream | None,
     dtype: torch.dtype,
     cache: KeyValueCache | None = None,
+    key_blocks: KeyBlocks | None = None,
 ) -> AttentionContext:
     """Build the context from `positions` (in the document) and `documents` (numbers), `[s, b]`."""
     rotation = None
     if config.position_embedding_type == "rope":
         rotation = rotary_cos_sin(positions, config.head_dim, config.rotary_base, dtype)
-    mask = None if documents is None else document_mask(documents)
-    return AttentionContext(rotation, mask, stream, cache)
+    mask = document_mask(documents) if isinstance(documents, Tensor) else None
+    return AttentionContext(rotation, mask, stream, cache, key_blocks)
 
 
 def document_mask(documents: Tensor) -> Tensor:
@@ -48,7 +51,7 @@ def document_mask(documents: Tensor) -> Tensor:
 def rotary_cos_sin(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> Rotation:
     """Angles of rotary position embedding (Su et al. 2021): pair i turns by p / base^(2i/d) at p.
 
-    `positions` `[s, b]`: the full sequence and not a shard, as queries and keys have all positions.
+    `positions` `[s/c, b]`, not split over tp, as heads have all positions of a cp rank.
     """
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
     angles = positions[..., None, None] * base ** (-pairs / head_dim)  # [s, b, 1, d/2]

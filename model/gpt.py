@@ -4,10 +4,12 @@ Legend (Korthikanti et al. 2022, table 1, with g, d and f added): `s` sequence l
 micro-batch size, `h` hidden size, `a` attention heads, `g` groups of them that share a key and a
 value, `d = h/a` head dimension, `f` feed-forward size, `v` vocabulary, `t` tensor-parallel size,
 `L` layers. Sequence first: `[s, b, h]`, so that a sequence shard is a contiguous piece of dim 0.
-`[s/t, ...]` is with sequence parallelism; without it, read `[s, ...]`.
+`[s/t, ...]` is with sequence parallelism; without it, read `[s, ...]`. With context parallelism
+each rank has s/c positions (ops/balance.py), and s stands for those.
 """
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import TypedDict, Unpack
 
 import torch
@@ -22,6 +24,7 @@ from model.context import AttentionContext, make_attention_context
 from model.generation.cache import KeyValueCache
 from model.mlp import MLP
 from model.norm import make_norm
+from ops.balance import RowDocuments
 from ops.recompute import recompute_in_backward
 from parallel import (
     DropoutStream,
@@ -32,7 +35,9 @@ from parallel import (
     dropout_add,
     forward_only,
     gather_vocabulary,
+    key_blocks,
     lookup,
+    row_positions,
     sequence_shard,
     vocab_parallel_logits,
     vocab_parallel_loss,
@@ -146,7 +151,7 @@ class GPT(nn.Module):
         positions: Tensor,
         targets: Tensor | None = None,
         stream: DropoutStream | None = None,
-        documents: Tensor | None = None,
+        documents: Tensor | RowDocuments | None = None,
         z_loss_coeff: float = 0.0,
         cache: KeyValueCache | None = None,
         logits_to_keep: slice = slice(None),
@@ -158,16 +163,23 @@ class GPT(nn.Module):
 
         `tokens`, `positions`, `targets` `[b, s]`; s a multiple of t. Negative targets are ignored.
         `stream` names the dropout masks; None: no dropout.
-        `documents` `[b, s]`: tokens see only those with the same number; None: all earlier ones.
+        `documents` `[b, s]`, with context parallelism RowDocuments: tokens see only those with the
+        same number; None: all earlier ones.
         `cache`: tokens follow and see the cached ones; no backward.
         `logits_to_keep`: the positions to compute logits for.
         `piece`: run only one chunk of this stage. Nothing: all, without gradients in a pipeline.
         """
         # The only transpose: data is batch first, the model sequence first.
         tokens, positions = tokens.t(), positions.t()
-        documents = None if documents is None else documents.t()
+        documents = documents.t() if isinstance(documents, Tensor) else documents
+        mesh, shape, blocks = self.mesh, self.activation_shape(tokens), None
+        if mesh.cp.size > 1 and cache is None:
+            assert not isinstance(documents, Tensor)
+            blocks = key_blocks(len(positions), mesh.cp, documents)
+        if stream is not None:
+            stream = replace(stream, positions=row_positions(shape[0], mesh, tokens.device))
         context = make_attention_context(
-            self.config, positions, documents, stream, self.dtype, cache
+            self.config, positions, documents, stream, self.dtype, cache, blocks
         )
 
         def run_chunk(chunk: int, x: Tensor | None) -> Losses | Tensor:
@@ -175,13 +187,13 @@ class GPT(nn.Module):
                 x = self.embed(tokens, positions, stream)  # [s/t, b, h]
             for block in self.chunks[chunk]:
                 x = block(x, context)
-            if not self.mesh.is_last_stage or chunk < self.mesh.num_chunks - 1:
+            if not mesh.is_last_stage or chunk < mesh.num_chunks - 1:
                 return x
             return self.head(x, targets, z_loss_coeff, logits_to_keep)
 
         if piece:
             return run_chunk(**piece)
-        return forward_only(self.mesh, self.activation_shape(tokens), self.dtype, run_chunk)
+        return forward_only(mesh, shape, self.dtype, run_chunk)
 
     def modules_of_chunk(self, chunk: int) -> list[nn.Module]:
         """The FSDP units whose gradients are complete after the last backward of a chunk.

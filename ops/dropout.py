@@ -47,7 +47,8 @@ def keep_mask(shape: torch.Size, first_position: int, rate: float, keys: Tensor)
 
     `first_position` is the global position of row 0, `keys` are `[2, b]` int32.
     """
-    return _hash(shape, first_position, keys) >= _threshold(rate)
+    positions = torch.arange(shape[0], dtype=torch.int32, device=keys.device) + first_position
+    return _hash(shape, positions, keys) >= _threshold(rate)
 
 
 def _threshold(rate: float) -> int:
@@ -55,11 +56,11 @@ def _threshold(rate: float) -> int:
     return int(rate * 2**32) - 2**31
 
 
-def _hash(shape: torch.Size, first_position: int, keys: Tensor) -> Tensor:
-    positions, batch, channels = shape
-    start, end = first_position * channels, (first_position + positions) * channels
-    counter = torch.arange(start, end, dtype=torch.int32, device=keys.device)
-    x = counter.view(positions, 1, channels) ^ keys[0].view(1, batch, 1)
+def _hash(shape: torch.Size, positions: Tensor, keys: Tensor) -> Tensor:
+    _, batch, channels = shape
+    counter = positions.view(-1, 1, 1) * channels  # wraps around, as intended
+    counter = counter + torch.arange(channels, dtype=torch.int32, device=keys.device)
+    x = counter ^ keys[0].view(1, batch, 1)
     x ^= _shift_right(x, 16)
     x *= _MULTIPLIER_1
     x ^= keys[1].view(1, batch, 1)
@@ -94,11 +95,11 @@ def _scalars(rate: float, compile: bool, device: torch.device) -> tuple[Scalar, 
     )
 
 
-def _drop(x: Tensor, keys: Tensor, first_position: int, threshold: Scalar, scale: Scalar) -> Tensor:
+def _drop(x: Tensor, keys: Tensor, positions: Tensor, threshold: Scalar, scale: Scalar) -> Tensor:
     """m x / (1 - p)."""
     # A bfloat16 x would round a 0-dim scale first, so multiply in the scale's dtype.
     wide = x.to(scale.dtype) if isinstance(scale, Tensor) else x
-    return (wide * scale).to(x.dtype).mul_(_hash(x.shape, first_position, keys) >= threshold)
+    return (wide * scale).to(x.dtype).mul_(_hash(x.shape, positions, keys) >= threshold)
 
 
 def _drop_and_add(x: Tensor, residual: Tensor, *mask: Any) -> Tensor:
@@ -116,10 +117,10 @@ class _DropoutAdd(torch.autograd.Function):
         residual: Tensor | None,
         rate: float,
         keys: Tensor,
-        first_position: int,
+        positions: Tensor,
         compile: bool,
     ) -> Tensor:
-        ctx.mask = (keys, first_position, *_scalars(rate, compile, x.device))
+        ctx.mask = (keys, positions, *_scalars(rate, compile, x.device))
         ctx.compile, ctx.has_residual = compile, residual is not None
         if residual is None:
             return maybe_compile(_drop, compile)(x, *ctx.mask)
@@ -131,5 +132,5 @@ class _DropoutAdd(torch.autograd.Function):
         return grad_x, grad_y if ctx.has_residual else None, None, None, None, None
 
 
-# y for x `[s/t, b, h]` and a residual r or None; the mask m is `keep_mask`.
+# y for x `[s/t, b, h]`, a residual r or None, and the global position of each row, `[s/t]` int32.
 hashed_dropout_add = _DropoutAdd.apply

@@ -13,7 +13,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ops.matmul import attention_dtype, widen_for_fp32
-from ops.torch_private import flash_attention_on_cpu, flash_attention_on_cpu_backward
+from ops.torch_private import (
+    efficient_attention_on_cuda,
+    efficient_attention_on_cuda_backward,
+    flash_attention_on_cpu,
+    flash_attention_on_cpu_backward,
+    flash_attention_on_cuda,
+    flash_attention_on_cuda_backward,
+)
+
+# Added to the score of a key that a query does not see. Finite, because the log-sum-exp of a query
+# that sees no key of a block must not be NaN; the query's weight there is exactly 0 nevertheless.
+_HIDDEN = -1e30
+_LSE_ALIGNMENT, _BIAS_ALIGNMENT = 32, 16  # of CUDA's efficient kernel, in elements
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
@@ -66,31 +78,72 @@ class _FlashAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        y, log_sum_exp = flash_attention_on_cpu(
-            *_operands(q, k, v), 0.0, is_causal=mask is None, attn_mask=_as_bias(mask, q)
-        )
-        y = torch.empty_like(q, memory_format=torch.contiguous_format).copy_(_sequence_first(y))
+        y, log_sum_exp = attend(q, k, v, mask, mask is None)
+        y = torch.empty_like(q, memory_format=torch.contiguous_format).copy_(y)
         ctx.save_for_backward(q, k, v, y, log_sum_exp, mask)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, y, log_sum_exp, mask = ctx.saved_tensors
-        grads = flash_attention_on_cpu_backward(
-            _batch_first(_widen(grad_y, "grad_y")),
-            *_operands(q, k, v),
-            _batch_first(_widen(y, "y")),
-            log_sum_exp,
-            0.0,
-            is_causal=mask is None,
-            attn_mask=_as_bias(mask, q),
+        grads = attend_backward(grad_y, q, k, v, y, log_sum_exp, mask, mask is None)
+        return *(grad.to(q.dtype) for grad in grads), None
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Attention to some keys: the output `[n, b, a/t, d]`, log-sum-exp `[b, a/t, n]`; no autograd.
+
+    `q` `[n, b, a/t, d]`; `k`, `v` `[m, b, g/t, d]`; `mask` `[b, 1, n, m]`, or None. The log-sum-exp
+    of the scores, in float32 at least, allows merging the outputs of several sets of keys.
+    """
+    operands, bias = _operands(q, k, v), _as_bias(mask, q)
+    if q.device.type == "cpu":
+        y, log_sum_exp = flash_attention_on_cpu(*operands, 0.0, is_causal=is_causal, attn_mask=bias)
+    elif mask is None and q.dtype != torch.float32:
+        y, log_sum_exp = flash_attention_on_cuda(*operands, 0.0, is_causal)[:2]
+    else:
+        y, log_sum_exp = efficient_attention_on_cuda(*operands, bias, True, 0.0, is_causal)[:2]
+        log_sum_exp = log_sum_exp[..., : len(q)]
+    return _sequence_first(y), log_sum_exp
+
+
+def attend_backward(
+    grad_y: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    log_sum_exp: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v through `attend`, in the dtype of the kernel.
+
+    With `y` and `log_sum_exp` over all keys and the `k` and `v` of some, these are exactly the
+    parts of the whole gradients that pass through these keys.
+    """
+    operands, bias = _operands(q, k, v), _as_bias(mask, q)
+    wide_grad, wide_y = _batch_first(_widen(grad_y, "grad_y")), _batch_first(_widen(y, "y"))
+    common: tuple[Any, ...]
+    if q.device.type == "cpu":
+        common = (wide_y, log_sum_exp, 0.0, is_causal)
+        grads = flash_attention_on_cpu_backward(wide_grad, *operands, *common, attn_mask=bias)
+    elif mask is None and q.dtype != torch.float32:
+        seed = _no_seed(q)
+        common = (wide_y, log_sum_exp.contiguous(), None, None, len(q), len(k), 0.0, is_causal)
+        grads = flash_attention_on_cuda_backward(wide_grad, *operands, *common, seed, seed)
+    else:
+        seed, padded = _no_seed(q), F.pad(log_sum_exp, (0, -len(q) % _LSE_ALIGNMENT))
+        common = (bias, wide_y, padded, seed, seed, 0.0, [True, True, True, False], is_causal)
+        grads = efficient_attention_on_cuda_backward(wide_grad, *operands, *common)[:3]
+    grad_q, grad_k, grad_v = (_sequence_first(grad) for grad in grads)
+    if k.shape[2] != q.shape[2]:  # sum over the query heads that share a key
+        grad_k, grad_v = (
+            grad.unflatten(2, (k.shape[2], -1)).sum(dim=3) for grad in (grad_k, grad_v)
         )
-        grad_q, grad_k, grad_v = (_sequence_first(grad) for grad in grads)
-        if k.shape[2] != q.shape[2]:  # sum over the query heads that share a key
-            grad_k, grad_v = (
-                grad.unflatten(2, (k.shape[2], -1)).sum(dim=3) for grad in (grad_k, grad_v)
-            )
-        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None
+    return grad_q, grad_k, grad_v
 
 
 def _widen(x: Tensor, use: str) -> Tensor:
@@ -111,11 +164,19 @@ def _repeat_groups(heads: Tensor, q: Tensor) -> Tensor:
 
 
 def _as_bias(mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """An additive mask: 0 where a query sees a key, else minus infinity."""
+    """An additive mask: 0 where a query sees a key, else `_HIDDEN`."""
     if mask is None:
         return None
-    bias = torch.zeros(mask.shape, dtype=attention_dtype(q), device=q.device)
-    return bias.masked_fill_(~mask, float("-inf"))
+    num_keys = mask.shape[-1]
+    aligned = num_keys + (-num_keys % _BIAS_ALIGNMENT if q.is_cuda else 0)
+    bias = torch.zeros((*mask.shape[:-1], aligned), dtype=attention_dtype(q), device=q.device)
+    bias = bias[..., :num_keys].masked_fill_(~mask, _HIDDEN)
+    return bias.expand(-1, q.shape[2], -1, -1) if q.is_cuda else bias
+
+
+def _no_seed(q: Tensor) -> Tensor:
+    """A random state that a kernel takes but does not read without dropout."""
+    return torch.empty(0, dtype=torch.int64, device=q.device)
 
 
 def _batch_first(heads: Tensor) -> Tensor:

@@ -35,6 +35,14 @@ flash_attention_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_
 flash_attention_on_cpu_backward = (
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 )
+flash_attention_on_cuda = torch.ops.aten._scaled_dot_product_flash_attention.default
+flash_attention_on_cuda_backward = (
+    torch.ops.aten._scaled_dot_product_flash_attention_backward.default
+)
+efficient_attention_on_cuda = torch.ops.aten._scaled_dot_product_efficient_attention.default
+efficient_attention_on_cuda_backward = (
+    torch.ops.aten._scaled_dot_product_efficient_attention_backward.default
+)
 # One kernel for many gradients.
 foreach_copy_, foreach_mul_, foreach_norm = (
     torch._foreach_copy_,

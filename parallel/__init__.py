@@ -12,6 +12,7 @@ from parallel.collectives import (
     sum_over,
     synchronize,
 )
+from parallel.context import KeyBlocks, context_parallel_attention, key_blocks
 from parallel.data_parallel import (
     free_gathered_weights,
     set_gradient_sync,
@@ -24,7 +25,6 @@ from parallel.gradients import (
     squared_norm,
     sum_partial_gradients,
 )
-from parallel.heartbeats import Heartbeats
 from parallel.layers import (
     MergedColumnParallelLinear,
     RowParallelLinear,
@@ -42,15 +42,17 @@ from parallel.parameters import (
     local_shards,
 )
 from parallel.pipeline import forward_only, run_pipeline
-from parallel.randomness import DropoutStream, dropout_add, fold_seed
+from parallel.randomness import DropoutStream, dropout_add, fold_seed, row_positions
 from parallel.replica_check import compare_replicas
 from parallel.transport.backend import is_transport_frame, lost_connection
+from parallel.transport.heartbeats import Heartbeats
 from parallel.transport.rendezvous import DeviceError, machine_id
 
 __all__ = [
     "DeviceError",
     "DropoutStream",
     "Heartbeats",
+    "KeyBlocks",
     "LocalShard",
     "Losses",
     "MergedColumnParallelLinear",
@@ -62,6 +64,7 @@ __all__ = [
     "clip_gradients",
     "close_mesh",
     "compare_replicas",
+    "context_parallel_attention",
     "declare_parameter",
     "dropout_add",
     "fold_seed",
@@ -73,11 +76,13 @@ __all__ = [
     "initialise_parameters",
     "is_blocking_frame",
     "is_transport_frame",
+    "key_blocks",
     "local_shards",
     "lookup",
     "lost_connection",
     "machine_id",
     "move_to",
+    "row_positions",
     "run_pipeline",
     "sequence_shard",
     "set_gradient_sync",

@@ -30,12 +30,12 @@ class Pending:
     """The output of a collective that may still be running."""
 
     tensor: Tensor
-    work: dist.Work | None = None  # None: complete
+    work: Sequence[dist.Work] = ()  # empty: complete
 
     def wait(self) -> Tensor:
         """Wait for the collective; returns its output."""
-        if self.work is not None:
-            await_work(self.work)
+        for work in self.work:
+            await_work(work)
         return self.tensor
 
 
@@ -76,7 +76,7 @@ def start_all_gather(x: Tensor, axis: Axis) -> Pending:
     """Start gathering all ranks' positions, `[s/t, ...]` to `[s, ...]`; x must not change."""
     gathered = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
     work = all_gather_single(gathered, x.contiguous(), group=axis.group, async_op=True)
-    return Pending(gathered, work)
+    return Pending(gathered, [work])
 
 
 def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
@@ -84,13 +84,24 @@ def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
     assert x.shape[0] % axis.size == 0, f"{x.shape[0]} positions over tp={axis.size}"
     scattered = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
     work = reduce_scatter_single(scattered, x.contiguous(), group=axis.group, async_op=True)
-    return Pending(scattered, work)
+    return Pending(scattered, [work])
 
 
 def start_all_reduce(x: Tensor, axis: Axis) -> Pending:
     """Start summing over ranks, `[s, ...]`."""
     reduced = x.clone(memory_format=torch.contiguous_format)
-    return Pending(reduced, dist.all_reduce(reduced, group=axis.group, async_op=True))
+    return Pending(reduced, [dist.all_reduce(reduced, group=axis.group, async_op=True)])
+
+
+def start_shift(x: Tensor, received: Tensor, axis: Axis) -> Pending:
+    """Start a ring shift: send x to the next rank, and receive its like from the one before."""
+    ranks = dist.get_process_group_ranks(axis.group)
+    following, before = (ranks[(axis.rank + step) % axis.size] for step in (1, -1))
+    both = [
+        dist.P2POp(dist.isend, x, following, axis.group),
+        dist.P2POp(dist.irecv, received, before, axis.group),
+    ]
+    return Pending(received, dist.batch_isend_irecv(both))
 
 
 def start_tp_reduce(x: Tensor, mesh: Mesh) -> Pending:

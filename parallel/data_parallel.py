@@ -1,7 +1,7 @@
-"""Data parallelism: PyTorch's FSDP2 on the dp axis, configured to sum gradients.
+"""Data parallelism: PyTorch's FSDP2 over dp and cp ranks, configured to sum gradients.
 
-Weights, gradients and optimizer state are float32 and sharded over dp; forward and backward use
-gathered copies in the compute dtype. One dp rank needs none of this: its layers cast the weights
+Weights, gradients and optimizer state are float32 and sharded over dp x cp; forward and backward
+use gathered copies in the compute dtype. One rank needs none of this: its layers cast the weights
 they use, and autograd adds the gradients of micro-batches in float32.
 """
 
@@ -26,14 +26,14 @@ def shard_over_data_parallel(
     one_sum_per_step: bool,
     reshard_after_forward: bool,
 ) -> None:
-    """Wrap each block, and the rest of the model as the root, in FSDP2 if there are dp ranks.
+    """Wrap each block, and the rest of the model as the root, in FSDP2 unless dp x cp is one rank.
 
     Embedding, positions, final norm and head stay together in the root: FSDP2 would free a tied
     embedding of its own between its two uses. `overlap` and `one_sum_per_step`: see dp_overlap.py.
     `reshard_after_forward`: free a block's gathered weights after its forward and gather them again
     for its backward. Those of the root stay until its backward.
     """
-    if mesh.dp.size == 1:
+    if mesh.dp_cp.size == 1:
         return
     blocks = list(blocks)
     policy = MixedPrecisionPolicy(
@@ -42,7 +42,7 @@ def shard_over_data_parallel(
     for module in (*blocks, model):
         fully_shard(
             module,
-            mesh=mesh.device_mesh["dp"],
+            mesh=mesh.fsdp_mesh,
             # None: all but the root
             reshard_after_forward=None if reshard_after_forward else False,
             mp_policy=policy,

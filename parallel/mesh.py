@@ -1,8 +1,9 @@
-"""The mesh of ranks: this process's place along the pipeline, data and tensor-parallel axes.
+"""The mesh of ranks: this process's place along the pipeline, data, context and tensor axes.
 
 tp is the fastest axis, so that the ranks that communicate most are neighbours on one node, and pp
-the slowest: rank = (pp.rank * dp.size + dp.rank) * tp.size + tp.rank. A single rank is a mesh of
-size 1 along each axis, not a special case.
+the slowest: rank = ((pp.rank * dp.size + dp.rank) * cp.size + cp.rank) * tp.size + tp.rank. A
+single rank is a mesh of size 1 along each axis, not a special case. FSDP2 shards over dp and cp
+together, because a gradient is a sum over both.
 """
 
 import logging
@@ -28,6 +29,7 @@ logger = logging.getLogger("microtron")
 _POLL_INTERVAL_S = 0.5
 
 Overlap = Literal["none", "backward", "both"]  # see [Note: overlap] in overlap.py
+CPCommType = Literal["all_gather", "p2p"]  # see context.py
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,13 @@ class Axis:
 class Mesh:
     """This process's place in the mesh, its groups, and how its layers use them."""
 
-    device_mesh: DeviceMesh  # axes ("pp", "dp", "tp")
+    device_mesh: DeviceMesh  # axes ("pp", "dp", "cp", "tp")
+    fsdp_mesh: DeviceMesh  # the ranks of dp_cp
     device: torch.device
     tp: Axis
+    cp: Axis
     dp: Axis
+    dp_cp: Axis  # dp and cp as one axis
     world: Axis
     local_rank: int
     pp: Axis  # the stages of the pipeline; see pipeline.py
@@ -55,6 +60,7 @@ class Mesh:
     num_chunks: int  # pieces of the model per stage, for the interleaved schedule
     sequence_parallel: bool  # false if tp.size is 1, so that layers need not check the size
     overlap: Overlap = "none"
+    cp_comm_type: CPCommType = "all_gather"
     compile: bool = False  # whether to compile pointwise functions, see ops/compile.py
     attempt: str = ""  # the name of this launch that the ranks agreed on, see rendezvous.py
     is_restart: bool = False  # whether the launcher has restarted the ranks after a failure
@@ -70,6 +76,8 @@ class MoreAxes(TypedDict, total=False):
 
     pipeline_model_parallel_size: int
     num_chunks: int
+    context_parallel_size: int
+    cp_comm_type: CPCommType
 
 
 def init_mesh(
@@ -156,24 +164,27 @@ def make_mesh(
     local_rank: int,
     overlap: Overlap = "none",
     compile: bool = False,
-    pipeline_model_parallel_size: int = 1,
-    num_chunks: int = 1,
+    **more_axes: Unpack[MoreAxes],
 ) -> Mesh:
-    """Create the ("pp", "dp", "tp") mesh over the existing process group.
+    """Create the ("pp", "dp", "cp", "tp") mesh over the existing process group.
 
-    Raises RuntimeError if the number of ranks is not divisible by the other two sizes.
+    Raises RuntimeError if the number of ranks is not divisible by the sizes of the other axes.
     """
     world_size, tp_size = dist.get_world_size(), tensor_model_parallel_size
-    pp_size = pipeline_model_parallel_size
-    if world_size % (pp_size * tp_size):
-        raise RuntimeError(
-            f"world size {world_size} is not divisible by pp={pp_size} x tp={tp_size}"
-        )
-    device_mesh = init_device_mesh(
-        device.type,
-        (pp_size, world_size // (pp_size * tp_size), tp_size),
-        mesh_dim_names=("pp", "dp", "tp"),
-    )
+    pp_size = more_axes.get("pipeline_model_parallel_size", 1)
+    cp_size, num_chunks = more_axes.get("context_parallel_size", 1), more_axes.get("num_chunks", 1)
+    if world_size % (pp_size * cp_size * tp_size):
+        axes = {"pp": pp_size, "cp": cp_size, "tp": tp_size}
+        sizes = " x ".join(f"{n}={size}" for n, size in axes.items() if size > 1)
+        raise RuntimeError(f"world size {world_size} is not divisible by {sizes}")
+    shape = (pp_size, world_size // (pp_size * cp_size * tp_size), cp_size, tp_size)
+    device_mesh = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp", "cp", "tp"))
+    fsdp_mesh = device_mesh["dp"]
+    if cp_size > 1:
+        of_stage = torch.arange(world_size).view(pp_size, -1, tp_size)
+        group = _own_group(of_stage.transpose(1, 2).flatten(0, 1).tolist())
+        assert group is not None
+        fsdp_mesh = DeviceMesh.from_group(group, device.type, mesh_dim_names=("dp_cp",))
 
     def axis(group: dist.ProcessGroup | None) -> Axis:
         assert group is not None, "make_mesh needs a process group"
@@ -190,8 +201,11 @@ def make_mesh(
     return Mesh(
         device_mesh=device_mesh,
         device=device,
+        fsdp_mesh=fsdp_mesh,
         tp=axis(device_mesh.get_group("tp")),
+        cp=axis(device_mesh.get_group("cp")),
         dp=axis(device_mesh.get_group("dp")),
+        dp_cp=axis(fsdp_mesh.get_group()),
         world=axis(dist.group.WORLD),
         pp=pp,
         tied=tied,
@@ -200,6 +214,7 @@ def make_mesh(
         local_rank=local_rank,
         sequence_parallel=sequence_parallel and tp_size > 1,
         overlap=overlap,
+        cp_comm_type=more_axes.get("cp_comm_type", "all_gather"),
         compile=compile,
     )
 

@@ -172,6 +172,11 @@ def _is_last(mesh: Mesh, chunk: int) -> bool:
     return mesh.is_last_stage and chunk == mesh.num_chunks - 1
 
 
+def _started(work: dist.Work | None) -> list[dist.Work]:
+    assert work is not None, "this rank is not in the group"
+    return [work]
+
+
 class _Inbox:
     """Tensors from another stage; the next one arrives while the last one is used."""
 
@@ -183,7 +188,9 @@ class _Inbox:
         buffer = next(self._buffers, None)
         if buffer is None:
             return None
-        return Pending(buffer, dist.irecv(buffer, group=self._group, group_src=self._source))
+        return Pending(
+            buffer, _started(dist.irecv(buffer, group=self._group, group_src=self._source))
+        )
 
     def receive(self) -> Tensor:
         assert self._next is not None, "there are no more messages"
@@ -203,7 +210,7 @@ class _Outbox:
         self.wait(self._max_pending - 1)
         tensor = tensor.contiguous()
         work = dist.isend(tensor, group=self._group, group_dst=self._target)
-        self._pending.append(Pending(tensor, work))
+        self._pending.append(Pending(tensor, _started(work)))
 
     def wait(self, max_pending: int = 0) -> None:
         """Wait, oldest first, until at most `max_pending` are not received."""

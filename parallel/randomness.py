@@ -7,10 +7,13 @@ rest (both in `ops/dropout.py`), so every rank can compute its part of a mask al
 
 from dataclasses import dataclass
 
+import torch
 import xxhash
 from torch import Tensor
 
+from ops.balance import balanced_positions
 from ops.dropout import hashed_dropout_add, site_index
+from parallel.mappings import sequence_shard
 from parallel.mesh import Mesh
 
 
@@ -28,10 +31,18 @@ class DropoutStream:
     step: int
     first_sample: int  # counted over the whole run and all ranks
     keys: Tensor | None  # `dropout_keys` of the samples, on the device; None: no hidden dropout
+    positions: Tensor | None = None  # `row_positions` of an activation, to compute them once
 
     def attention_seed(self, layer: int, tp_rank: int) -> int:
         """The seed of attention dropout, the only randomness that depends on the layout."""
         return fold_seed(self.seed, "attention", self.step, layer, self.first_sample, tp_rank)
+
+
+def row_positions(num_rows: int, mesh: Mesh, device: torch.device) -> Tensor:
+    """Global positions, int32, of the rows of this rank's activations `[s/(c t), b, h]`."""
+    num_local = num_rows * mesh.tp.size if mesh.sequence_parallel else num_rows
+    local = balanced_positions(num_local * mesh.cp.size, mesh.cp.rank, mesh.cp.size, device)
+    return sequence_shard(local.int(), mesh)
 
 
 def dropout_add(
@@ -46,7 +57,9 @@ def dropout_add(
     """`residual + dropout(x)` for `[s/t, b, h]`; a `stream` of None or a rate of 0: no dropout."""
     if stream is None or rate == 0.0:
         return x if residual is None else x + residual
-    first_position = mesh.tp.rank * x.shape[0] if mesh.sequence_parallel else 0
     assert stream.keys is not None, "hidden dropout needs dropout_keys"
     keys = stream.keys[site_index(layer, site)]  # [2, b]
-    return hashed_dropout_add(x, residual, rate, keys, first_position, mesh.compile)
+    positions = stream.positions
+    if positions is None:
+        positions = row_positions(x.shape[0], mesh, x.device)
+    return hashed_dropout_add(x, residual, rate, keys, positions, mesh.compile)

@@ -4,8 +4,8 @@
 Over tp, a tensor that is not sharded (a norm weight, a row-parallel bias, and their moments) is
 updated by every rank on its own. The copies stay equal because their gradients are. A partial
 gradient that is not summed, a kernel that adds in another order on one rank, or a flipped bit makes
-them diverge; nothing fails, but the loss gets worse. Over dp FSDP2 shards every tensor, and the
-weights it gathers for a block are compared. Over pp the first and the last stage share a tied
+them diverge; nothing fails, but the loss gets worse. Over dp x cp FSDP2 shards every tensor, and
+the weights it gathers for a block are compared. Over pp the first and the last stage share a tied
 table.
 """
 
@@ -28,7 +28,7 @@ from parallel.parameters import LocalShard
 class ReplicaMismatch(NamedTuple):
     """A tensor that differs between ranks of a group."""
 
-    axis: str  # tp, dp or pp
+    axis: str  # tp, dp, dp x cp or pp
     name: str
     ranks: tuple[int, ...]  # of the group, as global ranks
     odd_ranks: tuple[int, ...]  # those that differ from the majority; all if there is none
@@ -41,7 +41,7 @@ class ReplicaMismatch(NamedTuple):
 def compare_replicas(
     model: nn.Module, shards: Mapping[str, LocalShard], mesh: Mesh
 ) -> list[ReplicaMismatch]:
-    """Compare `shards` (by name) over tp and the gathered weights over dp; empty if all agree.
+    """Compare `shards` (by name) over tp and the gathered weights over dp x cp; empty if all agree.
 
     Every rank must call it and gets the same result. One small all-gather over tp; over dp the
     gathers of a forward pass and a small one per block; then one gather of reports.
@@ -49,7 +49,7 @@ def compare_replicas(
     replicated = {name: one.tensor for name, one in shards.items() if one.tp_dim is None}
     found = _compare(replicated, "tp", mesh.tp)
     found += _compare({name: t.tensor for name, t in shards.items() if t.is_tied}, "pp", mesh.tied)
-    if mesh.dp.size > 1:
+    if mesh.dp_cp.size > 1:
         found += _compare_gathered(model, mesh)
     return sorted(
         {
@@ -72,7 +72,7 @@ def _compare_gathered(model: nn.Module, mesh: Mesh) -> list[ReplicaMismatch]:
             for name, parameter in module.named_parameters(prefix)
             if not isinstance(parameter, DTensor)  # that is one of a submodule, still sharded
         }
-        found += _compare(gathered, "dp", mesh.dp)
+        found += _compare(gathered, "dp x cp" if mesh.cp.size > 1 else "dp", mesh.dp_cp)
         module.reshard()
     return found
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from configs import Config
 from data import BatchLoader, MicroBatch, StepBatch
 from model import GPT, build_meta_model
+from ops.balance import width_multiple
 from ops.dropout import dropout_keys
 from ops.torch_private import FakeTensorMode, call_after_backward
 from parallel import Losses, Mesh, local_shards
@@ -54,7 +55,8 @@ class StepReport:
     """Memory and traffic of rank 0 in one step; where shards are uneven, no rank has more."""
 
     tp: tuple[int, ...]  # the ranks on each of this rank's axes
-    dp: tuple[int, ...]
+    cp: tuple[int, ...]
+    dp_cp: tuple[int, ...]  # dp and cp together, as FSDP2 shards
     sequence_parallel: bool
     num_micro_batches: int
     state: dict[str, StateSize]  # of weights, gradients (as the optimizer gets them), moments
@@ -156,15 +158,25 @@ def dry_run(config: Config, num_ranks: int, num_traced: int | None = None) -> St
     Raises RuntimeError if this process has joined a process group.
     """
     parallel, train = config.parallel, config.train
-    size = parallel.tensor_model_parallel_size
-    tp, dp = tuple(range(size)), tuple(range(0, num_ranks, size))
-    num_micro_batches = train.global_batch_size // (train.micro_batch_size * len(dp))
+    size, per_replica = parallel.tensor_model_parallel_size, parallel.ranks_per_replica
+    tp, cp = tuple(range(size)), tuple(range(0, per_replica, size))
+    dp_cp = tuple(range(0, num_ranks, size))
+    num_micro_batches = train.global_batch_size // (
+        train.micro_batch_size * (num_ranks // per_replica)
+    )
     # The micro-batches of a step are alike except the last, and the first if it gathers weights for
     # all of them: two or three represent any number.
-    typical = 1 if len(dp) > 1 and not parallel.reshard_after_forward else 0
+    typical = 1 if len(dp_cp) > 1 and not parallel.reshard_after_forward else 0
     num_traced = min(num_traced or typical + 2, num_micro_batches)
     typical = min(typical, num_traced - 1)
-    with fake_mesh(num_ranks, size, parallel.sequence_parallel, parallel.tp_comm_overlap) as mesh:
+    with fake_mesh(
+        num_ranks,
+        size,
+        parallel.sequence_parallel,
+        parallel.tp_comm_overlap,
+        parallel.context_parallel_size,
+        parallel.cp_comm_type,
+    ) as mesh:
         tracer, tensors = _trace_step(config, mesh, num_traced)
     memory, first_forward = tracer.memory, tracer.spans[0]
     kinds, state = dict[Allocation, str](), dict[str, StateSize]()
@@ -187,7 +199,8 @@ def dry_run(config: Config, num_ranks: int, num_traced: int | None = None) -> St
         step[one.collective] += num_micro_batches - num_traced + 1 if is_repeated else 1
     return StepReport(
         tp=tp,
-        dp=dp,
+        cp=cp,
+        dp_cp=dp_cp,
         sequence_parallel=mesh.sequence_parallel,
         num_micro_batches=num_micro_batches,
         state=state,
@@ -196,7 +209,7 @@ def dry_run(config: Config, num_ranks: int, num_traced: int | None = None) -> St
         saved_bytes=sum(saved.values()),
         peak=peak,
         peak_phase=peak_phase,
-        traffic=_traffic(tracer.sent, tp, dp, layer, (typical, num_traced - 1)),
+        traffic=_traffic(tracer.sent, tp, cp, dp_cp, layer, (typical, num_traced - 1)),
         step=step,
     )
 
@@ -237,8 +250,9 @@ def _trace_step(
 
 def _full_micro_batch(config: Config) -> MicroBatch:
     """Make rows as long as the data's, with a target at every position."""
-    t, b = config.parallel.tensor_model_parallel_size, config.train.micro_batch_size
-    width = config.model.seq_length + -config.model.seq_length % t
+    parallel, b = config.parallel, config.train.micro_batch_size
+    multiple = width_multiple(parallel.context_parallel_size, parallel.tensor_model_parallel_size)
+    width = config.model.seq_length + -config.model.seq_length % multiple
     tokens = torch.zeros(b, width, dtype=torch.int64)
     masks_documents = config.data.inter_document_masking and config.data.sequence_mode == "pack"
     return MicroBatch(
@@ -249,7 +263,7 @@ def _full_micro_batch(config: Config) -> MicroBatch:
         num_targets=b * width,
         documents=tokens if masks_documents else None,
         dropout_keys=dropout_keys(0, 0, range(b), config.model.num_layers),
-    )
+    ).of_cp_rank(0, parallel.context_parallel_size)
 
 
 def _by_shape(saved: dict[Allocation, int], prefix: str = "") -> list[SavedTensors]:
@@ -286,7 +300,8 @@ def _peak(tracer: StepTracer, kinds: dict[Allocation, str]) -> tuple[dict[str, i
 def _traffic(
     sent: Iterable[_Sent],
     tp: tuple[int, ...],
-    dp: tuple[int, ...],
+    cp: tuple[int, ...],
+    dp_cp: tuple[int, ...],
     layer: int,
     typical_and_last: tuple[int, int],
 ) -> dict[str, Counter[Collective]]:
@@ -308,10 +323,16 @@ def _traffic(
         for phase in (FORWARD, BACKWARD)
     }
     typical, last = typical_and_last
+    # FSDP2 communicates between layers; with dp = 1 its ranks are also those of cp.
+    fsdp, outside = ("fsdp", (None,)) if len(cp) > 1 else ("dp", ())
+    if len(cp) > 1:
+        for phase in (FORWARD, BACKWARD):
+            parts[f"cp  one layer, {phase}"] = count(cp, phase, typical, of=(layer,))
     for phase in (FORWARD, BACKWARD):
-        parts[f"dp  one micro-batch, {phase}"] = usual = count(dp, phase, typical, of=())
+        usual = count(dp_cp, phase, typical, of=outside)
+        parts[f"{fsdp}  one micro-batch, {phase}"] = usual
         for place, number in (("first", 0), ("last", last)):
-            if (unusual := count(dp, phase, number, of=())) != usual:
-                parts[f"dp  the {place} one, {phase}"] = unusual
+            if (unusual := count(dp_cp, phase, number, of=outside)) != usual:
+                parts[f"{fsdp}  the {place} one, {phase}"] = unusual
     once = Counter(one.collective for one in sent if one.phase in (BEFORE, AFTER))
     return parts | {"any once per step": once}

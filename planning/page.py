@@ -42,17 +42,19 @@ def paper_formula(config: Config, sequence_parallel: bool) -> Formula:
     """Choose the row of table 2 for a configuration."""
     model, t = config.model, config.parallel.tensor_model_parallel_size
     h, a, s = model.hidden_size, model.num_attention_heads, model.seq_length
-    sbh = s * config.train.micro_batch_size * h
+    c = config.parallel.context_parallel_size
+    sbh = s * config.train.micro_batch_size * h / c
+    of_c = " / c" if c > 1 else ""
     if config.parallel.recompute_granularity == "full":
-        return Formula("full recomputation: 2 sbh", 2 * sbh, "", 0)
+        return Formula(f"full recomputation: 2 sbh{of_c}", 2 * sbh, "", 0)
     if t == 1:
-        text, factor = "no parallelism: 34 sbh", 34.0
+        text, factor = f"{'context' if c > 1 else 'no'} parallelism: 34 sbh", 34.0
     elif sequence_parallel:
         text, factor = "tensor and sequence parallelism: 34 sbh / t", 34 / t
     else:
         text, factor = "tensor parallelism: (10 + 24/t) sbh", 10 + 24 / t
     scores = "5 a s^2 b" if t == 1 else "5 a s^2 b / t"
-    return Formula(text, factor * sbh, scores, 5 * a * s / (h * t) * sbh)
+    return Formula(text + of_c, factor * sbh, scores + of_c, 5 * a * s / (h * t) * sbh)
 
 
 def page(config: Config, report: StepReport, memory_gib: float) -> str:
@@ -71,16 +73,19 @@ def page(config: Config, report: StepReport, memory_gib: float) -> str:
 
 def _heading(config: Config, report: StepReport) -> Iterator[str]:
     model, train, parallel = config.model, config.train, config.parallel
-    t, n = len(report.tp), len(report.tp) * len(report.dp)
+    t, c, n = len(report.tp), len(report.cp), len(report.tp) * len(report.dp_cp)
     sequence = " + sequence parallel" if report.sequence_parallel else ""
+    vocab_size = config.data.padded_vocab_size
     yield (
-        f"{config.run.name}: {num_parameters(model, config.data.vocab_size):,} parameters on "
-        f"{n} rank{'s' * (n > 1)}: tensor parallel {t}{sequence} x data parallel {len(report.dp)}"
+        f"{config.run.name}: {num_parameters(model, vocab_size):,} parameters on "
+        f"{n} rank{'s' * (n > 1)}: tensor parallel {t}{sequence} x data parallel {n // (t * c)}"
     )
+    if c > 1:
+        yield f"  x context parallel {c}, {parallel.cp_comm_type}"
     yield (
         f"s {model.seq_length}, b {train.micro_batch_size}, h {model.hidden_size}, "
         f"a {model.num_attention_heads}, f {model.ffn_size}, L {model.num_layers}, "
-        f"v {config.data.vocab_size}; {train.precision}"
+        f"v {vocab_size}; {train.precision}"
     )
     yield (
         f"recompute_granularity {parallel.recompute_granularity}, gradient_sync "
@@ -153,7 +158,9 @@ def _communication(report: StepReport) -> Iterator[str]:
         yield "  none: there is one rank"
         return
     yield f"One step, {report.num_micro_batches:,} micro-batches per rank"
-    axes = {report.tp: f"tp {len(report.tp)}", report.dp: f"dp {len(report.dp)}"}
+    fsdp = "dp" if len(report.cp) == 1 else "dp x cp"
+    axes = {report.tp: f"tp {len(report.tp)}", report.cp: f"cp {len(report.cp)}"}
+    axes |= {report.dp_cp: f"{fsdp} {len(report.dp_cp)}"}
     by_axis: dict[str, Counter[Collective]] = {}
     for one, count in report.step.items():
         by_axis.setdefault(axes.get(one.ranks, "all ranks"), Counter())[one] = count
@@ -164,11 +171,11 @@ def _communication(report: StepReport) -> Iterator[str]:
 
 def _operations(config: Config, report: StepReport) -> Iterator[str]:
     model = config.model
-    per_token = flops_per_token(model, config.data.vocab_size)
+    per_token = flops_per_token(model, config.data.padded_vocab_size)
     attention = 12 * model.num_layers * model.hidden_size * model.seq_length
     weights = (per_token - attention) // 6
     tokens = config.train.global_batch_size * model.seq_length
-    num_ranks = len(report.tp) * len(report.dp)
+    num_ranks = len(report.tp) * len(report.dp_cp)
     yield "Floating-point operations, forward and backward"
     yield f"  per token: {per_token:.4g} = 6 x {weights:,} (weights of matrices) + 12 L h s"
     yield f"  per step:  {per_token * tokens:.4g} = that x {tokens:,} tokens"
@@ -196,7 +203,7 @@ def _answer(config: Config, report: StepReport, memory_gib: float) -> Iterator[s
 def _advice(config: Config, report: StepReport, used: float) -> Iterator[str]:
     """The settings to change, most effective first, if memory is missing or much of it is left."""
     parallel, b, m = config.parallel, config.train.micro_batch_size, report.num_micro_batches
-    level, several = _RECOMPUTATION.index(parallel.recompute_granularity), len(report.dp) > 1
+    level, several = _RECOMPUTATION.index(parallel.recompute_granularity), len(report.dp_cp) > 1
     smaller = max((rows for rows in range(1, b) if b % rows == 0), default=None)
     larger = next((b * factor for factor in range(2, m + 1) if m % factor == 0), None)
     if used > 1:

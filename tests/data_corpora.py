@@ -2,15 +2,18 @@
 
 import functools
 import io
+import json
 import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import sentencepiece
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from configs.schema import DataConfig
-from data import Corpus, TokenFile, Tokenizer
+from data import Corpus, SentencePieceTokenizer, TokenFile
 from data.tokenizer import train_tokenizer
 
 _WORDS = ["def", "return", "self", "import", "value", "for", "while", "if", "name", "list", "token"]
@@ -26,9 +29,11 @@ def random_text(seed: int, num_lines: int) -> str:
 
 
 @functools.cache
-def small_tokenizer() -> Tokenizer:
+def small_tokenizer() -> SentencePieceTokenizer:
     """Returns a lossless tokenizer of 320 pieces."""
-    return Tokenizer(train_tokenizer(random_text(0, 200).split("\n"), 320), "small_tokenizer")
+    return SentencePieceTokenizer(
+        train_tokenizer(random_text(0, 200).split("\n"), 320), "small_tokenizer"
+    )
 
 
 def lossy_model(folder: Path, texts: list[str]) -> Path:
@@ -96,3 +101,55 @@ def write_texts(folder: Path, num_documents: int, num_lines: int = 20) -> list[s
     for number, text in enumerate(texts):
         (folder / "texts" / f"{number:03}.txt").write_bytes(text.encode())
     return texts
+
+
+# The regular expression of Llama 3.
+LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+JSON_KINDS = ("gpt2", "llama3", "metaspace")
+
+
+def write_json_tokenizer(folder: Path, kind: str) -> Path:
+    """Writes tokenizer.json, of 400 tokens, and tokenizer_config.json; returns the former.
+
+    Kind `gpt2` has one token for bos and eos; `metaspace` is like Llama 2's.
+    """
+    specials = {
+        "gpt2": ["<|end|>"],
+        "llama3": ["<s>", "</s>"],
+        "metaspace": ["<s>", "</s>", "<unk>"],
+    }
+    tokens = specials[kind]
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    options: dict[str, Any] = {"special_tokens": tokens}
+    if kind == "metaspace":
+        tokenizer.model = models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+        tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+        options["special_tokens"] = [*tokens, *(f"<0x{byte:02X}>" for byte in range(256))]
+        options["limit_alphabet"] = 60
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        if kind == "llama3":
+            split = pre_tokenizers.Split(tokenizers.Regex(LLAMA3_WORDS), "isolated")
+            to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+        tokenizer.decoder = decoders.ByteLevel()
+        options["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, show_progress=False, **options)
+    tokenizer.train_from_iterator(random_text(0, 200).split("\n"), trainer)
+    # Neither must change the ids of documents.
+    tokenizer.enable_truncation(8)
+    if kind != "gpt2":
+        tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 0)])
+    spec = json.loads(tokenizer.to_str())
+    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] in tokens]
+    spec["model"]["ignore_merges"] = kind == "llama3"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), "utf-8")
+    beside = {"bos_token": tokens[0], "eos_token": tokens[:2][-1]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(beside))
+    return folder / "tokenizer.json"

@@ -37,7 +37,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 from ops.matmul import use_full_precision
-from parallel.mesh import Mesh, Overlap, make_mesh
+from parallel.mesh import CPCommType, Mesh, Overlap, make_mesh
 from parallel.transport.backend import cpu_backend
 
 DEVICE = os.environ.get("MICROTRON_TEST_DEVICE", "cpu")  # or cuda
@@ -55,14 +55,16 @@ class Layout:
     dp: int = 1
     pp: int = 1
     chunks: int = 1  # of each stage
+    cp: int = 1
     sp: bool = True
     overlap: Overlap = "none"
+    cp_comm_type: CPCommType = "all_gather"
     shared_memory: bool = False  # between the ranks; otherwise gloo
 
     @property
     def num_ranks(self) -> int:
         """Ranks of all axes."""
-        return self.tp * self.dp * self.pp
+        return self.tp * self.cp * self.dp * self.pp
 
     def has_devices(self) -> bool:
         """Whether the test device has a place for each rank."""
@@ -74,9 +76,10 @@ class Layout:
         sp = "+sp" if self.sp and self.tp > 1 else ""
         overlap = f"-overlap {self.overlap}" if self.overlap != "none" else ""
         memory = "-memory" if self.shared_memory else ""
+        cp = f"-cp{self.cp} {self.cp_comm_type}" if self.cp > 1 else ""
         chunks = f"x{self.chunks}" if self.chunks > 1 else ""
         pp = f"-pp{self.pp}{chunks}" if self.pp > 1 else ""
-        return f"tp{self.tp}{sp}-dp{self.dp}{pp}{overlap}{memory}"
+        return f"tp{self.tp}{sp}-dp{self.dp}{cp}{pp}{overlap}{memory}"
 
 
 ONE_RANK = Layout()
@@ -256,6 +259,8 @@ def _work(
                     layout.overlap,
                     pipeline_model_parallel_size=layout.pp,
                     num_chunks=layout.chunks,
+                    context_parallel_size=layout.cp,
+                    cp_comm_type=layout.cp_comm_type,
                 )
             function = getattr(importlib.import_module(module), name)
             with contextlib.nullcontext() if device.type == "cpu" else OnDevice(device):

@@ -14,6 +14,11 @@ _LOSS = _LAYERS + "test_loss_equals_dense"
 _MODEL = "tests/model/test_gpt.py::test_loss_and_gradients_equal_the_reference"
 _DROPOUT = "tests/parallel/test_randomness.py::test_dropout_add_equals_the_formula"
 _WEIGHTS = "tests/parallel/test_sharding.py::test_initial_weights_do_not_depend_on_the_layout"
+_CONTEXT = "tests/parallel/test_context.py::"
+_CP_LAYER = _CONTEXT + "test_a_layer_equals_the_dense_reference"
+_CP_LEARNED, _CP_ROPE = _CP_LAYER + "[learned-False-", _CP_LAYER + "[rope, two groups-True-"
+_CP_STEPS = "tests/test_context_runs.py::test_steps_and_evaluations_equal_one_process"
+_CP2, _RING2 = "tp1-dp1-cp2 all_gather]", "tp1-dp1-cp2 p2p]"
 _DECODING = "tests/model/test_decoding.py::test_cached_tokens_equal_uncached"
 _PIPELINE = "tests/parallel/test_pipeline.py::"
 _PIPELINE_BITS = _PIPELINE + "test_stages_give_the_same_bits[tp1-dp1-pp2-train.precision=fp32]"
@@ -185,14 +190,14 @@ MISTAKES = (
     Mistake(
         "rotary angles start anew in every sequence shard",
         "model/gpt.py",
-        "self.config, positions, documents, ",
-        "self.config, positions % (len(positions) // self.mesh.tp.size), documents, ",
+        "self.config, positions, documents, stream",
+        "self.config, positions % shape[0], documents, stream",
         (_MODEL + "[llama-False-tp2+sp-dp1]",),
     ),
     Mistake(
         "a token attends to the documents before its own",
         "model/context.py",
-        "mask = None if documents is None else document_mask(documents)",
+        "mask = document_mask(documents) if isinstance(documents, Tensor) else None",
         "mask = None",
         (_MODEL + "[gpt2-True-tp1-dp1]",),
     ),
@@ -410,15 +415,15 @@ MISTAKES = (
     Mistake(
         "a sequence shard is dropped by its local positions, alike on every rank",
         "parallel/randomness.py",
-        "mesh.tp.rank * x.shape[0] if mesh.sequence_parallel else 0",
-        "0",
+        "sequence_shard(local.int(), mesh)",
+        "local.int()[:num_rows]",
         (_DROPOUT + "[tp2+sp-dp1]",),
     ),
     Mistake(
         "without sequence parallelism ranks drop differently what they all have",
         "parallel/randomness.py",
-        "mesh.tp.rank * x.shape[0] if mesh.sequence_parallel else 0",
-        "mesh.tp.rank * x.shape[0]",
+        "sequence_shard(local.int(), mesh)",
+        "local.int()[:num_rows] + mesh.tp.rank * num_rows",
         (_DROPOUT + "[tp2-dp1]",),
     ),
     Mistake(
@@ -457,5 +462,111 @@ MISTAKES = (
         (
             "tests/parallel/test_shared_memory.py::test_sums_are_exact[torch.bfloat16-tp3+sp-dp1-memory]",
         ),
+    ),
+    # Context parallelism.
+    Mistake(
+        "rotary embeddings take the positions in a rank's part of the row",
+        "data/rows.py",
+        "            positions=self.positions[:, columns],\n",
+        "            positions=self.positions[:, : len(columns)],\n",
+        (_CP_ROPE + _CP2,),
+    ),
+    Mistake(
+        "document masks compare positions in the parts of two ranks",
+        "parallel/context.py",
+        "(mine.unsqueeze(1) >= theirs)",
+        "(mine.argsort().unsqueeze(1) >= theirs.argsort())",
+        (_CP_ROPE + _CP2,),
+    ),
+    Mistake(
+        "targets are shifted after the row is split over cp",
+        "data/rows.py",
+        "        targets = self.targets[:, columns]\n",
+        "        targets = self.tokens[:, columns].roll(-1, 1)\n",
+        (_CP_LEARNED + _CP2,),
+    ),
+    Mistake(
+        "targets are counted once for each context-parallel rank",
+        "data/loader.py",
+        "            count_targets(",
+        '            self._cp.get("cp_size", 1) * count_targets(',
+        (_CP_STEPS + "[" + _CP2,),
+    ),
+    Mistake(
+        "gradients are averaged over cp",
+        "training/step.py",
+        "return output.objective / num_targets",
+        "return output.objective / num_targets / run.mesh.cp.size",
+        (_CP_STEPS + "[" + _CP2,),
+    ),
+    Mistake(
+        "gradients are summed over dp but not over cp",
+        "parallel/data_parallel.py",
+        "mesh=mesh.fsdp_mesh",
+        'mesh=mesh.device_mesh["dp"]',
+        (_CP_LEARNED + "tp1-dp2-cp2 all_gather]",),
+    ),
+    Mistake(
+        "held-out losses are summed over dp but not over cp",
+        "training/evaluation.py",
+        "sum_over(mesh.dp_cp, nats)",
+        "sum_over(mesh.dp, nats)",
+        (_CP_STEPS + "[" + _CP2,),
+    ),
+    Mistake(
+        "a rank keeps only its own part of the gradients of its keys and values",
+        "parallel/context.py",
+        "    return reduce_scatter(torch.cat([by_rank[rank] for rank in range(cp.size)]), cp)\n",
+        "    return by_rank[cp.rank]\n",
+        (_CP_LEARNED + _CP2,),
+    ),
+    Mistake(
+        "gradients of keys and values do not come home around the ring",
+        "parallel/context.py",
+        "    return own + receiving.wait()\n",
+        "    return own + receiving.wait() * 0\n",
+        (_CP_LEARNED + _RING2,),
+    ),
+    Mistake(
+        "gathered keys are taken in the order of ranks",
+        "parallel/context.py",
+        "yield by_rank[cp.rank - step]",
+        "yield by_rank[step]",
+        (_CP_LEARNED + _CP2,),
+    ),
+    Mistake(
+        "a query that sees no key of a block gets an undefined log-sum-exp",
+        "ops/sdpa.py",
+        "_HIDDEN = -1e30",
+        '_HIDDEN = float("-inf")',
+        (_CP_ROPE + _CP2,),
+    ),
+    Mistake(
+        "outputs for several blocks of keys are averaged",
+        "parallel/context.py",
+        "(part - total).exp()",
+        "torch.full_like(part, 0.5)",
+        (_CP_LEARNED + _CP2,),
+    ),
+    Mistake(
+        "outputs for several blocks of keys are merged in bf16",
+        "parallel/context.py",
+        "part[0].to(part[1].dtype,",
+        "part[0].to(q.dtype,",
+        (_CONTEXT + "test_attention_in_bf16_is_rounded_once[tp1-dp1-cp4 all_gather]",),
+    ),
+    Mistake(
+        "dropout goes by the position in a rank's part of the row",
+        "parallel/randomness.py",
+        "balanced_positions(num_local * mesh.cp.size, mesh.cp.rank, mesh.cp.size, device)",
+        "torch.arange(num_local, device=device)",
+        (_CP_LEARNED + _CP2,),
+    ),
+    Mistake(
+        "each rank gets one contiguous part of the row",
+        "ops/balance.py",
+        "torch.cat((chunks[rank], chunks[-1 - rank]))",
+        "torch.cat((chunks[2 * rank], chunks[2 * rank + 1]))",
+        (_CONTEXT + "test_every_rank_has_equal_work[2]",),
     ),
 )

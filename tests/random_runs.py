@@ -55,7 +55,7 @@ def write_run(folder: Path, model: ModelConfig, layout: Layout) -> Config:
     config = run_of(model, folder)
     run_on(layout, _write, folder=folder, config=config)
     (folder / "config.yaml").write_text(to_yaml(config))
-    (folder / "tokenizer.model").write_bytes(small_tokenizer().model)
+    (folder / "tokenizer.model").write_bytes(small_tokenizer().content)
     rows = [
         {"step": step, "eval/loss": step / 2, "eval/perplexity": 1.5, "eval/bits_per_byte": 0.75}
         for step in (3, STEP, STEP + 1)

@@ -46,8 +46,8 @@ def test_missing_files_are_one_message(mesh: Mesh, runs: dict[str, Path], tmp_pa
     assert message(tmp_path, 5).endswith("there are none at all")
     (tmp_path / "checkpoints").rmdir()
     (tmp_path / "checkpoints").symlink_to(runs["gpt"] / "checkpoints")
-    assert "tokenizer.model' is not a file" in message(tmp_path, None)
-    (tmp_path / "tokenizer.model").write_bytes(small_tokenizer().model)
+    assert "is a folder without tokenizer.model and tokenizer.json" in message(tmp_path, None)
+    (tmp_path / "tokenizer.model").write_bytes(small_tokenizer().content)
     assert "the tokenizer is not the one that" in message(tmp_path, None)
 
 

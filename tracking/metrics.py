@@ -83,7 +83,7 @@ class RunLog:
     def step(self, state: RunState, result: StepResult) -> None:
         """Log a finished step."""
         tokens_per_second = result.num_targets / result.elapsed_s
-        model, vocab_size = self.config.model, self.config.data.vocab_size
+        model, vocab_size = self.config.model, self.config.data.padded_vocab_size
         flops = tokens_per_second * flops_per_token(model, vocab_size, result.mean_row_length)
         self.peak_flops = max(self.peak_flops, flops)  # a measured peak may be too low
         row = {

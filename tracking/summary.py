@@ -80,7 +80,7 @@ def report_end(run: Run, began: RunState, state: RunState, stop: signal.Signals 
 
 
 def _model(config: Config) -> str:
-    model, vocab_size = config.model, config.data.vocab_size
+    model, vocab_size = config.model, config.data.padded_vocab_size
     return (
         f"{num_parameters(model, vocab_size):,} parameters: {model.num_layers} layers, hidden size "
         f"{model.hidden_size:,}, {model.num_attention_heads} heads, vocabulary {vocab_size:,}"
@@ -92,7 +92,8 @@ def _ranks(run: Run) -> str:
     if precision == "bf16" and mesh.device.type == "cpu" and run.precision is not None:
         precision += f" (matmuls {run.precision.matmul}, attention {run.precision.attention})"
     sp = " with sequence parallelism" if mesh.sequence_parallel else ""
-    layout = f"{mesh.world.size} = tp {mesh.tp.size}{sp} x dp {mesh.dp.size}"
+    cp = f" x cp {mesh.cp.size}" if mesh.cp.size > 1 else ""
+    layout = f"{mesh.world.size} = tp {mesh.tp.size}{sp}{cp} x dp {mesh.dp.size}"
     if mesh.pp.size > 1:
         layout += f" x pp {mesh.pp.size} ({_layers_of_stages(run)})"
     return f"{layout}; {device_name(mesh.device)}; {precision}"

@@ -151,10 +151,11 @@ def wandb_config(config: Config, mesh: Mesh) -> dict[str, Any]:
     """Return the resolved settings, model size, layout and environment, without local paths."""
     return {
         **_without_paths(dataclasses.asdict(config)),
-        "num_parameters": num_parameters(config.model, config.data.vocab_size),
+        "num_parameters": num_parameters(config.model, config.data.padded_vocab_size),
         "layout": {
             "pp": mesh.pp.size,
             "dp": mesh.dp.size,
+            "cp": mesh.cp.size,
             "tp": mesh.tp.size,
             "world": mesh.world.size,
         },

@@ -67,6 +67,8 @@ def eval_batches(
         dp_rank=mesh.dp.rank,
         dp_size=mesh.dp.size,
         tp_size=mesh.tp.size,
+        cp_rank=mesh.cp.rank,
+        cp_size=mesh.cp.size,
     )
 
 
@@ -79,7 +81,7 @@ def score(model: GPT, documents: EvaluationSet) -> EvalResult:
         losses = model(**batch.to(mesh.device).inputs())
         if mesh.is_last_stage:
             nats += losses.cross_entropy
-    total = move_to(sum_over(mesh.pp, sum_over(mesh.dp, nats)), "cpu").item()
+    total = move_to(sum_over(mesh.pp, sum_over(mesh.dp_cp, nats)), "cpu").item()
     counts = documents.num_targets, documents.num_bytes, documents.num_unknown
     return EvalResult(total, *counts, documents.warnings)
 

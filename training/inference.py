@@ -36,12 +36,18 @@ def load_for_inference(config: Config, folder: Path, mesh: Mesh, step: int | Non
                 f"run={folder} has no checkpoint yet: there is none in {folder / 'checkpoints'}; "
                 "train.py saves every checkpoint.save_interval steps and at the end"
             )
-        tokenizer = load_tokenizer(folder / "tokenizer.model", "the tokenizer of the run")
+        tokenizer = load_run_tokenizer(folder, config)
         require_fingerprint(checkpoint, "tokenizer", tokenizer.fingerprint)
         choose_precision(config, mesh, checkpoint)
         model = build_inference_model(config, mesh)
         load_tensors(checkpoint, weight_tensors(model), prefix=WEIGHTS, converts=True)
     return LoadedModel(config, mesh, checkpoint, tokenizer, model)
+
+
+def load_run_tokenizer(folder: Path, config: Config) -> Tokenizer:
+    """Load the tokenizer in a run folder; the configuration of the run names its bos and eos."""
+    data = config.data
+    return load_tokenizer(folder, "the tokenizer of the run", data.bos_token, data.eos_token)
 
 
 @contextmanager

@@ -39,6 +39,8 @@ _MAY_CHANGE = (
     "data.cache_directory",
     # Where text and tokenizer come from; their fingerprints are compared instead.
     "data.tokenizer",
+    "data.bos_token",
+    "data.eos_token",
     "data.source",
     "data.path",
     "data.text_field",
@@ -80,7 +82,8 @@ def find_own_checkpoint(
         _require_same_recipes(checkpoint)
     found = {"text_fingerprint": text_fingerprint}
     if config.data.tokenizer is not None:
-        tokenizer = load_tokenizer(Path(config.data.tokenizer).expanduser())
+        path, data = Path(config.data.tokenizer).expanduser(), config.data
+        tokenizer = load_tokenizer(path, bos_token=data.bos_token, eos_token=data.eos_token)
         found["tokenizer_fingerprint"] = tokenizer.fingerprint
     _require_same_fingerprints(checkpoint, found)
     return checkpoint

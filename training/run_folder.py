@@ -1,7 +1,7 @@
 """The folder of a run: what it holds, one writer at a time, and how the run ended.
 
     runs/<run.name>/
-        config.yaml  tokenizer.model  metrics.jsonl  samples.jsonl  exit.json
+        config.yaml  tokenizer.model or tokenizer.json  metrics.jsonl  samples.jsonl  exit.json
         checkpoints/  tensorboard/  wandb/
         .lock            see training/lock.py
         previous_1/ ...  what was there before run.resume=never
@@ -38,6 +38,7 @@ from configs import (
     os_error_text,
     to_yaml,
 )
+from configs.tokenizer_files import TOKENIZER_FILES
 from parallel import Mesh, gather_json, wait_for_all_ranks
 from training.launcher import launch_command
 from training.lock import FolderLock
@@ -194,7 +195,9 @@ class RunFolder:
                     self._set_aside()
                 self._lock.write_lock_owner(has_begun=True)
                 self._write("config.yaml", to_yaml(self._config).encode())
-                self._write("tokenizer.model", tokenizer.read_bytes())
+                self._write(tokenizer.name, tokenizer.read_bytes())
+                for other in {*TOKENIZER_FILES} - {tokenizer.name}:  # of a launch without a save
+                    (self.path / other).unlink(missing_ok=True)
             if not self._is_reported():
                 self._exit.unlink(missing_ok=True)
         self.starts_over = False  # a rollback comes here again

@@ -112,6 +112,8 @@ def mesh_from_config(config: Config, *, decoding: bool = False) -> Mesh:
             num_threads=config.train.num_threads,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
             num_chunks=parallel.virtual_pipeline_model_parallel_size or 1,
+            context_parallel_size=parallel.context_parallel_size,
+            cp_comm_type=parallel.cp_comm_type,
         )
     except DeviceError as error:
         exit_with_error(str(error))
@@ -129,6 +131,8 @@ def training_batches(run: Run, state: RunState) -> BatchLoader:
         dp_size=mesh.dp.size,
         tp_size=mesh.tp.size,
         device_is_cuda=mesh.device.type == "cuda",
+        cp_rank=mesh.cp.rank,
+        cp_size=mesh.cp.size,
     )
 
 

@@ -64,7 +64,7 @@ from data.tokenizer import RECIPE_VERSION, Tokenizer, load_tokenizer, train_toke
 FORMAT_VERSION = 3
 SAMPLE_BYTES = 8_000_000  # of training text that a tokenizer learns from: about 200,000 lines
 SPLITS = ("train", "validation")
-_TOKENIZER = "tokenizer.model"
+_TRAINED = "tokenizer.model"
 _COMMIT = "commit.txt"
 
 logger = logging.getLogger("microtron")
@@ -269,14 +269,8 @@ def _tokenizer(
 ) -> Tokenizer:
     """Load `data.tokenizer`, or train one on the training text of all sources."""
     if config.tokenizer is not None:
-        tokenizer = load_tokenizer(Path(config.tokenizer).expanduser())
-        if tokenizer.vocab_size > config.vocab_size:
-            raise UserError(
-                f"data.tokenizer={config.tokenizer!r} has {tokenizer.vocab_size} pieces, more than "
-                f"data.vocab_size={config.vocab_size}; set data.vocab_size={tokenizer.vocab_size} "
-                "or more, or use a smaller tokenizer"
-            )
-        return tokenizer
+        path = Path(config.tokenizer).expanduser()
+        return load_tokenizer(path, bos_token=config.bos_token, eos_token=config.eos_token)
     is_mixture = len(sources) > 1  # otherwise the weight has no effect
     parts = [
         [
@@ -286,16 +280,16 @@ def _tokenizer(
         ]
         for source, split in zip(sources, splits, strict=False)
     ]
-    recipe = [config.vocab_size, RECIPE_VERSION, SAMPLE_BYTES, config.validation_fraction]
+    recipe = [config.padded_vocab_size, RECIPE_VERSION, SAMPLE_BYTES, config.validation_fraction]
     entry = Path(config.cache_directory).expanduser() / f"tokenizer-{_key(recipe, parts)}"
     if is_builder and is_mixture and not entry.exists():
         logger.info(
             "to change data.sources later without tokenizing all of them again, keep this "
             "tokenizer: data.tokenizer=%s",
-            entry / _TOKENIZER,
+            entry / _TRAINED,
         )
     _require(entry, sources, partial(_fill_tokenizer, config, sources, splits), is_builder)
-    return load_tokenizer(entry / _TOKENIZER, "the cached tokenizer")
+    return load_tokenizer(entry / _TRAINED, "the cached tokenizer")
 
 
 def _fill_tokenizer(
@@ -311,9 +305,10 @@ def _fill_tokenizer(
     sentences: list[str] = []
     for part, share in zip(parts, shares, strict=True):
         sentences.extend(sample_sentences(part.spool, part.train, share))
-    logger.info("training a tokenizer of data.vocab_size=%d pieces", config.vocab_size)
-    cache.write_durably(work / _TOKENIZER, train_tokenizer(sentences, config.vocab_size))
-    cache.write_header(work, [_TOKENIZER], {"format_version": FORMAT_VERSION})
+    logger.info("training a tokenizer of data.vocab_size=%d pieces", config.padded_vocab_size)
+    model = train_tokenizer(sentences, config.padded_vocab_size)
+    cache.write_durably(work / _TRAINED, model)
+    cache.write_header(work, [_TRAINED], {"format_version": FORMAT_VERSION})
 
 
 def sample_shares(weights: list[float], available: list[int]) -> list[int]:
@@ -336,14 +331,14 @@ def _fill_tokens(
     spool = _open_text(source)
     division = divide(spool, split, config.validation_fraction)
     texts = division.spool
-    cache.write_durably(work / _TOKENIZER, tokenizer.model)
+    cache.write_durably(work / tokenizer.file_name, tokenizer.content)
     summary = report.read_summary(cache.read_header(source.text)["read"], spool)
     summary["ends_held_out"] = division.num_ends
     for name, indices in zip(SPLITS, (division.train, division.validation), strict=True):
         write_token_file(work, name, texts, indices, tokenizer)
         tokens = open_token_file(work, name, tokenizer.vocab_size)
         summary[name] = report.split_summary(tokens, texts, indices, tokenizer)
-    names = [_TOKENIZER, *(f"{name}.{part}" for name in SPLITS for part in PARTS)]
+    names = [tokenizer.file_name, *(f"{name}.{part}" for name in SPLITS for part in PARTS)]
     content = b"".join(cache.file_digest(work / name) for name in names)
     facts: dict[str, Any] = {
         "fingerprint": xxh3_128_hexdigest(content),
@@ -379,7 +374,7 @@ def _open(
     fingerprints = [header["fingerprint"] for header in headers]
     return Corpus(
         tokenizer=tokenizer,
-        tokenizer_path=entries[0] / _TOKENIZER,
+        tokenizer_path=entries[0] / tokenizer.file_name,
         train=_join_tokens(train[:num_sources]),
         validation=_join_tokens(validation),
         fingerprint=fingerprints[0] if len(entries) == 1 else _join_hashes(fingerprints),

@@ -32,20 +32,21 @@ from ops.torch_private import (
     init_fake_process_group,
     operator_name,
 )
-from parallel.mesh import Mesh, Overlap, close_mesh, make_mesh
+from parallel.mesh import CPCommType, Mesh, Overlap, close_mesh, make_mesh
 
 _NAMESPACES = ("c10d", "_c10d_functional", "microtron")  # torch's, and that of backend.py
 _INPUT_NAMES = ("input_tensor", "input_tensors", "input", "inputs", "tensor", "tensors")
 _GROUP_NAMES = ("process_group", "group_name")
 # Bytes sent, in units of (t - 1) / t M: see [Note: bytes on a ring].
 _PASSES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2}
+_POINT_TO_POINT = {"send": 1, "recv": 0}  # bytes sent, in units of the tensor
 
 
 @dataclass(frozen=True)
 class Collective:
     """One collective, as one of its ranks issued it."""
 
-    kind: str  # all_gather, reduce_scatter, all_reduce, or torch's name for any other
+    kind: str  # all_gather, reduce_scatter, all_reduce, send, recv, or torch's name for any other
     ranks: tuple[int, ...]  # of the group, as global ranks
     dtype: torch.dtype
     full_bytes: int  # M of [Note: bytes on a ring]; for other kinds, this rank's input
@@ -53,6 +54,8 @@ class Collective:
     @property
     def sent_bytes(self) -> float:
         """Bytes that this rank sends on a ring; raises ValueError for kinds without a formula."""
+        if self.kind in _POINT_TO_POINT:
+            return _POINT_TO_POINT[self.kind] * self.full_bytes
         if self.kind not in _PASSES:
             raise ValueError(f"kind={self.kind} has no formula; these have: {', '.join(_PASSES)}")
         t = len(self.ranks)
@@ -128,6 +131,8 @@ def fake_mesh(
     tensor_model_parallel_size: int,
     sequence_parallel: bool,
     overlap: Overlap = "none",
+    context_parallel_size: int = 1,
+    cp_comm_type: CPCommType = "all_gather",
 ) -> Iterator[Mesh]:
     """Yield the CPU mesh of rank 0 of `num_ranks`, without the other ranks.
 
@@ -140,7 +145,13 @@ def fake_mesh(
     try:
         with scratch_scope():  # fake tensors must not remain in the scratch memory
             yield make_mesh(
-                tensor_model_parallel_size, sequence_parallel, torch.device("cpu"), 0, overlap
+                tensor_model_parallel_size,
+                sequence_parallel,
+                torch.device("cpu"),
+                0,
+                overlap,
+                context_parallel_size=context_parallel_size,
+                cp_comm_type=cp_comm_type,
             )
     finally:
         close_mesh()

@@ -177,7 +177,7 @@ ARGUMENTS = [
     ),
     (
         "data.tokenizer=nowhere.model",
-        "data.tokenizer=nowhere.model is not a file; give a sentencepiece model file, or null to train one",
+        "data.tokenizer=nowhere.model does not exist; give a sentencepiece model, a tokenizer.json, or a folder with one of them",
     ),
     ("run.directory=file", "run.directory=file is a file; choose a folder, new or old"),
     # names of runs
@@ -388,7 +388,7 @@ def test_config_is_required(arguments: list[str]) -> None:
 def test_a_name_too_long_for_a_file_is_an_unknown_file() -> None:
     """The user does not see the error of the operating system."""
     assert _error(f"config={'x' * 300}").startswith(f"config={'x' * 60}... is not a file here")
-    assert "is not a file; give" in _error("config=gpt_debug", f"data.tokenizer={'x' * 300}")
+    assert "does not exist; give" in _error("config=gpt_debug", f"data.tokenizer={'x' * 300}")
 
 
 def test_a_file_must_be_utf8() -> None:

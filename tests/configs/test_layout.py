@@ -4,7 +4,7 @@ import pytest
 
 from configs import ConfigError, parse_config
 
-TP = "parallel.tensor_model_parallel_size"
+TP, CP = "parallel.tensor_model_parallel_size", "parallel.context_parallel_size"
 PP, VPP = "parallel.pipeline_model_parallel_size", "parallel.virtual_pipeline_model_parallel_size"
 
 # Number of ranks, arguments after config=gpt_debug, and the error.
@@ -82,6 +82,36 @@ LAYOUTS = [
     (
         2,
         "train.global_batch_size=12",
+        "train.global_batch_size=12 is not divisible by train.micro_batch_size=4 x data parallel size 2 = 8; choose train.global_batch_size=8 or 16, or train.micro_batch_size=3",
+    ),
+    (
+        4,
+        f"{CP}=3 {TP}=2",
+        f"{CP}=3 x {TP}=2 does not divide the number of ranks 4 (torchrun's nodes x --nproc-per-node); choose {CP}=1, 2, or a multiple of 6 ranks",
+    ),
+    (
+        1,
+        f"{CP}=2",
+        f"{CP}=2 x {TP}=1 does not divide the number of ranks 1 (torchrun's nodes x --nproc-per-node); choose {CP}=1, or a multiple of 2 ranks",
+    ),
+    (
+        4,
+        f"{CP}=2 {TP}=2 model.seq_length=7",
+        f"model.seq_length=7 is too short for {CP}=2 x {TP}=2, which split each sequence in 8; choose model.seq_length=8 or more, or a smaller {CP}",
+    ),
+    (
+        2,
+        f"{CP}=2 model.attention_dropout=0.1",
+        f"model.attention_dropout=0.1 is not supported with {CP}=2; choose model.attention_dropout=0, or {CP}=1",
+    ),
+    (
+        8,
+        f"{CP}=4 model.hidden_size=4",
+        f"blocks.0.attention_norm.weight [4] has too few rows to shard over {TP}=1 x data parallel size 2 x {CP}=4: a rank would have none; no layout of 8 ranks works; use fewer ranks or a larger model",
+    ),
+    (
+        8,
+        f"{CP}=4 train.global_batch_size=12",
         "train.global_batch_size=12 is not divisible by train.micro_batch_size=4 x data parallel size 2 = 8; choose train.global_batch_size=8 or 16, or train.micro_batch_size=3",
     ),
 ]

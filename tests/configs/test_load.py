@@ -19,6 +19,7 @@ from configs.layout import check_layout, last_chunk
 from configs.load import SHIPPED, current_name
 from configs.schema import RENAMED, RunConfig, TrainConfig
 from configs.validate import SOURCE_EXTENSIONS
+from tests.data_corpora import small_tokenizer, write_json_tokenizer
 from tests.lines import ROOT
 
 PROGRAM = "import sys; from configs import load_config; load_config(sys.argv[1:]); print('started')"
@@ -92,7 +93,9 @@ def test_an_empty_file_or_section_means_the_defaults(text: str) -> None:
     config = parse_config(["config=mine.yaml"])
     expected = Config()
     assert config == dataclasses.replace(
-        expected, run=dataclasses.replace(expected.run, name="mine")
+        expected,
+        run=dataclasses.replace(expected.run, name="mine"),
+        data=dataclasses.replace(expected.data, vocab_size=8192),  # of a trained tokenizer
     )
 
 
@@ -380,3 +383,47 @@ def test_waiting_threads_sleep_soon_unless_the_user_has_a_policy() -> None:
     variables = {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "5"}, {}
     printed = [_python("-c", program, "config=gpt_debug", **given).stdout for given in variables]
     assert printed == ["started\nNone\n", "started\n5\n", "started\n3000\n"]
+
+
+def test_the_tokenizer_decides_the_vocabulary_size(tmp_path: Path) -> None:
+    """data.vocab_size=null is its size, bos and eos come from the files; a larger size is kept."""
+    path = write_json_tokenizer(tmp_path, "llama3")
+    arguments = ["config=gpt_125m", f"data.tokenizer={tmp_path}", "data.vocab_size=null"]
+    data = parse_config(arguments).data
+    assert (data.vocab_size, data.bos_token, data.eos_token) == (400, "<s>", "</s>")
+    data = parse_config(["config=gpt_125m", f"data.tokenizer={path}"]).data
+    assert data.vocab_size == 32768
+    (tmp_path / "tokenizer.model").write_bytes(small_tokenizer().content)
+    data = parse_config(arguments).data
+    assert (data.vocab_size, data.bos_token) == (320, None)
+    assert parse_config(["config=gpt_125m", "data.vocab_size=null"]).data.vocab_size == 8192
+    for given, message in (
+        (
+            [f"data.tokenizer={path}", "data.vocab_size=399"],
+            r"data\.vocab_size=399 is less than the 400 ids of data\.tokenizer=.*; set "
+            r"data\.vocab_size=null, which takes 400, or a larger number",
+        ),
+        (
+            [f"data.tokenizer={tmp_path}", "data.vocab_size=319"],
+            r"data\.vocab_size=319 is less than the 320 ids of data\.tokenizer=",
+        ),
+        (
+            [f"data.tokenizer={tmp_path}", "data.bos_token=<s>"],
+            r"data\.bos_token=<s> has no effect with a sentencepiece model, .*null",
+        ),
+        (["data.eos_token=<s>"], r"data\.eos_token=<s> has no effect with data\.tokenizer=null"),
+        (
+            [f"data.tokenizer={path}", "data.eos_token=<eos>"],
+            r"has no token '<eos>'; set data\.eos_token to one of its tokens",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse_config(["config=gpt_debug", *given])
+
+
+def test_plan_reads_the_tokenizer_only_for_its_size(tmp_path: Path) -> None:
+    """A dry run needs no file if data.vocab_size is given."""
+    arguments = ["config=gpt_debug", f"data.tokenizer={tmp_path}/none.json"]
+    assert parse_config(arguments, lambda _: 1).data.vocab_size == 1024
+    with pytest.raises(ConfigError, match=r"none\.json does not exist"):
+        parse_config([*arguments, "data.vocab_size=null"], lambda _: 1)

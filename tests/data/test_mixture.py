@@ -141,7 +141,7 @@ def test_a_source_is_tokenized_once_whatever_mixture_it_is_in(
     """With a given tokenizer, adding a source tokenizes only that source."""
     sources = write_sources(tmp_path)
     model = tmp_path / "given.model"
-    model.write_bytes(small_tokenizer().model)
+    model.write_bytes(small_tokenizer().content)
     with caplog.at_level("INFO"):
         two = prepare_corpus(config_of(tmp_path, *sources[:2], tokenizer=str(model)), 16, 0)
         first_log = caplog.text

@@ -117,7 +117,7 @@ def mixture(folder: Path, *texts: list[str], given: int | None = None) -> DataCo
     """Return sources of these texts; source `given` gets the last one as its held-out text."""
     folder.mkdir(exist_ok=True)
     model = folder / "given.model"
-    model.write_bytes(small_tokenizer().model)
+    model.write_bytes(small_tokenizer().content)
     found = []
     for number, each in enumerate(texts):
         place = folder / f"source{number}"

@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 
 from configs import UserError
-from data import Tokenizer, load_tokenizer
+from data import SentencePieceTokenizer, load_tokenizer
 from data.tokenizer import cut_after_newlines, train_tokenizer
 from tests.data_corpora import random_text, small_tokenizer
 
@@ -75,7 +75,7 @@ def test_every_text_comes_back_unchanged() -> None:
 def test_cutting_texts_changes_no_id() -> None:
     """Encoding the parts gives the ids of the whole text."""
     tokenizer = small_tokenizer()
-    plain = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
+    plain = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.content)
     assert tokenizer.can_cut
     # Without U+2581, which is encoded as bytes on purpose.
     texts = [text.replace("\u2581", "_") for text in random_strings(300, 200)]
@@ -101,10 +101,10 @@ def test_training_is_exact_and_repeatable() -> None:
     """A trained model has the requested size, bos and eos, and the same bytes every time."""
     sentences = random_text(2, 300).split("\n")
     model = train_tokenizer(sentences, 350)
-    tokenizer = Tokenizer(model, "test")
+    tokenizer = SentencePieceTokenizer(model, "test")
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (350, 1, 2)
     assert model == train_tokenizer(sentences, 350)
-    assert Tokenizer(model, "again").fingerprint == tokenizer.fingerprint
+    assert SentencePieceTokenizer(model, "again").fingerprint == tokenizer.fingerprint
 
 
 def test_indentation_becomes_pieces() -> None:
@@ -119,7 +119,7 @@ def test_many_rare_characters_do_not_fill_the_vocabulary() -> None:
     rare = "".join(chr(0x4E00 + i) for i in range(2000))
     sentences = [*random_text(3, 9000).split("\n"), rare[:1000], rare[1000:]]
     for vocab_size in (380, 600):  # 600: too few merges to learn, so rare characters fill up
-        tokenizer = Tokenizer(train_tokenizer(sentences, vocab_size), "test")
+        tokenizer = SentencePieceTokenizer(train_tokenizer(sentences, vocab_size), "test")
         assert tokenizer.vocab_size == vocab_size
         assert tokenizer.decode(tokenizer.encode(rare)) == rare
 
@@ -130,7 +130,7 @@ def test_too_large_vocab_size_names_one_that_works() -> None:
     with pytest.raises(ValueError, match=r"data\.vocab_size=9999 is too large") as error:
         train_tokenizer(sentences, 9999)
     largest = int(str(error.value).split("set data.vocab_size=")[1].split()[0])
-    assert Tokenizer(train_tokenizer(sentences, largest), "test").vocab_size == largest
+    assert SentencePieceTokenizer(train_tokenizer(sentences, largest), "test").vocab_size == largest
     with pytest.raises(ValueError, match=r"data\.vocab_size=100 is too small"):
         train_tokenizer(sentences, 100)
 
@@ -139,24 +139,24 @@ def test_too_large_vocab_size_names_one_that_works() -> None:
 def test_a_corrupt_model_is_named(tmp_path: Path, content: bytes | str) -> None:
     """Empty, foreign and truncated files give an error with key and path."""
     path = tmp_path / "broken.model"
-    model = small_tokenizer().model
+    model = small_tokenizer().content
     path.write_bytes(model[: len(model) // 2] if isinstance(content, str) else content)
-    with pytest.raises(ValueError, match=r"data\.tokenizer='.*broken\.model' is not a readable"):
+    with pytest.raises(ValueError, match=r"data\.tokenizer=.*broken\.model is not a readable"):
         load_tokenizer(path)
 
 
 def test_a_missing_model_is_named(tmp_path: Path) -> None:
     """The message contains key and path."""
-    with pytest.raises(UserError, match=r"data\.tokenizer='.*none\.model' is not a file"):
+    with pytest.raises(UserError, match=r"data\.tokenizer=.*none\.model does not exist"):
         load_tokenizer(tmp_path / "none.model")
 
 
 def test_a_model_without_bos_or_eos_is_refused() -> None:
     """Documents need both as boundaries."""
     with pytest.raises(ValueError, match="bos_id=-1"):
-        Tokenizer(train_any(bos_id=-1), "data.tokenizer='x'")
+        SentencePieceTokenizer(train_any(bos_id=-1), "data.tokenizer='x'")
     with pytest.raises(ValueError, match="eos_id=-1"):
-        Tokenizer(train_any(eos_id=-1), "data.tokenizer='x'")
+        SentencePieceTokenizer(train_any(eos_id=-1), "data.tokenizer='x'")
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_a_model_without_bos_or_eos_is_refused() -> None:
 def test_texts_are_not_cut_for_other_models(options: dict[str, object]) -> None:
     """If a cut could change ids, texts are encoded whole."""
     model = train_any(**options)
-    tokenizer = Tokenizer(model, "given")
+    tokenizer = SentencePieceTokenizer(model, "given")
     plain = sentencepiece.SentencePieceProcessor(model_proto=model)
     text = random_text(5, 2000)
     assert not tokenizer.can_cut

@@ -154,7 +154,7 @@ def test_the_other_files(exported: dict[str, tuple[Config, Path]]) -> None:
     assert "/home" not in card
     generation = json.loads((folder / "generation_config.json").read_text())
     assert generation["suppress_tokens"] == list(range(320, VOCAB))
-    assert (folder / "tokenizer.model").read_bytes() == small_tokenizer().model
+    assert (folder / "tokenizer.model").read_bytes() == small_tokenizer().content
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -76,7 +76,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         folder = tmp_path_factory.mktemp("source")
         size = "20KB" if kind == "Llama" else "1GB"
         hf_model(kind, **options).to(dtype).save_pretrained(folder, max_shard_size=size)
-        (folder / "tokenizer.model").write_bytes(small_tokenizer().model)
+        (folder / "tokenizer.model").write_bytes(small_tokenizer().content)
         folders[name] = folder
     return folders
 
@@ -316,12 +316,12 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "another vocabulary": (
         lambda folder: change_json(folder, vocab_size=300),
-        "320 pieces but the model has only 300 embeddings",
+        "320 tokens but the model has only 300 embeddings",
     ),
     "no config": (lambda folder: remove(folder, "config.json"), "has no config.json"),
     "no tokenizer": (
         lambda folder: remove(folder, "tokenizer.model"),
-        "no tokenizer.model.*give tokenizer=FILE",
+        "tokenizer=.* is a folder without tokenizer.model and tokenizer.json",
     ),
     "tiktoken": (
         lambda folder: (folder / "tokenizer.model").write_text("IQ== 0\n"),

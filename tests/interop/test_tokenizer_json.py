@@ -7,7 +7,7 @@ import random
 import pytest
 import tokenizers
 
-from data import Tokenizer
+from data import SentencePieceTokenizer, Tokenizer
 from data.tokenizer import train_tokenizer
 from interop.check import unusual_texts
 from interop.tokenizer_json import tokenizer_json
@@ -41,7 +41,7 @@ def test_ambiguous_merges() -> None:
     """Pieces of two letters overlap: every short text, and long ones."""
     rng = random.Random(7)
     sentences = ["".join(rng.choices("ab ", k=60)) for _ in range(300)]
-    tokenizer = Tokenizer(train_tokenizer(sentences, 420), "test")
+    tokenizer = SentencePieceTokenizer(train_tokenizer(sentences, 420), "test")
     texts = ["".join(text) for n in range(9) for text in itertools.product("ab ", repeat=n)]
     texts += ["".join(rng.choices("ab ", k=rng.randrange(200))) for _ in range(2000)]
     assert_same_ids(tokenizer, texts)
@@ -68,7 +68,7 @@ SPACES = {"normalization_rule_name": "identity", "model_type": "bpe"}
 )
 def test_other_sentencepiece_options(options: dict[str, object]) -> None:
     """Dummy prefix, extra spaces removed, no byte fallback, user-defined symbols."""
-    tokenizer = Tokenizer(train_any(**SPACES, **options), "test")
+    tokenizer = SentencePieceTokenizer(train_any(**SPACES, **options), "test")
     texts = [*ODD_TEXTS, *unusual_texts(tokenizer, 500), *random_strings(1000, 40)]
     texts += ["<|im|>ab\n\n\nab", " ", "\u2581", " \u2581 a \u2581 ", "a\u2581", "\u2581  a"]
     assert_same_ids(tokenizer, texts)
@@ -86,4 +86,4 @@ def test_other_sentencepiece_options(options: dict[str, object]) -> None:
 def test_unsupported_options_are_refused(options: dict[str, object], message: str) -> None:
     """Instead of giving other ids."""
     with pytest.raises(ValueError, match=message):
-        tokenizer_json(Tokenizer(train_any(**options), "test"))
+        tokenizer_json(SentencePieceTokenizer(train_any(**options), "test"))

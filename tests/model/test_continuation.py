@@ -2,7 +2,7 @@
 
 import pytest
 
-from data import Tokenizer
+from data import SentencePieceTokenizer
 from model.generation.continuation import Continuation
 from tests.data.test_tokenizer import ALPHABET, train_any
 from tests.data_corpora import small_tokenizer
@@ -49,7 +49,7 @@ def test_incomplete_characters_become_replacements() -> None:
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_spaces_between_words_are_kept(kind: str) -> None:
     """sentencepiece adds a space before a text and removes it; inside a text it stays."""
-    tokenizer = Tokenizer(train_any(model_type=kind), "default")
+    tokenizer = SentencePieceTokenizer(train_any(model_type=kind), "default")
     prompt, following = tokenizer.encode("def self"), tokenizer.encode("return value")
     pieces = add_all(Continuation(tokenizer, prompt, set(), None), following)
     assert "".join(pieces) == " return value"

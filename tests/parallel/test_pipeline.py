@@ -187,6 +187,7 @@ def _texts(lines: str) -> list[Any]:
         (Layout(pp=3), "step"),
         (Layout(pp=2, chunks=2), "step"),
         (Layout(dp=2, pp=2, chunks=2), "step"),
+        (Layout(cp=2, pp=2), "step"),
     ],
     ids=str,
 )

@@ -58,7 +58,7 @@ def test_another_tokenizer_is_refused_before_the_text_is_tokenized(
 ) -> None:
     """If it is given; otherwise it must be trained first."""
     path = tmp_path / "given.model"
-    path.write_bytes(small_tokenizer().model)
+    path.write_bytes(small_tokenizer().content)
     given = DataConfig("text", "a", tokenizer=str(path))
     with pytest.raises(CheckpointError, match="the tokenizer has changed since"):
         resume(monkeypatch, Config(data=DataConfig("text", "a")), Config(data=given))

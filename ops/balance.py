@@ -1,0 +1,40 @@
+"""How context parallelism balances causal attention: which positions of a row each rank has."""
+
+from typing import NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+
+
+class CPRank(TypedDict, total=False):
+    """A rank on the context-parallel axis; without it, there is one."""
+
+    cp_rank: int
+    cp_size: int
+
+
+class RowDocuments(NamedTuple):
+    """The documents of whole rows, for one context-parallel rank that has a part of each."""
+
+    numbers: Tensor  # [b, s]; tokens see only those with the same number
+    visible_ranks: tuple[int, ...]  # those with tokens that this rank's queries see, itself too
+
+
+def balanced_positions(
+    length: int, rank: int, size: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Positions of one of `size` ranks in a row: chunks `rank` and 2c - 1 - `rank` of 2c; `[s/c]`.
+
+    `length`, s, is a multiple of 2c. Attention to the last chunk costs most, so every rank gets one
+    cheap and one expensive chunk (Llama 3, arXiv 2407.21783, section 3.3.2).
+    """
+    positions = torch.arange(length, device=device)
+    if size == 1:
+        return positions
+    chunks = positions.chunk(2 * size)
+    return torch.cat((chunks[rank], chunks[-1 - rank]))
+
+
+def width_multiple(cp_size: int, tp_size: int) -> int:
+    """The number of which the width of a row is a multiple: of equal chunks, each split over tp."""
+    return tp_size if cp_size == 1 else 2 * cp_size * tp_size
