@@ -37,6 +37,11 @@ def parse(arguments: list[str]) -> tuple[Config, int, float | None]:
 def num_ranks(nproc: int | None, config: Config) -> int:
     """Return nproc, by default the ranks of one replica, if that divides it."""
     key, parallel = "parallel.tensor_model_parallel_size", config.parallel
+    if (pp := parallel.pipeline_model_parallel_size) > 1:
+        raise ConfigError(
+            f"plan.py does not support parallel.pipeline_model_parallel_size={pp}; plan one stage "
+            f"as a model of model.num_layers={-(-config.model.num_layers // pp)}"
+        )
     needed, n = parallel.ranks_per_replica, nproc or parallel.ranks_per_replica
     if n % needed:
         nearest = n // needed * needed, -(-n // needed) * needed

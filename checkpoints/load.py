@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -148,14 +148,17 @@ def load_tensors(
     *,
     prefix: str = "",
     converts: bool = False,
+    names: Collection[str] | None = None,
 ) -> None:
     """Fill the local shards of `tensors` from a verified checkpoint.
 
-    Raises CheckpointError unless `tensors` has the names, shapes and (unless it `converts`) dtypes
-    of all stored tensors whose names begin with `prefix`.
+    `names` are those of the tensors of all ranks, if a rank has only some of them. Raises
+    CheckpointError unless they are the names of all stored tensors that begin with `prefix`, and
+    `tensors` has their shapes and (unless it `converts`) dtypes.
     """
     stored_names = {name for name in checkpoint.tensors if name.startswith(prefix)}
-    missing, unknown = sorted(tensors.keys() - stored_names), sorted(stored_names - tensors.keys())
+    names = set(tensors if names is None else names)
+    missing, unknown = sorted(names - stored_names), sorted(stored_names - names)
     if missing or unknown:
         raise CheckpointError(
             f"{checkpoint.directory} is of another model: "

@@ -173,8 +173,10 @@ def _local_shards(
     local, shards = {}, {}
     for name, tensor in tensors.items():
         shard = tensor.tensor
-        if (tensor.tp_dim is None and mesh.tp.rank > 0) or shard.numel() == 0:
-            continue  # replicated over tp: rank 0 of the axis writes it
+        is_copy = tensor.tp_dim is None and mesh.tp.rank > 0  # rank 0 of the axis writes it
+        is_copy |= tensor.is_tied and mesh.pp.rank > 0
+        if is_copy or shard.numel() == 0:
+            continue
         on_host = move_to(shard, "cpu").contiguous()
         is_shared = on_host.data_ptr() == shard.data_ptr()  # False if copied from a GPU
         local[name] = on_host.clone() if copy and is_shared else on_host

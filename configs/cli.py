@@ -108,7 +108,11 @@ def run_config(run: str, tensor_model_parallel_size: int | None = None, **train:
     config = dataclasses.replace(
         config,
         parallel=dataclasses.replace(
-            config.parallel, tensor_model_parallel_size=t, context_parallel_size=1
+            config.parallel,
+            tensor_model_parallel_size=t,
+            context_parallel_size=1,
+            pipeline_model_parallel_size=1,
+            virtual_pipeline_model_parallel_size=None,
         ),
         train=dataclasses.replace(settings, global_batch_size=batch),
     )

@@ -42,6 +42,7 @@ _ALIASES = {
     "rotary_base": "rope_theta",
     "untie_embeddings_and_output_weights": "tie_word_embeddings",
     "tensor_model_parallel_size": "tp tp_size",
+    "pipeline_model_parallel_size": "pp pp_size",
     "context_parallel_size": "cp cp_size",
     "recompute_granularity": "gradient_checkpointing",
     "global_batch_size micro_batch_size num_samples": "batch_size",

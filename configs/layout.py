@@ -13,6 +13,8 @@ from configs.schema import Config
 from configs.weights import model_weights
 
 _TP = "parallel.tensor_model_parallel_size"
+_PP = "parallel.pipeline_model_parallel_size"
+_VPP = "parallel.virtual_pipeline_model_parallel_size"
 _CP = "parallel.context_parallel_size"
 
 
@@ -26,9 +28,18 @@ def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
+def stage_layers(num_layers: int, num_pieces: int, piece: int) -> range:
+    """Return the layers of one of the pieces of a pipeline; the first ones may have one more."""
+    size, rest = divmod(num_layers, num_pieces)
+    start = piece * size + min(piece, rest)
+    return range(start, start + size + (piece < rest))
+
+
 def check_layout(config: Config, world_size: int) -> None:
     """Raise ConfigError if the model or the batch cannot be divided over this many ranks."""
-    tp, cp = config.parallel.tensor_model_parallel_size, config.parallel.context_parallel_size
+    parallel = config.parallel
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    pp = parallel.pipeline_model_parallel_size
     if tp > world_size:
         ranks = "there is 1 rank" if world_size == 1 else f"there are {world_size} ranks"
         fix = f"start with torchrun --nproc-per-node {tp} ..., or choose {_TP}={world_size}"
@@ -41,11 +52,36 @@ def check_layout(config: Config, world_size: int) -> None:
         problem = f"x {_TP}={tp} does not divide the number of ranks {world_size} (torchrun's nodes"
         fix = f"choose {_CP}={listed(divisors(world_size // tp))}, or a multiple of {cp * tp} ranks"
         raise bad_setting(_CP, cp, f"{problem} x --nproc-per-node); {fix}")
+    if world_size // (tp * cp) % pp:
+        sizes = f"x {_TP}={tp}" + (f" x {_CP}={cp}" if cp > 1 else "")
+        problem = f"{sizes} does not divide the number of ranks {world_size} (torchrun's nodes"
+        fix = f"choose {_PP}={listed(divisors(world_size // (tp * cp)))}, or a multiple of"
+        raise bad_setting(
+            _PP, pp, f"{problem} x --nproc-per-node); {fix} {parallel.ranks_per_replica} ranks"
+        )
     if cp > 1:
         _check_context(config, tp, cp)
+    _check_stages(config)
     _check_split(config, tp)
-    _check_shards(config, tp, world_size // tp)
-    _check_batch(config, world_size // (tp * cp))
+    _check_shards(config, tp, world_size // (tp * pp))
+    _check_batch(config, world_size // parallel.ranks_per_replica)
+
+
+def _check_stages(config: Config) -> None:
+    parallel, num_layers = config.parallel, config.model.num_layers
+    pp, chunks = (
+        parallel.pipeline_model_parallel_size,
+        parallel.virtual_pipeline_model_parallel_size,
+    )
+    if pp == 1 and (chunks or 1) > 1:
+        fix = f"choose {_VPP}=null, or {_PP}=2 or more"
+        raise bad_setting(_VPP, chunks, f"has no effect with {_PP}=1; {fix}")
+    if pp * (chunks or 1) > num_layers:
+        sizes = f"{_PP} x {_VPP}" if chunks else _PP
+        x_chunks = f"x {_VPP}={chunks} " if chunks else ""
+        problem = f"{x_chunks}is more than model.num_layers={num_layers}"
+        fix = f"choose {sizes} of at most {num_layers}, or more layers"
+        raise bad_setting(_PP, pp, f"{problem}; {fix}")
 
 
 def _check_context(config: Config, tp: int, cp: int) -> None:
@@ -87,13 +123,16 @@ def _check_shards(config: Config, tp: int, dp_cp: int) -> None:
     weight = _weight_with_empty_shard(config, tp, dp_cp)
     if weight is None:
         return
-    world_size, cp = tp * dp_cp, config.parallel.context_parallel_size
+    world_size, cp = tp * dp_cp, config.parallel.context_parallel_size  # of a stage
     others = f"data parallel size {dp_cp // cp}" + (f" x {_CP}={cp}" if cp > 1 else "")
     working = [size for size in divisors(world_size) if _splits(config, size, world_size)]
+    ranks = f"{world_size} ranks"
+    if config.parallel.pipeline_model_parallel_size > 1:
+        ranks += " per stage"
     fix = (
-        f"with {world_size} ranks, choose {_TP}={listed(working)}"
+        f"with {ranks}, choose {_TP}={listed(working)}"
         if working
-        else f"no layout of {world_size} ranks works; use fewer ranks or a larger model"
+        else f"no layout of {ranks} works; use fewer ranks or a larger model"
     )
     raise ConfigError(
         f"{weight} has too few rows to shard over {_TP}={tp} x {others}: a rank would have none; "

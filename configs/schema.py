@@ -143,6 +143,11 @@ class ParallelConfig:
     context_parallel_size: Count = 1  # Number of ranks that share each sequence (CP)
     # How CP ranks exchange keys and values: gather them, or pass them around a ring (less memory).
     cp_comm_type: Literal["all_gather", "p2p"] = "all_gather"
+    # Number of stages that split the layers (PP), each on its own ranks; schedule: 1F1B.
+    pipeline_model_parallel_size: Count = 1
+    # Chunks of layers per stage, for the interleaved schedule: a smaller bubble, more messages.
+    # null: one.
+    virtual_pipeline_model_parallel_size: Count | None = None
     # Overlap TP communication with matmuls: in backward, or in both directions in chunks (for slow
     # networks). none: no overlap; gathered inputs are then kept for backward.
     tp_comm_overlap: Literal["none", "backward", "both"] = "backward"
@@ -157,13 +162,18 @@ class ParallelConfig:
     # Reduce gradients over data-parallel ranks per step (faster) or per micro_batch (less memory).
     gradient_sync: Literal["step", "micro_batch"] = "step"
     # Free the weights gathered over data-parallel ranks after each layer's forward and backward.
-    # false: gather them once per step and keep them, 2 bytes per parameter in bf16; faster.
+    # false: gather them once per step and keep them, 2 bytes per parameter in bf16; faster. In a
+    # pipeline always false.
     reshard_after_forward: bool = True
 
     @property
     def ranks_per_replica(self) -> int:
-        """Number of ranks that share one micro-batch: TP x CP."""
-        return self.tensor_model_parallel_size * self.context_parallel_size
+        """Number of ranks that share one micro-batch: PP x CP x TP."""
+        return (
+            self.pipeline_model_parallel_size
+            * self.context_parallel_size
+            * self.tensor_model_parallel_size
+        )
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from parallel import (
     sequence_shard,
     sum_partial_gradients,
 )
-from parallel.traffic import Collective, record_traffic
+from parallel.transport.traffic import Collective, record_traffic
 
 # No two of s, b, h, f and their quotients by 2 or 4 are equal, but 2h/t = h where t is 2.
 S, B = 8, 3

@@ -10,11 +10,13 @@ each rank has s/c positions (ops/balance.py), and s stands for those.
 
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from configs.layout import stage_layers
 from configs.schema import ModelConfig, Recompute
 from configs.weights import block_weights, model_weights, select
 from model.attention import SelfAttention
@@ -31,6 +33,7 @@ from parallel import (
     VocabParallelEmbedding,
     declare_parameter,
     dropout_add,
+    forward_only,
     gather_vocabulary,
     key_blocks,
     lookup,
@@ -88,11 +91,18 @@ class Block(nn.Module):
         return dropout_add(y, x, self.hidden_dropout, stream, self.layer, site, self.mesh)
 
 
+class ChunkInput(TypedDict, total=False):
+    """A chunk of this stage of a pipeline, and the activations it gets; None: the tokens."""
+
+    chunk: int
+    x: Tensor | None
+
+
 class GPT(nn.Module):
     """A decoder-only transformer: pre-norm, learned or rotary positions, a tied or separate head.
 
     tokens -> embedding (+ position), dropout -> L blocks -> norm -> logits. Activations have
-    `dtype`.
+    `dtype`. In a pipeline, a rank has only what its stage needs, see parallel/pipeline.py.
     """
 
     positions: Tensor  # [s, h], where they are learned
@@ -107,22 +117,33 @@ class GPT(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.config, self.vocab_size, self.mesh = config, vocab_size, mesh
+        self.config, self.vocab_size, self.mesh, self.dtype = config, vocab_size, mesh, dtype
         weights = model_weights(config, vocab_size)
-        self.embedding = VocabParallelEmbedding(weights["embedding.weight"], mesh, dtype)
+        self.is_tied = "lm_head" not in weights
+        if mesh.pp.rank == 0 or (mesh.is_last_stage and self.is_tied):
+            is_tied = self.is_tied and mesh.pp.size > 1
+            self.embedding = VocabParallelEmbedding(
+                weights["embedding.weight"], mesh, dtype, is_tied
+            )
         self.has_learned_positions = "positions" in weights
-        if table := weights.get("positions"):
+        if mesh.pp.rank == 0 and (table := weights.get("positions")):
             # Looked up on the sequence shard, after the reduce-scatter of the embedding.
             declare_parameter(
                 self, "positions", table, mesh, grad_is_partial=mesh.sequence_parallel
             )
-        self.blocks = nn.ModuleList(
-            Block(config, layer, mesh, recompute) for layer in range(config.num_layers)
-        )
-        self.norm = make_norm(config, select(weights, "norm"), mesh)
-        self.is_tied = "lm_head" not in weights
-        if not self.is_tied:
-            declare_parameter(self, "lm_head", weights["lm_head"], mesh)
+        self.blocks, self.chunks = nn.ModuleList(), []
+        num_pieces = mesh.pp.size * mesh.num_chunks
+        for piece in range(mesh.pp.rank, num_pieces, mesh.pp.size):
+            chunk = []
+            for layer in stage_layers(config.num_layers, num_pieces, piece):
+                chunk.append(Block(config, layer, mesh, recompute))
+                # The number in the whole model is part of the names of weights.
+                self.blocks.add_module(str(layer), chunk[-1])
+            self.chunks.append(chunk)
+        if mesh.is_last_stage:
+            self.norm = make_norm(config, select(weights, "norm"), mesh)
+            if not self.is_tied:
+                declare_parameter(self, "lm_head", weights["lm_head"], mesh)
 
     def forward(
         self,
@@ -134,8 +155,11 @@ class GPT(nn.Module):
         z_loss_coeff: float = 0.0,
         cache: KeyValueCache | None = None,
         logits_to_keep: slice = slice(None),
+        **piece: Unpack[ChunkInput],
     ) -> Losses | Tensor:
         """Return the losses over all targets, or without targets the logits `[b, s, v]` in float32.
+
+        In a pipeline only the last stage has those; the others return their activations.
 
         `tokens`, `positions`, `targets` `[b, s]`; s a multiple of t. Negative targets are ignored.
         `stream` names the dropout masks; None: no dropout.
@@ -143,23 +167,51 @@ class GPT(nn.Module):
         same number; None: all earlier ones.
         `cache`: tokens follow and see the cached ones; no backward.
         `logits_to_keep`: the positions to compute logits for.
+        `piece`: run only one chunk of this stage. Nothing: all, without gradients in a pipeline.
         """
         # The only transpose: data is batch first, the model sequence first.
-        positions = positions.t()
+        tokens, positions = tokens.t(), positions.t()
         documents = documents.t() if isinstance(documents, Tensor) else documents
-        mesh, (s, _), blocks = self.mesh, positions.shape, None
+        mesh, shape, blocks = self.mesh, self.activation_shape(tokens), None
         if mesh.cp.size > 1 and cache is None:
             assert not isinstance(documents, Tensor)
-            blocks = key_blocks(s, mesh.cp, documents)
+            blocks = key_blocks(len(positions), mesh.cp, documents)
         if stream is not None:
-            num_rows = s // mesh.tp.size if mesh.sequence_parallel else s
-            stream = replace(stream, positions=row_positions(num_rows, mesh, tokens.device))
-        x = self.embed(tokens.t(), positions, stream)  # [s/t, b, h]
+            stream = replace(stream, positions=row_positions(shape[0], mesh, tokens.device))
         context = make_attention_context(
-            self.config, positions, documents, stream, x.dtype, cache, blocks
+            self.config, positions, documents, stream, self.dtype, cache, blocks
         )
-        for block in self.blocks:
-            x = block(x, context)
+
+        def run_chunk(chunk: int, x: Tensor | None) -> Losses | Tensor:
+            if x is None:
+                x = self.embed(tokens, positions, stream)  # [s/t, b, h]
+            for block in self.chunks[chunk]:
+                x = block(x, context)
+            if not mesh.is_last_stage or chunk < mesh.num_chunks - 1:
+                return x
+            return self.head(x, targets, z_loss_coeff, logits_to_keep)
+
+        if piece:
+            return run_chunk(**piece)
+        return forward_only(mesh, shape, self.dtype, run_chunk)
+
+    def modules_of_chunk(self, chunk: int) -> list[nn.Module]:
+        """The FSDP units whose gradients are complete after the last backward of a chunk.
+
+        Backward reaches chunk 0 last, and only then are those of the root complete.
+        """
+        return [*self.chunks[chunk], *([self] if chunk == 0 else [])]
+
+    def activation_shape(self, tokens: Tensor) -> tuple[int, int, int]:
+        """The shape `[s/t, b, h]` of the activations of tokens `[s, b]` on this rank."""
+        s, b = tokens.shape
+        shards = self.mesh.tp.size if self.mesh.sequence_parallel else 1
+        return s // shards, b, self.config.hidden_size
+
+    def head(
+        self, x: Tensor, targets: Tensor | None, z_loss_coeff: float, logits_to_keep: slice
+    ) -> Losses | Tensor:
+        """Return the losses of the last block's output, or without `targets` the logits."""
         x = self.norm(x)
         head = (self.embedding.weight if self.is_tied else self.lm_head).to(x.dtype)  # [v/t, h]
         if targets is None:

@@ -73,6 +73,11 @@ OTHER_COLLECTIVES = tuple(
 )
 
 
+def call_after_backward(function: Callable[[], None]) -> None:
+    """Call a function at the end of the backward pass that is running."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
 def current_saved_tensors_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:
     """The innermost pack and unpack hooks, identities if there are none.
 

@@ -41,6 +41,7 @@ from parallel.parameters import (
     initialise_parameters,
     local_shards,
 )
+from parallel.pipeline import forward_only, run_pipeline
 from parallel.randomness import DropoutStream, dropout_add, fold_seed, row_positions
 from parallel.replica_check import compare_replicas
 from parallel.transport.backend import is_transport_frame, lost_connection
@@ -67,6 +68,7 @@ __all__ = [
     "declare_parameter",
     "dropout_add",
     "fold_seed",
+    "forward_only",
     "free_gathered_weights",
     "gather_json",
     "gather_vocabulary",
@@ -81,6 +83,7 @@ __all__ = [
     "machine_id",
     "move_to",
     "row_positions",
+    "run_pipeline",
     "sequence_shard",
     "set_gradient_sync",
     "set_reshard_after_backward",

@@ -43,9 +43,8 @@ def shard_over_data_parallel(
         fully_shard(
             module,
             mesh=mesh.fsdp_mesh,
-            reshard_after_forward=None
-            if reshard_after_forward
-            else False,  # None: all but the root
+            # None: all but the root
+            reshard_after_forward=None if reshard_after_forward else False,
             mp_policy=policy,
         )
         assert isinstance(module, FSDPModule)
@@ -57,8 +56,10 @@ def shard_over_data_parallel(
         overlap_on_cpu(model, blocks, one_sum_per_step)
 
 
-def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
-    """Set whether the next backward sums its gradients over dp.
+def set_gradient_sync(
+    model: nn.Module, enabled: bool, modules: Iterable[nn.Module] | None = None
+) -> None:
+    """Set whether the next backward sums the gradients of `modules` (None: of all) over dp.
 
     If not, they accumulate unsharded in float32: less traffic, more memory.
     """
@@ -67,7 +68,9 @@ def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
     if enabled and hasattr(model, "deferred"):  # FSDP2 would add to a sum that is still running
         sharded = [p for p in model.parameters() if isinstance(p, DTensor)]
         assert all(parameter.grad is None for parameter in sharded)
-    model.set_requires_gradient_sync(enabled)
+    for module in model.modules() if modules is None else modules:
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(enabled, recurse=False)
 
 
 def set_reshard_after_backward(model: nn.Module, enabled: bool) -> None:

@@ -1,4 +1,4 @@
-"""Gradients after the backward pass: sum the partial ones over tp, then clip by the global norm.
+"""Gradients after the backward pass: sum the partial ones over ranks, clip by the global norm.
 
 Each rank has its float32 shard of every gradient, summed over micro-batches and dp.
 """
@@ -11,30 +11,39 @@ from torch import Tensor, nn
 
 from ops.torch_private import foreach_copy_, foreach_mul_, foreach_norm
 from parallel.collectives import move_to, sum_over
+from parallel.data_parallel import free_gathered_weights
 from parallel.dp_overlap import await_gradients
 from parallel.mesh import Mesh
 from parallel.parameters import LocalShard, local_shards
 
 
 def sum_partial_gradients(model: nn.Module, mesh: Mesh) -> None:
-    """Sum over tp the gradients that are partial (see parameters.py); one all-reduce for all."""
+    """Sum the gradients that are partial (see parameters.py); one all-reduce over tp for all.
+
+    A tied table has one part of its gradient on the first stage and one on the last.
+    """
     await_gradients(model)
+    free_gathered_weights(model)  # which stages of a pipeline keep until here
     gradients = _gradient_shards(model)
     partial = [gradient.tensor.view(-1) for gradient in gradients if gradient.grad_is_partial]
     if partial:
         summed = sum_over(mesh.tp, torch.cat(partial))
         foreach_copy_(partial, list(summed.split([grad.numel() for grad in partial])))
+    for gradient in gradients:
+        if gradient.is_tied:
+            sum_over(mesh.tied, gradient.tensor)
 
 
 def squared_norm(model: nn.Module, mesh: Mesh) -> Tensor:
     """This rank's share of the squared global norm of the gradients, a float64 scalar.
 
-    The sum over all ranks is the squared norm: a gradient that is replicated over tp counts once.
+    The sum over all ranks is the squared norm: a gradient that several ranks have counts once.
     """
     counted = [
         gradient.tensor
         for gradient in _gradient_shards(model)
-        if gradient.tp_dim is not None or mesh.tp.rank == 0
+        if (gradient.tp_dim is not None or mesh.tp.rank == 0)
+        and (not gradient.is_tied or mesh.pp.rank == 0)
     ]
     return _norms(counted).square().sum()
 

@@ -160,11 +160,13 @@ class VocabParallelEmbedding(nn.Module):
 
     weight: Tensor
 
-    def __init__(self, weight: WeightSpec, mesh: Mesh, dtype: torch.dtype) -> None:
+    def __init__(
+        self, weight: WeightSpec, mesh: Mesh, dtype: torch.dtype, is_tied: bool = False
+    ) -> None:
         super().__init__()
         self.mesh, self.dtype = mesh, dtype
         self.first_id, self.end_id = shard_range(weight.shape[0], mesh.tp.size, mesh.tp.rank)
-        declare_parameter(self, "weight", weight, mesh)
+        declare_parameter(self, "weight", weight, mesh, is_tied=is_tied)
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.mesh.tp.size == 1:

@@ -1,8 +1,9 @@
-"""The mesh of ranks: this process's place along the data, context and tensor-parallel axes.
+"""The mesh of ranks: this process's place along the pipeline, data, context and tensor axes.
 
-tp is the fastest axis, so that the ranks that communicate most are neighbours on one node:
-rank = (dp.rank * cp.size + cp.rank) * tp.size + tp.rank. A single rank is a 1 x 1 x 1 mesh, not a
-special case. FSDP2 shards over dp and cp together, because a gradient is a sum over both.
+tp is the fastest axis, so that the ranks that communicate most are neighbours on one node, and pp
+the slowest: rank = ((pp.rank * dp.size + dp.rank) * cp.size + cp.rank) * tp.size + tp.rank. A
+single rank is a mesh of size 1 along each axis, not a special case. FSDP2 shards over dp and cp
+together, because a gradient is a sum over both.
 """
 
 import logging
@@ -44,7 +45,7 @@ class Axis:
 class Mesh:
     """This process's place in the mesh, its groups, and how its layers use them."""
 
-    device_mesh: DeviceMesh  # axes ("dp", "cp", "tp")
+    device_mesh: DeviceMesh  # axes ("pp", "dp", "cp", "tp")
     fsdp_mesh: DeviceMesh  # the ranks of dp_cp
     device: torch.device
     tp: Axis
@@ -53,6 +54,10 @@ class Mesh:
     dp_cp: Axis  # dp and cp as one axis
     world: Axis
     local_rank: int
+    pp: Axis  # the stages of the pipeline; see pipeline.py
+    tied: Axis  # the first and the last stage; size 1 on a stage between them
+    pipeline_groups: tuple[dist.ProcessGroup, ...]  # over pp; see pipeline.py
+    num_chunks: int  # pieces of the model per stage, for the interleaved schedule
     sequence_parallel: bool  # false if tp.size is 1, so that layers need not check the size
     overlap: Overlap = "none"
     cp_comm_type: CPCommType = "all_gather"
@@ -60,10 +65,17 @@ class Mesh:
     attempt: str = ""  # the name of this launch that the ranks agreed on, see rendezvous.py
     is_restart: bool = False  # whether the launcher has restarted the ranks after a failure
 
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank has the head of the model, and so logits and losses."""
+        return self.pp.rank == self.pp.size - 1
+
 
 class MoreAxes(TypedDict, total=False):
     """Axes of which most programs have one rank."""
 
+    pipeline_model_parallel_size: int
+    num_chunks: int
     context_parallel_size: int
     cp_comm_type: CPCommType
 
@@ -152,31 +164,40 @@ def make_mesh(
     local_rank: int,
     overlap: Overlap = "none",
     compile: bool = False,
-    context_parallel_size: int = 1,
-    cp_comm_type: CPCommType = "all_gather",
+    **more_axes: Unpack[MoreAxes],
 ) -> Mesh:
-    """Create the ("dp", "cp", "tp") mesh over the existing process group.
+    """Create the ("pp", "dp", "cp", "tp") mesh over the existing process group.
 
-    Raises RuntimeError if the number of ranks is not divisible by the tensor-parallel times the
-    context-parallel size.
+    Raises RuntimeError if the number of ranks is not divisible by the sizes of the other axes.
     """
     world_size, tp_size = dist.get_world_size(), tensor_model_parallel_size
-    cp_size = context_parallel_size
-    if world_size % (cp_size * tp_size):
-        sizes = f"tp={tp_size}" if cp_size == 1 else f"cp={cp_size} x tp={tp_size}"
+    pp_size = more_axes.get("pipeline_model_parallel_size", 1)
+    cp_size, num_chunks = more_axes.get("context_parallel_size", 1), more_axes.get("num_chunks", 1)
+    if world_size % (pp_size * cp_size * tp_size):
+        axes = {"pp": pp_size, "cp": cp_size, "tp": tp_size}
+        sizes = " x ".join(f"{n}={size}" for n, size in axes.items() if size > 1)
         raise RuntimeError(f"world size {world_size} is not divisible by {sizes}")
-    shape = (world_size // (cp_size * tp_size), cp_size, tp_size)
-    device_mesh = init_device_mesh(device.type, shape, mesh_dim_names=("dp", "cp", "tp"))
+    shape = (pp_size, world_size // (pp_size * cp_size * tp_size), cp_size, tp_size)
+    device_mesh = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp", "cp", "tp"))
     fsdp_mesh = device_mesh["dp"]
     if cp_size > 1:
-        of_tp_ranks = torch.arange(world_size).view(-1, tp_size).t().tolist()
-        group, _ = dist.new_subgroups_by_enumeration(of_tp_ranks)
+        of_stage = torch.arange(world_size).view(pp_size, -1, tp_size)
+        group = _own_group(of_stage.transpose(1, 2).flatten(0, 1).tolist())
+        assert group is not None
         fsdp_mesh = DeviceMesh.from_group(group, device.type, mesh_dim_names=("dp_cp",))
 
     def axis(group: dist.ProcessGroup | None) -> Axis:
         assert group is not None, "make_mesh needs a process group"
         return Axis(dist.get_world_size(group), dist.get_rank(group), group)
 
+    pp = axis(device_mesh.get_group("pp"))
+    tied, pipeline_groups = pp, [pp.group] * (4 if num_chunks > 1 else 2)
+    if pp_size > 1:
+        pipelines = device_mesh.mesh.flatten(1).t().tolist()  # one rank of each stage
+        pipeline_groups = [_own_group(pipelines) or pp.group for _ in pipeline_groups]
+        _connect_stages(pp, pipeline_groups, device)
+        ends = _own_group([[ranks[0], ranks[-1]] for ranks in pipelines])
+        tied = axis(ends) if ends is not None else Axis(1, 0, pp.group)
     return Mesh(
         device_mesh=device_mesh,
         device=device,
@@ -186,12 +207,38 @@ def make_mesh(
         dp=axis(device_mesh.get_group("dp")),
         dp_cp=axis(fsdp_mesh.get_group()),
         world=axis(dist.group.WORLD),
+        pp=pp,
+        tied=tied,
+        pipeline_groups=tuple(pipeline_groups),
+        num_chunks=num_chunks,
         local_rank=local_rank,
         sequence_parallel=sequence_parallel and tp_size > 1,
         overlap=overlap,
-        cp_comm_type=cp_comm_type,
+        cp_comm_type=more_axes.get("cp_comm_type", "all_gather"),
         compile=compile,
     )
+
+
+def _own_group(groups: list[list[int]]) -> dist.ProcessGroup | None:
+    """Create groups of ranks; returns this rank's, if it is in one. All ranks must call this."""
+    own, _ = dist.new_subgroups_by_enumeration(groups)
+    return own
+
+
+def _connect_stages(pp: Axis, groups: list[dist.ProcessGroup], device: torch.device) -> None:
+    """Send a number along each connection of a pipeline, see [Note: messages] in pipeline.py.
+
+    NCCL creates a connection at its first message, which blocks both ranks. In a schedule two ranks
+    could then wait for each other.
+    """
+    number = torch.zeros(1, device=device)
+    for index, group in enumerate(groups):
+        step = -1 if index % 2 else 1
+        is_between_ends = index > 1
+        if (0 <= pp.rank - step < pp.size) != is_between_ends:
+            dist.recv(number, group=group, group_src=(pp.rank - step) % pp.size)
+        if (0 <= pp.rank + step < pp.size) != is_between_ends:
+            dist.send(number, group=group, group_dst=(pp.rank + step) % pp.size)
 
 
 def close_mesh() -> None:

@@ -45,6 +45,7 @@ class _Declared:
     first_row: int  # in the parameter
     slices: tuple[slice, ...]  # this tp rank's part of the whole
     grad_is_partial: bool  # over the tp axis, see [Note: partial gradients]
+    is_tied: bool
     mesh: Mesh
 
     @property
@@ -61,6 +62,7 @@ class LocalShard:
     slices: tuple[slice, ...]  # of the whole
     tp_dim: int | None  # the dim sharded over tp; None: every tp rank has the same
     grad_is_partial: bool  # over the tp axis, see [Note: partial gradients]
+    is_tied: bool  # held by the first and the last stage, with a part of its gradient each
 
 
 def declare_parameter(
@@ -70,6 +72,7 @@ def declare_parameter(
     mesh: Mesh,
     *,
     grad_is_partial: bool = False,
+    is_tied: bool = False,
 ) -> None:
     """Register `module.name` on the meta device: it has no memory and no values yet.
 
@@ -85,7 +88,7 @@ def declare_parameter(
             slices[tp_dim] = slice(*shard_range(spec.shape[tp_dim], mesh.tp.size, mesh.tp.rank))
         # A rank that uses some rows of a weight that all have only sees the gradient of those.
         is_partial = grad_is_partial or tp_dim != spec.tp_dim
-        one = _Declared(spec, num_rows, tuple(slices), is_partial, mesh)
+        one = _Declared(spec, num_rows, tuple(slices), is_partial, is_tied, mesh)
         declared[weight_name] = one
         num_rows += one.num_rows
     row_shape = [part.stop - part.start for part in slices[1:]]
@@ -130,6 +133,7 @@ def local_shards(
                 (rows, *one.slices[1:]),
                 one.spec.tp_dim_at(one.mesh.tp.size),
                 one.grad_is_partial,
+                one.is_tied,
             )
     return shards
 

@@ -5,7 +5,8 @@ Over tp, a tensor that is not sharded (a norm weight, a row-parallel bias, and t
 updated by every rank on its own. The copies stay equal because their gradients are. A partial
 gradient that is not summed, a kernel that adds in another order on one rank, or a flipped bit makes
 them diverge; nothing fails, but the loss gets worse. Over dp x cp FSDP2 shards every tensor, and
-the weights it gathers for a block are compared.
+the weights it gathers for a block are compared. Over pp the first and the last stage share a tied
+table.
 """
 
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ from parallel.parameters import LocalShard
 class ReplicaMismatch(NamedTuple):
     """A tensor that differs between ranks of a group."""
 
-    axis: str  # tp, dp or dp x cp
+    axis: str  # tp, dp, dp x cp or pp
     name: str
     ranks: tuple[int, ...]  # of the group, as global ranks
     odd_ranks: tuple[int, ...]  # those that differ from the majority; all if there is none
@@ -47,6 +48,7 @@ def compare_replicas(
     """
     replicated = {name: one.tensor for name, one in shards.items() if one.tp_dim is None}
     found = _compare(replicated, "tp", mesh.tp)
+    found += _compare({name: t.tensor for name, t in shards.items() if t.is_tied}, "pp", mesh.tied)
     if mesh.dp_cp.size > 1:
         found += _compare_gathered(model, mesh)
     return sorted(

@@ -4,11 +4,11 @@ The code is train.py's own: model, FSDP2, loss, gradients, optimizer. Its tensor
 contents (torch's FakeTensorMode on a CPU), and its collectives return at once. The memory that the
 step takes and the collectives that it issues are recorded, not derived.
 
-M is the bytes of a full tensor, see [Note: bytes on a ring] in parallel/traffic.py.
+M is the bytes of a full tensor, see [Note: bytes on a ring] in parallel/transport/traffic.py.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -22,9 +22,9 @@ from data import BatchLoader, MicroBatch, StepBatch
 from model import GPT, build_meta_model
 from ops.balance import width_multiple
 from ops.dropout import dropout_keys
-from ops.torch_private import FakeTensorMode
-from parallel import Mesh, local_shards
-from parallel.traffic import Collective, fake_mesh, record_traffic
+from ops.torch_private import FakeTensorMode, call_after_backward
+from parallel import Losses, Mesh, local_shards
+from parallel.transport.traffic import Collective, fake_mesh, record_traffic
 from planning.memory_log import Allocation, MemoryLog
 from training.optimizer import WEIGHTS, build_optimizer, training_tensors
 from training.state import Run, RunState
@@ -103,15 +103,12 @@ class StepTracer:
         for number, block in enumerate(model.blocks):
             block.register_forward_pre_hook(partial(self._enter_layer, number))
             block.register_forward_hook(partial(self._leave_layer, number))
-        model.register_forward_hook(lambda *_: self._end_span(FORWARD, BACKWARD))
+        model.register_forward_hook(self._leave_model)
 
-    def trace(self, micro_batches: Sequence[MicroBatch]) -> Iterator[MicroBatch]:
-        """Yield the micro-batches of a step, and follow their forward and backward."""
-        for number, micro_batch in enumerate(micro_batches):
-            self.move_to(FORWARD)
-            self._micro_batch = number
-            yield micro_batch
-            self._end_span(BACKWARD, AFTER)
+    def begin(self, micro_batch: int) -> None:
+        """Follow the forward and backward of a micro-batch."""
+        self.move_to(FORWARD)
+        self._micro_batch = micro_batch
 
     def move_to(self, phase: str, layer: int | None = None) -> None:
         """Record the collectives since the last call, then enter another part of the step."""
@@ -123,6 +120,11 @@ class StepTracer:
         self.move_to(next_phase)
         self.spans.append(_Span(phase, self._span_begin, self.memory.now))
         self._span_begin = self.memory.now
+
+    def _leave_model(self, _: nn.Module, __: Any, losses: Losses) -> None:
+        self._end_span(FORWARD, BACKWARD)
+        end = partial(self._end_span, BACKWARD, AFTER)
+        losses.objective.register_hook(lambda _: call_after_backward(end))
 
     def _enter(self, name: str, *_: Any) -> None:
         self.memory.modules.append(name)
@@ -141,12 +143,13 @@ class StepTracer:
 
 
 class _TracedList(list[MicroBatch]):
-    """Micro-batches whose iteration a tracer follows."""
+    """Micro-batches of which a tracer learns when a step begins one."""
 
     tracer: StepTracer
 
-    def __iter__(self) -> Iterator[MicroBatch]:
-        return self.tracer.trace(list(super().__iter__()))
+    def __getitem__(self, number: Any) -> Any:
+        self.tracer.begin(number)
+        return super().__getitem__(number)
 
 
 def dry_run(config: Config, num_ranks: int, num_traced: int | None = None) -> StepReport:

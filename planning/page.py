@@ -8,7 +8,7 @@ import torch
 
 from configs import Config
 from model import flops_per_token, num_parameters
-from parallel.traffic import Collective
+from parallel.transport.traffic import Collective
 from planning.dry_run import AFTER, BEFORE, SavedTensors, StepReport
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}

@@ -53,6 +53,8 @@ class Layout:
 
     tp: int = 1
     dp: int = 1
+    pp: int = 1
+    chunks: int = 1  # of each stage
     cp: int = 1
     sp: bool = True
     overlap: Overlap = "none"
@@ -62,7 +64,7 @@ class Layout:
     @property
     def num_ranks(self) -> int:
         """Ranks of all axes."""
-        return self.tp * self.cp * self.dp
+        return self.tp * self.cp * self.dp * self.pp
 
     def has_devices(self) -> bool:
         """Whether the test device has a place for each rank."""
@@ -75,7 +77,9 @@ class Layout:
         overlap = f"-overlap {self.overlap}" if self.overlap != "none" else ""
         memory = "-memory" if self.shared_memory else ""
         cp = f"-cp{self.cp} {self.cp_comm_type}" if self.cp > 1 else ""
-        return f"tp{self.tp}{sp}-dp{self.dp}{cp}{overlap}{memory}"
+        chunks = f"x{self.chunks}" if self.chunks > 1 else ""
+        pp = f"-pp{self.pp}{chunks}" if self.pp > 1 else ""
+        return f"tp{self.tp}{sp}-dp{self.dp}{cp}{pp}{overlap}{memory}"
 
 
 ONE_RANK = Layout()
@@ -253,6 +257,8 @@ def _work(
                     device,
                     rank,
                     layout.overlap,
+                    pipeline_model_parallel_size=layout.pp,
+                    num_chunks=layout.chunks,
                     context_parallel_size=layout.cp,
                     cp_comm_type=layout.cp_comm_type,
                 )

@@ -20,6 +20,9 @@ _CP_LEARNED, _CP_ROPE = _CP_LAYER + "[learned-False-", _CP_LAYER + "[rope, two g
 _CP_STEPS = "tests/test_context_runs.py::test_steps_and_evaluations_equal_one_process"
 _CP2, _RING2 = "tp1-dp1-cp2 all_gather]", "tp1-dp1-cp2 p2p]"
 _DECODING = "tests/model/test_decoding.py::test_cached_tokens_equal_uncached"
+_PIPELINE = "tests/parallel/test_pipeline.py::"
+_PIPELINE_BITS = _PIPELINE + "test_stages_give_the_same_bits[tp1-dp1-pp2-train.precision=fp32]"
+_PIPELINE_TIED = _PIPELINE + "test_tied_stages_give_the_same_losses[tp1-dp1-pp2-step]"
 _STEP = "tests/test_train_layouts.py::test_a_step_equals_the_reference"
 
 
@@ -188,7 +191,7 @@ MISTAKES = (
         "rotary angles start anew in every sequence shard",
         "model/gpt.py",
         "self.config, positions, documents, stream",
-        "self.config, positions % x.shape[0], documents, stream",
+        "self.config, positions % shape[0], documents, stream",
         (_MODEL + "[llama-False-tp2+sp-dp1]",),
     ),
     Mistake(
@@ -257,8 +260,8 @@ MISTAKES = (
     Mistake(
         "mean of means: each micro-batch is divided by its own number of targets",
         "training/step.py",
-        "micro_batch, num_targets)\n",
-        "micro_batch, micro_batch.num_targets * len(batch.micro_batches))\n",
+        "return output.objective / num_targets",
+        "return output.objective / micro_batch.num_targets / len(micro_batches)",
         (_STEP + "[tp1-dp1]",),
     ),
     Mistake(
@@ -278,7 +281,7 @@ MISTAKES = (
     Mistake(
         "the loss is summed over tp, where every rank has all of it",
         "training/step.py",
-        "counts = float(mesh.tp.rank == 0)",
+        "counts = float(mesh.tp.rank == 0 and mesh.is_last_stage)",
         "counts = 1.0",
         (_STEP + "[tp2-dp1]",),
     ),
@@ -310,8 +313,8 @@ MISTAKES = (
     Mistake(
         "replicated gradients count t times in the norm",
         "parallel/gradients.py",
-        "        if gradient.tp_dim is not None or mesh.tp.rank == 0\n",
-        "",
+        "(gradient.tp_dim is not None or mesh.tp.rank == 0)",
+        "True",
         (_MODEL + "[gpt2-False-tp2+sp-dp1]",),
     ),
     Mistake(
@@ -320,11 +323,12 @@ MISTAKES = (
         """\
     sum_partial_gradients(model, mesh)
 
-    counts = float(mesh.tp.rank == 0)  # all tp ranks have the losses of the same samples
+    # All tp ranks have the losses of the same samples, and only the last stage has any.
+    counts = float(mesh.tp.rank == 0 and mesh.is_last_stage)
     values = torch.cat([losses * counts, squared_norm(model, mesh).view(1)])
 """,
         """\
-    counts = float(mesh.tp.rank == 0)  # all tp ranks have the losses of the same samples
+    counts = float(mesh.tp.rank == 0 and mesh.is_last_stage)
     values = torch.cat([losses * counts, squared_norm(model, mesh).view(1)])
     sum_partial_gradients(model, mesh)
 """,
@@ -336,6 +340,76 @@ MISTAKES = (
         "if config.optimizer.clip_grad > 0:",
         "if config.optimizer.clip_grad > 0 and mesh.world.rank == 0:",
         (_STEP + "[tp1-dp2]",),
+    ),
+    # Pipelines.
+    Mistake(
+        "layer numbers restart at 0 on every stage",
+        "model/gpt.py",
+        "Block(config, layer, mesh, recompute))",
+        "Block(config, len(chunk), mesh, recompute))",
+        (_PIPELINE_BITS,),
+    ),
+    Mistake(
+        "each stage clips by the norm of its own gradients",
+        "training/step.py",
+        "float(np.float32(math.sqrt(square)))",
+        "float(values[-1].sqrt())",
+        (_PIPELINE_BITS,),
+    ),
+    Mistake(
+        "the two gradients of a tied table are not summed",
+        "parallel/gradients.py",
+        "            sum_over(mesh.tied, gradient.tensor)\n",
+        "            pass\n",
+        (_PIPELINE_TIED,),
+    ),
+    Mistake(
+        "a tied table counts twice in the norm",
+        "parallel/gradients.py",
+        "(not gradient.is_tied or mesh.pp.rank == 0)",
+        "True",
+        (_PIPELINE_TIED,),
+    ),
+    Mistake(
+        "the loss is divided by the number of micro-batches as well",
+        "training/step.py",
+        "return output.objective / num_targets",
+        "return output.objective / num_targets / len(micro_batches)",
+        (_STEP + "[tp1-dp1]",),
+    ),
+    Mistake(
+        "a stage runs all forwards first and keeps the activations of all micro-batches",
+        "parallel/pipeline.py",
+        "if num_alive == max_alive(p, num_chunks, stage):",
+        "if num_alive == num_micro_batches * num_chunks:",
+        (_PIPELINE + "test_schedules[2-1-11]",),
+    ),
+    Mistake(
+        "backwards run in the reverse order of the forwards",
+        "parallel/pipeline.py",
+        "(pair[0] // p, -pair[1], pair[0])",
+        "(pair[0] // p, -pair[1], -pair[0])",
+        (_PIPELINE + "test_schedules[2-1-11]",),
+    ),
+    Mistake(
+        "a stage skips a step by itself",
+        "training/step.py",
+        "why_skipped = skip_reason(loss, grad_norm, state, config.train)",
+        "why_skipped = skip_reason(loss, float(values[-1].sqrt()), state, config.train)",
+        (_PIPELINE + "test_all_stages_skip_a_step[tp1-dp1-pp2]",),
+    ),
+    Mistake(
+        "only the last stage evaluates, and waits for the others",
+        "training/evaluation.py",
+        """\
+        losses = model(**batch.to(mesh.device).inputs())
+        if mesh.is_last_stage:
+            nats""",
+        """\
+        if mesh.is_last_stage:
+            losses = model(**batch.to(mesh.device).inputs())
+            nats""",
+        (_PIPELINE_BITS,),
     ),
     # Randomness.
     Mistake(
@@ -421,8 +495,8 @@ MISTAKES = (
     Mistake(
         "gradients are averaged over cp",
         "training/step.py",
-        "(losses.objective / num_targets).backward()",
-        "(losses.objective / num_targets / run.mesh.cp.size).backward()",
+        "return output.objective / num_targets",
+        "return output.objective / num_targets / run.mesh.cp.size",
         (_CP_STEPS + "[" + _CP2,),
     ),
     Mistake(

@@ -92,6 +92,8 @@ def train_on(layout: Layout, arguments: list[str], *, fastest: Choice = "widened
         sequence_parallel=layout.sp,
         context_parallel_size=layout.cp,
         cp_comm_type=layout.cp_comm_type,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.chunks if layout.chunks > 1 else None,
     )
     run_on(
         layout, run_in_pool, config=dataclasses.replace(config, parallel=parallel), fastest=fastest

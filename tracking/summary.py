@@ -6,6 +6,7 @@ import signal
 
 from checkpoints.manifest import step_directory
 from configs import Config
+from configs.layout import stage_layers
 from data import SampleOrder, rows_of_corpus
 from model import num_parameters
 from tracking.console import StyledLine, log_table
@@ -35,8 +36,9 @@ def report_start(run: Run, state: RunState) -> None:
             "dashboard": _dashboard(config),
         }
     )
-    if problem := schedule_problem(config):
-        logger.warning(problem)
+    for problem in (schedule_problem(config), pipeline_problem(run)):
+        if problem is not None:
+            logger.warning(problem)
 
 
 def outcome(config: Config, state: RunState, stop: signal.Signals | None) -> tuple[int, str]:
@@ -92,7 +94,31 @@ def _ranks(run: Run) -> str:
     sp = " with sequence parallelism" if mesh.sequence_parallel else ""
     cp = f" x cp {mesh.cp.size}" if mesh.cp.size > 1 else ""
     layout = f"{mesh.world.size} = tp {mesh.tp.size}{sp}{cp} x dp {mesh.dp.size}"
+    if mesh.pp.size > 1:
+        layout += f" x pp {mesh.pp.size} ({_layers_of_stages(run)})"
     return f"{layout}; {device_name(mesh.device)}; {precision}"
+
+
+def _layers_of_stages(run: Run) -> str:
+    mesh, num_layers = run.mesh, run.config.model.num_layers
+    num_pieces = mesh.pp.size * mesh.num_chunks
+    sizes = [len(stage_layers(num_layers, num_pieces, piece)) for piece in range(num_pieces)]
+    stages = [" + ".join(map(str, sizes[stage :: mesh.pp.size])) for stage in range(mesh.pp.size)]
+    return f"layers of each stage: {', '.join(stages)}"
+
+
+def pipeline_problem(run: Run) -> str | None:
+    """Why the stages of a pipeline are idle for most of a step, or None."""
+    p, train = run.mesh.pp.size, run.config.train
+    m = train.global_batch_size // (train.micro_batch_size * run.mesh.dp.size)
+    if m >= p:
+        return None
+    bubble = (p - 1) / (m * run.mesh.num_chunks + p - 1)
+    return (
+        f"{m} micro-batches per step are fewer than the {p} stages of the pipeline, which are idle "
+        f"for {bubble:.0%} of each step; use a larger train.global_batch_size, a smaller "
+        "train.micro_batch_size or a smaller parallel.pipeline_model_parallel_size"
+    )
 
 
 def _steps(config: Config, state: RunState) -> str:

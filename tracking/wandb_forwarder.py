@@ -153,9 +153,10 @@ def wandb_config(config: Config, mesh: Mesh) -> dict[str, Any]:
         **_without_paths(dataclasses.asdict(config)),
         "num_parameters": num_parameters(config.model, config.data.padded_vocab_size),
         "layout": {
-            "tp": mesh.tp.size,
-            "cp": mesh.cp.size,
+            "pp": mesh.pp.size,
             "dp": mesh.dp.size,
+            "cp": mesh.cp.size,
+            "tp": mesh.tp.size,
             "world": mesh.world.size,
         },
         "environment": {"device": device_name(mesh.device), "torch": torch.__version__},

@@ -78,8 +78,10 @@ def score(model: GPT, documents: EvaluationSet) -> EvalResult:
     mesh = model.mesh
     nats = torch.zeros((), dtype=torch.float64, device=mesh.device)
     for batch in documents.batches:
-        nats += model(**batch.to(mesh.device).inputs()).cross_entropy
-    total = move_to(sum_over(mesh.dp_cp, nats), "cpu").item()
+        losses = model(**batch.to(mesh.device).inputs())
+        if mesh.is_last_stage:
+            nats += losses.cross_entropy
+    total = move_to(sum_over(mesh.pp, sum_over(mesh.dp_cp, nats)), "cpu").item()
     counts = documents.num_targets, documents.num_bytes, documents.num_unknown
     return EvalResult(total, *counts, documents.warnings)
 

@@ -7,6 +7,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from configs import Config, OptimizerConfig
+from configs.weights import model_weights
 from parallel import LocalShard, local_shards
 
 WEIGHTS = "parameters."  # prefix of the names of parameters in a checkpoint
@@ -51,6 +52,13 @@ def training_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, LocalShard
         of_weights = local_shards(model, lambda p: optimizer.state[p][moment])  # noqa: B023
         tensors |= {f"{moment}.{name}": shard for name, shard in of_weights.items()}
     return tensors
+
+
+def training_names(config: Config) -> list[str]:
+    """The names of all tensors of a checkpoint, of which a stage of a pipeline has some."""
+    names = model_weights(config.model, config.data.vocab_size)
+    kinds = (WEIGHTS, *(f"{moment}." for moment in MOMENTS))
+    return [kind + name for kind in kinds for name in names]
 
 
 def set_num_updates(optimizer: AdamW, num_updates: int) -> None:

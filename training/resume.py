@@ -12,7 +12,7 @@ from configs.errors import format_value
 from data import load_tokenizer
 from parallel import Mesh, gather_json
 from training.hardware import report_other_hardware
-from training.optimizer import learning_rate, set_num_updates, training_tensors
+from training.optimizer import learning_rate, set_num_updates, training_names, training_tensors
 from training.run_folder import RunFolder
 from training.state import RECIPE_VERSIONS, Run, RunState, recorded_wandb_id
 
@@ -110,7 +110,8 @@ def resume(run: Run, checkpoint: Checkpoint | None) -> RunState:
 
 def load(run: Run, checkpoint: Checkpoint) -> RunState:
     """Fill model and optimizer from a checkpoint of this run; return its state."""
-    load_tensors(checkpoint, training_tensors(run.model, run.optimizer))
+    tensors = training_tensors(run.model, run.optimizer)
+    load_tensors(checkpoint, tensors, names=training_names(run.config))
     progress = checkpoint.state["progress"]
     progress["recent_losses"] = tuple(progress.get("recent_losses", ()))
     progress["skipped_windows"] = tuple(map(tuple, progress.get("skipped_windows", ())))

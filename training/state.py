@@ -110,6 +110,8 @@ def mesh_from_config(config: Config, *, decoding: bool = False) -> Mesh:
             timeout_s=1.25 * config.run.file_timeout_s,
             device=config.train.device,
             num_threads=config.train.num_threads,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            num_chunks=parallel.virtual_pipeline_model_parallel_size or 1,
             context_parallel_size=parallel.context_parallel_size,
             cp_comm_type=parallel.cp_comm_type,
         )

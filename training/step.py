@@ -2,7 +2,9 @@
 
 import math
 import time
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from data import BatchLoader, MicroBatch
 from parallel import (
     DropoutStream,
     clip_gradients,
+    run_pipeline,
     set_gradient_sync,
     set_reshard_after_backward,
     squared_norm,
@@ -37,19 +40,16 @@ def train_step(
     config, mesh, model = run.config, run.mesh, run.model
     batch = next(batches)
     num_targets = batch.num_targets or math.nan  # without targets, the update is skipped
-    losses = torch.zeros(2, dtype=torch.float64, device=mesh.device)
-    for number, micro_batch in enumerate(batch.micro_batches, start=1):
-        is_last = number == len(batch.micro_batches)
-        set_gradient_sync(model, is_last or config.parallel.gradient_sync == "micro_batch")
-        set_reshard_after_backward(model, is_last or config.parallel.reshard_after_forward)
-        losses += forward_backward(run, state, micro_batch, num_targets)
+    losses = forward_backward(run, state, batch.micro_batches, num_targets)
     sum_partial_gradients(model, mesh)
 
-    counts = float(mesh.tp.rank == 0)  # all tp ranks have the losses of the same samples
+    # All tp ranks have the losses of the same samples, and only the last stage has any.
+    counts = float(mesh.tp.rank == 0 and mesh.is_last_stage)
     values = torch.cat([losses * counts, squared_norm(model, mesh).view(1)])
     flags = [batch.sum_of_lengths * counts, *(signals.flags() if signals else StopSignals.NONE)]
     cross_entropy, log_z_squared, square, lengths, *flags = sum_on_host(mesh, values, flags)
-    loss, grad_norm = cross_entropy / num_targets, math.sqrt(square)
+    # In float32, because a pipeline adds the squares in another order.
+    loss, grad_norm = cross_entropy / num_targets, float(np.float32(math.sqrt(square)))
     rate = learning_rate(state.step, config)
     why_skipped = skip_reason(loss, grad_norm, state, config.train)
     if why_skipped is None:
@@ -72,16 +72,41 @@ def train_step(
 
 
 def forward_backward(
-    run: Run, state: RunState, micro_batch: MicroBatch, num_targets: float
+    run: Run, state: RunState, micro_batches: Sequence[MicroBatch], num_targets: float
 ) -> Tensor:
-    """Add the gradients of one micro-batch; returns its cross-entropy and squared log z, `[2]`."""
-    train, seed = run.config.train, run.config.run.seed
-    first_sample = int(micro_batch.sample_indices[0])
-    micro_batch = micro_batch.to(run.mesh.device)
-    losses = run.model(
-        **micro_batch.inputs(),
-        stream=DropoutStream(seed, state.step, first_sample, micro_batch.dropout_keys),
-        z_loss_coeff=train.z_loss_coeff,
-    )
-    (losses.objective / num_targets).backward()
-    return torch.stack([losses.cross_entropy, losses.log_z_squared])
+    """Add the gradients of all micro-batches; returns their cross-entropy and squared log z, `[2]`.
+
+    The losses are 0 except on the last stage of a pipeline.
+    """
+    config, mesh, model = run.config, run.mesh, run.model
+    losses = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+
+    def forward(number: int, chunk: int, x: Tensor | None) -> Tensor:
+        micro_batch = micro_batches[number]
+        first_sample = int(micro_batch.sample_indices[0])
+        micro_batch = micro_batch.to(mesh.device)
+        keys = micro_batch.dropout_keys
+        output = model(
+            **micro_batch.inputs(),
+            stream=DropoutStream(config.run.seed, state.step, first_sample, keys),
+            z_loss_coeff=config.train.z_loss_coeff,
+            chunk=chunk,
+            x=x,
+        )
+        if isinstance(output, Tensor):
+            return output  # activations for the next stage
+        losses.add_(torch.stack([output.cross_entropy, output.log_z_squared]))
+        return output.objective / num_targets
+
+    def before_backward(number: int, chunk: int) -> None:
+        is_last = number == len(micro_batches) - 1
+        # The last backward of a chunk may be long before that of the others.
+        modules = model.modules_of_chunk(chunk) if is_last and mesh.num_chunks > 1 else None
+        sync = is_last or config.parallel.gradient_sync == "micro_batch"
+        set_gradient_sync(model, sync, modules)
+        reshards = is_last or config.parallel.reshard_after_forward
+        set_reshard_after_backward(model, reshards and mesh.pp.size == 1)
+
+    shapes = [model.activation_shape(micro_batch.tokens.t()) for micro_batch in micro_batches]
+    run_pipeline(mesh, shapes, model.dtype, forward, before_backward)
+    return losses

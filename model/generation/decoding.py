@@ -31,18 +31,20 @@ def generate_tokens(
     positions, so the whole context is computed again for each token.
     """
     mesh, max_context = model.mesh, model.config.seq_length
+    # The first rank with logits: the last of the p stages has the last ranks.
+    sampler = mesh.world.size - mesh.world.size // mesh.pp.size
     # With sequence parallelism the prefill is padded to a multiple of t.
     capacity = min(len(prompt) + num_tokens, max_context) + mesh.tp.size - 1
     cache = KeyValueCache(capacity, num_samples)
     texts = [list(prompt) for _ in range(num_samples)]
     pending = [list(prompt)[-max_context:]]  # not in the cache; one row while all rows are equal
     for number in range(num_tokens):
-        logits = _prefill_or_decode(model, pending, cache)[:, :num_ids]
-        logits = move_to(logits, "cpu").expand(num_samples, -1)
+        logits = _prefill_or_decode(model, pending, cache)
         chosen = torch.zeros(num_samples, dtype=torch.int64)
-        # Rank 0 samples for all: dp groups compute separately, and a difference in the last bit
+        # One rank samples for all: dp groups compute separately, and a difference in the last bit
         # would make them diverge.
-        if mesh.world.rank == 0:
+        if mesh.world.rank == sampler:
+            logits = move_to(logits[:, :num_ids], "cpu").expand(num_samples, -1)
             draws = [uniform_draw(sampling, sample, number) for sample in range(num_samples)]
             chosen.copy_(sample_tokens(logits, sampling, draws))
         tokens = move_to(sum_over(mesh.world, move_to(chosen, mesh.device)), "cpu").tolist()
@@ -76,7 +78,10 @@ def generate(
 
 
 def _prefill_or_decode(model: GPT, rows: list[list[int]], cache: KeyValueCache) -> Tensor:
-    """Run rows of equal length that follow the cache; returns the last token's logits `[b, v]`."""
+    """Run rows of equal length that follow the cache; returns the last token's logits `[b, v]`.
+
+    Only the last stage of a pipeline has them.
+    """
     n, t = len(rows[0]), model.mesh.tp.size if model.mesh.sequence_parallel else 1
     # At the end, where causal attention does not see it; the next tokens overwrite it.
     padding = [0] * (-n % t)

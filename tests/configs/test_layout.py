@@ -5,6 +5,7 @@ import pytest
 from configs import ConfigError, parse_config
 
 TP, CP = "parallel.tensor_model_parallel_size", "parallel.context_parallel_size"
+PP, VPP = "parallel.pipeline_model_parallel_size", "parallel.virtual_pipeline_model_parallel_size"
 
 # Number of ranks, arguments after config=gpt_debug, and the error.
 LAYOUTS = [
@@ -37,6 +38,26 @@ LAYOUTS = [
         64,
         f"{TP}=1 model.num_attention_heads=32 model.hidden_size=192 model.num_query_groups=1 model.seq_length=512 train.global_batch_size=256",
         f"blocks.0.attention.qkv.kv.weight [12, 192] has too few rows to shard over {TP}=1 x data parallel size 64: a rank would have none; with 64 ranks, choose {TP}=16, 32",
+    ),
+    (
+        6,
+        f"{TP}=2 {PP}=2",
+        f"{PP}=2 x {TP}=2 does not divide the number of ranks 6 (torchrun's nodes x --nproc-per-node); choose {PP}=1, 3, or a multiple of 4 ranks",
+    ),
+    (
+        8,
+        f"{PP}=8 model.num_layers=7",
+        f"{PP}=8 is more than model.num_layers=7; choose {PP} of at most 7, or more layers",
+    ),
+    (
+        4,
+        f"{PP}=4 {VPP}=2 model.num_layers=7",
+        f"{PP}=4 x {VPP}=2 is more than model.num_layers=7; choose {PP} x {VPP} of at most 7, or more layers",
+    ),
+    (
+        1,
+        f"{VPP}=2",
+        f"{VPP}=2 has no effect with {PP}=1; choose {VPP}=null, or {PP}=2 or more",
     ),
     (
         4,

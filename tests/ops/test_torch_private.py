@@ -33,6 +33,7 @@ from ops.torch_private import (
     TorchDispatchMode,
     all_gather_single,
     arguments_by_name,
+    call_after_backward,
     compile_with_limit,
     completed_work,
     current_saved_tensors_hooks,
@@ -177,6 +178,22 @@ def test_current_hooks_are_the_innermost() -> None:
         with hooks(*inner):
             assert current_saved_tensors_hooks() == inner
         assert current_saved_tensors_hooks() == outer
+
+
+def test_call_after_backward() -> None:
+    """Every gradient is complete by then."""
+    weight = torch.ones(2, requires_grad=True)
+    loss = (weight * 3).sum()
+    seen: list[Tensor] = []
+
+    def note() -> None:
+        assert weight.grad is not None
+        seen.append(weight.grad.clone())
+
+    loss.register_hook(lambda _: call_after_backward(note))
+    loss.backward()
+    assert len(seen) == 1
+    assert torch.equal(seen[0], torch.full((2,), 3.0))
 
 
 def test_the_limit_of_recompilations_holds_in_every_thread(monkeypatch: pytest.MonkeyPatch) -> None:

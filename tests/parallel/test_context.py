@@ -40,7 +40,7 @@ from parallel import (
     sum_over,
     sum_partial_gradients,
 )
-from parallel.traffic import Collective, record_traffic
+from parallel.transport.traffic import Collective, record_traffic
 from planning.dry_run import dry_run
 from planning.page import page
 from tests.distributed import Layout, distributed, run_on

@@ -11,7 +11,7 @@ import torch
 from configs.schema import Config, DataConfig, TrainConfig
 from model import GPT, build_model
 from parallel import Mesh, init_mesh, sum_partial_gradients
-from parallel.traffic import record_traffic
+from parallel.transport.traffic import record_traffic
 from tests.distributed import Layout, distributed
 from tests.model.test_gpt import STREAM, TINY, VOCAB, batch
 from tests.weights import gradient_shards

@@ -9,7 +9,7 @@ import pytest
 from bench.ours import build_run
 from configs import Config, parse_config
 from parallel import Mesh, local_shards
-from parallel.traffic import Collective, record_traffic
+from parallel.transport.traffic import Collective, record_traffic
 from planning.dry_run import dry_run
 from tests.distributed import Layout, distributed, run_on
 from training.run_folder import RunFolder

@@ -24,7 +24,7 @@ from parallel import (
     initialise_parameters,
     sum_partial_gradients,
 )
-from parallel.traffic import Collective, record_traffic
+from parallel.transport.traffic import Collective, record_traffic
 from tests.distributed import ONE_RANK, OVERLAPPED, TENSOR_PARALLEL, Layout, distributed
 from tests.model.test_gpt import OPTIONS, STREAM, TINY, VOCAB, batch, clip, tiny_model
 from tests.parallel.test_mappings import seeded

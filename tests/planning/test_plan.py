@@ -24,7 +24,7 @@ from model.gpt import Block
 from ops.dropout import dropout_keys
 from ops.scratch import scratch_scope
 from parallel import DropoutStream, Mesh, initialise_parameters, local_shards
-from parallel.traffic import record_traffic
+from parallel.transport.traffic import record_traffic
 from plan import num_ranks, parse
 from planning.dry_run import StepReport, dry_run
 from planning.page import page, paper_formula

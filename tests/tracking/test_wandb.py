@@ -227,7 +227,7 @@ def test_the_config_has_settings_and_no_path(mesh: Mesh, corpus: Path) -> None:
     for overrides in (("data.source=text", f"data.path={corpus}"), (mixture,)):
         config = wandb_config(parse_config(["config=gpt_debug.yaml", *overrides]), mesh)
         assert "/" not in json.dumps(config["data"]) + json.dumps(config["run"])
-    assert config["layout"] == {"tp": 2, "dp": 1, "world": 2}
+    assert config["layout"] == {"pp": 1, "dp": 1, "cp": 1, "tp": 2, "world": 2}
     assert config["optimizer"]["lr"] == parse_config(["config=gpt_debug.yaml"]).optimizer.lr
 
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs import Config, parse_config
 from parallel import Mesh
-from parallel.traffic import Collective, record_traffic
+from parallel.transport.traffic import Collective, record_traffic
 from tests.data.test_loader import LENGTHS, mixed_corpus, steps
 from tests.data_corpora import corpus_of_lengths
 from tests.distributed import ONE_RANK, TENSOR_PARALLEL, Layout, distributed

@@ -23,7 +23,7 @@ from configs import parse_config
 from data import BatchLoader
 from model import build_meta_model
 from parallel.loss import _CHUNK_ELEMENTS
-from parallel.traffic import fake_mesh
+from parallel.transport.traffic import fake_mesh
 from training.optimizer import build_optimizer
 from training.state import Run, RunState
 from training.step import train_step

@@ -1,0 +1,248 @@
+"""Pipeline parallelism: the stages of a model, and the order in which they work.
+
+[Note: pipeline]
+The layers are cut into p v pieces. Stage r of p stages holds the pieces r, p + r, 2 p + r, ... as
+its v chunks; v is 1 except in the interleaved schedule. The activations `[s/t, b, h]` of a
+micro-batch pass through the pieces, and their gradients come back. With sequence parallelism each
+tp rank sends its own shard to its counterpart.
+
+A stage alternates between forward and backward (1F1B; Narayanan et al. 2021, section 2.2), so that
+stage r keeps the activations of p - r micro-batches at most, however many there are. It is idle
+for (p - 1) / (m v + p - 1) of a step of m micro-batches: the bubble.
+
+Every chunk runs backward in the order of the micro-batches. So each gradient is the same sum in the
+same order as on one stage, and has the same bits (that of a tied table, in two parts, has not).
+
+[Note: messages]
+Sends do not block, and a stage receives its next input while it computes. Each of the four kinds of
+message (activation or gradient, between neighbours or from the last stage to the first and back)
+has a process group, in which it flows one way, in the order in which both sides need it. So no two
+operations can wait for each other. Every stage reads the same batch and knows the shapes.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from parallel.collectives import Pending
+from parallel.mesh import Mesh
+
+Output = TypeVar("Output")
+
+_BACKWARD_TIME = 2  # of a backward, in forwards; only decides the order
+
+
+class Action(NamedTuple):
+    """The forward or backward of one micro-batch through one chunk of a stage."""
+
+    is_forward: bool
+    micro_batch: int
+    chunk: int
+
+
+def max_alive(num_stages: int, num_chunks: int, stage: int) -> int:
+    """How many forwards a stage may be ahead of its backwards: p - r, or as Megatron if v > 1."""
+    after = num_stages - stage - 1
+    return after + 1 if num_chunks == 1 else 2 * after + (num_chunks - 1) * num_stages + 1
+
+
+@cache
+def schedule(
+    num_micro_batches: int, num_stages: int, num_chunks: int = 1
+) -> tuple[tuple[Action, ...], ...]:
+    """The actions of each stage, in order; a function of the arguments, so all ranks agree.
+
+    Forwards go through chunk 0 with p micro-batches, then through chunk 1, and so on; backwards
+    through the last chunk first. A simulation decides how they alternate: a stage prefers a
+    backward whose input is there, and then a forward, unless too many micro-batches are alive.
+    """
+    p = num_stages
+    pairs = [(n, chunk) for n in range(num_micro_batches) for chunk in range(num_chunks)]
+    forwards = sorted(pairs, key=lambda pair: (pair[0] // p, pair[1], pair[0]))
+    backwards = sorted(pairs, key=lambda pair: (pair[0] // p, -pair[1], pair[0]))
+    last_piece = p * num_chunks - 1
+    ends: dict[tuple[bool, int, int], int] = {}  # of (is_forward, micro-batch, piece)
+    actions: list[list[Action]] = [[] for _ in range(p)]
+    num_done = [[0, 0] for _ in range(p)]  # backwards and forwards of each stage
+    free_at = [0] * p
+
+    def is_ready(stage: int, action: Action) -> bool:
+        is_forward, n, chunk = action
+        piece = chunk * p + stage
+        if is_forward:
+            num_alive = num_done[stage][True] - num_done[stage][False]
+            if num_alive == max_alive(p, num_chunks, stage):
+                return False
+            return piece == 0 or ends.get((True, n, piece - 1), now + 1) <= now
+        before = (True, n, piece) if piece == last_piece else (False, n, piece + 1)
+        return ends.get(before, now + 1) <= now
+
+    now = 0
+    while any(done[False] < len(pairs) for done in num_done):
+        for stage, done in enumerate(num_done):
+            candidates = [
+                Action(is_forward, *order[done[is_forward]])
+                for is_forward, order in ((False, backwards), (True, forwards))
+                if done[is_forward] < len(order)
+            ]
+            action = next((one for one in candidates if is_ready(stage, one)), None)
+            if free_at[stage] <= now and action is not None:
+                free_at[stage] = now + (1 if action.is_forward else _BACKWARD_TIME)
+                piece = action.chunk * p + stage
+                ends[action.is_forward, action.micro_batch, piece] = free_at[stage]
+                actions[stage].append(action)
+                done[action.is_forward] += 1
+        assert any(time > now for time in free_at), "no stage can continue"
+        now += 1
+    return tuple(map(tuple, actions))
+
+
+def run_pipeline(
+    mesh: Mesh,
+    shapes: Sequence[tuple[int, ...]],
+    dtype: torch.dtype,
+    forward: Callable[[int, int, Tensor | None], Tensor],
+    before_backward: Callable[[int, int], None],
+) -> None:
+    """Run forward and backward of all micro-batches on this stage.
+
+    `shapes` are those of the activations of each micro-batch, on this rank.
+    `forward(micro_batch, chunk, x)` returns the activations for the next piece of the model, and on
+    the last one the scalar to differentiate. x is None on the first one.
+    `before_backward(micro_batch, chunk)` is called before each backward.
+    """
+    actions = schedule(len(shapes), mesh.pp.size, mesh.num_chunks)[mesh.pp.rank]
+    links = _Links(mesh, actions, shapes, dtype)
+    alive: dict[tuple[int, int], tuple[Tensor | None, Tensor | GradientEdge]] = {}
+    for is_forward, micro_batch, chunk in actions:
+        if is_forward:
+            x = None if _is_first(mesh, chunk) else links.inputs.receive().requires_grad_()
+            y = forward(micro_batch, chunk, x)
+            if _is_last(mesh, chunk):
+                alive[micro_batch, chunk] = x, y
+            else:
+                alive[micro_batch, chunk] = x, get_gradient_edge(y)  # needs no memory for y
+                links.outputs.send(y.detach())
+            del x, y
+        else:
+            grad = None if _is_last(mesh, chunk) else links.output_grads.receive()
+            before_backward(micro_batch, chunk)
+            x, output = alive.pop((micro_batch, chunk))
+            torch.autograd.backward(output, grad)
+            if x is not None:
+                assert x.grad is not None, "a stage must use its input"
+                links.input_grads.send(x.grad)
+            del x, output, grad
+    links.outputs.wait()
+    links.input_grads.wait()
+
+
+def forward_only(
+    mesh: Mesh,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    forward: Callable[[int, Tensor | None], Output | Tensor],
+) -> Output | Tensor:
+    """Run one micro-batch through all stages; returns the output of this stage's last chunk.
+
+    `forward(chunk, x)` returns the activations `shape` for the next piece of the model.
+    """
+    actions = [Action(True, 0, chunk) for chunk in range(mesh.num_chunks)]
+    links = _Links(mesh, actions, [shape], dtype)
+    for _, _, chunk in actions:
+        y = forward(chunk, None if _is_first(mesh, chunk) else links.inputs.receive())
+        if not _is_last(mesh, chunk):
+            assert isinstance(y, Tensor)
+            links.outputs.send(y)
+    links.outputs.wait()
+    return y
+
+
+def _is_first(mesh: Mesh, chunk: int) -> bool:
+    return mesh.pp.rank == 0 and chunk == 0
+
+
+def _is_last(mesh: Mesh, chunk: int) -> bool:
+    return mesh.is_last_stage and chunk == mesh.num_chunks - 1
+
+
+def _started(work: dist.Work | None) -> list[dist.Work]:
+    assert work is not None, "this rank is not in the group"
+    return [work]
+
+
+class _Inbox:
+    """Tensors from another stage; the next one arrives while the last one is used."""
+
+    def __init__(self, group: dist.ProcessGroup, source: int, buffers: Iterator[Tensor]) -> None:
+        self._group, self._source, self._buffers = group, source, buffers
+        self._next = self._post_receive()
+
+    def _post_receive(self) -> Pending | None:
+        buffer = next(self._buffers, None)
+        if buffer is None:
+            return None
+        return Pending(
+            buffer, _started(dist.irecv(buffer, group=self._group, group_src=self._source))
+        )
+
+    def receive(self) -> Tensor:
+        assert self._next is not None, "there are no more messages"
+        tensor = self._next.wait()
+        self._next = self._post_receive()
+        return tensor
+
+
+class _Outbox:
+    """Tensors to another stage."""
+
+    def __init__(self, group: dist.ProcessGroup, target: int, max_pending: int) -> None:
+        self._group, self._target, self._max_pending = group, target, max_pending
+        self._pending: deque[Pending] = deque()
+
+    def send(self, tensor: Tensor) -> None:
+        self.wait(self._max_pending - 1)
+        tensor = tensor.contiguous()
+        work = dist.isend(tensor, group=self._group, group_dst=self._target)
+        self._pending.append(Pending(tensor, _started(work)))
+
+    def wait(self, max_pending: int = 0) -> None:
+        """Wait, oldest first, until at most `max_pending` are not received."""
+        while len(self._pending) > max_pending:
+            self._pending.popleft().wait()
+
+
+class _Links:
+    """The connections of a stage to the stages before and after it; see [Note: messages]."""
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        actions: Sequence[Action],
+        shapes: Sequence[tuple[int, ...]],
+        dtype: torch.dtype,
+    ) -> None:
+        p, rank, groups = mesh.pp.size, mesh.pp.rank, mesh.pipeline_groups
+        # Activations and gradients between neighbours; the last two between the ends, if chunked.
+        group_before = groups[-2:] if rank == 0 else groups[:2]
+        group_after = groups[-2:] if rank == p - 1 else groups[:2]
+        before, after = (rank - 1) % p, (rank + 1) % p
+
+        def buffers(of_forward: bool) -> Iterator[Tensor]:
+            for is_forward, micro_batch, chunk in actions:
+                is_end = _is_first(mesh, chunk) if of_forward else _is_last(mesh, chunk)
+                if is_forward == of_forward and not is_end:
+                    yield torch.empty(shapes[micro_batch], dtype=dtype, device=mesh.device)
+
+        # The receiver has taken all earlier messages, so waiting for them costs nothing.
+        max_pending = max_alive(p, mesh.num_chunks, 0)
+        self.inputs = _Inbox(group_before[0], before, buffers(True))
+        self.outputs = _Outbox(group_after[0], after, max_pending)
+        self.output_grads = _Inbox(group_after[1], after, buffers(False))
+        self.input_grads = _Outbox(group_before[1], before, max_pending)

@@ -1,0 +1,329 @@
+"""Pipeline parallelism: the schedule, its messages, and runs that equal those of one process."""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import weakref
+from collections import defaultdict, deque
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from checkpoints.full_tensors import read_full_tensor
+from checkpoints.manifest import read_manifest
+from configs import Config, parse_config
+from model import build_model
+from parallel import Mesh, compare_replicas, is_blocking_frame, run_pipeline
+from parallel.pipeline import Action, max_alive, schedule
+from tests.distributed import ONE_RANK, Layout, distributed
+from tests.runs import finish, ranks_of, rows, settings, start, steps_done, train_on, wait_for
+from tracking.summary import pipeline_problem
+from train import start as start_run
+from training.optimizer import weight_tensors
+from training.run_folder import RunFolder
+from training.state import Run, training_batches
+from training.step import train_step
+
+UNTIED = ("model.num_layers=5", "model.untie_embeddings_and_output_weights=true")
+SHAPES = [(p, v) for p in (1, 2, 3, 5) for v in (1, 2, 3) if p > 1 or v == 1]
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 2, 3, 5, 6, 11])
+@pytest.mark.parametrize(("p", "v"), SHAPES)
+def test_schedules(num_micro_batches: int, p: int, v: int) -> None:
+    """Each action once, backwards in the order of micro-batches, few alive, and no deadlock."""
+    m = num_micro_batches
+    stages = schedule(m, p, v)
+    for stage, actions in enumerate(stages):
+        pairs = [(n, chunk) for n in range(m) for chunk in range(v)]
+        assert sorted(actions) == [Action(f, *pair) for f in (False, True) for pair in pairs]
+        for chunk in range(v):
+            backwards = [one for one in actions if not one.is_forward and one.chunk == chunk]
+            assert [one.micro_batch for one in backwards] == list(range(m))
+        num_alive = most = 0
+        for number, one in enumerate(actions):
+            num_alive += 1 if one.is_forward else -1
+            most = max(most, num_alive)
+            assert one.is_forward or one._replace(is_forward=True) in actions[:number]
+        assert most <= (p - stage if v == 1 else max_alive(p, v, stage))
+    _replay(stages, v)
+
+
+def _replay(stages: tuple[tuple[Action, ...], ...], v: int) -> None:
+    """Run the stages against each other: messages are received in the order they were sent.
+
+    A send waits if `max_pending` messages before it are not received. The order in which stages get
+    to run makes no difference, as each only reads and writes queues.
+    """
+    p, to_do = len(stages), [deque(actions) for actions in stages]
+    queues: dict[tuple[int, bool], deque[tuple[int, int]]] = defaultdict(deque)  # of receivers
+
+    def run(stage: int, action: Action) -> bool:
+        piece, step = action.chunk * p + stage, 1 if action.is_forward else -1
+        first, last = (0, p * v - 1)[::step]
+        received = queues[stage, action.is_forward]
+        sent = queues[(stage + step) % p, action.is_forward]
+        if (piece != first and not received) or (piece != last and len(sent) == max_alive(p, v, 0)):
+            return False
+        if piece != first:
+            assert received.popleft() == (action.micro_batch, piece)
+        if piece != last:
+            sent.append((action.micro_batch, piece + step))
+        return True
+
+    while num_left := sum(map(len, to_do)):
+        for stage, actions in enumerate(to_do):
+            if actions and run(stage, actions[0]):
+                actions.popleft()
+        assert sum(map(len, to_do)) < num_left, "no stage can continue"
+    assert not any(queues.values())
+
+
+class _KeptForBackward(torch.autograd.Function):
+    """The identity, which keeps a token as long as backward may need it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, alive: "weakref.WeakSet[Any]") -> Tensor:
+        ctx.token = type("Token", (), {})()
+        alive.add(ctx.token)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+@distributed(ONE_RANK, Layout(pp=2), Layout(pp=3), Layout(pp=2, chunks=2), Layout(pp=2, chunks=3))
+def test_gradients_have_the_bits_of_a_loop(mesh: Mesh) -> None:
+    """With micro-batches of different widths; stage r keeps p - r of them at most."""
+    num_pieces, p = mesh.pp.size * mesh.num_chunks, mesh.pp.size
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(n + 1, 1, 4, generator=generator) for n in range(7)]
+    dense = [torch.randn(4, 4, generator=generator).requires_grad_() for _ in range(num_pieces)]
+    own = [dense[chunk * p + mesh.pp.rank].detach().clone() for chunk in range(mesh.num_chunks)]
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most = 0
+
+    def forward(n: int, chunk: int, x: Tensor | None) -> Tensor:
+        nonlocal most
+        x = inputs[n] if x is None else x
+        y = _KeptForBackward.apply(x @ own[chunk], alive).tanh()
+        most = max(most, len(alive))
+        is_last = chunk * p + mesh.pp.rank == num_pieces - 1
+        return y.square().sum() if is_last else y
+
+    for weight in own:
+        weight.requires_grad_()
+    shapes = [tuple(x.shape) for x in inputs]
+    run_pipeline(mesh, shapes, torch.float32, forward, lambda *_: None)
+    for tokens in inputs:
+        x = tokens
+        for weight in dense:
+            x = (x @ weight).tanh()
+        x.square().sum().backward()
+    for chunk, weight in enumerate(own):
+        expected = dense[chunk * p + mesh.pp.rank].grad
+        assert weight.grad is not None
+        assert expected is not None
+        assert torch.equal(weight.grad, expected)
+    if mesh.num_chunks == 1:
+        assert most == p - mesh.pp.rank
+
+
+@pytest.mark.parametrize(
+    ("layout", "option"),
+    [
+        (Layout(pp=2), "train.precision=fp32"),
+        (Layout(pp=4), "train.precision=fp32"),
+        (Layout(pp=3), "train.precision=bf16"),
+        (Layout(pp=2, chunks=2), "parallel.recompute_granularity=full"),
+    ],
+    ids=str,
+)
+def test_stages_give_the_same_bits(
+    corpus: Path, tmp_path: Path, layout: Layout, option: str
+) -> None:
+    """Six steps with dropout: losses, norms, scores, samples and weights of one process."""
+    for each, name in ((ONE_RANK, "one"), (layout, "stages")):
+        train_on(each, settings(corpus, tmp_path, *UNTIED, option, f"run.name={name}"))
+    assert rows(tmp_path, "stages") == rows(tmp_path, "one")
+    samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("one", "stages")]
+    assert _texts(samples[0]) == _texts(samples[1])
+    one, stages = (
+        read_manifest(tmp_path / name / "checkpoints" / "step_00000006")
+        for name in ("one", "stages")
+    )
+    assert one.tensors.keys() == stages.tensors.keys()
+    for name in one.tensors:
+        assert torch.equal(read_full_tensor(one, name), read_full_tensor(stages, name)), name
+
+
+def _texts(lines: str) -> list[Any]:
+    return [
+        {k: v for k, v in json.loads(line).items() if k != "time_s"}
+        for line in lines.split("\n")
+        if line
+    ]
+
+
+@pytest.mark.parametrize(
+    ("layout", "gradient_sync"),
+    [
+        (Layout(pp=2), "step"),
+        (Layout(tp=2, pp=2), "step"),
+        (Layout(tp=2, sp=False, pp=2), "step"),
+        (Layout(dp=2, pp=2), "step"),
+        (Layout(dp=2, pp=2), "micro_batch"),
+        (Layout(pp=3), "step"),
+        (Layout(pp=2, chunks=2), "step"),
+        (Layout(dp=2, pp=2, chunks=2), "step"),
+        (Layout(cp=2, pp=2), "step"),
+    ],
+    ids=str,
+)
+def test_tied_stages_give_the_same_losses(
+    corpus: Path, tmp_path: Path, layout: Layout, gradient_sync: str
+) -> None:
+    """With a table on two stages, and rows of different widths: within 2e-6 over six steps."""
+    options = (
+        *("data.sequence_mode=pad", "model.num_layers=5", "debug.audit_interval=2"),
+        f"parallel.gradient_sync={gradient_sync}",
+    )
+    for each, name in ((ONE_RANK, "one"), (layout, "stages")):
+        train_on(each, settings(corpus, tmp_path, *options, f"run.name={name}"))
+    _require_near(rows(tmp_path, "stages"), rows(tmp_path, "one"))
+
+
+def _require_near(curve: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    for row, other in zip(curve, expected, strict=True):
+        for key, value in row.items():
+            tolerance = 2e-5 if key == "train/grad_norm" else 2e-6
+            assert value == pytest.approx(other[key], rel=tolerance), (row["step"], key)
+
+
+def test_checkpoints_fit_any_layout(corpus: Path, tmp_path: Path) -> None:
+    """Written on pp=2 x tp=2 and read on other layouts; written on pp=4 and read on pp=2 x tp=2."""
+    options = ("model.num_layers=4", "evaluate.interval=0")
+    train_on(ONE_RANK, settings(corpus, tmp_path, *options, "run.name=whole"))
+    whole = rows(tmp_path, "whole")
+    both = Layout(tp=2, pp=2)
+    for before, after in (
+        (both, ONE_RANK),
+        (both, Layout(dp=2)),
+        (both, Layout(pp=4)),
+        (Layout(pp=4), both),
+    ):
+        name = f"run.name={before}_{after}".replace("+", "")
+        train_on(before, settings(corpus, tmp_path, *options, name, "run.stop_at_step=3"))
+        train_on(after, settings(corpus, tmp_path, *options, name))
+        _require_near(rows(tmp_path, name.removeprefix("run.name=")), whole)
+
+
+@distributed(Layout(pp=2))
+def test_all_stages_skip_a_step(mesh: Mesh, config: Config) -> None:
+    """A gradient that is not finite on the first stage; the loss is fine."""
+    with RunFolder(config, mesh) as folder:
+        run, state = start_run(config, mesh, folder)
+        weight = next(run.model.parameters())
+        before = weight.detach().clone()
+        if mesh.pp.rank == 0:
+            weight.register_hook(lambda grad: grad * math.inf)
+        with training_batches(run, state) as batches:
+            result = train_step(run, state, batches)
+    assert math.isfinite(result.loss)
+    assert result.why_skipped is not None
+    assert torch.equal(weight, before)
+
+
+@distributed(Layout(pp=3))
+def test_copies_of_a_tied_table_are_compared(mesh: Mesh, config: Config) -> None:
+    """A bit that differs on the last stage is found."""
+    model = build_model(config, mesh)
+    tensors = weight_tensors(model)
+    assert not compare_replicas(model, tensors, mesh)
+    if mesh.is_last_stage:
+        tensors["parameters.embedding.weight"].tensor[0, 0] += 1
+    (found,) = compare_replicas(model, tensors, mesh)
+    assert str(found) == "parameters.embedding.weight of rank 0, 2 among pp ranks [0, 2]"
+
+
+@distributed(Layout(pp=2))
+def test_a_waiting_stage_is_not_to_blame(mesh: Mesh) -> None:
+    """While the first stage is slow, the watchdog sees that the last one waits."""
+    main = threading.get_ident()
+    seen: list[bool] = []
+
+    def forward(n: int, chunk: int, x: Tensor | None) -> Tensor:
+        time.sleep(0.5 * (mesh.pp.rank == 0))
+        weight = torch.ones(1, requires_grad=True)
+        return weight if x is None else (x * weight).sum()
+
+    def watch() -> None:
+        time.sleep(0.25)
+        frame = sys._current_frames()[main]
+        while frame is not None:
+            seen.append(is_blocking_frame(frame.f_code))
+            frame = frame.f_back  # type: ignore[assignment]
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    run_pipeline(mesh, [(1,)], torch.float32, forward, lambda *_: None)
+    watching.join()
+    assert any(seen) == mesh.is_last_stage
+
+
+@distributed(Layout(pp=3))
+def test_fewer_micro_batches_than_stages_are_reported(mesh: Mesh, config: Config) -> None:
+    """With the part of a step in which the stages are idle."""
+    train = dataclasses.replace(config.train, global_batch_size=4)
+    run = SimpleNamespace(config=dataclasses.replace(config, train=train), mesh=mesh)
+    problem = pipeline_problem(cast(Run, run))
+    assert problem is not None
+    assert "2 micro-batches per step are fewer than the 3 stages" in problem
+    assert "idle for 50% of each step" in problem
+    run.config = config  # of 4 micro-batches
+    assert pipeline_problem(cast(Run, run)) is None
+
+
+@pytest.fixture
+def config(corpus: Path, tmp_path: Path) -> Config:
+    """A run on two stages."""
+    config = parse_config(settings(corpus, tmp_path, "train.compile=false"))
+    parallel = dataclasses.replace(config.parallel, pipeline_model_parallel_size=2)
+    return dataclasses.replace(config, parallel=parallel)
+
+
+@pytest.mark.slow
+def test_a_killed_stage_loses_nothing(corpus: Path, tmp_path: Path) -> None:
+    """The last stage is killed; resumed, the run has the bits of one that was not."""
+    options = (
+        *UNTIED,
+        "parallel.tensor_model_parallel_size=1",
+        "parallel.pipeline_model_parallel_size=2",
+        "train.train_steps=12",
+        "checkpoint.save_interval=2",
+        "evaluate.interval=0",
+    )
+    arguments = settings(corpus, tmp_path, *options)
+    process = start(2, arguments)
+    wait_for(lambda: steps_done(tmp_path) >= 5, process)
+    os.kill(ranks_of(tmp_path)[1], signal.SIGKILL)
+    finish(process, expected=1)
+    killed_at = steps_done(tmp_path)
+    assert killed_at < 12
+    output = finish(start(2, arguments))
+    assert "2 = tp 1 x dp 1 x pp 2 (layers of each stage: 3, 2)" in output
+    resumed = rows(tmp_path)
+    shutil.rmtree(tmp_path / "test")
+    finish(start(2, arguments))
+    assert resumed == rows(tmp_path)
