@@ -56,7 +56,7 @@ def training_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, LocalShard
 
 def training_names(config: Config) -> list[str]:
     """The names of all tensors of a checkpoint, of which a stage of a pipeline has some."""
-    names = model_weights(config.model, config.data.vocab_size)
+    names = model_weights(config.model, config.data.padded_vocab_size)
     kinds = (WEIGHTS, *(f"{moment}." for moment in MOMENTS))
     return [kind + name for kind in kinds for name in names]
 
