@@ -6,7 +6,7 @@ them finds NaN in a gradient.
 
 import dataclasses
 import json
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -76,12 +76,12 @@ def poisoned(mesh: Mesh, samples: Container[int]) -> Iterator[list[tuple[int, li
     sum_gradients = step_module.sum_partial_gradients
     forward_backward = step_module.forward_backward
 
-    def note_samples(run: Run, state: RunState, micro_batch: MicroBatch, *others: Any) -> Tensor:
-        of_micro_batch = micro_batch.sample_indices.tolist()
-        if not seen or seen[-1][0] != state.step or of_micro_batch[0] != seen[-1][1][-1] + 1:
-            seen.append((state.step, []))
-        seen[-1][1].extend(of_micro_batch)
-        return forward_backward(run, state, micro_batch, *others)
+    def note_samples(
+        run: Run, state: RunState, micro_batches: Sequence[MicroBatch], *others: Any
+    ) -> Tensor:
+        of_step = [sample for one in micro_batches for sample in one.sample_indices.tolist()]
+        seen.append((state.step, of_step))
+        return forward_backward(run, state, micro_batches, *others)
 
     def poison(model: Any, mesh: Mesh) -> None:
         await_gradients(model)
