@@ -107,7 +107,7 @@ def beat_during(blocks: Callable[[], object], tmp_path: Path) -> Beat:
 def test_awaiting_an_asynchronous_collective_is_waiting(tmp_path: Path) -> None:
     """Work.wait is C++ without a frame of torch, and the rank would be blamed."""
     work = cast(dist.Work, SimpleNamespace(wait=functools.partial(time.sleep, 1)))
-    beat = beat_during(Pending(torch.ones(1), work).wait, tmp_path)
+    beat = beat_during(Pending(torch.ones(1), [work]).wait, tmp_path)
     assert beat.is_waiting
     assert beat.line.startswith("parallel/collectives.py:")
 
