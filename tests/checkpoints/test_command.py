@@ -61,7 +61,7 @@ def test_damage_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 1
     assert lines[0].endswith("verified")
     assert lines[1].endswith(
-        "DAMAGED: rank_00001.safetensors does not match its checksum in parameters.bias"
+        "DAMAGED: rank_00001.safetensors does not match its checksum in parameters.columns"
     )
     (newest / "rank_00001.safetensors").unlink()
     code, lines, _ = answer(capsys, f"run={run}")
@@ -73,13 +73,13 @@ def test_damage_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_checkpoint_is_described(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Progress, settings and tensors; counted by hand: 13 x 6 + 5 x 11 + 7 + 9 elements."""
+    """Progress, settings and tensors; counted by hand: (13 + 12 + 2) x 6 + 5 x 11 + 7 + 9 elements."""
     code, lines, _ = answer(capsys, f"run={run}", "step=3")
     assert code == 0
     assert lines[0].startswith("step_00000003")
     assert "  tokens: 4096" in lines
     assert "  model.num_layers: 2" in lines
-    assert "parameters: 149 elements in 4 tensors" in lines
+    assert "parameters: 233 elements in 6 tensors" in lines
     assert "exp_avg: 7 elements in 1 tensor" in lines
     assert "  rows  float32 [13, 6] in 2 shards" in lines
     assert "  norm  float32 [7]" in lines
