@@ -73,7 +73,7 @@ def test_damage_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_checkpoint_is_described(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Progress, settings and tensors; counted by hand: (13 + 12 + 2) x 6 + 5 x 11 + 7 + 9 elements."""
+    """Progress, settings and tensors: (13 + 12 + 2) x 6 + 5 x 11 + 7 + 9 elements."""
     code, lines, _ = answer(capsys, f"run={run}", "step=3")
     assert code == 0
     assert lines[0].startswith("step_00000003")
