@@ -3,8 +3,7 @@
     python -m bench.host_time
 
 A model so small that arithmetic is nothing, one process, one thread, CPU time of the thread, fp32.
-Beside ours: the same block in plain PyTorch, alone and under FSDP2 on one rank. Whole steps include
-the update, without clipping, in wall time.
+Beside ours: the same block in plain PyTorch, alone and under FSDP2 on one rank.
 """
 
 import statistics

@@ -44,7 +44,8 @@ class ReplicaMismatchError(FatalError):
 def skip_reason(loss: float, grad_norm: float, state: RunState, config: TrainConfig) -> str | None:
     """Why the update of a step must be skipped, or None; the same on all ranks, as its inputs are.
 
-    A value that is not finite on one rank makes the sum over ranks not finite.
+    A value that is not finite on one rank makes the sum over ranks not finite. Of gradients that tp
+    ranks have alike, only those of the first count.
     """
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         return f"the loss is {loss}, the gradient norm {grad_norm}"
