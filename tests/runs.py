@@ -166,9 +166,11 @@ def launch(
     )
 
 
-def finish(process: "Program | subprocess.Popen[str]", expected: int = 0) -> str:
+def finish(
+    process: "Program | subprocess.Popen[str]", expected: int = 0, limit_s: float = 100
+) -> str:
     """Wait for the end; return the output."""
-    output, _ = process.communicate(timeout=100)
+    output, _ = process.communicate(timeout=limit_s)
     assert process.returncode == expected, output
     return output
 

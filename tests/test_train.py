@@ -200,7 +200,7 @@ def test_must_never_and_in_use(corpus: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(700)
 def test_compiled_kernels_resume_bit_for_bit(corpus: Path, tmp_path: Path) -> None:
     """Even if the first rows after the resume have another length."""
     llama = ("model.normalization=RMSNorm", "model.position_embedding_type=rope")
@@ -208,7 +208,7 @@ def test_compiled_kernels_resume_bit_for_bit(corpus: Path, tmp_path: Path) -> No
     for name, stops in (("whole", [6]), ("parts", [2, 6])):
         for stop in stops:
             overrides = (*chains, f"run.name={name}", f"run.stop_at_step={stop}")
-            finish(start(2, settings(corpus, tmp_path, *overrides)))
+            finish(start(2, settings(corpus, tmp_path, *overrides)), limit_s=300)  # compiles
     parts, whole = (
         [r for r in rows(tmp_path, name) if "train/loss" in r] for name in ("parts", "whole")
     )
