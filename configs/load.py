@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from configs.errors import ConfigError, bad_setting, format_value, nearest, os_error_text
 from configs.fields import KEYS, SECTIONS, Field, convert, unknown_key
 from configs.launch import is_rank_zero, world_size_from_environment
-from configs.schema import RENAMED, Config
+from configs.schema import REMOVED, RENAMED, Config
 from configs.tokenizer_files import resolve_tokenizer
 from configs.validate import check_inputs, validate
 
@@ -94,6 +94,8 @@ def parse_arguments(arguments: list[str], fields: Mapping[str, Field]) -> dict[s
                 f"{format_value(argument)} has no '='; write {_with_equals(key, fields)}"
             )
         name = current_name(key)
+        if name in REMOVED:
+            continue
         if name not in fields and key in KEYS:  # a program's setting, written as for train.py
             name = key.rpartition(".")[2]
         if name not in fields and key in KEYS:
@@ -134,6 +136,8 @@ def current_name(key: str) -> str:
     """Return the current name of a key; warn once about an old name."""
     if key in RENAMED and is_rank_zero():
         logger.warning("%s is now called %s; the old name still works", key, RENAMED[key])
+    if key in REMOVED and is_rank_zero():
+        logger.warning("%s no longer exists and is ignored; remove it", key)
     return RENAMED.get(key, key)
 
 
@@ -220,9 +224,10 @@ def _values(contents: dict[Any, Any]) -> dict[str, Any]:
             items = {f"{section}.{leaf}": value for leaf, value in (settings or {}).items()}
         for key, value in items.items():
             name = current_name(key)
-            if name not in KEYS:
+            if name in KEYS:
+                values[name] = convert(KEYS[name], value)
+            elif name not in REMOVED:
                 raise unknown_key(str(key), value, KEYS)
-            values[name] = convert(KEYS[name], value)
     return values
 
 
