@@ -33,7 +33,6 @@ from training.checkpoint_writer import CheckpointWriter
 from training.divergence import check_replicas, roll_back, too_many_skipped
 from training.evaluation import evaluate, validation_set
 from training.hardware import choose_precision, set_up_allocator, use_deterministic_kernels
-from training.launcher import print_after_launcher
 from training.optimizer import build_optimizer
 from training.resume import find_own_checkpoint, resume
 from training.run_folder import FatalError, RunFolder, require_same_on_all_ranks
@@ -147,8 +146,6 @@ def main(config: Config) -> int:
         if (loss := lost_connection(error)) is None:
             raise
         exit_with_error(loss, 1, only_here=True)
-    if code and mesh.world.rank == 0:  # stopped by a signal
-        print_after_launcher(f"resume with\n  {folder.resume_command()}")
     # Not after an error: closing waits for peers, which may be in a collective.
     close_mesh()
     return code

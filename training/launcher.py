@@ -1,22 +1,14 @@
-"""torchrun, seen from a process that it launched: its options, its death, its last output."""
+"""torchrun, seen from a process that it launched: its options and its death."""
 
 import contextlib
 import ctypes
 import os
 import shlex
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
-# Poll for up to a minute; torchrun kills ranks that need longer than 30 s.
-_PRINT_AFTER = """
-for _ in $(seq 600); do
-    kill -0 "$1" 2>/dev/null || { printf '%s\\n' "$2" >&2; exit; }
-    sleep 0.1
-done
-"""
 
 
 def launch_command() -> str:
@@ -45,17 +37,6 @@ def torchrun_options(command: list[str], program: list[str]) -> list[str] | None
         if argument.endswith(("torchrun", "torch.distributed.run")) and command[size:] == program:
             return command[number + 1 : size]
     return None
-
-
-def print_after_launcher(text: str) -> None:
-    """Print to the terminal once torchrun has ended, below the traceback that a signal causes.
-
-    torchrun waits for its workers before it prints that, so a detached shell does the printing.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.stderr.isatty():
-        command = ["sh", "-c", _PRINT_AFTER, "sh", str(os.getppid()), text]
-        with contextlib.suppress(OSError):  # it is only a convenience
-            subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
 def stop_when_launcher_dies() -> None:
