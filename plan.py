@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-from configs import Config, ConfigError, Range, load_config, load_settings
+from configs import Config, ConfigError, Range, load_config
+from configs.program_settings import load_settings
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,6 @@
 
 from configs.cli import exit_on_config_error as exit_on_config_error
 from configs.cli import load_config as load_config
-from configs.cli import load_settings as load_settings
-from configs.cli import parse_settings as parse_settings
-from configs.cli import run_config as run_config
 from configs.errors import ConfigError as ConfigError
 from configs.errors import UserError as UserError
 from configs.errors import machine_errors_as_user_errors as machine_errors_as_user_errors

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from configs import Config, ConfigError, flatten, parse_config, read_config, to_yaml
-from configs.cli import config_list, settings_table, usage
+from configs.__main__ import settings_table
+from configs.cli import config_list, usage
 from configs.fields import KEYS
 from configs.launch import threads_per_rank
 from configs.layout import check_layout, last_chunk
