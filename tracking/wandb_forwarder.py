@@ -35,10 +35,8 @@ _PATHS = ("path", "validation_path", "directory", "cache_directory", "tokenizer"
 class WandbForwarder:
     """The wandb run of a run folder until `finish`; does nothing if wandb is disabled."""
 
-    def __init__(
-        self, config: LoggingConfig, folder: Path, wandb_id: str, run_config: dict[str, Any]
-    ) -> None:
-        self._config, self._folder, self._run_config = config, folder, run_config
+    def __init__(self, config: LoggingConfig, folder: Path, wandb_id: str, sent: Any) -> None:
+        self._config, self._folder, self._sent_config = config, folder, sent
         self._id, self._failed = recorded_wandb_id(folder) or wandb_id, False
         self._rows: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="wandb", daemon=True)
@@ -52,11 +50,10 @@ class WandbForwarder:
 
     def finish(self, *, failed: bool) -> None:
         """Send what is left and close the wandb run; give up after MAX_WAIT_S."""
-        if not self._thread.is_alive():
-            return
         self._failed = failed
-        self._rows.put(None)
-        self._thread.join(MAX_WAIT_S)
+        if self._thread.is_alive():
+            self._rows.put(None)
+            self._thread.join(MAX_WAIT_S)
         if self._thread.is_alive():
             logger.warning("wandb: not finished after %d s; exiting without it", MAX_WAIT_S)
 
@@ -124,7 +121,7 @@ class WandbForwarder:
         )
         if mode == "online":
             logger.info("wandb: %s", run.url)
-        run.config.update(self._run_config, allow_val_change=True)  # a resume may change settings
+        run.config.update(self._sent_config, allow_val_change=True)  # a resume may change settings
         run.define_metric("*", step_metric="step")
         for metric in ("eval/loss", "eval/bits_per_byte"):
             run.define_metric(metric, step_metric="step", summary="min")

@@ -198,13 +198,6 @@ def host_memory_allows(num_bytes: int) -> bool:
     return num_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < available_bytes / 2
 
 
-def gpu_memory_gib() -> float | None:
-    """Memory of this machine's first GPU; None without one."""
-    if not torch.cuda.is_available():
-        return None
-    return round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
-
-
 def peak_memory_gib(device: torch.device) -> float:
     """Peak memory so far: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
