@@ -38,9 +38,9 @@ from configs import (
     os_error_text,
     to_yaml,
 )
+from configs.launch import launch_command
 from configs.tokenizer_files import TOKENIZER_FILES
 from parallel import Mesh, gather_json, wait_for_all_ranks
-from training.launcher import launch_command
 from training.lock import FolderLock
 
 logger = logging.getLogger("microtron")
