@@ -16,11 +16,8 @@ from configs.load import parse_config as parse_config
 from configs.load import read_config as read_config
 from configs.load import to_yaml as to_yaml
 from configs.schema import RENAMED as RENAMED
-from configs.schema import CheckpointConfig as CheckpointConfig
 from configs.schema import Config as Config
 from configs.schema import DataConfig as DataConfig
-from configs.schema import DebugConfig as DebugConfig
-from configs.schema import EvaluateConfig as EvaluateConfig
 from configs.schema import LoggingConfig as LoggingConfig
 from configs.schema import ModelConfig as ModelConfig
 from configs.schema import OptimizerConfig as OptimizerConfig
