@@ -28,7 +28,7 @@ logger = logging.getLogger("microtron")
 
 _POLL_INTERVAL_S = 0.5
 
-Overlap = Literal["none", "backward", "both"]  # see [Note: overlap] in overlap.py
+Overlap = Literal["none", "backward"]  # see [Note: overlap] in overlap.py
 CPCommType = Literal["all_gather", "p2p"]  # see context.py
 
 

@@ -317,6 +317,21 @@ def test_a_removed_key_is_ignored_with_one_warning(
     assert [record.message for record in caplog.records] == [warning]
 
 
+def test_a_removed_value_means_the_default(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the command line and in a file, with a warning."""
+    monkeypatch.setattr(logging.getLogger("microtron"), "propagate", True)
+    Path("config.yaml").write_text("parallel:\n  tp_comm_overlap: both\n")
+    for arguments in (
+        ["config=config.yaml"],
+        ["config=gpt_debug", "parallel.tp_comm_overlap=both"],
+    ):
+        assert parse_config(arguments).parallel.tp_comm_overlap == "backward"
+    warning = "parallel.tp_comm_overlap=both no longer exists; using backward"
+    assert [record.message for record in caplog.records] == [warning] * 2
+
+
 def _write_run(folder: Path, *arguments: str) -> str:
     config = parse_config(["config=gpt_debug", *arguments])
     (folder / "checkpoints").mkdir(parents=True)

@@ -71,7 +71,7 @@ RINGS = tuple(dataclasses.replace(layout, cp_comm_type="p2p") for layout in GATH
 EVERY_LAYOUT = (*GATHERED, *RINGS)
 OVERLAPPED = (
     Layout(tp=2, cp=2, overlap="backward", shared_memory=True),
-    Layout(tp=2, cp=2, overlap="both", cp_comm_type="p2p", shared_memory=True),
+    Layout(tp=2, cp=2, overlap="backward", cp_comm_type="p2p", shared_memory=True),
     Layout(tp=2, cp=2, sp=False),
 )
 

@@ -13,7 +13,7 @@ from parallel import init_mesh
     ("tp", "world_size", "overlap", "chosen", "expected"),
     [
         (2, 2, "backward", None, "1"),
-        (2, 2, "both", "8", "8"),
+        (2, 2, "backward", "8", "8"),
         (2, 2, "none", None, None),
         (1, 2, "backward", None, None),
         (2, 4, "backward", None, None),  # FSDP2 has its own streams
@@ -24,7 +24,7 @@ def test_a_gpu_starts_kernels_in_order_only_for_tensor_parallelism(
     monkeypatch: pytest.MonkeyPatch,
     tp: int,
     world_size: int,
-    overlap: Literal["none", "backward", "both"],
+    overlap: Literal["none", "backward"],
     chosen: str | None,
     expected: str | None,
 ) -> None:
