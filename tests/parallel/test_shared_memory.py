@@ -142,7 +142,7 @@ def test_different_calls_are_an_error(mesh: Mesh) -> None:
         dist.all_reduce(x, group=group)
     with pytest.raises(RuntimeError, match="an earlier collective has failed"):
         dist.all_reduce(torch.ones(4), group=group)
-    with pytest.raises(RuntimeError, match="invalid for input of size 3"):
+    with pytest.raises(RuntimeError, match="invalid for input of size"):
         all_gather_single(torch.empty(3), torch.ones(1), group=mesh.world.group)
     with pytest.raises(RuntimeError, match="view size is not compatible"):
         dist.all_reduce(torch.ones(4, 4).t()[1:], group=mesh.world.group)
