@@ -18,10 +18,9 @@ from configs import (
     Range,
     UserError,
     exit_on_config_error,
-    load_settings,
     machine_errors_as_user_errors,
-    run_config,
 )
+from configs.program_settings import load_settings, run_config
 from configs.validate import check_inputs
 
 _OF_THE_TOKENIZER = ("vocab_size", "bos_token", "eos_token")  # the run's, whatever is scored

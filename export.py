@@ -18,10 +18,9 @@ from configs import (
     UserError,
     exit_on_config_error,
     exit_with_error,
-    load_settings,
     machine_errors_as_user_errors,
-    run_config,
 )
+from configs.program_settings import load_settings, run_config
 from interop.atomic_directory import atomic_directory, require_new
 
 

@@ -12,16 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from configs import (
-    Config,
-    ConfigError,
-    Range,
-    Text,
-    UserError,
-    exit_on_config_error,
-    load_settings,
-    run_config,
-)
+from configs import Config, ConfigError, Range, Text, UserError, exit_on_config_error
+from configs.program_settings import load_settings, run_config
 
 
 @dataclass(frozen=True)

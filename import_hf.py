@@ -25,11 +25,11 @@ from configs import (
     exit_on_config_error,
     exit_with_error,
     flatten,
-    load_settings,
     machine_errors_as_user_errors,
     read_config,
     to_yaml,
 )
+from configs.program_settings import load_settings
 from interop.atomic_directory import atomic_directory, require_new
 
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-from configs import Config, ConfigError, Range, load_config, load_settings
+from configs import Config, ConfigError, Range, load_config
+from configs.program_settings import load_settings
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,19 @@ if __name__ == "__main__":
     # Importing torch takes seconds; report a mistyped key before that.
     CONFIG, NUM_RANKS, MEMORY_GIB = parse(sys.argv[1:])
 
+import torch
+
 from planning.dry_run import dry_run
 from planning.page import page
-from training.hardware import gpu_memory_gib
 
 _DEFAULT_GIB = 80.0
+
+
+def gpu_memory_gib() -> float | None:
+    """Memory of this machine's first GPU; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    return round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
 
 
 def main(config: Config, num_ranks: int, memory_gib: float | None) -> int:

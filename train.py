@@ -23,7 +23,7 @@ if __name__ == "__main__":
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from data import prepare_corpus, text_fingerprint
-from model import build_model, num_parameters
+from model import build_model
 from parallel import Mesh, close_mesh, lost_connection
 from tracking.console import set_up_logging
 from tracking.metrics import RunLog, last_step
@@ -33,7 +33,6 @@ from training.checkpoint_writer import CheckpointWriter
 from training.divergence import check_replicas, roll_back, too_many_skipped
 from training.evaluation import evaluate, validation_set
 from training.hardware import choose_precision, set_up_allocator, use_deterministic_kernels
-from training.launcher import print_after_launcher
 from training.optimizer import build_optimizer
 from training.resume import find_own_checkpoint, resume
 from training.run_folder import FatalError, RunFolder, require_same_on_all_ranks
@@ -75,7 +74,7 @@ def start(config: Config, mesh: Mesh, folder: RunFolder) -> tuple[Run, RunState]
         corpus = prepare_corpus(config.data, config.model.seq_length, mesh.local_rank)
         require_same_on_all_ranks(mesh, corpus.fingerprint, "the tokenized text")
     precision = choose_precision(config, mesh, checkpoint)
-    set_up_allocator(mesh, num_parameters(config.model, config.data.padded_vocab_size))
+    set_up_allocator(mesh.device)
     model = build_model(config, mesh)
     optimizer = build_optimizer(model, config.optimizer)
     run = Run(config, mesh, folder, corpus, model, optimizer, precision)
@@ -147,8 +146,6 @@ def main(config: Config) -> int:
         if (loss := lost_connection(error)) is None:
             raise
         exit_with_error(loss, 1, only_here=True)
-    if code and mesh.world.rank == 0:  # stopped by a signal
-        print_after_launcher(f"resume with\n  {folder.resume_command()}")
     # Not after an error: closing waits for peers, which may be in a collective.
     close_mesh()
     return code

@@ -20,7 +20,8 @@ from typing import ClassVar
 import torch
 import transformers
 
-from configs import Config, Range, exit_on_config_error, load_settings, run_config
+from configs import Config, Range, exit_on_config_error
+from configs.program_settings import load_settings, run_config
 from model import Sampling, generate_tokens
 from parallel import close_mesh
 from training.inference import load_for_inference

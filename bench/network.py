@@ -26,8 +26,7 @@ _UNLIMITED = 0
 _LEAST_COST = 0.05  # of a step; fractions of smaller costs are noise
 # What is compared on a layout; the first is without overlap.
 _SETTINGS = {
-    "tp2+sp": [f"parallel.tp_comm_overlap={value}" for value in ("none", "backward", "both")],
-    "dp2": [f"parallel.dp_comm_overlap={value}" for value in ("false", "true")],
+    "tp2+sp": [f"parallel.tp_comm_overlap={value}" for value in ("none", "backward")],
 }
 
 

@@ -17,7 +17,8 @@ from checkpoints.manifest import (
     step_of,
     verify_file,
 )
-from configs import Range, exit_with_error, load_settings
+from configs import Range, exit_with_error
+from configs.program_settings import load_settings
 
 _ATTEMPTS = 10
 

@@ -2,9 +2,6 @@
 
 from configs.cli import exit_on_config_error as exit_on_config_error
 from configs.cli import load_config as load_config
-from configs.cli import load_settings as load_settings
-from configs.cli import parse_settings as parse_settings
-from configs.cli import run_config as run_config
 from configs.errors import ConfigError as ConfigError
 from configs.errors import UserError as UserError
 from configs.errors import machine_errors_as_user_errors as machine_errors_as_user_errors
@@ -19,11 +16,8 @@ from configs.load import parse_config as parse_config
 from configs.load import read_config as read_config
 from configs.load import to_yaml as to_yaml
 from configs.schema import RENAMED as RENAMED
-from configs.schema import CheckpointConfig as CheckpointConfig
 from configs.schema import Config as Config
 from configs.schema import DataConfig as DataConfig
-from configs.schema import DebugConfig as DebugConfig
-from configs.schema import EvaluateConfig as EvaluateConfig
 from configs.schema import LoggingConfig as LoggingConfig
 from configs.schema import ModelConfig as ModelConfig
 from configs.schema import OptimizerConfig as OptimizerConfig

@@ -2,7 +2,8 @@
 
 import sys
 
-from configs.cli import settings_table
+from configs.errors import format_value
+from configs.fields import KEYS
 
 _HEAD = """\
 # Settings
@@ -12,4 +13,16 @@ Defaults < `config=NAME.yaml` < `section.key=value`. `python -m configs` writes 
 
 """
 
-sys.stdout.write(_HEAD + settings_table())
+
+def settings_table() -> str:
+    """Return all settings as a Markdown table, for docs/settings.md."""
+    rows = [
+        (*key.split("."), field.kind, format_value(field.default), field.comment)
+        for key, field in KEYS.items()
+    ]
+    lines = [("section", "key", "type", "default", "meaning"), ("---",) * 5, *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(_HEAD + settings_table())

@@ -12,22 +12,8 @@ from collections.abc import Iterable, Iterator
 _SHOWN_CHARACTERS = 60
 # Errors of the machine rather than the program: storage, permissions, system limits.
 _MACHINE_ERRORS = {
-    getattr(errno, name)
-    for name in [
-        "EACCES",
-        "EDQUOT",
-        "EFBIG",
-        "EIO",
-        "ELOOP",
-        "EMFILE",
-        "ENAMETOOLONG",
-        "ENFILE",
-        "ENOSPC",
-        "ENOTDIR",
-        "EPERM",
-        "EROFS",
-        "ESTALE",
-    ]
+    *(errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ELOOP, errno.EMFILE, errno.ENFILE),
+    *(errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS, errno.ESTALE),
 }
 
 # Our names, and what nanoGPT, Hugging Face, Megatron-LM and the literature call the same setting.

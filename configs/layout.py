@@ -40,24 +40,13 @@ def check_layout(config: Config, world_size: int) -> None:
     parallel = config.parallel
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     pp = parallel.pipeline_model_parallel_size
-    if tp > world_size:
-        ranks = "there is 1 rank" if world_size == 1 else f"there are {world_size} ranks"
-        fix = f"start with torchrun --nproc-per-node {tp} ..., or choose {_TP}={world_size}"
-        raise bad_setting(_TP, tp, f"needs {tp} ranks, or a multiple of it, and {ranks}; {fix}")
-    if world_size % tp:
-        problem = f"does not divide the number of ranks {world_size} (torchrun's nodes x"
-        fix = f"choose a divisor of {world_size} ({listed(divisors(world_size))})"
-        raise bad_setting(_TP, tp, f"{problem} --nproc-per-node); {fix}")
-    if world_size // tp % cp:
-        problem = f"x {_TP}={tp} does not divide the number of ranks {world_size} (torchrun's nodes"
-        fix = f"choose {_CP}={listed(divisors(world_size // tp))}, or a multiple of {cp * tp} ranks"
-        raise bad_setting(_CP, cp, f"{problem} x --nproc-per-node); {fix}")
-    if world_size // (tp * cp) % pp:
-        sizes = f"x {_TP}={tp}" + (f" x {_CP}={cp}" if cp > 1 else "")
-        problem = f"{sizes} does not divide the number of ranks {world_size} (torchrun's nodes"
-        fix = f"choose {_PP}={listed(divisors(world_size // (tp * cp)))}, or a multiple of"
-        raise bad_setting(
-            _PP, pp, f"{problem} x --nproc-per-node); {fix} {parallel.ranks_per_replica} ranks"
+    if world_size % parallel.ranks_per_replica:
+        sizes = [f"{k}={size}" for k, size in ((_TP, tp), (_CP, cp), (_PP, pp)) if size > 1]
+        raise ConfigError(
+            f"{' x '.join(sizes)} needs {parallel.ranks_per_replica} ranks or a multiple of it, "
+            f"not {world_size} (torchrun's nodes x --nproc-per-node); start another number of "
+            f"ranks, or choose a product of {listed(divisors(world_size), ' or ')}",
+            sizes[0].partition("=")[0],
         )
     if cp > 1:
         _check_context(config, tp, cp)
@@ -120,36 +109,14 @@ def _groups_fit(groups: int, tp: int) -> bool:
 
 
 def _check_shards(config: Config, tp: int, dp_cp: int) -> None:
-    weight = _weight_with_empty_shard(config, tp, dp_cp)
-    if weight is None:
-        return
-    world_size, cp = tp * dp_cp, config.parallel.context_parallel_size  # of a stage
-    others = f"data parallel size {dp_cp // cp}" + (f" x {_CP}={cp}" if cp > 1 else "")
-    working = [size for size in divisors(world_size) if _splits(config, size, world_size)]
-    ranks = f"{world_size} ranks"
-    if config.parallel.pipeline_model_parallel_size > 1:
-        ranks += " per stage"
-    fix = (
-        f"with {ranks}, choose {_TP}={listed(working)}"
-        if working
-        else f"no layout of {ranks} works; use fewer ranks or a larger model"
-    )
-    raise ConfigError(
-        f"{weight} has too few rows to shard over {_TP}={tp} x {others}: a rank would have none; "
-        f"{fix}",
-        _TP,
-    )
-
-
-def _splits(config: Config, tp: int, world_size: int) -> bool:
-    model = config.model
-    divisible = not (model.num_attention_heads % tp or model.ffn_size % tp)
-    return (
-        divisible
-        and world_size // tp % config.parallel.context_parallel_size == 0
-        and _groups_fit(model.num_groups, tp)
-        and _weight_with_empty_shard(config, tp, world_size // tp) is None
-    )
+    weight, cp = _weight_with_empty_shard(config, tp, dp_cp), config.parallel.context_parallel_size
+    if weight is not None:
+        others = f"data parallel size {dp_cp // cp}" + (f" x {_CP}={cp}" if cp > 1 else "")
+        raise ConfigError(
+            f"{weight} has too few rows to shard over {_TP}={tp} x {others}: a rank would have "
+            f"none; choose a larger {_TP} or {_PP}, fewer ranks or a larger model",
+            _TP,
+        )
 
 
 def _weight_with_empty_shard(config: Config, tp: int, dp_cp: int) -> str | None:
@@ -183,6 +150,6 @@ def multiples(key: str, value: int, unit: int) -> str:
     return f"{key}={f'{lower} or ' if lower else ''}{lower + unit}"
 
 
-def listed(sizes: list[int]) -> str:
-    """Return sizes separated by commas."""
-    return ", ".join(map(str, sizes))
+def listed(sizes: list[int], separator: str = ", ") -> str:
+    """Return sizes with a separator between them."""
+    return separator.join(map(str, sizes))

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from configs.errors import ConfigError, bad_setting, format_value, nearest, os_error_text
 from configs.fields import KEYS, SECTIONS, Field, convert, unknown_key
 from configs.launch import is_rank_zero, world_size_from_environment
-from configs.schema import RENAMED, Config
+from configs.schema import REMOVED, REMOVED_VALUES, RENAMED, Config
 from configs.tokenizer_files import resolve_tokenizer
 from configs.validate import check_inputs, validate
 
@@ -94,6 +94,8 @@ def parse_arguments(arguments: list[str], fields: Mapping[str, Field]) -> dict[s
                 f"{format_value(argument)} has no '='; write {_with_equals(key, fields)}"
             )
         name = current_name(key)
+        if name in REMOVED:
+            continue
         if name not in fields and key in KEYS:  # a program's setting, written as for train.py
             name = key.rpartition(".")[2]
         if name not in fields and key in KEYS:
@@ -103,7 +105,17 @@ def parse_arguments(arguments: list[str], fields: Mapping[str, Field]) -> dict[s
         if key != written.strip():
             raise ConfigError(f"{argument} has dashes; write {key}={format_value(text)}", key)
         texts[name] = text
-    return {n: convert(fields[n], _parse_value(fields[n], text)) for n, text in texts.items()}
+    return {n: _convert(fields[n], _parse_value(fields[n], text)) for n, text in texts.items()}
+
+
+def _convert(field: Field, value: object) -> Any:
+    """Convert a value; of one that no longer exists, warn and return the default."""
+    if field.name in REMOVED_VALUES and value == REMOVED_VALUES[field.name]:
+        if is_rank_zero():
+            text = "%s=%s no longer exists; using %s"
+            logger.warning(text, field.name, value, field.default)
+        return field.default
+    return convert(field, value)
 
 
 def _with_equals(key: str, fields: Mapping[str, Field]) -> str:
@@ -134,6 +146,8 @@ def current_name(key: str) -> str:
     """Return the current name of a key; warn once about an old name."""
     if key in RENAMED and is_rank_zero():
         logger.warning("%s is now called %s; the old name still works", key, RENAMED[key])
+    if key in REMOVED and is_rank_zero():
+        logger.warning("%s no longer exists and is ignored; remove it", key)
     return RENAMED.get(key, key)
 
 
@@ -220,9 +234,10 @@ def _values(contents: dict[Any, Any]) -> dict[str, Any]:
             items = {f"{section}.{leaf}": value for leaf, value in (settings or {}).items()}
         for key, value in items.items():
             name = current_name(key)
-            if name not in KEYS:
+            if name in KEYS:
+                values[name] = _convert(KEYS[name], value)
+            elif name not in REMOVED:
                 raise unknown_key(str(key), value, KEYS)
-            values[name] = convert(KEYS[name], value)
     return values
 
 

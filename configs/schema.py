@@ -19,6 +19,9 @@ RENAMED = {
     "train.max_skipped_in_a_row": "train.max_consecutive_skips",
     "train.loss_spike_nats": "train.loss_spike_threshold_nats",
 }
+# Keys and values of earlier versions, ignored with a warning.
+REMOVED = ("parallel.dp_comm_overlap",)
+REMOVED_VALUES = {"parallel.tp_comm_overlap": "both"}
 
 
 @dataclass(frozen=True)
@@ -148,12 +151,9 @@ class ParallelConfig:
     # Chunks of layers per stage, for the interleaved schedule: a smaller bubble, more messages.
     # null: one.
     virtual_pipeline_model_parallel_size: Count | None = None
-    # Overlap TP communication with matmuls: in backward, or in both directions in chunks (for slow
-    # networks). none: no overlap; gathered inputs are then kept for backward.
-    tp_comm_overlap: Literal["none", "backward", "both"] = "backward"
-    # CPU only: overlap all-gathers of weights (and, for gradient_sync=step, reduce-scatters) with
-    # computation. No effect with shared_memory. GPUs always overlap.
-    dp_comm_overlap: bool = True
+    # Overlap TP communication with matmuls in backward. none: no overlap; gathered inputs are then
+    # kept for backward.
+    tp_comm_overlap: Literal["none", "backward"] = "backward"
     # CPU only: ranks on one host communicate through shared memory instead of gloo sockets.
     shared_memory: bool = True
     # Activation checkpointing. selective: recompute norms and activation functions (nearly free);

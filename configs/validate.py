@@ -160,10 +160,6 @@ def _check_files(key: str, path: str, source: str) -> None:
         fix = f"give an existing file, a glob, or a folder with {wanted} files"
         raise bad_setting(key, path, f"{problem}; {fix}")
     for file in files:
-        _check_readable(key, path, file)
-
-
-def _check_readable(key: str, value: str, file: str) -> None:
-    if not os.access(file, os.R_OK):
-        problem = f"{file} may not be read by this user; change its permissions"
-        raise ConfigError(f"{key}={format_value(value)}: {problem}", key)
+        if not os.access(file, os.R_OK):
+            problem = f"{file} may not be read by this user; change its permissions"
+            raise ConfigError(f"{key}={format_value(path)}: {problem}", key)

@@ -19,8 +19,6 @@ def build_meta_model(config: Config, mesh: Mesh) -> GPT:
         model.blocks,
         mesh,
         dtype,
-        overlap=config.parallel.dp_comm_overlap,
-        one_sum_per_step=config.parallel.gradient_sync == "step",
         reshard_after_forward=config.parallel.reshard_after_forward and mesh.pp.size == 1,
     )
     return model

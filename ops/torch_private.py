@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch._C._distributed_c10d import (  # type: ignore[attr-defined]  # one is not declared
     ProcessGroupGloo,
     _create_work_from_future,
@@ -18,12 +18,10 @@ from torch._C._distributed_c10d import (  # type: ignore[attr-defined]  # one is
 )
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.distributed_c10d import GroupName
-from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 from torch.distributed.tensor import _sharding_prop
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
-    "DefaultReduceScatter",  # FSDP2's reduce-scatter, of which ours does not wait
     "FakeTensor",  # dry runs have tensors without memory
     "FakeTensorMode",  # and compute with them under this mode
     "ProcessGroupGloo",  # does what a group that shares memory does not
@@ -113,11 +111,6 @@ def kernel_cache_dir() -> str:
     from torch._inductor.runtime.cache_dir_utils import cache_dir  # noqa: PLC0415  # takes seconds
 
     return cache_dir()
-
-
-def enable_async_unshard(model: nn.Module) -> None:
-    """Let FSDP2 prefetch weights in backward, on a CPU too."""
-    model._set_unshard_async_op(True)  # type: ignore[operator]
 
 
 def register_backend(group: dist.ProcessGroup, backend: Any, name: str | None = None) -> None:

@@ -10,9 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
-from parallel.dp_overlap import overlap_on_cpu
 from parallel.mesh import Mesh
 
 
@@ -22,20 +20,17 @@ def shard_over_data_parallel(
     mesh: Mesh,
     compute_dtype: torch.dtype,
     *,
-    overlap: bool,
-    one_sum_per_step: bool,
     reshard_after_forward: bool,
 ) -> None:
     """Wrap each block, and the rest of the model as the root, in FSDP2 unless dp x cp is one rank.
 
     Embedding, positions, final norm and head stay together in the root: FSDP2 would free a tied
-    embedding of its own between its two uses. `overlap` and `one_sum_per_step`: see dp_overlap.py.
-    `reshard_after_forward`: free a block's gathered weights after its forward and gather them again
-    for its backward. Those of the root stay until its backward.
+    embedding of its own between its two uses. `reshard_after_forward`: free a block's gathered
+    weights after its forward and gather them again for its backward. Those of the root stay until
+    its backward.
     """
     if mesh.dp_cp.size == 1:
         return
-    blocks = list(blocks)
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
@@ -52,8 +47,6 @@ def shard_over_data_parallel(
         # summed, not averaged. gloo needs both settings.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    if overlap and mesh.device.type == "cpu":
-        overlap_on_cpu(model, blocks, one_sum_per_step)
 
 
 def set_gradient_sync(
@@ -65,9 +58,6 @@ def set_gradient_sync(
     """
     if not isinstance(model, FSDPModule):
         return
-    if enabled and hasattr(model, "deferred"):  # FSDP2 would add to a sum that is still running
-        sharded = [p for p in model.parameters() if isinstance(p, DTensor)]
-        assert all(parameter.grad is None for parameter in sharded)
     for module in model.modules() if modules is None else modules:
         if isinstance(module, FSDPModule):
             module.set_requires_gradient_sync(enabled, recurse=False)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ops.torch_private import foreach_copy_, foreach_mul_, foreach_norm
 from parallel.collectives import move_to, sum_over
 from parallel.data_parallel import free_gathered_weights
-from parallel.dp_overlap import await_gradients
 from parallel.mesh import Mesh
 from parallel.parameters import LocalShard, local_shards
 
@@ -22,7 +21,6 @@ def sum_partial_gradients(model: nn.Module, mesh: Mesh) -> None:
 
     A tied table has one part of its gradient on the first stage and one on the last.
     """
-    await_gradients(model)
     free_gathered_weights(model)  # which stages of a pipeline keep until here
     gradients = _gradient_shards(model)
     partial = [gradient.tensor.view(-1) for gradient in gradients if gradient.grad_is_partial]

@@ -9,9 +9,9 @@ together, because a gradient is a sum over both.
 import logging
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, TypedDict, Unpack
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,7 @@ logger = logging.getLogger("microtron")
 
 _POLL_INTERVAL_S = 0.5
 
-Overlap = Literal["none", "backward", "both"]  # see [Note: overlap] in overlap.py
+Overlap = Literal["none", "backward"]  # see [Note: overlap] in overlap.py
 CPCommType = Literal["all_gather", "p2p"]  # see context.py
 
 
@@ -71,15 +71,6 @@ class Mesh:
         return self.pp.rank == self.pp.size - 1
 
 
-class MoreAxes(TypedDict, total=False):
-    """Axes of which most programs have one rank."""
-
-    pipeline_model_parallel_size: int
-    num_chunks: int
-    context_parallel_size: int
-    cp_comm_type: CPCommType
-
-
 def init_mesh(
     tensor_model_parallel_size: int,
     sequence_parallel: bool,
@@ -89,13 +80,13 @@ def init_mesh(
     timeout_s: float = 0.0,
     device: str = "auto",
     num_threads: int | None = None,
-    **more_axes: Unpack[MoreAxes],
+    **more: Any,
 ) -> Mesh:
     """Join the process group that the launcher describes (or a group of one) and create the mesh.
 
     `device` is auto, cuda or cpu; the ranks agree on one. GPUs use NCCL; CPUs use gloo or, if
-    enabled, shared memory between ranks of a host. `num_threads`: see `threads_per_rank`. Raises
-    DeviceError on all ranks if they cannot agree.
+    enabled, shared memory between ranks of a host. `num_threads`: see `threads_per_rank`; `more`:
+    see `make_mesh`. Raises DeviceError on all ranks if they cannot agree.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -126,17 +117,17 @@ def init_mesh(
     else:
         alone = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=alone, rank=0, world_size=1)
-    compile = compile and _all_can_compile(torch_device)
-    mesh = make_mesh(
+    return make_mesh(
         tensor_model_parallel_size,
         sequence_parallel,
         torch_device,
         local_rank,
         overlap,
-        compile,
-        **more_axes,
+        compile=compile and _all_can_compile(torch_device),
+        attempt=attempt,
+        is_restart=is_restart,
+        **more,
     )
-    return replace(mesh, attempt=attempt, is_restart=is_restart)
 
 
 def _all_can_compile(device: torch.device) -> bool:
@@ -163,16 +154,18 @@ def make_mesh(
     device: torch.device,
     local_rank: int,
     overlap: Overlap = "none",
-    compile: bool = False,
-    **more_axes: Unpack[MoreAxes],
+    pipeline_model_parallel_size: int = 1,
+    num_chunks: int = 1,
+    context_parallel_size: int = 1,
+    **settings: Any,
 ) -> Mesh:
     """Create the ("pp", "dp", "cp", "tp") mesh over the existing process group.
 
-    Raises RuntimeError if the number of ranks is not divisible by the sizes of the other axes.
+    `settings`: other fields of Mesh that have a default. Raises RuntimeError if the number of ranks
+    is not divisible by the sizes of the other axes.
     """
     world_size, tp_size = dist.get_world_size(), tensor_model_parallel_size
-    pp_size = more_axes.get("pipeline_model_parallel_size", 1)
-    cp_size, num_chunks = more_axes.get("context_parallel_size", 1), more_axes.get("num_chunks", 1)
+    pp_size, cp_size = pipeline_model_parallel_size, context_parallel_size
     if world_size % (pp_size * cp_size * tp_size):
         axes = {"pp": pp_size, "cp": cp_size, "tp": tp_size}
         sizes = " x ".join(f"{n}={size}" for n, size in axes.items() if size > 1)
@@ -214,8 +207,7 @@ def make_mesh(
         local_rank=local_rank,
         sequence_parallel=sequence_parallel and tp_size > 1,
         overlap=overlap,
-        cp_comm_type=more_axes.get("cp_comm_type", "all_gather"),
-        compile=compile,
+        **settings,
     )
 
 

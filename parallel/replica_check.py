@@ -10,7 +10,6 @@ table.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,42 +24,23 @@ from parallel.mesh import Axis, Mesh
 from parallel.parameters import LocalShard
 
 
-class ReplicaMismatch(NamedTuple):
-    """A tensor that differs between ranks of a group."""
+def compare_replicas(model: nn.Module, shards: Mapping[str, LocalShard], mesh: Mesh) -> list[str]:
+    """Compare `shards` (by name) over tp and the gathered weights over dp x cp.
 
-    axis: str  # tp, dp, dp x cp or pp
-    name: str
-    ranks: tuple[int, ...]  # of the group, as global ranks
-    odd_ranks: tuple[int, ...]  # those that differ from the majority; all if there is none
-
-    def __str__(self) -> str:
-        odd = ", ".join(map(str, self.odd_ranks))
-        return f"{self.name} of rank {odd} among {self.axis} ranks {list(self.ranks)}"
-
-
-def compare_replicas(
-    model: nn.Module, shards: Mapping[str, LocalShard], mesh: Mesh
-) -> list[ReplicaMismatch]:
-    """Compare `shards` (by name) over tp and the gathered weights over dp x cp; empty if all agree.
-
-    Every rank must call it and gets the same result. One small all-gather over tp; over dp the
-    gathers of a forward pass and a small one per block; then one gather of reports.
+    Every rank must call it and gets the same result: a phrase for each tensor that differs, with
+    the global ranks of the group, and those that differ from its majority (all if it has none).
+    One small all-gather over tp; over dp the gathers of a forward pass and a small one per block;
+    then one gather of reports.
     """
     replicated = {name: one.tensor for name, one in shards.items() if one.tp_dim is None}
     found = _compare(replicated, "tp", mesh.tp)
     found += _compare({name: t.tensor for name, t in shards.items() if t.is_tied}, "pp", mesh.tied)
     if mesh.dp_cp.size > 1:
         found += _compare_gathered(model, mesh)
-    return sorted(
-        {
-            ReplicaMismatch(axis, name, tuple(ranks), tuple(odd_ranks))
-            for of_rank in gather_json(mesh, found)
-            for axis, name, ranks, odd_ranks in of_rank
-        }
-    )
+    return sorted({mismatch for of_rank in gather_json(mesh, found) for mismatch in of_rank})
 
 
-def _compare_gathered(model: nn.Module, mesh: Mesh) -> list[ReplicaMismatch]:
+def _compare_gathered(model: nn.Module, mesh: Mesh) -> list[str]:
     found = []
     for prefix, module in model.named_modules():
         if not isinstance(module, FSDPModule):
@@ -77,26 +57,26 @@ def _compare_gathered(model: nn.Module, mesh: Mesh) -> list[ReplicaMismatch]:
     return found
 
 
-def _compare(tensors: Mapping[str, Tensor], axis_name: str, axis: Axis) -> list[ReplicaMismatch]:
+def _compare(tensors: Mapping[str, Tensor], axis_name: str, axis: Axis) -> list[str]:
     if axis.size == 1 or not tensors:
         return []
     device = next(iter(tensors.values())).device
     hashes = move_to(torch.tensor([_hash(tensor) for tensor in tensors.values()]), device)
     gathered = hashes.new_empty((axis.size, len(hashes)))
     all_gather_single(gathered.view(-1), hashes, group=axis.group)
-    ranks = tuple(dist.get_process_group_ranks(axis.group))
+    ranks = dist.get_process_group_ranks(axis.group)
     return [
-        ReplicaMismatch(axis_name, name, ranks, _odd_ranks(column, ranks))
+        f"{name} of rank {_odd_ranks(column, ranks)} among {axis_name} ranks {ranks}"
         for name, column in zip(tensors, move_to(gathered, "cpu").t().tolist(), strict=True)
         if len(set(column)) > 1
     ]
 
 
-def _odd_ranks(hashes: list[int], ranks: tuple[int, ...]) -> tuple[int, ...]:
+def _odd_ranks(hashes: list[int], ranks: list[int]) -> str:
     majority = max(hashes, key=hashes.count)
-    if 2 * hashes.count(majority) <= len(hashes):
-        return ranks
-    return tuple(rank for rank, value in zip(ranks, hashes, strict=True) if value != majority)
+    is_majority = 2 * hashes.count(majority) > len(hashes)
+    odd = [r for r, h in zip(ranks, hashes, strict=True) if h != majority or not is_majority]
+    return ", ".join(map(str, odd))
 
 
 def _hash(tensor: Tensor) -> int:

@@ -89,8 +89,6 @@ OVERLAPPED = (
     Layout(tp=2, overlap="backward"),
     Layout(tp=2, sp=False, overlap="backward"),
     Layout(tp=4, overlap="backward"),
-    Layout(tp=2, overlap="both"),
-    Layout(tp=4, overlap="both"),
 )
 EVERY_LAYOUT = (ONE_RANK, *TENSOR_PARALLEL, Layout(dp=2), Layout(tp=2, dp=2))
 

@@ -298,16 +298,16 @@ def test_what_overlap_hides_of_a_slow_link(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(network, "limit", rates.append)
     monkeypatch.setattr(network, "visit", visit)
-    settings = ["parallel.dp_comm_overlap=false", "parallel.dp_comm_overlap=true"]
+    settings = ["parallel.tp_comm_overlap=false", "parallel.tp_comm_overlap=true"]
     monkeypatch.setattr(network, "_SETTINGS", {"dp2": settings})
     arguments = argparse.Namespace(mbit=[4000, 1000], warmup=1, steps=1, overrides=[])
     assert list(network.measure(arguments))[2:] == [
-        "| dp2 | dp_comm_overlap=false | any | 4.00 |  | yes |",
-        "| dp2 | dp_comm_overlap=true | any | 4.10 |  | no |",
-        "| dp2 | dp_comm_overlap=false | 4000 | 4.10 |  | yes |",
-        "| dp2 | dp_comm_overlap=true | 4000 | 4.00 |  | yes |",
-        "| dp2 | dp_comm_overlap=false | 1000 | 6.00 |  | yes |",
-        "| dp2 | dp_comm_overlap=true | 1000 | 4.50 | 0.75 | yes |",
+        "| dp2 | tp_comm_overlap=false | any | 4.00 |  | yes |",
+        "| dp2 | tp_comm_overlap=true | any | 4.10 |  | no |",
+        "| dp2 | tp_comm_overlap=false | 4000 | 4.10 |  | yes |",
+        "| dp2 | tp_comm_overlap=true | 4000 | 4.00 |  | yes |",
+        "| dp2 | tp_comm_overlap=false | 1000 | 6.00 |  | yes |",
+        "| dp2 | tp_comm_overlap=true | 1000 | 4.50 | 0.75 | yes |",
     ]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from configs import run_config
+from configs.program_settings import run_config
 from evaluate import Settings, parse, text_to_score
 from parallel import Mesh
 from tests.data_corpora import lossy_model, random_text

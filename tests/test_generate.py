@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs import UserError, run_config
+from configs import UserError
+from configs.program_settings import run_config
 from model import Sampling
 from parallel import Mesh, local_shards
 from parallel.transport.shared_memory import PeerLostError

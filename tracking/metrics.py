@@ -19,7 +19,7 @@ import torch
 from configs import Config
 from model import flops_per_token
 from parallel import sum_over
-from tracking.console import StyledLine, duration, printable
+from tracking.console import duration, printable
 from tracking.tensorboard_writer import TensorBoardWriter
 from tracking.wandb_forwarder import WandbForwarder, wandb_config
 from training.evaluation import EvalResult
@@ -99,13 +99,19 @@ class RunLog:
             "memory/peak_gib": peak_memory_gib(self.mesh.device),
         }
         self._write(row)
-        is_first, is_last = self.seconds_per_step is None, state.step == last_step(self.config)
+        is_first, last = self.seconds_per_step is None, last_step(self.config)
         previous = self.seconds_per_step or result.elapsed_s
         self.seconds_per_step = _SMOOTHING * previous + (1 - _SMOOTHING) * result.elapsed_s
         if result.why_skipped is not None and self.is_writer:
             logger.warning("step %d: %s; skipping its update", state.step, result.why_skipped)
-        if is_first or is_last or state.step % self.config.logging.log_interval == 0:
-            logger.info(self._step_line(state, row))
+        if is_first or state.step == last or state.step % self.config.logging.log_interval == 0:
+            logger.info(
+                f"step {state.step:>{len(str(last))}}/{last} | loss {result.loss:.4f}"
+                f" | grad norm {result.grad_norm:.3f} | lr {result.learning_rate:.2e}"
+                f" | {tokens_per_second:,.0f} tokens/s | mfu {100 * row['speed/mfu']:.1f}%"
+                f" | {row['memory/peak_gib']:.2f} GiB"
+                f" | {duration((last - state.step) * self.seconds_per_step)} left"
+            )
 
     def evaluation(self, state: RunState, evaluation: EvalResult) -> None:
         """Log an evaluation and its sample."""
@@ -140,24 +146,6 @@ class RunLog:
             with self.samples.open("a") as file:
                 file.write(json.dumps({"step": step, "text": text}) + "\n")
             self._show({"step": step, "time_s": time.time(), "sample": text})
-
-    def _step_line(self, state: RunState, row: Mapping[str, float | int]) -> StyledLine:
-        last = last_step(self.config)
-        assert self.seconds_per_step is not None
-        return StyledLine(
-            (f"step {state.step:>{len(str(last))}}/{last}", "plain"),
-            (" | ", "dim"),
-            (f"loss {row['train/loss']:.4f}", "bold"),
-            (
-                f" | grad norm {row['train/grad_norm']:.3f}"
-                f" | lr {row['train/learning_rate']:.2e}"
-                f" | {row['speed/tokens_per_second']:,.0f} tokens/s"
-                f" | mfu {100 * row['speed/mfu']:.1f}%"
-                f" | {row['memory/peak_gib']:.2f} GiB"
-                f" | {duration((last - state.step) * self.seconds_per_step)} left",
-                "dim",
-            ),
-        )
 
 
 def last_step(config: Config) -> int:

@@ -4,12 +4,9 @@ import logging
 import shlex
 import signal
 
-from checkpoints.manifest import step_directory
 from configs import Config
-from configs.layout import stage_layers
 from data import SampleOrder, rows_of_corpus
 from model import num_parameters
-from tracking.console import StyledLine, log_table
 from tracking.metrics import last_step
 from training.hardware import device_name
 from training.optimizer import schedule_problem
@@ -20,21 +17,26 @@ logger = logging.getLogger("microtron")
 
 def report_start(run: Run, state: RunState) -> None:
     """Log what is trained, on which ranks and data, and where the results go."""
-    if run.mesh.world.rank != 0:
+    config, mesh, train = run.config, run.mesh, run.config.train
+    if mesh.world.rank != 0:
         return
-    config, name = run.config, run.config.run.name
-    title = f"resuming {name} at step {state.step + 1}" if state.step else f"starting {name}"
-    logger.info(StyledLine((title, "bold")))
-    log_table(
-        {
-            "model": _model(config),
-            "ranks": _ranks(run),
-            "steps": _steps(config, state),
-            "data": _data(run),
-            "run folder": str(run.folder.path),
-            "wandb": config.logging.wandb,
-            "dashboard": _dashboard(config),
-        }
+    size = num_parameters(config.model, config.data.padded_vocab_size)
+    sources, rows = config.data.mixture.values(), rows_of_corpus(run.corpus, config).rows_of_sources
+    num_rows = train.train_steps * train.global_batch_size
+    epochs = SampleOrder(run.corpus.weights, rows, config.run.seed).epochs(num_rows)
+    data = [
+        f"{source.path or source.source}: {num:,} rows, {passes:.3g} epochs"
+        for source, num, passes in zip(sources, rows, epochs, strict=True)
+    ]
+    logger.info(
+        f"{'resuming' if state.step else 'starting'} {config.run.name} at step {state.step + 1:,}\n"
+        f"  model:       {size:,} parameters\n"
+        f"  ranks:       {mesh.world.size} = pp {mesh.pp.size} x dp {mesh.dp.size} x cp "
+        f"{mesh.cp.size} x tp {mesh.tp.size}; {device_name(mesh.device)}; {train.precision}\n"
+        f"  steps:       {state.step + 1:,} to {last_step(config):,} of {train.train_steps:,}, "
+        f"each with {train.global_batch_size * config.model.seq_length:,} tokens\n"
+        f"  data:        {'; '.join(data)}\n"
+        f"  run folder:  {run.folder.path}"
     )
     for problem in (schedule_problem(config), pipeline_problem(run)):
         if problem is not None:
@@ -54,57 +56,18 @@ def report_end(run: Run, began: RunState, state: RunState, stop: signal.Signals 
     """Log how the launch ended and what to do next; return the exit code."""
     folder, num_steps = run.folder, run.config.train.train_steps
     code, reason = outcome(run.config, state, stop)
-    if run.mesh.world.rank != 0:
-        return code
-    name, this_launch = run.config.run.name, state.step - began.step
-    status = "is finished" if reason == "finished" else reason
-    logger.info(
-        f"run {name} {status}: step {state.step} of {num_steps} ({this_launch} in this launch)"
-    )
-    # Loaded or committed by this launch, so it is whole; a newer directory may be damaged.
-    saved = step_directory(folder.checkpoints, state.step) if state.step else None
-    generate = f"python generate.py run={shlex.quote(str(folder.path))}"
-    log_table(
-        {
-            "checkpoint": str(saved or ""),
-            "to generate text": generate if saved else "",
-            "dashboard": _dashboard(run.config),
-        }
-    )
+    status, next_task, command = reason, "resume with", folder.resume_command()
     if reason == "finished":
-        longer = folder.resume_command(f"train.train_steps={2 * max(num_steps, state.step) or 1}")
-        logger.info("to train longer:\n  %s", longer)
-    else:
-        logger.info("resume with\n  %s", folder.resume_command())
-    return code
-
-
-def _model(config: Config) -> str:
-    model, vocab_size = config.model, config.data.padded_vocab_size
-    return (
-        f"{num_parameters(model, vocab_size):,} parameters: {model.num_layers} layers, hidden size "
-        f"{model.hidden_size:,}, {model.num_attention_heads} heads, vocabulary {vocab_size:,}"
+        longer = f"train.train_steps={2 * max(num_steps, state.step) or 1}"
+        status, next_task = "is finished", "to train longer:"
+        command = folder.resume_command(longer)
+    logger.info(
+        f"run {run.config.run.name} {status}: step {state.step} of {num_steps} "
+        f"({state.step - began.step} in this launch)\n"
+        f"to generate text:\n  python generate.py run={shlex.quote(str(folder.path))}\n"
+        f"{next_task}\n  {command}"
     )
-
-
-def _ranks(run: Run) -> str:
-    mesh, precision = run.mesh, str(run.config.train.precision)
-    if precision == "bf16" and mesh.device.type == "cpu" and run.precision is not None:
-        precision += f" (matmuls {run.precision.matmul}, attention {run.precision.attention})"
-    sp = " with sequence parallelism" if mesh.sequence_parallel else ""
-    cp = f" x cp {mesh.cp.size}" if mesh.cp.size > 1 else ""
-    layout = f"{mesh.world.size} = tp {mesh.tp.size}{sp}{cp} x dp {mesh.dp.size}"
-    if mesh.pp.size > 1:
-        layout += f" x pp {mesh.pp.size} ({_layers_of_stages(run)})"
-    return f"{layout}; {device_name(mesh.device)}; {precision}"
-
-
-def _layers_of_stages(run: Run) -> str:
-    mesh, num_layers = run.mesh, run.config.model.num_layers
-    num_pieces = mesh.pp.size * mesh.num_chunks
-    sizes = [len(stage_layers(num_layers, num_pieces, piece)) for piece in range(num_pieces)]
-    stages = [" + ".join(map(str, sizes[stage :: mesh.pp.size])) for stage in range(mesh.pp.size)]
-    return f"layers of each stage: {', '.join(stages)}"
+    return code
 
 
 def pipeline_problem(run: Run) -> str | None:
@@ -119,31 +82,3 @@ def pipeline_problem(run: Run) -> str | None:
         f"for {bubble:.0%} of each step; use a larger train.global_batch_size, a smaller "
         "train.micro_batch_size or a smaller parallel.pipeline_model_parallel_size"
     )
-
-
-def _steps(config: Config, state: RunState) -> str:
-    rows, seq_length = config.train.global_batch_size, config.model.seq_length
-    return (
-        f"{state.step + 1:,} to {last_step(config):,} of {config.train.train_steps:,}, each with "
-        f"{rows:,} rows of {seq_length:,} tokens ({rows * seq_length:,} tokens)"
-    )
-
-
-def _data(run: Run) -> str:
-    config, corpus = run.config, run.corpus
-    rows_of_sources = rows_of_corpus(corpus, config).rows_of_sources
-    num_rows = config.train.train_steps * config.train.global_batch_size
-    epochs = SampleOrder(corpus.weights, rows_of_sources, config.run.seed).epochs(num_rows)
-    return "; ".join(
-        f"{source.path or source.source}: {rows:,} rows, {number:.3g} epochs"
-        for source, rows, number in zip(
-            config.data.mixture.values(), rows_of_sources, epochs, strict=True
-        )
-    )
-
-
-def _dashboard(config: Config) -> str:
-    directory = config.run.directory
-    if directory == "runs":
-        return "make dashboard"
-    return f"make dashboard ARGS={shlex.quote(f'--logdir={directory}')}"

@@ -4,14 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# The only tab whose order we choose is Custom Scalars; the others sort metrics by name.
-_LAYOUT = {
-    "main": {
-        "loss": ["Multiline", ["train/loss", "eval/loss"]],
-        "bits per byte": ["Multiline", ["eval/bits_per_byte"]],
-    }
-}
-
 
 class TensorBoardWriter:
     """Writes rows through the background thread of torch's SummaryWriter.
@@ -26,7 +18,6 @@ class TensorBoardWriter:
         self.writer: Any = SummaryWriter(
             str(directory), purge_step=first_step, max_queue=1000, flush_secs=1
         )
-        self.writer.add_custom_scalars(_LAYOUT)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Write the metrics and the sample of a row."""

@@ -5,7 +5,6 @@ run serves the whole life of a run, and every metric is plotted against `step`. 
 after a crash or a rollback are sent again, and the later row counts.
 """
 
-import contextlib
 import dataclasses
 import html
 import logging
@@ -27,11 +26,8 @@ from training.state import recorded_wandb_id, wandb_id_file
 
 logger = logging.getLogger("microtron")
 
-Row = Mapping[str, Any]
-
 # torchrun kills a process 30 s after a signal, and wandb may need some seconds at process exit.
 INIT_TIMEOUT_S, FINISH_TIMEOUT_S, MAX_WAIT_S = 15.0, 5.0, 20.0
-_MAX_ROWS = 10_000  # that wait for wandb
 # Settings that may contain local paths, which are not sent.
 _PATHS = ("path", "validation_path", "directory", "cache_directory", "tokenizer")
 
@@ -39,45 +35,29 @@ _PATHS = ("path", "validation_path", "directory", "cache_directory", "tokenizer"
 class WandbForwarder:
     """The wandb run of a run folder until `finish`; does nothing if wandb is disabled."""
 
-    def __init__(self, config: LoggingConfig, folder: Path, wandb_id: str, run_config: Row) -> None:
-        self._config, self._folder, self._run_config = config, folder, dict(run_config)
+    def __init__(self, config: LoggingConfig, folder: Path, wandb_id: str, sent: Any) -> None:
+        self._config, self._folder, self._sent_config = config, folder, sent
         self._id, self._failed = recorded_wandb_id(folder) or wandb_id, False
-        self._rows: queue.Queue[dict[str, Any] | None] = queue.Queue(_MAX_ROWS)
-        self._num_dropped = 0
+        self._rows: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="wandb", daemon=True)
         if config.wandb != "disabled":
             self._thread.start()
 
-    def log(self, row: Row) -> None:
+    def log(self, row: Mapping[str, Any]) -> None:
         """Forward a row with metrics or a sample."""
-        if not self._thread.is_alive():
-            return
-        try:
-            self._rows.put_nowait(dict(row))
-        except queue.Full:
-            if self._num_dropped == 0:
-                logger.warning("wandb: %d rows wait for it; dropping later ones", _MAX_ROWS)
-            self._num_dropped += 1
+        if self._thread.is_alive():
+            self._rows.put(dict(row))
 
     def finish(self, *, failed: bool) -> None:
         """Send what is left and close the wandb run; give up after MAX_WAIT_S."""
-        if not self._thread.is_alive():
-            return
         self._failed = failed
-        with contextlib.suppress(queue.Full):
-            self._rows.put_nowait(None)
-        self._thread.join(MAX_WAIT_S)
+        if self._thread.is_alive():
+            self._rows.put(None)
+            self._thread.join(MAX_WAIT_S)
         if self._thread.is_alive():
             logger.warning("wandb: not finished after %d s; exiting without it", MAX_WAIT_S)
 
     def _run(self) -> None:
-        try:
-            self._forward()
-        except Exception as error:  # whatever wandb raises, training continues
-            command = f"wandb sync --include-online {self._folder / 'wandb'}"
-            logger.warning("wandb: %r; `%s` uploads what is missing", error, command)
-
-    def _forward(self) -> None:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # reports contain local paths
         import wandb  # noqa: PLC0415 - half a second that `logging.wandb=disabled` saves
 
@@ -89,26 +69,27 @@ class WandbForwarder:
                     row["sample"] = wandb.Html(text, inject=False, data_is_not_path=True)
                 run.log(row)
             run.finish(exit_code=int(self._failed))
+        except Exception as error:  # whatever wandb raises, training continues
+            command = f"wandb sync --include-online {self._folder / 'wandb'}"
+            logger.warning("wandb: %r; `%s` uploads what is missing", error, command)
         finally:
             wandb.teardown()  # waits until its process has written the last records
 
     def _start(self, wandb: Any) -> Any:
         """Return the wandb run: online if there is a key and the server answers, else offline."""
         mode = self._config.wandb
-        for wandb_id in (self._id, uuid.uuid4().hex[:12]) if mode != "offline" else ():
-            self._id = wandb_id
-            try:
-                if not _has_key(wandb):
-                    if mode == "auto":
-                        break
-                    raise wandb.errors.UsageError("no API key")
+        try:
+            if mode != "offline" and _has_key(wandb):
                 return self._init(wandb, "online")
-            except Exception as error:  # of any kind: offline needs no server
-                wandb.teardown()  # or its process reports that the id is in use
-                if "HTTP 409" not in str(error):
-                    logger.warning("wandb: %s; logging offline, upload with `wandb sync`", error)
-                    break
-                logger.warning("wandb: run id %s is rejected (deleted?); using a new one", wandb_id)
+            if mode == "online":
+                raise wandb.errors.UsageError("no API key")
+        except Exception as error:  # of any kind: offline needs no server
+            wandb.teardown()  # or its process reports that the id is in use
+            if "HTTP 409" in str(error):
+                logger.warning("wandb: run id %s is rejected (deleted?); using a new one", self._id)
+                self._id = uuid.uuid4().hex[:12]
+                return self._start(wandb)
+            logger.warning("wandb: %s; logging offline, upload with `wandb sync`", error)
         return self._init(wandb, "offline")
 
     def _init(self, wandb: Any, mode: str) -> Any:
@@ -140,7 +121,7 @@ class WandbForwarder:
         )
         if mode == "online":
             logger.info("wandb: %s", run.url)
-        run.config.update(self._run_config, allow_val_change=True)  # a resume may change settings
+        run.config.update(self._sent_config, allow_val_change=True)  # a resume may change settings
         run.define_metric("*", step_metric="step")
         for metric in ("eval/loss", "eval/bits_per_byte"):
             run.define_metric(metric, step_metric="step", summary="min")
@@ -152,13 +133,7 @@ def wandb_config(config: Config, mesh: Mesh) -> dict[str, Any]:
     return {
         **_without_paths(dataclasses.asdict(config)),
         "num_parameters": num_parameters(config.model, config.data.padded_vocab_size),
-        "layout": {
-            "pp": mesh.pp.size,
-            "dp": mesh.dp.size,
-            "cp": mesh.cp.size,
-            "tp": mesh.tp.size,
-            "world": mesh.world.size,
-        },
+        "layout": {axis: getattr(mesh, axis).size for axis in ("pp", "dp", "cp", "tp", "world")},
         "environment": {"device": device_name(mesh.device), "torch": torch.__version__},
     }
 

@@ -109,7 +109,7 @@ def check_replicas(run: Run, state: RunState) -> None:
     """
     found = compare_replicas(run.model, training_tensors(run.model, run.optimizer), run.mesh)
     if found:
-        shown = "; ".join(map(str, found[:_MISMATCHES_SHOWN]))
+        shown = "; ".join(found[:_MISMATCHES_SHOWN])
         more = len(found) - _MISMATCHES_SHOWN
         raise ReplicaMismatchError(
             f"step {state.step}: ranks hold different copies of {shown}"

@@ -1,5 +1,6 @@
 """The device and memory of this rank: peak rate, names, allocator; the precision of all ranks."""
 
+import contextlib
 import ctypes
 import json
 import logging
@@ -40,10 +41,8 @@ _DATA_SHEET_BF16 = {
     "NVIDIA B200": 2250e12,
 }
 _REPEATS = 5
-_STATE_BYTES_PER_PARAMETER = 16  # float32 weights, gradients and two moments
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 _CGROUP = Path("/sys/fs/cgroup")
-_LARGE_BYTES, _NEVER_BYTES, _OLD_LIMIT_BYTES = 1 << 20, 1 << 30, 32 << 20
 
 
 def peak_flops_per_second(device: torch.device, precision: str) -> float:
@@ -88,14 +87,9 @@ def choose_precision(
     """
     chosen = _recorded_precision(checkpoint) if checkpoint else None
     if chosen is None and mesh.device.type == "cpu" and config.train.precision == "bf16":
-        is_first = mesh.world.rank == 0
-        fastest = asdict(fastest_precision(config.data.cache_directory)) if is_first else None
-        reports = gather_json(mesh, [processor().name, fastest])
-        chosen = Precision(**reports[0][1])
-        names = sorted({name for name, _ in reports})
-        if is_first and len(names) > 1:
-            text = "ranks run on different processors (%s); all use the precision of rank 0's: %s"
-            logger.warning(text, ", ".join(names), chosen)
+        is_first, cache = mesh.world.rank == 0, config.data.cache_directory
+        fastest = asdict(fastest_precision(cache)) if is_first else None
+        chosen = Precision(**gather_json(mesh, fastest)[0])
     if chosen is not None:
         use_precision(chosen)
     return chosen
@@ -111,28 +105,21 @@ def fastest_precision(cache_directory: str) -> Precision:
         return Precision(choice, choice)
     path = Path(cache_directory).expanduser() / "processors.json"
     key = f"{cpu.name}, torch {torch.__version__}, {torch.get_num_threads()} threads"
-    if key in (stored := _read_processors(path)):
-        return stored[key]
+    stored: dict[str, Any] = {}
     try:
         with locked([path]):  # runs that start together measure once
-            stored = _read_processors(path)
-            if key not in stored:
-                stored[key] = measure_precision()
-                logger.info("measured bf16 on %s: %s", key, stored[key])
-                content = {name: asdict(precision) for name, precision in stored.items()}
-                replace_durably(path, json.dumps(content, indent=1).encode())
+            # The file may be missing or damaged.
+            with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
+                stored = dict(json.loads(path.read_bytes()))
+            with contextlib.suppress(KeyError, TypeError, ValueError):
+                return Precision(**stored[key])
+            stored[key] = asdict(measure_precision())
+            logger.info("measured bf16 on %s: %s", key, stored[key])
+            replace_durably(path, json.dumps(stored, indent=1).encode())
     except OSError as error:
         text = "cannot store the fastest precision of bf16, so every start measures it: %s: %s"
         logger.warning(text, path, os_error_text(error))
-    return stored.get(key) or measure_precision()
-
-
-def _read_processors(path: Path) -> dict[str, Precision]:
-    try:
-        content = json.loads(path.read_bytes())
-        return {key: Precision(**entry) for key, entry in content.items()}
-    except (OSError, ValueError, TypeError, AttributeError):  # missing or damaged
-        return {}
+    return Precision(**stored[key]) if key in stored else measure_precision()
 
 
 def _recorded_precision(checkpoint: Checkpoint) -> Precision | None:
@@ -170,27 +157,19 @@ def report_other_hardware(mesh: Mesh, checkpoint: Checkpoint) -> None:
         logger.warning(text, ", ".join(changes))
 
 
-def set_up_allocator(mesh: Mesh, num_parameters: int) -> None:
-    """Let glibc keep the memory of freed tensors for the next ones, unless memory is short.
+def set_up_allocator(device: torch.device) -> None:
+    """Let glibc keep the memory of freed tensors for the next ones.
 
     By default it returns blocks above 32 MiB to the system, and each of their pages then costs a
-    fault when it is needed again: 8 % of a step (docs/results.md). A run that needs most of the
-    machine's memory returns all large blocks instead.
+    fault when it is needed again: 8 % of a step (docs/results.md). MALLOC_ variables of the user
+    take precedence.
     """
-    if mesh.device.type != "cpu" or sys.platform != "linux":
-        return
-    hosts = mesh.world.size // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    state_bytes = _STATE_BYTES_PER_PARAMETER * num_parameters / hosts
-    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if container := _container_memory():
-        memory_bytes = min(memory_bytes, container[0])
-    mallopt = ctypes.CDLL(None).mallopt
-    if state_bytes > memory_bytes / 2:
-        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
-    elif not any(name.startswith("MALLOC_") for name in os.environ):  # the user's choice
+    is_set = any(name.startswith("MALLOC_") for name in os.environ)
+    if device.type == "cpu" and sys.platform == "linux" and not is_set:
+        mallopt = ctypes.CDLL(None).mallopt
         # glibc before 2.35 accepts at most half of its heaps' 64 MiB.
-        if not mallopt(_M_MMAP_THRESHOLD, _NEVER_BYTES):
-            mallopt(_M_MMAP_THRESHOLD, _OLD_LIMIT_BYTES)
+        if not mallopt(_M_MMAP_THRESHOLD, 1 << 30):
+            mallopt(_M_MMAP_THRESHOLD, 32 << 20)
         mallopt(_M_TRIM_THRESHOLD, -1)  # never return the top either
 
 
@@ -208,25 +187,10 @@ def host_memory_allows(num_bytes: int) -> bool:
         return True
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     available_bytes = 1024 * int(fields["MemAvailable"].split()[0])
-    if container := _container_memory():
-        allowed, used = container
-        available_bytes = min(available_bytes, allowed - used)
+    limit, used = (_CGROUP / f"memory.{name}" for name in ("max", "current"))  # of a container
+    if limit.exists() and (allowed := limit.read_text().strip()) != "max":
+        available_bytes = min(available_bytes, int(allowed) - int(used.read_text()))
     return num_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < available_bytes / 2
-
-
-def _container_memory() -> tuple[int, int] | None:
-    """The limit and use of a container's memory in bytes; None without a limit."""
-    limit, used = (_CGROUP / f"memory.{name}" for name in ("max", "current"))
-    if not limit.exists() or (allowed := limit.read_text().strip()) == "max":
-        return None
-    return int(allowed), int(used.read_text())
-
-
-def gpu_memory_gib() -> float | None:
-    """Memory of this machine's first GPU; None without one."""
-    if not torch.cuda.is_available():
-        return None
-    return round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
 
 
 def peak_memory_gib(device: torch.device) -> float:

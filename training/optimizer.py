@@ -99,23 +99,18 @@ def learning_rate(step: int, config: Config) -> float:
 def schedule_problem(config: Config) -> str | None:
     """Why warm-up and decay do not fit in the run, or None."""
     optimizer, steps = config.optimizer, config.train.train_steps
-    warmup, decay = optimizer.lr_warmup_steps, 0
-    settings = [f"optimizer.lr_warmup_steps={warmup}"]
-    if optimizer.lr_decay_style == "WSD":
-        decay = _wsd_decay_steps(config)
-        null = " (null: a tenth of the run)" if optimizer.lr_wsd_decay_steps is None else ""
-        settings.append(f"optimizer.lr_wsd_decay_steps={decay}{null}")
+    warmup = optimizer.lr_warmup_steps
+    decay = _wsd_decay_steps(config) if optimizer.lr_decay_style == "WSD" else 0
     if not steps or warmup + decay <= steps:
         return None
     # The rate only rises during warm-up, and only falls after it.
     peak = learning_rate(max(0, min(warmup, steps) - 1), config)
-    problem = (
-        f"{' and '.join(settings)} {'exceed' if decay else 'exceeds'} train.train_steps={steps}: "
-        f"the learning rate reaches {peak:.2e} of optimizer.lr={optimizer.lr:.2e}"
+    added = f" plus optimizer.lr_wsd_decay_steps={decay}" if decay else ""
+    return (
+        f"optimizer.lr_warmup_steps={warmup}{added} exceeds train.train_steps={steps}: the "
+        f"learning rate reaches {peak:.2e} of optimizer.lr={optimizer.lr:.2e}; use fewer of these "
+        "steps, or a longer run"
     )
-    if decay and 0 < warmup < steps:
-        problem += f" and falls to {learning_rate(warmup, config):.2e} in the step after that"
-    return f"{problem}; use a shorter {'warm-up or decay' if decay else 'warm-up'}, or more steps"
 
 
 def _wsd_decay_steps(config: Config) -> int:

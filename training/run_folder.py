@@ -26,7 +26,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from checkpoints import checkpoint_directories, sweep_leftovers
@@ -38,23 +38,15 @@ from configs import (
     os_error_text,
     to_yaml,
 )
+from configs.launch import launch_command
 from configs.tokenizer_files import TOKENIZER_FILES
 from parallel import Mesh, gather_json, wait_for_all_ranks
-from training.launcher import launch_command
 from training.lock import FolderLock
 
 logger = logging.getLogger("microtron")
 
 _PREVIOUS, _HANDSHAKE = "previous_", ".handshake-"
-_OWN = (
-    "checkpoints",
-    "metrics.jsonl",
-    "samples.jsonl",
-    "profile",
-    "tensorboard",
-    "wandb",
-    ".lock",
-)
+_OWN = ("checkpoints", "metrics.jsonl", "samples.jsonl", "profile", "tensorboard", "wandb", ".lock")
 _WAIT_FOR_FILES_S = 10.0  # for a network file system to show on one host what another has made
 _SAVING = "has not ended yet: saving step "
 
@@ -143,43 +135,37 @@ class RunFolder:
             self._lock = None
 
     def _why_not_shared(self, handshake: Path) -> str | None:
-        """Let every rank write a file that rank 0 looks for; return the problem, on all ranks.
-
-        `handshake`: a new folder that rank 0 created.
-        """
-        rank, host = self._mesh.world.rank, socket.gethostname()
-        problem = None
+        """Return the problem, on all ranks, if one does not see rank 0's new folder `handshake`."""
+        rank, host, sees, problem = self._mesh.world.rank, socket.gethostname(), True, None
         try:
-            if rank > 0 and self._appears(handshake.is_dir):
+            if rank > 0 and (sees := self._appears(handshake)):
                 (handshake / str(rank)).touch()
         except OSError as error:
             problem = f"rank {rank} on host {host} cannot write in {self.path}: "
             problem += os_error_text(error)
-        reports = gather_json(self._mesh, [host, problem])
+        report = [problem, sees, host, self._config.run.directory, str(self.path.absolute())]
+        reports = gather_json(self._mesh, report)
         if rank == 0:
-            files = {other: handshake / str(other) for other in range(1, len(reports))}
-            self._appears(lambda: all(path.exists() for path in files.values()))
-            unseen = [other for other, path in files.items() if not path.exists()]
-            problem = next((text for _, text in reports if text is not None), None)
-            if unseen and problem is None:
-                hosts = ", ".join(sorted({reports[other][0] for other in unseen}))
-                problem = (
-                    f"run.directory={self._config.run.directory} is not shared by all ranks: ranks "
-                    f"{unseen} on {hosts} do not see the folder {self.path.absolute()} that rank 0 "
-                    f"created on {host}; set run.directory to a folder that all hosts share"
-                )
             shutil.rmtree(handshake, ignore_errors=True)
-        agreed: str | None = gather_json(self._mesh, problem)[0]
-        return agreed
+        unseen = [other for other, (_, sees, *_) in enumerate(reports) if not sees]
+        if not unseen:
+            return next((text for text, *_ in reports if text is not None), None)
+        _, _, host, directory, path = reports[0]
+        hosts = ", ".join(sorted({reports[other][2] for other in unseen}))
+        return (
+            f"run.directory={directory} is not shared by all ranks: ranks {unseen} on {hosts} do "
+            f"not see the folder {path} that rank 0 created on {host}; set run.directory to a "
+            "folder that all hosts share"
+        )
 
-    def _appears(self, is_there: Callable[[], bool]) -> bool:
-        """Wait a while for a file of another rank; return whether it is there."""
+    def _appears(self, folder: Path) -> bool:
+        """Wait a while for a folder of rank 0; return whether it is there."""
         deadline = time.monotonic() + _WAIT_FOR_FILES_S
-        while not (found := is_there()) and time.monotonic() < deadline:
+        while not (found := folder.is_dir()) and time.monotonic() < deadline:
             time.sleep(0.05)
-            for folder in (self.path.parent, self.path):
+            for parent in (self.path.parent, self.path):
                 with contextlib.suppress(OSError):
-                    os.listdir(folder)  # makes NFS forget that it found nothing
+                    os.listdir(parent)  # makes NFS forget that it found nothing
         return found
 
     def begin(self, tokenizer: Path) -> None:

@@ -10,8 +10,8 @@ from types import FrameType
 
 import torch
 
+from configs.launch import stop_when_launcher_dies
 from parallel import Mesh, sum_on_host
-from training.launcher import stop_when_launcher_dies
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _SECOND_SIGNAL_AFTER_S = 1.0  # a launcher may deliver one signal twice, but not this far apart

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from types import CodeType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -42,7 +42,6 @@ _NAME = "shared_memory"
 _SMALL_BYTES = 1 << 15  # up to here, each rank reduces the whole tensor: one exchange, not two
 _HALVES = (torch.bfloat16, torch.float16)
 _REDUCIBLE = (*_HALVES, torch.float32, torch.float64, torch.int32, torch.int64)
-_REDUCTIONS: dict[Any, str] = {dist.ReduceOp.SUM: "sum", dist.ReduceOp.MAX: "max"}
 
 
 def cpu_backend(share_memory: bool) -> str:
@@ -125,10 +124,9 @@ class _SharedMemoryGroup(dist.ProcessGroup):
 
     # The overload that torch.distributed calls.
     def allreduce(self, tensors: list[Tensor], opts: Any) -> dist.Work:  # type: ignore[override]
-        reduction = _REDUCTIONS.get(opts.reduceOp.op)
-        if reduction is None or tensors[0].dtype not in _REDUCIBLE:
+        if opts.reduceOp.op != dist.ReduceOp.SUM or tensors[0].dtype not in _REDUCIBLE:
             return self.inner.allreduce(tensors, opts)
-        torch.ops.microtron.all_reduce(tensors[0], reduction, self.group_name)
+        torch.ops.microtron.all_reduce(tensors[0], self.group_name)
         return completed_work(tensors)
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> dist.Work:
@@ -136,7 +134,7 @@ class _SharedMemoryGroup(dist.ProcessGroup):
         return completed_work([output])
 
     def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> dist.Work:
-        if _REDUCTIONS.get(opts.reduceOp.op) != "sum" or input.dtype not in _REDUCIBLE:
+        if opts.reduceOp.op != dist.ReduceOp.SUM or input.dtype not in _REDUCIBLE:
             return getattr(self.inner, REDUCE_SCATTER)(output, input, opts)
         torch.ops.microtron.reduce_scatter(output, input, self.group_name)
         return completed_work([output])
@@ -159,25 +157,14 @@ for _method in OTHER_COLLECTIVES:
     _use_gloo(_method)
 
 
-def _memory_of(group_name: str, whole: Tensor, part: Tensor | None = None) -> SharedMemory:
-    """Return the group's memory after a check of the tensors: `whole` has a part per rank."""
+def _memory_of(group_name: str) -> SharedMemory:
     group: Any = group_by_name(group_name)
-    memory: SharedMemory = group.memory
-    if not all(tensor.is_contiguous() for tensor in (whole, part) if tensor is not None):
-        raise ValueError("a collective needs contiguous tensors")
-    if part is None:
-        return memory
-    if whole.numel() != memory.ranks * part.numel() or whole.dtype != part.dtype:
-        raise ValueError(
-            f"{memory.ranks} ranks' parts of {part.numel()} elements of {part.dtype} don't make "
-            f"{whole.numel()} of {whole.dtype}"
-        )
-    return memory
+    return cast(SharedMemory, group.memory)
 
 
 def _all_gather(output: Tensor, input_tensor: Tensor, group_name: str) -> None:
     """Concatenate the inputs of all ranks; the input may be this rank's part of the output."""
-    memory = _memory_of(group_name, output, input_tensor)
+    memory = _memory_of(group_name)
     row = input_tensor.view(-1).view(torch.uint8)
     rows = output.view(-1).view(torch.uint8).view(memory.ranks, len(row))
     call = f"all_gather of {len(row)} bytes"
@@ -194,28 +181,28 @@ def _all_gather(output: Tensor, input_tensor: Tensor, group_name: str) -> None:
 
 def _reduce_scatter(output: Tensor, input_tensor: Tensor, group_name: str) -> None:
     """Sum over ranks the piece of the input that has this rank's number."""
-    memory = _memory_of(group_name, input_tensor, output)
+    memory = _memory_of(group_name)
     result, rows = output.view(-1), input_tensor.view(memory.ranks, output.numel())
     width = SLOT_BYTES // output.itemsize // memory.ranks
     call = f"reduce_scatter of {input_tensor.nbytes} bytes"
     for begin in range(0, len(result), width):
         end = begin + width
-        _reduce_own_piece(memory, call, "sum", rows[:, begin:end].unbind(), result[begin:end])
+        _sum_own_piece(memory, call, rows[:, begin:end].unbind(), result[begin:end])
 
 
-def _all_reduce(tensor: Tensor, reduction: str, group_name: str) -> None:
-    """Reduce over ranks in place: by a reduce-scatter and an all-gather unless it is small."""
-    memory, whole = _memory_of(group_name, tensor), tensor.view(-1)
-    call, me = f"all_reduce {reduction} of {tensor.nbytes} bytes", memory.rank
+def _all_reduce(tensor: Tensor, group_name: str) -> None:
+    """Sum over ranks in place: by a reduce-scatter and an all-gather unless it is small."""
+    memory, whole = _memory_of(group_name), tensor.view(-1)
+    call, me = f"all_reduce of {tensor.nbytes} bytes", memory.rank
     if tensor.nbytes <= _SMALL_BYTES:
         terms = [slot[: len(whole)] for slot in memory.next_slots(tensor.dtype)]
         terms[me].copy_(whole)
         memory.exchange(call)
-        _reduce(reduction, terms, whole)
+        _sum(terms, whole)
         return
     for part in whole.split(SLOT_BYTES // tensor.itemsize):
         pieces = part.tensor_split(memory.ranks)
-        _reduce_own_piece(memory, call, reduction, pieces, pieces[me])
+        _sum_own_piece(memory, call, pieces, pieces[me])
         slots = memory.next_slots(tensor.dtype)
         slots[me][: len(pieces[me])].copy_(pieces[me])
         memory.exchange(call)
@@ -223,10 +210,10 @@ def _all_reduce(tensor: Tensor, reduction: str, group_name: str) -> None:
             pieces[peer].copy_(slots[peer][: len(pieces[peer])])
 
 
-def _reduce_own_piece(
-    memory: SharedMemory, call: str, reduction: str, pieces: Sequence[Tensor], result: Tensor
+def _sum_own_piece(
+    memory: SharedMemory, call: str, pieces: Sequence[Tensor], result: Tensor
 ) -> None:
-    """One step: reduce over ranks the piece with this rank's number; `result` may be that piece."""
+    """One step: sum over ranks the piece with this rank's number; `result` may be that piece."""
     me, slots = memory.rank, memory.next_slots(result.dtype)
     ends = [*itertools.accumulate(map(len, pieces), initial=0)]
     for peer in memory.peers:
@@ -234,19 +221,18 @@ def _reduce_own_piece(
     memory.exchange(call)
     own = slice(ends[me], ends[me + 1])
     terms = [pieces[me] if rank == me else slot[own] for rank, slot in enumerate(slots)]
-    _reduce(reduction, terms, result)
+    _sum(terms, result)
 
 
-def _reduce(reduction: str, terms: Sequence[Tensor], result: Tensor) -> None:
-    """Reduce the terms in order; `result` may be one of them."""
-    combine: Any = {"sum": torch.add, "max": torch.maximum}[reduction]
+def _sum(terms: Sequence[Tensor], result: Tensor) -> None:
+    """Add the terms in order; `result` may be one of them."""
     first, second, *others = terms
     if not others:
-        combine(first, second, out=result)
+        torch.add(first, second, out=result)
         return
     total = first.float() if result.dtype in _HALVES else first.clone()
     for term in (second, *others):
-        combine(total, term, out=total)
+        total.add_(term)
     result.copy_(total)
 
 

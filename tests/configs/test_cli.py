@@ -6,17 +6,8 @@ from typing import ClassVar, Literal
 
 import pytest
 
-from configs import (
-    ConfigError,
-    Range,
-    Text,
-    exit_on_config_error,
-    load_settings,
-    parse_config,
-    parse_settings,
-    run_config,
-    to_yaml,
-)
+from configs import ConfigError, Range, Text, exit_on_config_error, parse_config, to_yaml
+from configs.program_settings import load_settings, parse_settings, run_config
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,19 @@ from configs import ConfigError, parse_config
 TP, CP = "parallel.tensor_model_parallel_size", "parallel.context_parallel_size"
 PP, VPP = "parallel.pipeline_model_parallel_size", "parallel.virtual_pipeline_model_parallel_size"
 
+FEWER = f"choose a larger {TP} or {PP}, fewer ranks or a larger model"
+
 # Number of ranks, arguments after config=gpt_debug, and the error.
 LAYOUTS = [
     (
         1,
         f"{TP}=2",
-        f"{TP}=2 needs 2 ranks, or a multiple of it, and there is 1 rank; start with torchrun --nproc-per-node 2 ..., or choose {TP}=1",
+        f"{TP}=2 needs 2 ranks or a multiple of it, not 1 (torchrun's nodes x --nproc-per-node); start another number of ranks, or choose a product of 1",
     ),
     (
         8,
         f"{TP}=3",
-        f"{TP}=3 does not divide the number of ranks 8 (torchrun's nodes x --nproc-per-node); choose a divisor of 8 (1, 2, 4, 8)",
+        f"{TP}=3 needs 3 ranks or a multiple of it, not 8 (torchrun's nodes x --nproc-per-node); start another number of ranks, or choose a product of 1 or 2 or 4 or 8",
     ),
     (
         8,
@@ -32,17 +34,17 @@ LAYOUTS = [
     (
         64,
         f"{TP}=1 model.qk_layernorm=true train.global_batch_size=256",
-        f"blocks.0.attention.q_norm.weight [32] has too few rows to shard over {TP}=1 x data parallel size 64: a rank would have none; with 64 ranks, choose {TP}=2, 4",
+        f"blocks.0.attention.q_norm.weight [32] has too few rows to shard over {TP}=1 x data parallel size 64: a rank would have none; {FEWER}",
     ),
     (
         64,
         f"{TP}=1 model.num_attention_heads=32 model.hidden_size=192 model.num_query_groups=1 model.seq_length=512 train.global_batch_size=256",
-        f"blocks.0.attention.qkv.kv.weight [12, 192] has too few rows to shard over {TP}=1 x data parallel size 64: a rank would have none; with 64 ranks, choose {TP}=16, 32",
+        f"blocks.0.attention.qkv.kv.weight [12, 192] has too few rows to shard over {TP}=1 x data parallel size 64: a rank would have none; {FEWER}",
     ),
     (
         6,
         f"{TP}=2 {PP}=2",
-        f"{PP}=2 x {TP}=2 does not divide the number of ranks 6 (torchrun's nodes x --nproc-per-node); choose {PP}=1, 3, or a multiple of 4 ranks",
+        f"{TP}=2 x {PP}=2 needs 4 ranks or a multiple of it, not 6 (torchrun's nodes x --nproc-per-node); start another number of ranks, or choose a product of 1 or 2 or 3 or 6",
     ),
     (
         8,
@@ -67,12 +69,12 @@ LAYOUTS = [
     (
         8,
         "model.seq_length=9",
-        f"positions [9, 128] has too few rows to shard over {TP}=1 x data parallel size 8: a rank would have none; with 8 ranks, choose {TP}=4",
+        f"positions [9, 128] has too few rows to shard over {TP}=1 x data parallel size 8: a rank would have none; {FEWER}",
     ),
     (
         8,
         "model.hidden_size=4",
-        f"blocks.0.attention_norm.weight [4] has too few rows to shard over {TP}=1 x data parallel size 8: a rank would have none; no layout of 8 ranks works; use fewer ranks or a larger model",
+        f"blocks.0.attention_norm.weight [4] has too few rows to shard over {TP}=1 x data parallel size 8: a rank would have none; {FEWER}",
     ),
     (
         8,
@@ -87,12 +89,12 @@ LAYOUTS = [
     (
         4,
         f"{CP}=3 {TP}=2",
-        f"{CP}=3 x {TP}=2 does not divide the number of ranks 4 (torchrun's nodes x --nproc-per-node); choose {CP}=1, 2, or a multiple of 6 ranks",
+        f"{TP}=2 x {CP}=3 needs 6 ranks or a multiple of it, not 4 (torchrun's nodes x --nproc-per-node); start another number of ranks, or choose a product of 1 or 2 or 4",
     ),
     (
         1,
         f"{CP}=2",
-        f"{CP}=2 x {TP}=1 does not divide the number of ranks 1 (torchrun's nodes x --nproc-per-node); choose {CP}=1, or a multiple of 2 ranks",
+        f"{CP}=2 needs 2 ranks or a multiple of it, not 1 (torchrun's nodes x --nproc-per-node); start another number of ranks, or choose a product of 1",
     ),
     (
         4,
@@ -107,7 +109,7 @@ LAYOUTS = [
     (
         8,
         f"{CP}=4 model.hidden_size=4",
-        f"blocks.0.attention_norm.weight [4] has too few rows to shard over {TP}=1 x data parallel size 2 x {CP}=4: a rank would have none; no layout of 8 ranks works; use fewer ranks or a larger model",
+        f"blocks.0.attention_norm.weight [4] has too few rows to shard over {TP}=1 x data parallel size 2 x {CP}=4: a rank would have none; {FEWER}",
     ),
     (
         8,

@@ -12,12 +12,13 @@ import pytest
 import yaml
 
 from configs import Config, ConfigError, flatten, parse_config, read_config, to_yaml
-from configs.cli import config_list, settings_table, usage
+from configs.__main__ import settings_table
+from configs.cli import config_list, usage
 from configs.fields import KEYS
 from configs.launch import threads_per_rank
 from configs.layout import check_layout, last_chunk
 from configs.load import SHIPPED, current_name
-from configs.schema import RENAMED, RunConfig, TrainConfig
+from configs.schema import REMOVED, RENAMED, RunConfig, TrainConfig
 from configs.validate import SOURCE_EXTENSIONS
 from tests.data_corpora import small_tokenizer, write_json_tokenizer
 from tests.lines import ROOT
@@ -220,8 +221,7 @@ def test_help_names_every_key_and_every_shipped_file() -> None:
     )
     assert "  optimizer.lr  (number; default 0.0006)\n" in text
     assert "  train.compile  (true or false; default true)\n" in text
-    for key in ("parallel.dp_comm_overlap", "parallel.shared_memory"):
-        assert KEYS[key].comment.startswith("CPU only: ")
+    assert KEYS["parallel.shared_memory"].comment.startswith("CPU only: ")
 
 
 def test_every_setting_has_a_help_text_and_a_row_in_the_table() -> None:
@@ -301,6 +301,35 @@ def test_an_old_name_works_and_warns_once(
     Path("config.yaml").write_text(f"{section}:\n  {leaf}: x\n")
     with pytest.raises(ConfigError, match=rf"^config.yaml:2: {new}=x is not"):
         read_config(Path("config.yaml"))
+
+
+def test_a_removed_key_is_ignored_with_one_warning(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the command line and in a file."""
+    monkeypatch.setattr(logging.getLogger("microtron"), "propagate", True)
+    current_name.cache_clear()
+    (key,) = REMOVED
+    section, leaf = key.split(".")
+    Path("config.yaml").write_text(f"{section}:\n  {leaf}: false\n")
+    parse_config(["config=config.yaml", f"{key}=true"])
+    warning = f"{key} no longer exists and is ignored; remove it"
+    assert [record.message for record in caplog.records] == [warning]
+
+
+def test_a_removed_value_means_the_default(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the command line and in a file, with a warning."""
+    monkeypatch.setattr(logging.getLogger("microtron"), "propagate", True)
+    Path("config.yaml").write_text("parallel:\n  tp_comm_overlap: both\n")
+    for arguments in (
+        ["config=config.yaml"],
+        ["config=gpt_debug", "parallel.tp_comm_overlap=both"],
+    ):
+        assert parse_config(arguments).parallel.tp_comm_overlap == "backward"
+    warning = "parallel.tp_comm_overlap=both no longer exists; using backward"
+    assert [record.message for record in caplog.records] == [warning] * 2
 
 
 def _write_run(folder: Path, *arguments: str) -> str:

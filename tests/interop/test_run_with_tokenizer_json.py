@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from configs import parse_config, read_config, run_config
+from configs import parse_config, read_config
+from configs.program_settings import run_config
 from data import load_tokenizer
 from evaluate import Settings as EvaluateSettings
 from evaluate import text_to_score

@@ -12,10 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing import assert_close
 
@@ -26,7 +24,6 @@ from ops.torch_private import (
     ITEM,
     OTHER_COLLECTIVES,
     REDUCE_SCATTER,
-    DefaultReduceScatter,
     FakeTensor,
     FakeTensorMode,
     ProcessGroupGloo,
@@ -37,7 +34,6 @@ from ops.torch_private import (
     compile_with_limit,
     completed_work,
     current_saved_tensors_hooks,
-    enable_async_unshard,
     flash_attention_on_cpu,
     flash_attention_on_cpu_backward,
     foreach_copy_,
@@ -287,58 +283,6 @@ def test_collectives_on_one_tensor(mesh: Mesh) -> None:
     work = reduce_scatter_single(scattered, torch.arange(4.0), group=group, async_op=True)
     work.wait()
     assert scattered.tolist() == [[0, 2], [4, 6]][rank]
-
-
-class DeferredSum(DefaultReduceScatter):
-    """FSDP2's reduce-scatter of gradients, without waiting."""
-
-    def __init__(self) -> None:
-        self.pending: list[dist.Work] = []
-
-    def __call__(  # noqa: D102
-        self,
-        output_tensor: Tensor,
-        input_tensor: Tensor,
-        group: Any,
-        op: Any,
-        async_op: bool = False,
-    ) -> dist.Work:
-        work = reduce_scatter_single(output_tensor, input_tensor, op, group, async_op=True)
-        self.pending.append(work)
-        return work
-
-
-class LoggedGather(DefaultAllGather):
-    """FSDP2's all-gather of weights, and whether it waits."""
-
-    def __init__(self) -> None:
-        self.is_async: list[bool] = []
-
-    def __call__(self, *args: Any, async_op: bool = False, **options: Any) -> Any:  # noqa: D102
-        self.is_async.append(async_op)
-        return super().__call__(*args, async_op=async_op, **options)
-
-
-@distributed(Layout(dp=2))
-@pytest.mark.parametrize("is_async", [False, True])
-def test_fsdp_gathers_and_sums_without_waiting(mesh: Mesh, is_async: bool) -> None:
-    """Gathers wait unless told not to; a reduce-scatter of ours is used, and need not wait."""
-    model = fully_shard(nn.Linear(4, 2, bias=False), mesh=mesh.device_mesh["dp"])
-    assert isinstance(model, FSDPModule)
-    model.set_gradient_divide_factor(1.0)
-    model.set_force_sum_reduction_for_comms(True)
-    model.set_custom_reduce_scatter(deferred := DeferredSum())
-    model.set_custom_all_gather(logged := LoggedGather())
-    if is_async:
-        enable_async_unshard(model)
-    x = torch.arange(12.0).view(3, 4)
-    model(x + mesh.world.rank).sum().backward()
-    assert logged.is_async == [is_async]
-    (work,) = deferred.pending
-    work.wait()
-    gradient = model.weight.grad
-    assert isinstance(gradient, DTensor)
-    assert_close(gradient.to_local(), 2 * x.sum(0, keepdim=True) + 3)
 
 
 def test_fake_collectives_return_at_once() -> None:

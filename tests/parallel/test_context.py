@@ -71,7 +71,7 @@ RINGS = tuple(dataclasses.replace(layout, cp_comm_type="p2p") for layout in GATH
 EVERY_LAYOUT = (*GATHERED, *RINGS)
 OVERLAPPED = (
     Layout(tp=2, cp=2, overlap="backward", shared_memory=True),
-    Layout(tp=2, cp=2, overlap="both", cp_comm_type="p2p", shared_memory=True),
+    Layout(tp=2, cp=2, overlap="backward", cp_comm_type="p2p", shared_memory=True),
     Layout(tp=2, cp=2, sp=False),
 )
 
@@ -184,8 +184,8 @@ def test_a_wrong_gathered_weight_names_both_axes(mesh: Mesh) -> None:
 
     block.unshard = gather_badly
     (mismatch,) = compare_replicas(model, {}, mesh)
-    assert (mismatch.name, mismatch.axis) == ("gathered blocks.0.mlp.down.weight", "dp x cp")
-    assert mismatch.ranks == tuple(range(mesh.world.size))
+    assert mismatch.startswith("gathered blocks.0.mlp.down.weight of rank ")
+    assert mismatch.endswith(f" among dp x cp ranks {[*range(mesh.world.size)]}")
 
 
 @distributed(GATHERED[1], RINGS[1])

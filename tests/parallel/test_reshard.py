@@ -56,18 +56,12 @@ def gathers(traffic: Counter[Collective]) -> int:
 @distributed(Layout(dp=2))
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("gradient_sync", ["step", "micro_batch"])
-@pytest.mark.parametrize("dp_comm_overlap", [True, False])
-def test_results_are_bit_identical(
-    mesh: Mesh, precision: str, gradient_sync: str, dp_comm_overlap: bool
-) -> None:
+def test_results_are_bit_identical(mesh: Mesh, precision: str, gradient_sync: str) -> None:
     """Losses, norms and weights; gathers per step: once, or twice per micro-batch (root: once)."""
     results, counts = [], []
     for reshard in (True, False):
         config = config_for(
-            mesh.dp.size,
-            reshard_after_forward=reshard,
-            gradient_sync=gradient_sync,
-            dp_comm_overlap=dp_comm_overlap,
+            mesh.dp.size, reshard_after_forward=reshard, gradient_sync=gradient_sync
         )
         config = dataclasses.replace(
             config, train=dataclasses.replace(config.train, precision=precision)

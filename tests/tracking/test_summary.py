@@ -67,23 +67,18 @@ def facts(output: str, name: str) -> list[str]:
 @pytest.mark.slow
 def test_the_start(outputs: Outputs) -> None:
     config = parse_config([*outputs.arguments, LAYOUT], lambda _: 2)
-    assert "starting test\n" in outputs.stopped
+    assert "starting test at step 1\n" in outputs.stopped
     parameters = f"{num_parameters(config.model, 331):,} parameters"
-    shape = "2 layers, hidden size 32, 4 heads, vocabulary 331"
-    assert facts(outputs.stopped, "model") == [f"{parameters}: {shape}"]
+    assert facts(outputs.stopped, "model") == [parameters]
     (ranks,) = facts(outputs.stopped, "ranks")
-    assert re.fullmatch(r"2 = tp 2 with sequence parallelism x dp 1; .+; fp32", ranks)
-    rows = "each with 8 rows of 37 tokens (296 tokens)"
-    assert facts(outputs.stopped, "steps") == [f"1 to 3 of 6, {rows}"]
-    assert facts(outputs.finished, "steps") == [f"4 to 6 of 6, {rows}"]
+    assert re.fullmatch(r"2 = pp 1 x dp 1 x cp 1 x tp 2; .+; fp32", ranks)
+    assert facts(outputs.stopped, "steps") == ["1 to 3 of 6, each with 296 tokens"]
+    assert facts(outputs.finished, "steps") == ["4 to 6 of 6, each with 296 tokens"]
     (data,) = facts(outputs.stopped, "data")
     found = re.fullmatch(r".*corpus\d+: (\d+) rows, ([\d.]+) epochs", data)
     assert found is not None
     assert float(found[2]) == pytest.approx(6 * 8 / int(found[1]), rel=0.01)
     assert facts(outputs.stopped, "run folder") == [str(outputs.folder)]
-    assert facts(outputs.stopped, "wandb") == ["disabled"]
-    dashboard = f"make dashboard ARGS=--logdir={outputs.folder.parent}"
-    assert facts(outputs.stopped, "dashboard") == [dashboard] * 2
 
 
 @pytest.mark.slow
@@ -91,10 +86,8 @@ def test_the_end(outputs: Outputs) -> None:
     """Each launch says where it resumes and ends, and what to do next."""
     stopped = "run test reached run.stop_at_step=3: step 3 of 6 (3 in this launch)\n"
     assert stopped in outputs.stopped
-    checkpoint = f"{outputs.folder}/checkpoints/step_00000003"
-    assert facts(outputs.stopped, "checkpoint") == [checkpoint]
-    generate = f"python generate.py run={outputs.folder}"
-    assert facts(outputs.stopped, "to generate text") == [generate]
+    generate = f"to generate text:\n  python generate.py run={outputs.folder}\n"
+    assert generate in outputs.stopped
     assert "resuming test at step 4\n" in outputs.finished
     assert "run test is finished: step 6 of 6 (3 in this launch)\n" in outputs.finished
     assert "resuming test at step 7\n" in outputs.longer

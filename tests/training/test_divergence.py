@@ -18,7 +18,6 @@ from torch import Tensor
 from configs import Config, parse_config
 from data import MicroBatch
 from parallel import Mesh
-from parallel.dp_overlap import await_gradients
 from tests.distributed import ONE_RANK, Layout, distributed
 from tests.runs import rows, settings
 from tests.weights import gradient_shards
@@ -84,7 +83,6 @@ def poisoned(mesh: Mesh, samples: Container[int]) -> Iterator[list[tuple[int, li
         return forward_backward(run, state, micro_batches, *others)
 
     def poison(model: Any, mesh: Mesh) -> None:
-        await_gradients(model)
         if mesh.tp.rank == mesh.tp.size - 1 and any(n in samples for n in seen[-1][1]):
             next(iter(gradient_shards(model).values())).tensor.view(-1)[:1] = float("nan")
         sum_gradients(model, mesh)

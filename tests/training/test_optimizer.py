@@ -77,17 +77,17 @@ def test_a_warm_up_that_is_too_long(style: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "warmup", "decay", "peak", "after"),
+    ("steps", "warmup", "decay", "peak"),
     [
-        (20, 8, 13, "1.00e+00", "8.62e-01"),  # two of thirteen steps into the decay
-        (20, 15, None, "", ""),
-        (20, 19, None, "1.00e+00", "1.00e-01"),
-        (20, 0, 40, "5.27e-01", ""),  # begins in the middle of the decay
-        (20, 30, 10, "6.67e-01", ""),
+        (20, 8, 13, "1.00e+00"),  # two of thirteen steps into the decay
+        (20, 15, None, ""),
+        (20, 19, None, "1.00e+00"),
+        (20, 0, 40, "5.27e-01"),  # begins in the middle of the decay
+        (20, 30, 10, "6.67e-01"),
     ],
 )
 def test_a_warm_up_and_a_decay_that_are_too_long(
-    steps: int, warmup: int, decay: int | None, peak: str, after: str
+    steps: int, warmup: int, decay: int | None, peak: str
 ) -> None:
     """The decay of WSD ends with the run, wherever the warm-up is."""
     changes = {"lr_warmup_steps": warmup, "lr_wsd_decay_steps": decay}
@@ -98,8 +98,6 @@ def test_a_warm_up_and_a_decay_that_are_too_long(
         assert f"reaches {peak} of" in found
         assert float(peak) == pytest.approx(max(expected), rel=2e-3)
         assert "optimizer.lr_wsd_decay_steps=" in found
-        assert (f"falls to {after} in the step after" in found) == bool(after)
-        assert not after or float(after) == pytest.approx(expected[warmup], rel=2e-3)
 
 
 @distributed(*EVERY_LAYOUT)

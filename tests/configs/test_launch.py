@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from training.launcher import launch_command, torchrun_options
+from configs.launch import launch_command, torchrun_options
 
 PROGRAM = ["train.py", "config=gpt_small", "run.name=a b"]
 
