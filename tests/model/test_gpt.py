@@ -58,6 +58,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "num_query_groups": 2,
         "untie_embeddings_and_output_weights": True,
     },
+    "biases of q, k and v, wide heads, scaled partial rope": {
+        "normalization": "RMSNorm",
+        "position_embedding_type": "rope",
+        "kv_channels": 14,
+        "rotary_percent": 0.9,
+        "rope_scaling_type": "llama3",
+        "rope_original_max_position": 32,  # one frequency is kept, one is interpolated
+        "activation": "swiglu",
+        "add_bias_linear": False,
+        "add_qkv_bias": True,
+        "num_query_groups": 2,
+    },
     "one group, biases, qk norm": {
         "position_embedding_type": "rope",
         "rotary_base": 500.0,
