@@ -82,7 +82,7 @@ def save(model: Published, folder: Path) -> Any:
     torch.manual_seed(1)
     theirs = getattr(transformers, ARCHITECTURES[model.family])(config).to(model.dtype)
     with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
+        for parameter in theirs.parameters():
             if parameter.ndim == 1:  # norms and biases are ones and zeros
                 parameter.add_(0.2 * torch.randn(parameter.shape))
     theirs.save_pretrained(folder)
