@@ -31,7 +31,7 @@ from training.optimizer import WEIGHTS
 
 VOCAB, LENGTH, STEPS = 407, 41, 10  # embeddings, of which the tokenizers use 320 or 400
 _WIDE = {"hidden_size": 20, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10}
-_NARROW = {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+_NARROW = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2}
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0}
 _LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 40}
 
