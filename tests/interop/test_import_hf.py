@@ -592,6 +592,43 @@ def test_options_of_published_models(
     assert unknown_options(written) == {}
 
 
+# What version 4 of transformers has written for models on the hub.
+_PUBLISHED = {
+    "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "pretraining_tp": 1,
+    "initializer_range": 0.02, "torch_dtype": "bfloat16", "tie_word_embeddings": True,
+    "num_key_value_heads": 8, "use_cache": True, "transformers_version": "4.51.0",
+}  # fmt: skip
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "qwen3_0.6b": _PUBLISHED | {
+        "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": 151936,
+        "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+        "num_attention_heads": 16, "head_dim": 128, "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-06, "rope_theta": 1000000, "rope_scaling": None, "sliding_window": None,
+        "use_sliding_window": False, "max_window_layers": 28,
+        "bos_token_id": 151643, "eos_token_id": 151645,
+    },
+    "llama3.2_1b": _PUBLISHED | {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256,
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "head_dim": 64, "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "mlp_bias": False,
+        "rope_scaling": _LLAMA3 | {"factor": 32.0, "original_max_position_embeddings": 8192},
+        "bos_token_id": 128000, "eos_token_id": 128001,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_shipped_configurations_are_those_of_published_models(name: str) -> None:
+    """Except for the length of a row."""
+    shipped = parse_config([f"config={name}"])
+    _, vocab_size, settings = from_huggingface_config(PUBLISHED[name])
+    assert unknown_options(PUBLISHED[name]) == {}
+    assert vocab_size == shipped.data.vocab_size
+    length = shipped.model.seq_length
+    assert ModelConfig(**{**settings, "seq_length": length}) == shipped.model
+
+
 @pytest.mark.parametrize("kind", _BASE)
 def test_every_option_of_transformers_is_known(kind: str) -> None:
     """A release with a new option fails here; options that no release has are reported."""
