@@ -28,7 +28,7 @@ from interop.atomic_directory import atomic_directory, require_new
 class Settings:
     """Export a checkpoint of a run to Hugging Face transformers.
 
-    The model becomes a LlamaForCausalLM or a GPT2LMHeadModel; see docs/interop.md.
+    The model becomes a GPT-2, Llama, Qwen2, Qwen3 or StableLM; see docs/interop.md.
     """
 
     run: str  # the folder of a run, such as runs/gpt_laptop

@@ -84,6 +84,7 @@ class ModelConfig:
     hidden_size: Count = 768  # Channels of the residual stream
     num_attention_heads: Count = 12  # Number of query heads
     num_query_groups: Count | None = None  # Key-value heads (GQA); null: as many as query heads
+    kv_channels: Count | None = None  # Channels per head; null: hidden_size / num_attention_heads
     # Channels inside the MLP; null: 4 x hidden_size, or 8/3 for swiglu, rounded up to 64.
     ffn_hidden_size: Count | None = None
     seq_length: Count = 1024  # Tokens per sequence (context length)
@@ -97,7 +98,18 @@ class ModelConfig:
     # Type of position embedding: a learned table, or rotary (RoPE).
     position_embedding_type: Literal["learned_absolute", "rope"] = "learned_absolute"
     rotary_base: Annotated[float, Range(1)] = 10000.0  # RoPE base (theta)
+    # Fraction of each head's channels that RoPE rotates, from the first one on.
+    rotary_percent: Annotated[float, Range(0, 1, open_low=True)] = 1.0
+    # llama3: divide low RoPE frequencies by rope_scaling_factor, as Llama 3.1 does; null: none.
+    rope_scaling_type: Literal["llama3"] | None = None
+    rope_scaling_factor: Annotated[float, Range(1)] = 8.0  # Llama 3.1: 8; Llama 3.2: 32
+    # Scale frequencies with fewer than this many turns in rope_original_max_position fully.
+    rope_low_freq_factor: Positive = 1.0
+    # Keep frequencies with more than this many turns; in between, interpolate.
+    rope_high_freq_factor: Positive = 4.0
+    rope_original_max_position: Count = 8192  # Context length before the scaling
     add_bias_linear: bool = True  # Add biases to all linear layers
+    add_qkv_bias: bool = False  # Add biases to queries, keys and values even without the others
     qk_layernorm: bool = False  # Normalize queries and keys per head, before RoPE
     untie_embeddings_and_output_weights: bool = False  # Separate weights for the output layer
     init_method_std: Positive = 0.02  # Standard deviation of initial matrices and embeddings
@@ -105,8 +117,18 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
-        """Channels per attention head, `d = h / a`."""
-        return self.hidden_size // self.num_attention_heads
+        """Channels per attention head, `d`."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def attention_size(self) -> int:
+        """Channels of all query heads, `a d`; equal to `h` unless `kv_channels` says otherwise."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels per attention head that RoPE rotates."""
+        return int(self.head_dim * self.rotary_percent)
 
     @property
     def num_groups(self) -> int:

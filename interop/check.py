@@ -17,7 +17,7 @@ from parallel import Mesh
 from training.optimizer import WEIGHTS, weight_tensors
 
 _ROWS, _MAX_LENGTH = 2, 128
-NUM_TEXTS, _MAX_PIECES = 1000, 60
+NUM_TEXTS, _MAX_PIECES = 2000, 60
 # Mixed with the tokenizer's own pieces: white space, control pieces as text, rare characters.
 _UNUSUAL = [" ", "  ", "\n", "\t", "\r\n", "\0", "\u2581", "<s>", "</s>", "<unk>", "<0x0A>"]
 _UNUSUAL += ["\u00e9", "e\u0301", "\ufb01", "\uff21", "\u6f22", "\U0001f600", "\u200d", "\u2028"]
