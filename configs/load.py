@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from configs.errors import ConfigError, bad_setting, format_value, nearest, os_error_text
 from configs.fields import KEYS, SECTIONS, Field, convert, unknown_key
 from configs.launch import is_rank_zero, world_size_from_environment
-from configs.schema import RENAMED, Config
+from configs.schema import RENAMED, Config, DataConfig
 from configs.tokenizer_files import resolve_tokenizer
 from configs.validate import check_inputs, validate
 
@@ -257,9 +257,9 @@ def _build(values: Mapping[str, Any], path: Path) -> Config:
             "the characters A-Z a-z 0-9 . _ - and begin with a letter, a digit or _",
             "run.name",
         )
-    return cast(
-        Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), sections))
-    )
+    # A DataConfig replaces null by what suits its format, so its defaults are those of the class.
+    defaults = OmegaConf.merge(OmegaConf.structured(Config), {"data": DataConfig})
+    return cast(Config, OmegaConf.to_object(OmegaConf.merge(defaults, sections)))
 
 
 def _located(
