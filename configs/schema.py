@@ -206,12 +206,30 @@ class SourceConfig:
     source: Literal["python_stdlib", "text", "jsonl", "parquet", "arrow", "hub"] = "python_stdlib"
     path: str | None = None  # File, folder, glob or hub dataset; null only for python_stdlib
     text_field: str = "text"  # Column that holds the text, in jsonl, parquet, arrow and hub rows
+    # Kind of records. In prompt_completion only completions are targets; in messages, which are
+    # conversations, only the turns of the assistant. Both need jsonl, parquet, arrow or hub rows.
+    format: Literal["text", "prompt_completion", "messages"] = "text"
+    prompt_field: str = "prompt"  # Column that holds the prompt, with format=prompt_completion
+    # Column that holds the completion, with format=prompt_completion.
+    completion_field: str = "completion"
+    # Column that holds the list of messages, each with role and content, with format=messages.
+    messages_field: str = "messages"
     hub_config: str | None = None  # Configuration of the hub dataset; null: its default
     hub_split: str = "train"  # Split of the hub dataset
     hub_revision: str | None = None  # Branch, tag or commit of the hub dataset; null: the newest
     # Validation text (file, folder, glob or hub dataset, same format), never trained on; replaces
     # validation_fraction. null: hold out part of the source.
     validation_path: str | None = None
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns that a record consists of, by their keys."""
+        keys = {
+            "text": ("text_field",),
+            "prompt_completion": ("prompt_field", "completion_field"),
+            "messages": ("messages_field",),
+        }
+        return {key: getattr(self, key) for key in keys[self.format]}
 
 
 @dataclass(frozen=True)
@@ -232,23 +250,44 @@ class DataConfig(SourceConfig):
     # Sentencepiece model, Hugging Face tokenizer.json, or a folder with one of them; null: train a
     # tokenizer on the source.
     tokenizer: str | None = None
-    # First token of each document; null: as in tokenizer_config.json or config.json next to a
-    # tokenizer.json. Sentencepiece models define their own.
+    # First token of each document, where neither tokenizer_config.json nor config.json next to a
+    # tokenizer.json says it. Sentencepiece models define their own.
     bos_token: str | None = None
-    eos_token: str | None = None  # Last token of each document; null: as bos_token; may equal bos
+    # Last token of each document, where those files do not say it; may equal bos.
+    eos_token: str | None = None
     # Rows of the embedding; more than the tokenizer has are unused. null: the size of the
     # tokenizer, 8192 if one is trained.
     vocab_size: Annotated[int, Range(1, 2**31)] | None = None
     # Fill each sequence with several documents (pack), or pad each document to one (pad).
     sequence_mode: Literal["pack", "pad"] = "pack"
     # With pack: cut concatenated documents (stream), or split only documents longer than a sequence
-    # (best_fit), at the cost of a little padding.
-    packing: Literal["stream", "best_fit"] = "stream"
-    # With pack: restart attention and positions at each document; slower (explicit mask).
-    inter_document_masking: bool = False
+    # (best_fit), at the cost of a little padding. null: stream, but best_fit if data.format is not
+    # text.
+    packing: Literal["stream", "best_fit"] | None = None
+    # With pack: restart attention and positions at each document; slower (explicit mask). null:
+    # false, but true if data.format is not text.
+    inter_document_masking: bool | None = None
     # Fraction of documents held out for evaluation; of the bytes, if there are few documents.
     validation_fraction: Fraction = 0.01
     cache_directory: str = "~/.cache/microtron"  # Folder for tokenized text and trained tokenizers
+
+    def __post_init__(self) -> None:
+        """Replace null in packing and inter_document_masking."""
+        needed = self.has_partial_targets and self.sequence_mode == "pack"
+        if self.packing is None:
+            object.__setattr__(self, "packing", "best_fit" if needed else "stream")
+        if self.inter_document_masking is None:
+            object.__setattr__(self, "inter_document_masking", needed)
+
+    @property
+    def has_partial_targets(self) -> bool:
+        """Whether only some tokens of a source are targets."""
+        return any(source.format != "text" for source in self.mixture.values())
+
+    @property
+    def masks_documents(self) -> bool:
+        """Whether attention stays inside documents; in mode pad a row holds only one."""
+        return bool(self.inter_document_masking) and self.sequence_mode == "pack"
 
     @property
     def padded_vocab_size(self) -> int:

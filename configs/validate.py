@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from configs.errors import ConfigError, bad_setting, format_value
-from configs.fields import KEYS, flatten
+from configs.fields import flatten
 from configs.layout import check_layout, divisors, listed, multiples
 from configs.schema import MAX_STEP, Config, ModelConfig, SourceConfig, WeightedSource
 from configs.tokenizer_files import expand_path, find_tokenizer
@@ -56,10 +56,10 @@ def validate(config: Config, world_size: int) -> None:
     _check_model(config)
     _check_data(config)
     _check_schedule(config)
-    values = flatten(config)
+    values, defaults = flatten(config), flatten(Config())
     for key, (other, needed) in _ONLY_WITH.items():
-        if values[key] != KEYS[key].default and values[other] != needed:
-            fix = f"set {key}={format_value(KEYS[key].default)}, or {other}={needed}"
+        if values[key] != defaults[key] and values[other] != needed:
+            fix = f"set {key}={format_value(defaults[key])}, or {other}={needed}"
             problem = f"has no effect with {other}={format_value(values[other])}; {fix}"
             raise bad_setting(key, values[key], problem)
     steps = config.logging.profile_steps
@@ -118,18 +118,36 @@ def _check_data(config: Config) -> None:
             fix = f"write it into data.sources, or leave {key} out"
             raise bad_setting(key, value, f"has no effect together with data.sources; {fix}")
     for prefix, source in data.mixture.items():
-        _check_source(prefix, source)
+        check_source(prefix, source)
     if data.tokenizer is None and data.padded_vocab_size < _SMALLEST_TRAINED_VOCABULARY:
         problem = "is too small to train a tokenizer, which has 256 bytes and special pieces"
         fix = f"choose {_SMALLEST_TRAINED_VOCABULARY} or more, or give data.tokenizer"
         raise bad_setting("data.vocab_size", data.padded_vocab_size, f"{problem}; {fix}")
+    if data.has_partial_targets and data.sequence_mode == "pack":
+        for key, value, needed, problem in (
+            ("data.packing", data.packing, "best_fit", "would cut prompts from their targets"),
+            (
+                "data.inter_document_masking",
+                data.inter_document_masking,
+                True,
+                "would let targets attend to other documents",
+            ),
+        ):
+            if value != needed:
+                fix = f"with formats other than text set {key}={format_value(needed)} (or null)"
+                raise bad_setting(key, value, f"{problem}; {fix}, or data.sequence_mode=pad")
 
 
-def _check_source(prefix: str, source: WeightedSource) -> None:
+def check_source(prefix: str, source: WeightedSource) -> None:
+    """Raise ConfigError if the settings of a source do not fit together."""
     kind = f"{prefix}.source={source.source}"
     unused = {} if source.source == "hub" else dict.fromkeys(("hub_config", "hub_revision"), "hub")
     if source.source == "python_stdlib":
         unused |= dict.fromkeys(("path", "validation_path"), "text (or jsonl, parquet, arrow, hub)")
+    if source.format != "text" and source.source in ("python_stdlib", "text"):
+        fix = f"set {prefix}.source=jsonl (or parquet, arrow, hub), or {prefix}.format=text"
+        problem = f"needs rows with columns, which {kind} does not have; {fix}"
+        raise bad_setting(f"{prefix}.format", source.format, problem)
     for leaf, needed in unused.items():
         key, value = f"{prefix}.{leaf}", getattr(source, leaf)
         if value is not None:

@@ -78,7 +78,9 @@ def compare(folder: Path, logits: Tensor, tokens: Tensor, tokenizer: Tokenizer) 
     top1_differs = exported.argmax(-1) != logits.argmax(-1)
     exported_tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     texts = unusual_texts(tokenizer, NUM_TEXTS)
-    exported_ids = exported_tokenizer(texts, add_special_tokens=False)["input_ids"]
+    exported_ids = exported_tokenizer(texts, add_special_tokens=False, split_special_tokens=True)[
+        "input_ids"
+    ]
     pairs = zip(exported_ids, tokenizer.encode_batch(texts), strict=True)
     return Comparison(
         max_difference=(exported - logits).abs().max().item(),

@@ -184,6 +184,18 @@ ARGUMENTS = [
         "data.sequence_mode=pad data.packing=best_fit",
         "data.packing=best_fit has no effect with data.sequence_mode=pad; set data.packing=stream, or data.sequence_mode=pack",
     ),
+    (
+        "data.format=messages",
+        "data.format=messages needs rows with columns, which data.source=python_stdlib does not have; set data.source=jsonl (or parquet, arrow, hub), or data.format=text",
+    ),
+    (
+        "data.source=jsonl data.path=x data.format=messages data.packing=stream",
+        "data.packing=stream would cut prompts from their targets; with formats other than text set data.packing=best_fit (or null), or data.sequence_mode=pad",
+    ),
+    (
+        "data.source=hub data.path=x data.format=prompt_completion data.inter_document_masking=false",
+        "data.inter_document_masking=false would let targets attend to other documents; with formats other than text set data.inter_document_masking=true (or null), or data.sequence_mode=pad",
+    ),
     # files
     (
         "data.source=text data.path=nowhere.txt",

@@ -456,7 +456,7 @@ def test_the_tokenizer_decides_the_vocabulary_size(tmp_path: Path) -> None:
         (["data.eos_token=<s>"], r"data\.eos_token=<s> has no effect with data\.tokenizer=null"),
         (
             [f"data.tokenizer={path}", "data.eos_token=<eos>"],
-            r"has no token '<eos>'; set data\.eos_token to one of its tokens",
+            r"data\.eos_token=<eos>, but .*tokenizer_config\.json says eos is </s>; set data\.eos",
         ),
     ):
         with pytest.raises(ConfigError, match=message):
