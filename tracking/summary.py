@@ -28,6 +28,7 @@ def report_start(run: Run, state: RunState) -> None:
     log_table(
         {
             "model": _model(config),
+            "origin": _origin(config, state),
             "ranks": _ranks(run),
             "steps": _steps(config, state),
             "data": _data(run),
@@ -85,6 +86,13 @@ def _model(config: Config) -> str:
         f"{num_parameters(model, vocab_size):,} parameters: {model.num_layers} layers, hidden size "
         f"{model.hidden_size:,}, {model.num_attention_heads} heads, vocabulary {vocab_size:,}"
     )
+
+
+def _origin(config: Config, state: RunState) -> str:
+    if (origin := state.origin) is None:
+        return ""
+    optimizer = " and optimizer state" if config.run.init_optimizer else ""
+    return f"weights{optimizer} of run {origin['run']} at step {origin['step']:,}"
 
 
 def _ranks(run: Run) -> str:

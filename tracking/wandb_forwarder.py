@@ -33,7 +33,7 @@ Row = Mapping[str, Any]
 INIT_TIMEOUT_S, FINISH_TIMEOUT_S, MAX_WAIT_S = 15.0, 5.0, 20.0
 _MAX_ROWS = 10_000  # that wait for wandb
 # Settings that may contain local paths, which are not sent.
-_PATHS = ("path", "validation_path", "directory", "cache_directory", "tokenizer")
+_PATHS = ("path", "validation_path", "directory", "cache_directory", "tokenizer", "init_from")
 
 
 class WandbForwarder:
