@@ -7,6 +7,7 @@ This file tells the story of a run. One step is in `training/step.py`, all commu
 import logging
 import signal
 import sys
+from contextlib import ExitStack
 
 from configs import (
     Config,
@@ -34,7 +35,7 @@ from training.divergence import check_replicas, roll_back, too_many_skipped
 from training.evaluation import evaluate, validation_set
 from training.hardware import choose_precision, set_up_allocator, use_deterministic_kernels
 from training.optimizer import build_optimizer
-from training.resume import find_own_checkpoint, resume
+from training.resume import find_own_checkpoint, find_source, resume
 from training.run_folder import FatalError, RunFolder, require_same_on_all_ranks
 from training.signals import StopSignals
 from training.state import Run, RunState, mesh_from_config, training_batches
@@ -62,23 +63,25 @@ def train(config: Config, mesh: Mesh, folder: RunFolder, signals: StopSignals) -
 
 
 def start(config: Config, mesh: Mesh, folder: RunFolder) -> tuple[Run, RunState]:
-    """Prepare the text, the model and the optimizer, and load the newest checkpoint."""
+    """Prepare text, model and optimizer, and load the newest checkpoint or `run.init_from`."""
     cache = config.data.cache_directory
-    with machine_errors_as_user_errors(f"prepare the corpus in data.cache_directory={cache}"):
-        text = text_fingerprint(config.data)
-        require_same_on_all_ranks(mesh, text, "the text")
-        # Refuse a checkpoint of another text before tokenizing, which may take hours.
-        checkpoint = find_own_checkpoint(config, text, mesh, folder)
-        if checkpoint is not None:
-            folder.step = checkpoint.step
-        corpus = prepare_corpus(config.data, config.model.seq_length, mesh.local_rank)
-        require_same_on_all_ranks(mesh, corpus.fingerprint, "the tokenized text")
-    precision = choose_precision(config, mesh, checkpoint)
-    set_up_allocator(mesh.device)
-    model = build_model(config, mesh)
-    optimizer = build_optimizer(model, config.optimizer)
-    run = Run(config, mesh, folder, corpus, model, optimizer, precision)
-    return run, resume(run, checkpoint)
+    with ExitStack() as files:
+        with machine_errors_as_user_errors(f"prepare the corpus in data.cache_directory={cache}"):
+            text = text_fingerprint(config.data)
+            require_same_on_all_ranks(mesh, text, "the text")
+            # Refuse a checkpoint of another text before tokenizing, which may take hours.
+            checkpoint = find_own_checkpoint(config, text, mesh, folder)
+            source = find_source(config, mesh, files) if checkpoint is None else None
+            if checkpoint is not None:
+                folder.step = checkpoint.step
+            corpus = prepare_corpus(config.data, config.model.seq_length, mesh.local_rank)
+            require_same_on_all_ranks(mesh, corpus.fingerprint, "the tokenized text")
+        precision = choose_precision(config, mesh, checkpoint)
+        set_up_allocator(mesh.device)
+        model = build_model(config, mesh)
+        optimizer = build_optimizer(model, config.optimizer)
+        run = Run(config, mesh, folder, corpus, model, optimizer, precision)
+        return run, resume(run, checkpoint, source)
 
 
 def train_until_stop_or_rollback(

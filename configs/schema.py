@@ -65,6 +65,11 @@ class RunConfig:
     resume: Literal["auto", "never", "must"] = "auto"
     # Save and stop after this step; a later launch can resume. null: stop at train.train_steps.
     stop_at_step: Annotated[int, Range(1, MAX_STEP)] | None = None
+    # Run folder, or one of its checkpoint directories, whose weights, model and tokenizer a new run
+    # starts with; schedule, steps, tokens and sample order start anew. null: random weights.
+    init_from: str | None = None
+    # With init_from: also load the optimizer's moments and number of updates.
+    init_optimizer: bool = False
     # After this many seconds without progress on any rank, name the stuck rank, write all stack
     # traces to the run folder and stop with exit code 75 (checkpoint files: ten times as long).
     # 0: no hang detection.

@@ -29,7 +29,7 @@ logger = logging.getLogger("microtron")
 # torchrun kills a process 30 s after a signal, and wandb may need some seconds at process exit.
 INIT_TIMEOUT_S, FINISH_TIMEOUT_S, MAX_WAIT_S = 15.0, 5.0, 20.0
 # Settings that may contain local paths, which are not sent.
-_PATHS = ("path", "validation_path", "directory", "cache_directory", "tokenizer")
+_PATHS = ("path", "validation_path", "directory", "cache_directory", "tokenizer", "init_from")
 
 
 class WandbForwarder:
