@@ -16,6 +16,7 @@ from configs import (
     load_config,
     machine_errors_as_user_errors,
 )
+from configs.launch import print_after_launcher
 
 if __name__ == "__main__":
     # Before importing torch, which takes seconds, so that a mistyped key is reported at once.
@@ -149,6 +150,8 @@ def main(config: Config) -> int:
         if (loss := lost_connection(error)) is None:
             raise
         exit_with_error(loss, 1, only_here=True)
+    if code and mesh.world.rank == 0:  # stopped by a signal
+        print_after_launcher(f"resume with\n  {folder.resume_command()}")
     # Not after an error: closing waits for peers, which may be in a collective.
     close_mesh()
     return code
