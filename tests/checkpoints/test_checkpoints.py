@@ -376,8 +376,8 @@ def plant_foreign_entries(folder: Path) -> list[Path]:
 
 @distributed(ONE_RANK, Layout(tp=2))
 def test_foreign_entries_are_left_alone(mesh: Mesh, tmp_path: Path) -> None:
-    """Saving, pruning, sweeping and loading neither touch nor count them."""
-    folder = tmp_path / "checkpoints"
+    """Saving, pruning and sweeping neither touch nor count them; a start logs a warning."""
+    folder, warnings = tmp_path / "checkpoints", []
     if mesh.world.rank == 0:
         folder.mkdir()
         plant_foreign_entries(folder)
@@ -392,7 +392,13 @@ def test_foreign_entries_are_left_alone(mesh: Mesh, tmp_path: Path) -> None:
     assert all(os.path.lexists(path) for path in planted)
     kept = sorted(path for path in folder.iterdir() if path not in planted)
     assert [path.name for path in kept] == ["step_00000007", "step_00000008"]
-    assert_loads(mesh, folder, 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load_module.logger, "warning", lambda *record: warnings.append(record))
+        assert_loads(mesh, folder, 8)
+    if mesh.world.rank == 0:
+        text = "\n".join(message % tuple(values) for message, *values in warnings)
+        assert "step_00000001 is not a directory" in text
+        assert "step_00000002 is not a directory" in text
 
 
 @distributed(ONE_RANK, Layout(tp=2))
