@@ -21,9 +21,11 @@ from configs import (
     machine_errors_as_user_errors,
 )
 from configs.program_settings import load_settings, run_config
-from configs.validate import check_inputs
+from configs.validate import check_inputs, check_source
 
-_OF_THE_TOKENIZER = ("vocab_size", "bos_token", "eos_token")  # the run's, whatever is scored
+_FORMAT = ("format", "prompt_field", "completion_field", "messages_field")
+_OF_A_SOURCE = ("source", "path", "text_field", "hub_config", "hub_split", "hub_revision", *_FORMAT)
+_OF_THE_RUN = ("vocab_size", "bos_token", "eos_token", *_FORMAT)  # unless a setting differs
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,20 @@ class Settings:
     """Report loss, perplexity and bits per byte of text, by the model of a run.
 
     Each document is scored from its beginning, as lm-evaluation-harness does: bos and eos are not
-    scored, and text beyond model.seq_length is read in rolling windows.
+    scored, and text beyond model.seq_length is read in rolling windows. Of prompt-completion pairs
+    and conversations the targets of training are scored, in rows of at most model.seq_length.
     """
 
     run: str  # the folder of a run, such as runs/gpt_debug
     # held_out: the validation documents of the run.
     source: Literal["held_out", "text", "jsonl", "parquet", "arrow", "hub"] = "held_out"
     path: str | None = None  # file, folder, glob or hub name; required unless source=held_out
+    # Kind of records, as data.format; null: as in training.
+    format: Literal["text", "prompt_completion", "messages"] | None = None
     text_field: str = "text"  # name of the text column in jsonl, parquet, arrow and hub rows
+    prompt_field: str | None = None  # name of the column of prompts; null: as in training
+    completion_field: str | None = None  # name of the column of completions; null: as in training
+    messages_field: str | None = None  # name of the column of messages; null: as in training
     hub_config: str | None = None  # configuration of a hub dataset
     hub_split: str = "train"  # split of a hub dataset
     hub_revision: str | None = None  # revision of a hub dataset
@@ -96,16 +104,12 @@ def parse(arguments: list[str]) -> tuple[Settings, Config]:
                 "stride",
             )
         if settings.source != "held_out":
-            data = DataConfig(
-                settings.source,
-                settings.path,
-                settings.text_field,
-                hub_config=settings.hub_config,
-                hub_split=settings.hub_split,
-                hub_revision=settings.hub_revision,
-            )
-            kept = {key: getattr(config.data, key) for key in _OF_THE_TOKENIZER}
-            config = replace(config, data=replace(data, **kept))
+            given = {key: getattr(settings, key) for key in _OF_A_SOURCE}
+            kept = {key: getattr(config.data, key) for key in _OF_THE_RUN}
+            kept |= {"format": "text"} if settings.source == "text" else {}
+            kept |= {key: value for key, value in given.items() if value is not None}
+            config = replace(config, data=DataConfig(**kept))
+            check_source("data", config.data.mixture["data"])
         check_inputs(config)
     return settings, config
 

@@ -28,7 +28,7 @@ from interop.atomic_directory import atomic_directory, require_new
 class Settings:
     """Export a checkpoint of a run to Hugging Face transformers.
 
-    The model becomes a LlamaForCausalLM or a GPT2LMHeadModel; see docs/interop.md.
+    The model becomes a GPT-2, Llama, Qwen2, Qwen3 or StableLM; see docs/interop.md.
     """
 
     run: str  # the folder of a run, such as runs/gpt_laptop
@@ -55,7 +55,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from checkpoints import Checkpoint, held_checkpoint
 from checkpoints.full_tensors import TensorInfo, read_full_tensor, write_tensors
-from data import SentencePieceTokenizer, Tokenizer
+from data import CHAT_TEMPLATE, SentencePieceTokenizer, Tokenizer
 from interop.check import Comparison, checkpoint_logits, compare, random_tokens
 from interop.huggingface import shapes_of, to_huggingface
 from interop.huggingface_config import family_of, to_huggingface_config
@@ -105,10 +105,12 @@ def small_files(
     generation: dict[str, Any] = {**token_ids, "pad_token_id": tokenizer.eos_id}
     if unused_ids := [*range(tokenizer.vocab_size, config.data.padded_vocab_size)]:
         generation["suppress_tokens"] = unused_ids
+    is_chat = any(source.format == "messages" for source in config.data.mixture.values())
+    template = CHAT_TEMPLATE if is_chat else None
     contents: dict[str, Any] = {
         "config.json": {**options, **token_ids, "dtype": settings.dtype},
         "generation_config.json": generation,
-        "tokenizer_config.json": tokenizer_config(tokenizer, config.model.seq_length),
+        "tokenizer_config.json": tokenizer_config(tokenizer, config.model.seq_length, template),
     }
     if isinstance(tokenizer, SentencePieceTokenizer):
         contents["tokenizer.json"] = tokenizer_json(tokenizer)

@@ -21,13 +21,15 @@ class Settings:
     """Continue a prompt with the model of a run, and print both.
 
     Without prompt=, each line of stdin is a prompt. The model sees at most the last
-    model.seq_length tokens.
+    model.seq_length tokens. With chat=true a prompt is the message of a user, only the answer is
+    printed, and the lines of stdin belong to one conversation.
     """
 
     run: str  # the folder of a run, such as runs/gpt_debug
     prompt: Text | None = None  # the text to continue; omitted: lines are read from stdin
     # Start the prompt with bos, as training documents do; an empty prompt always starts with it.
     bos: bool = True
+    chat: bool = False  # use the chat template of data.format=messages
     max_new_tokens: int = 100
     temperature: float = 1.0  # 0: greedy
     top_k: int | None = None  # sample from the k most likely tokens; null: all
@@ -58,6 +60,14 @@ class Settings:
     def __post_init__(self) -> None:
         if self.stop == "":
             raise ConfigError("stop is empty; omit it to stop at no text", "stop")
+        if self.chat and not self.bos:
+            raise ConfigError("bos=false has no effect with chat=true; omit one of them", "bos")
+        if self.chat and self.prompt is None and self.num_samples > 1:
+            fix = "give prompt=, or omit num_samples"
+            raise ConfigError(
+                f"num_samples={self.num_samples} answers cannot continue one conversation; {fix}",
+                "num_samples",
+            )
 
 
 def parse(arguments: list[str]) -> tuple[Settings, Config]:
@@ -87,6 +97,7 @@ if __name__ == "__main__":
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from data import encode_chat
 from model import Sampling, generate_tokens
 from model.generation.continuation import Continuation
 from parallel import Mesh, close_mesh, gather_json
@@ -96,6 +107,8 @@ from training.signals import StopSignals
 from training.state import mesh_from_config
 
 logger = logging.getLogger("microtron")
+
+Messages = list[dict[str, str]]  # each with role and content
 
 
 def prompts(settings: Settings, mesh: Mesh) -> Iterator[str]:
@@ -119,11 +132,19 @@ def read_line() -> str | None:
         raise UserError(f"a prompt on stdin is not UTF-8 text: {error}") from error
 
 
-def encode(trained: LoadedModel, settings: Settings, prompt: str) -> list[int]:
-    """Return the tokens of a prompt; log how many of them the model sees if not all."""
-    tokens, longest = trained.tokenizer.encode(prompt), trained.config.model.seq_length
-    if settings.bos or not tokens:
-        tokens = [trained.tokenizer.bos_id, *tokens]
+def encode(trained: LoadedModel, settings: Settings, prompt: str, messages: Messages) -> list[int]:
+    """Return the tokens of a prompt, or of a conversation that it continues.
+
+    Logs how many of them the model sees if not all.
+    """
+    longest = trained.config.model.seq_length
+    if settings.chat:
+        messages.append({"role": "user", "content": prompt})
+        tokens = encode_chat(messages, trained.tokenizer)
+    else:
+        tokens = trained.tokenizer.encode(prompt)
+        if settings.bos or not tokens:
+            tokens = [trained.tokenizer.bos_id, *tokens]
     if len(tokens) > longest:
         text = "the prompt has %d tokens; the model sees only the last %d (model.seq_length)"
         logger.warning(text, len(tokens), longest)
@@ -131,10 +152,14 @@ def encode(trained: LoadedModel, settings: Settings, prompt: str) -> list[int]:
 
 
 @torch.inference_mode()
-def write(trained: LoadedModel, settings: Settings, prompt: str) -> None:
-    """Print a prompt and its continuations; a single one while it is generated."""
+def write(trained: LoadedModel, settings: Settings, prompt: str, messages: Messages) -> None:
+    """Print a prompt and its continuations; a single one while it is generated.
+
+    In a chat, print only the answers, and add prompt and answer to the messages.
+    """
     tokenizer, is_writer = trained.tokenizer, trained.mesh.world.rank == 0
-    tokens = encode(trained, settings, prompt)
+    tokens = encode(trained, settings, prompt, messages)
+    prompt = "" if settings.chat else prompt
     ends = (settings.stop_id, tokenizer.eos_id if settings.stop_at_end else None)
     end_ids = {end for end in ends if end is not None}
     samples = [
@@ -166,6 +191,8 @@ def write(trained: LoadedModel, settings: Settings, prompt: str) -> None:
     # A newline where more follows: another text, or the prompt of a terminal.
     has_more = settings.prompt is None or sys.stdout.isatty()
     show_now(texts[0][-1] + "\n" * has_more)
+    if settings.chat:
+        messages.append({"role": "assistant", "content": "".join(texts[0])})
     logger.info(
         "generated %s%d tokens after a prompt of %d in %.2f s, %.1f tokens/s",
         f"{len(samples)} x " if len(samples) > 1 else "",
@@ -195,8 +222,12 @@ def main(settings: Settings, config: Config) -> int:
                 config, Path(settings.run).expanduser(), mesh, settings.step
             )
             logger.info("using the model of %s", trained.checkpoint.directory)
+            formats = {source.format for source in config.data.mixture.values()}
+            if settings.chat and "messages" not in formats:
+                logger.warning("chat=true, but the run was not trained on data.format=messages")
+            messages: Messages = []
             for prompt in prompts(settings, mesh):
-                write(trained, settings, prompt)
+                write(trained, settings, prompt, messages)
     except BrokenPipeError:  # the reader has ended, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

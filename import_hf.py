@@ -1,6 +1,6 @@
 """Start a run from a Hugging Face model: `python import_hf.py source=DIR_OR_NAME run=runs/NAME`.
 
-A GPT2LMHeadModel or LlamaForCausalLM becomes a run folder with a checkpoint at step 0, which
+A GPT-2, Llama, Qwen2, Qwen3 or StableLM becomes a run folder with a checkpoint at step 0, which
 train.py resumes on any layout. Holds one tensor in memory at a time, or two to compare them.
 """
 
@@ -37,8 +37,8 @@ from interop.atomic_directory import atomic_directory, require_new
 class Settings:
     """Start a run from a Hugging Face model.
 
-    Reads config.json, safetensors and tokenizer.model or tokenizer.json of a GPT2LMHeadModel or a
-    LlamaForCausalLM; see docs/interop.md.
+    Reads config.json, safetensors and tokenizer.model or tokenizer.json of a GPT-2, Llama, Qwen2,
+    Qwen3 or StableLM; see docs/interop.md.
     """
 
     source: str  # the folder of a model, or its name on the hub

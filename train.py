@@ -7,6 +7,7 @@ This file tells the story of a run. One step is in `training/step.py`, all commu
 import logging
 import signal
 import sys
+from contextlib import ExitStack
 
 from configs import (
     Config,
@@ -15,6 +16,7 @@ from configs import (
     load_config,
     machine_errors_as_user_errors,
 )
+from configs.launch import print_after_launcher
 
 if __name__ == "__main__":
     # Before importing torch, which takes seconds, so that a mistyped key is reported at once.
@@ -34,7 +36,7 @@ from training.divergence import check_replicas, roll_back, too_many_skipped
 from training.evaluation import evaluate, validation_set
 from training.hardware import choose_precision, set_up_allocator, use_deterministic_kernels
 from training.optimizer import build_optimizer
-from training.resume import find_own_checkpoint, resume
+from training.resume import find_own_checkpoint, find_source, resume
 from training.run_folder import FatalError, RunFolder, require_same_on_all_ranks
 from training.signals import StopSignals
 from training.state import Run, RunState, mesh_from_config, training_batches
@@ -62,23 +64,25 @@ def train(config: Config, mesh: Mesh, folder: RunFolder, signals: StopSignals) -
 
 
 def start(config: Config, mesh: Mesh, folder: RunFolder) -> tuple[Run, RunState]:
-    """Prepare the text, the model and the optimizer, and load the newest checkpoint."""
+    """Prepare text, model and optimizer, and load the newest checkpoint or `run.init_from`."""
     cache = config.data.cache_directory
-    with machine_errors_as_user_errors(f"prepare the corpus in data.cache_directory={cache}"):
-        text = text_fingerprint(config.data)
-        require_same_on_all_ranks(mesh, text, "the text")
-        # Refuse a checkpoint of another text before tokenizing, which may take hours.
-        checkpoint = find_own_checkpoint(config, text, mesh, folder)
-        if checkpoint is not None:
-            folder.step = checkpoint.step
-        corpus = prepare_corpus(config.data, config.model.seq_length, mesh.local_rank)
-        require_same_on_all_ranks(mesh, corpus.fingerprint, "the tokenized text")
-    precision = choose_precision(config, mesh, checkpoint)
-    set_up_allocator(mesh.device)
-    model = build_model(config, mesh)
-    optimizer = build_optimizer(model, config.optimizer)
-    run = Run(config, mesh, folder, corpus, model, optimizer, precision)
-    return run, resume(run, checkpoint)
+    with ExitStack() as files:
+        with machine_errors_as_user_errors(f"prepare the corpus in data.cache_directory={cache}"):
+            text = text_fingerprint(config.data)
+            require_same_on_all_ranks(mesh, text, "the text")
+            # Refuse a checkpoint of another text before tokenizing, which may take hours.
+            checkpoint = find_own_checkpoint(config, text, mesh, folder)
+            source = find_source(config, mesh, files) if checkpoint is None else None
+            if checkpoint is not None:
+                folder.step = checkpoint.step
+            corpus = prepare_corpus(config.data, config.model.seq_length, mesh.local_rank)
+            require_same_on_all_ranks(mesh, corpus.fingerprint, "the tokenized text")
+        precision = choose_precision(config, mesh, checkpoint)
+        set_up_allocator(mesh.device)
+        model = build_model(config, mesh)
+        optimizer = build_optimizer(model, config.optimizer)
+        run = Run(config, mesh, folder, corpus, model, optimizer, precision)
+        return run, resume(run, checkpoint, source)
 
 
 def train_until_stop_or_rollback(
@@ -146,6 +150,8 @@ def main(config: Config) -> int:
         if (loss := lost_connection(error)) is None:
             raise
         exit_with_error(loss, 1, only_here=True)
+    if code and mesh.world.rank == 0:  # stopped by a signal
+        print_after_launcher(f"resume with\n  {folder.resume_command()}")
     # Not after an error: closing waits for peers, which may be in a collective.
     close_mesh()
     return code

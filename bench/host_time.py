@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -113,11 +114,14 @@ def main() -> None:
     store = dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     mesh = make_mesh(1, sequence_parallel=False, device=torch.device("cpu"), local_rank=0)
+    compiled = replace(mesh, compile=True)
     variants: dict[str, Callable[[int], Callable[[], tuple[float, float]]]] = {
         "plain block": lambda layers: plain(layers, fsdp=False),
         "plain block, FSDP2": lambda layers: plain(layers, fsdp=True),
         "ours": lambda layers: ours(layers, mesh, 0.0),
         "ours, dropout 0.1": lambda layers: ours(layers, mesh, 0.1),
+        "ours, compiled": lambda layers: ours(layers, compiled, 0.0),
+        "ours, compiled, dropout 0.1": lambda layers: ours(layers, compiled, 0.1),
     }
     sys.stdout.write("ms per layer and micro-batch     forward  backward  together\n")
     for name, make in variants.items():

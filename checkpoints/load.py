@@ -28,6 +28,7 @@ from checkpoints.manifest import (
     read_header,
     read_manifest,
     step_directory,
+    step_entries,
     step_of,
     tensor_ranges,
     verify_file,
@@ -99,8 +100,11 @@ def held_checkpoint(
 
 def _list(folder: Path, mesh: Mesh, step: int | None, up_to: int | None) -> list[str]:
     """The names of the checkpoints to try, newest first: those that rank 0 sees, on every rank."""
-    found = reversed(checkpoint_directories(folder))
-    names = [path.name for path in found if up_to is None or step_of(path) <= up_to]
+    found = checkpoint_directories(folder)
+    if mesh.world.rank == 0:
+        for path in sorted({*step_entries(folder)} - {*found}):
+            logger.warning("%s is not a directory, ignored", path)
+    names = [path.name for path in reversed(found) if up_to is None or step_of(path) <= up_to]
     names = gather_json(mesh, names)[0]
     if step is None:
         return names

@@ -96,9 +96,14 @@ def step_of(directory: Path) -> int:
     return int(directory.name.removeprefix("step_"))
 
 
+def step_entries(folder: Path) -> list[Path]:
+    """All entries that are named like a checkpoint, whatever they are, oldest step first."""
+    return sorted(folder.glob(f"step_{'[0-9]' * 8}"))
+
+
 def checkpoint_directories(folder: Path) -> list[Path]:
     """The checkpoints of a folder, oldest first, links to directories included."""
-    return sorted(path for path in folder.glob(f"step_{'[0-9]' * 8}") if path.is_dir())
+    return [path for path in step_entries(folder) if path.is_dir()]
 
 
 def fsync(path: Path) -> None:

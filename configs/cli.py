@@ -54,7 +54,8 @@ def usage() -> str:
     lines = ["Usage: python train.py config=NAME.yaml [section.key=value ...]", ""]
     lines += ["A setting comes from the command line, else the config file, else its default."]
     lines += ["Of a key given twice the last counts. config=runs/NAME/config.yaml has all settings"]
-    lines += ["of a run, including its command line.", "All settings, with type and default:"]
+    lines += ["of a run, including its command line; it is the default if run.init_from is given."]
+    lines += ["All settings, with type and default:"]
     for section, owner in SECTIONS.items():
         lines += ["", f"{section}: {inspect.getdoc(owner)}"]
         for key, field in KEYS.items():

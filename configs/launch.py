@@ -11,6 +11,7 @@ import os
 import shlex
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -23,6 +24,13 @@ EXIT_BEFORE_TRAINING = 2  # exit code of every error before training
 _SPINS = "3000"  # before a waiting thread sleeps; libgomp's default is 300,000
 _WAIT_FOR_RANK_ZERO_S = 5.0  # torchrun polls its processes ten times per second
 _PR_SET_PDEATHSIG = 1  # prctl(2)
+# Poll for up to a minute; torchrun kills ranks that need longer than 30 s.
+_PRINT_AFTER = """
+for _ in $(seq 600); do
+    kill -0 "$1" 2>/dev/null || { printf '%s\\n' "$2" >&2; exit; }
+    sleep 0.1
+done
+"""
 
 
 def limit_thread_spinning() -> None:
@@ -134,6 +142,17 @@ def torchrun_options(command: list[str], program: list[str]) -> list[str] | None
         if argument.endswith(("torchrun", "torch.distributed.run")) and command[size:] == program:
             return command[number + 1 : size]
     return None
+
+
+def print_after_launcher(text: str) -> None:
+    """Print to the terminal once torchrun has ended, below the traceback that a signal causes.
+
+    torchrun waits for its workers before it prints that, so a detached shell does the printing.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.stderr.isatty():
+        command = ["sh", "-c", _PRINT_AFTER, "sh", str(os.getppid()), text]
+        with contextlib.suppress(OSError):  # it is only a convenience
+            subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
 def stop_when_launcher_dies() -> None:

@@ -16,8 +16,9 @@ from omegaconf import OmegaConf
 
 from configs.errors import ConfigError, bad_setting, format_value, nearest, os_error_text
 from configs.fields import KEYS, SECTIONS, Field, convert, unknown_key
+from configs.init_from import config_of_source, inherit
 from configs.launch import is_rank_zero, world_size_from_environment
-from configs.schema import REMOVED, REMOVED_VALUES, RENAMED, Config
+from configs.schema import REMOVED, REMOVED_VALUES, RENAMED, Config, DataConfig
 from configs.tokenizer_files import resolve_tokenizer
 from configs.validate import check_inputs, validate
 
@@ -46,12 +47,15 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
 def parse_config(arguments: list[str], num_ranks: Callable[[Config], int] | None = None) -> Config:
     """Return the configuration, checked against ranks and input files, or against `num_ranks`."""
     overrides = parse_arguments(arguments, {"config": _CONFIG, **KEYS})
-    path = _find(overrides.pop("config", ""))
+    name = overrides.pop("config", "")
+    if not name and overrides.get("run.init_from") is not None:
+        name = config_of_source(overrides)
+    path = _find(name)
     values, places = _read(path)
     if path.name == "config.yaml" and (path.parent / "checkpoints").is_dir():
         _use_run_folder(path, values, overrides)
     try:
-        config = _build(values | overrides, path)
+        config = inherit(_build(values | overrides, path), values | overrides)
         if num_ranks is None or config.data.vocab_size is None:
             config = resolve_tokenizer(config)
         validate(config, num_ranks(config) if num_ranks else world_size_from_environment())
@@ -253,6 +257,10 @@ def _use_run_folder(path: Path, values: dict[str, Any], overrides: Mapping[str, 
         )
     for key in _OF_ONE_LAUNCH:
         values.pop(key, None)
+    if "run.init_from" in overrides:
+        values.pop("run.init_optimizer", None)
+    if overrides.get("run.init_from", values.get("run.init_from")) is not None:
+        values.pop("data.tokenizer", None)  # that of a source that may be gone
     if is_rank_zero():
         kept = f"using the settings of run {name} from {path}, with the overrides of its last"
         logger.warning("%s launch, except %s", kept, " and ".join(_OF_ONE_LAUNCH))
@@ -272,9 +280,9 @@ def _build(values: Mapping[str, Any], path: Path) -> Config:
             "the characters A-Z a-z 0-9 . _ - and begin with a letter, a digit or _",
             "run.name",
         )
-    return cast(
-        Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), sections))
-    )
+    # A DataConfig replaces null by what suits its format, so its defaults are those of the class.
+    defaults = OmegaConf.merge(OmegaConf.structured(Config), {"data": DataConfig})
+    return cast(Config, OmegaConf.to_object(OmegaConf.merge(defaults, sections)))
 
 
 def _located(

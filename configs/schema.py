@@ -65,6 +65,11 @@ class RunConfig:
     resume: Literal["auto", "never", "must"] = "auto"
     # Save and stop after this step; a later launch can resume. null: stop at train.train_steps.
     stop_at_step: Annotated[int, Range(1, MAX_STEP)] | None = None
+    # Run folder, or one of its checkpoint directories, whose weights, model and tokenizer a new run
+    # starts with; schedule, steps, tokens and sample order start anew. null: random weights.
+    init_from: str | None = None
+    # With init_from: also load the optimizer's moments and number of updates.
+    init_optimizer: bool = False
     # After this many seconds without progress on any rank, name the stuck rank, write all stack
     # traces to the run folder and stop with exit code 75 (checkpoint files: ten times as long).
     # 0: no hang detection.
@@ -84,6 +89,7 @@ class ModelConfig:
     hidden_size: Count = 768  # Channels of the residual stream
     num_attention_heads: Count = 12  # Number of query heads
     num_query_groups: Count | None = None  # Key-value heads (GQA); null: as many as query heads
+    kv_channels: Count | None = None  # Channels per head; null: hidden_size / num_attention_heads
     # Channels inside the MLP; null: 4 x hidden_size, or 8/3 for swiglu, rounded up to 64.
     ffn_hidden_size: Count | None = None
     seq_length: Count = 1024  # Tokens per sequence (context length)
@@ -97,7 +103,18 @@ class ModelConfig:
     # Type of position embedding: a learned table, or rotary (RoPE).
     position_embedding_type: Literal["learned_absolute", "rope"] = "learned_absolute"
     rotary_base: Annotated[float, Range(1)] = 10000.0  # RoPE base (theta)
+    # Fraction of each head's channels that RoPE rotates, from the first one on.
+    rotary_percent: Annotated[float, Range(0, 1, open_low=True)] = 1.0
+    # llama3: divide low RoPE frequencies by rope_scaling_factor, as Llama 3.1 does; null: none.
+    rope_scaling_type: Literal["llama3"] | None = None
+    rope_scaling_factor: Annotated[float, Range(1)] = 8.0  # Llama 3.1: 8; Llama 3.2: 32
+    # Scale frequencies with fewer than this many turns in rope_original_max_position fully.
+    rope_low_freq_factor: Positive = 1.0
+    # Keep frequencies with more than this many turns; in between, interpolate.
+    rope_high_freq_factor: Positive = 4.0
+    rope_original_max_position: Count = 8192  # Context length before the scaling
     add_bias_linear: bool = True  # Add biases to all linear layers
+    add_qkv_bias: bool = False  # Add biases to queries, keys and values even without the others
     qk_layernorm: bool = False  # Normalize queries and keys per head, before RoPE
     untie_embeddings_and_output_weights: bool = False  # Separate weights for the output layer
     init_method_std: Positive = 0.02  # Standard deviation of initial matrices and embeddings
@@ -105,8 +122,18 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
-        """Channels per attention head, `d = h / a`."""
-        return self.hidden_size // self.num_attention_heads
+        """Channels per attention head, `d`."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def attention_size(self) -> int:
+        """Channels of all query heads, `a d`; equal to `h` unless `kv_channels` says otherwise."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels per attention head that RoPE rotates."""
+        return int(self.head_dim * self.rotary_percent)
 
     @property
     def num_groups(self) -> int:
@@ -184,12 +211,30 @@ class SourceConfig:
     source: Literal["python_stdlib", "text", "jsonl", "parquet", "arrow", "hub"] = "python_stdlib"
     path: str | None = None  # File, folder, glob or hub dataset; null only for python_stdlib
     text_field: str = "text"  # Column that holds the text, in jsonl, parquet, arrow and hub rows
+    # Kind of records. In prompt_completion only completions are targets; in messages, which are
+    # conversations, only the turns of the assistant. Both need jsonl, parquet, arrow or hub rows.
+    format: Literal["text", "prompt_completion", "messages"] = "text"
+    prompt_field: str = "prompt"  # Column that holds the prompt, with format=prompt_completion
+    # Column that holds the completion, with format=prompt_completion.
+    completion_field: str = "completion"
+    # Column that holds the list of messages, each with role and content, with format=messages.
+    messages_field: str = "messages"
     hub_config: str | None = None  # Configuration of the hub dataset; null: its default
     hub_split: str = "train"  # Split of the hub dataset
     hub_revision: str | None = None  # Branch, tag or commit of the hub dataset; null: the newest
     # Validation text (file, folder, glob or hub dataset, same format), never trained on; replaces
     # validation_fraction. null: hold out part of the source.
     validation_path: str | None = None
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns that a record consists of, by their keys."""
+        keys = {
+            "text": ("text_field",),
+            "prompt_completion": ("prompt_field", "completion_field"),
+            "messages": ("messages_field",),
+        }
+        return {key: getattr(self, key) for key in keys[self.format]}
 
 
 @dataclass(frozen=True)
@@ -210,23 +255,44 @@ class DataConfig(SourceConfig):
     # Sentencepiece model, Hugging Face tokenizer.json, or a folder with one of them; null: train a
     # tokenizer on the source.
     tokenizer: str | None = None
-    # First token of each document; null: as in tokenizer_config.json or config.json next to a
-    # tokenizer.json. Sentencepiece models define their own.
+    # First token of each document, where neither tokenizer_config.json nor config.json next to a
+    # tokenizer.json says it. Sentencepiece models define their own.
     bos_token: str | None = None
-    eos_token: str | None = None  # Last token of each document; null: as bos_token; may equal bos
+    # Last token of each document, where those files do not say it; may equal bos.
+    eos_token: str | None = None
     # Rows of the embedding; more than the tokenizer has are unused. null: the size of the
     # tokenizer, 8192 if one is trained.
     vocab_size: Annotated[int, Range(1, 2**31)] | None = None
     # Fill each sequence with several documents (pack), or pad each document to one (pad).
     sequence_mode: Literal["pack", "pad"] = "pack"
     # With pack: cut concatenated documents (stream), or split only documents longer than a sequence
-    # (best_fit), at the cost of a little padding.
-    packing: Literal["stream", "best_fit"] = "stream"
-    # With pack: restart attention and positions at each document; slower (explicit mask).
-    inter_document_masking: bool = False
+    # (best_fit), at the cost of a little padding. null: stream, but best_fit if data.format is not
+    # text.
+    packing: Literal["stream", "best_fit"] | None = None
+    # With pack: restart attention and positions at each document; slower (explicit mask). null:
+    # false, but true if data.format is not text.
+    inter_document_masking: bool | None = None
     # Fraction of documents held out for evaluation; of the bytes, if there are few documents.
     validation_fraction: Fraction = 0.01
     cache_directory: str = "~/.cache/microtron"  # Folder for tokenized text and trained tokenizers
+
+    def __post_init__(self) -> None:
+        """Replace null in packing and inter_document_masking."""
+        needed = self.has_partial_targets and self.sequence_mode == "pack"
+        if self.packing is None:
+            object.__setattr__(self, "packing", "best_fit" if needed else "stream")
+        if self.inter_document_masking is None:
+            object.__setattr__(self, "inter_document_masking", needed)
+
+    @property
+    def has_partial_targets(self) -> bool:
+        """Whether only some tokens of a source are targets."""
+        return any(source.format != "text" for source in self.mixture.values())
+
+    @property
+    def masks_documents(self) -> bool:
+        """Whether attention stays inside documents; in mode pad a row holds only one."""
+        return bool(self.inter_document_masking) and self.sequence_mode == "pack"
 
     @property
     def padded_vocab_size(self) -> int:

@@ -1,7 +1,7 @@
 """The files of a tokenizer: their kind, size, bos and eos. No torch here.
 
 A tokenizer is a sentencepiece model or, if its name ends in .json, a Hugging Face tokenizer.json.
-The latter does not say which tokens are bos and eos: the settings do, or files next to it.
+The latter does not say which tokens are bos and eos: files next to it do, or else the settings.
 """
 
 import json
@@ -91,7 +91,7 @@ def read_tokenizer(
 ) -> TokenizerFile:
     """Read a file, or that of a folder; ConfigError if it is damaged, or bos or eos is unknown.
 
-    A given bos or eos takes precedence over the files next to a tokenizer.json.
+    A given bos or eos must not differ from what the files next to a tokenizer.json say.
     """
     file = find_tokenizer(path, key)
     content, origin = file.read_bytes(), f"{key}={file}"
@@ -110,7 +110,11 @@ def read_tokenizer(
     tokens = []
     for name, given in (("bos", bos_token), ("eos", eos_token)):
         setting = f"{key.removesuffix('tokenizer')}{name}_token"
-        found = given or _token_beside(file, name, ids)
+        beside, says = _token_beside(file, name, ids)
+        if beside is not None and given not in (None, beside):
+            fix = f"set {setting}=null to use {beside}, or change the file"
+            raise ConfigError(f"{setting}={given}, but {says} says {name} is {beside}; {fix}")
+        found = beside or given
         if found is None or found not in ids:
             examples = ", ".join([token["content"] for token in added][:_MAX_EXAMPLES])
             hint = f"; its added tokens are {examples}" if added else ""
@@ -146,8 +150,10 @@ def load_sentencepiece(content: bytes, origin: str) -> Any:
     return processor
 
 
-def _token_beside(file: Path, name: str, ids: dict[str, int]) -> str | None:
-    """Return bos or eos by the files next to a tokenizer.json: as a token, or as an id."""
+def _token_beside(
+    file: Path, name: str, ids: dict[str, int]
+) -> tuple[str, Path] | tuple[None, None]:
+    """Return bos or eos by the first file next to a tokenizer.json that has it, and that file."""
     tokens = {i: token for token, i in ids.items()}
     for beside in (file.with_name(other) for other in _TOKEN_FILES):
         try:
@@ -158,7 +164,7 @@ def _token_beside(file: Path, name: str, ids: dict[str, int]) -> str | None:
         token = token.get("content") if isinstance(token, dict) else token
         token_id = token_id[0] if isinstance(token_id, list) and token_id else token_id
         if isinstance(token, str) and token in ids:
-            return token
+            return token, beside
         if isinstance(token_id, int) and token_id in tokens:
-            return tokens[token_id]
-    return None
+            return tokens[token_id], beside
+    return None, None

@@ -9,9 +9,9 @@ from dataclasses import fields
 from pathlib import Path
 
 from configs.errors import ConfigError, bad_setting, format_value
-from configs.fields import KEYS, flatten
+from configs.fields import flatten
 from configs.layout import check_layout, divisors, listed, multiples
-from configs.schema import MAX_STEP, Config, SourceConfig, WeightedSource
+from configs.schema import MAX_STEP, Config, ModelConfig, SourceConfig, WeightedSource
 from configs.tokenizer_files import expand_path, find_tokenizer
 
 # A trained tokenizer begins with 256 byte pieces, three special ones and the newline.
@@ -19,6 +19,12 @@ _SMALLEST_TRAINED_VOCABULARY = 300
 _LARGEST_ACTIVATION = 2**32  # a dropout mask counts (position, channel) in 32 bits
 # Settings that have a meaning only for one value of another setting.
 _ONLY_WITH = {
+    "model.rotary_percent": ("model.position_embedding_type", "rope"),
+    "model.rope_scaling_type": ("model.position_embedding_type", "rope"),
+    "model.rope_scaling_factor": ("model.rope_scaling_type", "llama3"),
+    "model.rope_low_freq_factor": ("model.rope_scaling_type", "llama3"),
+    "model.rope_high_freq_factor": ("model.rope_scaling_type", "llama3"),
+    "model.rope_original_max_position": ("model.rope_scaling_type", "llama3"),
     "data.packing": ("data.sequence_mode", "pack"),
     "optimizer.lr_wsd_decay_steps": ("optimizer.lr_decay_style", "WSD"),
 }
@@ -50,11 +56,11 @@ def validate(config: Config, world_size: int) -> None:
     _check_model(config)
     _check_data(config)
     _check_schedule(config)
-    values = flatten(config)
+    values, defaults = flatten(config), flatten(Config())
     for key, (other, needed) in _ONLY_WITH.items():
-        if values[key] != KEYS[key].default and values[other] != needed:
-            fix = f"set {key}={format_value(KEYS[key].default)}, or {other}={needed}"
-            problem = f"has no effect with {other}={values[other]}; {fix}"
+        if values[key] != defaults[key] and values[other] != needed:
+            fix = f"set {key}={format_value(defaults[key])}, or {other}={needed}"
+            problem = f"has no effect with {other}={format_value(values[other])}; {fix}"
             raise bad_setting(key, values[key], problem)
     steps = config.logging.profile_steps
     if steps is not None and not 1 <= steps[0] <= steps[1] <= MAX_STEP:
@@ -66,7 +72,7 @@ def validate(config: Config, world_size: int) -> None:
 def _check_model(config: Config) -> None:
     model = config.model
     h, heads = model.hidden_size, model.num_attention_heads
-    if h % heads:
+    if h % heads and model.kv_channels is None:
         problem = f"is not divisible by model.num_attention_heads={heads}"
         fix = f"choose {multiples('model.hidden_size', h, heads)}, or a divisor of {h} as"
         raise bad_setting("model.hidden_size", h, f"{problem}; {fix} model.num_attention_heads")
@@ -74,16 +80,34 @@ def _check_model(config: Config) -> None:
         fix = f"choose one of {listed(divisors(heads))}"
         problem = f"does not divide model.num_attention_heads={heads}; {fix}"
         raise bad_setting("model.num_query_groups", model.num_groups, problem)
-    if model.position_embedding_type == "rope" and model.head_dim % 2:
+    if model.position_embedding_type == "rope":
+        _check_rotary(model)
+    if model.seq_length * h > _LARGEST_ACTIVATION:
+        problem = f"x model.hidden_size={h} is more than 2^32, so dropout masks would repeat"
+        fix = f"choose model.seq_length={_LARGEST_ACTIVATION // h} or less"
+        raise bad_setting("model.seq_length", model.seq_length, f"{problem}; {fix}")
+
+
+def _check_rotary(model: ModelConfig) -> None:
+    h, heads, low = model.hidden_size, model.num_attention_heads, model.rope_low_freq_factor
+    if model.rotary_dim % 2 or model.rotary_dim == 0:
+        if model.rotary_percent < 1:
+            problem = f"of the {model.head_dim} channels per head is {model.rotary_dim}"
+            fix = "choose a fraction that gives an even number, since RoPE rotates pairs"
+            raise bad_setting("model.rotary_percent", model.rotary_percent, f"{problem}; {fix}")
+        if model.kv_channels is not None:
+            fix = f"choose model.kv_channels={model.kv_channels + 1}"
+            problem = f"is odd, but RoPE rotates pairs of channels; {fix}"
+            raise bad_setting("model.kv_channels", model.kv_channels, problem)
         key = "model.position_embedding_type"
         sizes = f"model.hidden_size={h} / model.num_attention_heads={heads}"
         problem = f"needs an even head dimension, not {model.head_dim} ({sizes})"
         fix = f"choose model.hidden_size={h + heads}, or {key}=learned_absolute"
         raise bad_setting(key, "rope", f"{problem}; {fix}")
-    if model.seq_length * h > _LARGEST_ACTIVATION:
-        problem = f"x model.hidden_size={h} is more than 2^32, so dropout masks would repeat"
-        fix = f"choose model.seq_length={_LARGEST_ACTIVATION // h} or less"
-        raise bad_setting("model.seq_length", model.seq_length, f"{problem}; {fix}")
+    if model.rope_high_freq_factor <= low:
+        fix = f"choose more than model.rope_low_freq_factor={low}"
+        key, problem = "model.rope_high_freq_factor", f"is too small; {fix}"
+        raise bad_setting(key, model.rope_high_freq_factor, problem)
 
 
 def _check_data(config: Config) -> None:
@@ -94,18 +118,36 @@ def _check_data(config: Config) -> None:
             fix = f"write it into data.sources, or leave {key} out"
             raise bad_setting(key, value, f"has no effect together with data.sources; {fix}")
     for prefix, source in data.mixture.items():
-        _check_source(prefix, source)
+        check_source(prefix, source)
     if data.tokenizer is None and data.padded_vocab_size < _SMALLEST_TRAINED_VOCABULARY:
         problem = "is too small to train a tokenizer, which has 256 bytes and special pieces"
         fix = f"choose {_SMALLEST_TRAINED_VOCABULARY} or more, or give data.tokenizer"
         raise bad_setting("data.vocab_size", data.padded_vocab_size, f"{problem}; {fix}")
+    if data.has_partial_targets and data.sequence_mode == "pack":
+        for key, value, needed, problem in (
+            ("data.packing", data.packing, "best_fit", "would cut prompts from their targets"),
+            (
+                "data.inter_document_masking",
+                data.inter_document_masking,
+                True,
+                "would let targets attend to other documents",
+            ),
+        ):
+            if value != needed:
+                fix = f"with formats other than text set {key}={format_value(needed)} (or null)"
+                raise bad_setting(key, value, f"{problem}; {fix}, or data.sequence_mode=pad")
 
 
-def _check_source(prefix: str, source: WeightedSource) -> None:
+def check_source(prefix: str, source: WeightedSource) -> None:
+    """Raise ConfigError if the settings of a source do not fit together."""
     kind = f"{prefix}.source={source.source}"
     unused = {} if source.source == "hub" else dict.fromkeys(("hub_config", "hub_revision"), "hub")
     if source.source == "python_stdlib":
         unused |= dict.fromkeys(("path", "validation_path"), "text (or jsonl, parquet, arrow, hub)")
+    if source.format != "text" and source.source in ("python_stdlib", "text"):
+        fix = f"set {prefix}.source=jsonl (or parquet, arrow, hub), or {prefix}.format=text"
+        problem = f"needs rows with columns, which {kind} does not have; {fix}"
+        raise bad_setting(f"{prefix}.format", source.format, problem)
     for leaf, needed in unused.items():
         key, value = f"{prefix}.{leaf}", getattr(source, leaf)
         if value is not None:

@@ -70,7 +70,8 @@ def _norm_weights(config: ModelConfig, size: int) -> dict[str, WeightSpec]:
 def block_weights(config: ModelConfig) -> dict[str, WeightSpec]:
     """The weights of one transformer block, by their names inside it."""
     h, d, g, f = config.hidden_size, config.head_dim, config.num_groups, config.ffn_size
-    std, has_bias = config.init_method_std, config.add_bias_linear
+    q_size, std, has_bias = config.attention_size, config.init_method_std, config.add_bias_linear
+    has_qkv_bias = has_bias or config.add_qkv_bias
     # 2 L projections add to the residual stream; scaled, their sum keeps the scale of one (Radford
     # et al. 2019, section 2.3).
     scale = (2 * config.num_layers) ** -0.5 if config.use_scaled_init_method else 1.0
@@ -79,12 +80,12 @@ def block_weights(config: ModelConfig) -> dict[str, WeightSpec]:
     is_gated = config.activation == "swiglu"
     modules = {
         "attention_norm": _norm_weights(config, h),
-        "attention.qkv.q": column_weights(h, h, std, has_bias),
+        "attention.qkv.q": column_weights(q_size, h, std, has_qkv_bias),
         # Group by group: the d rows of a group's key, then the d rows of its value.
-        "attention.qkv.kv": column_weights(2 * g * d, h, std, has_bias, num_row_groups=g),
+        "attention.qkv.kv": column_weights(2 * g * d, h, std, has_qkv_bias, num_row_groups=g),
         "attention.q_norm": head_norm,
         "attention.k_norm": head_norm,
-        "attention.proj": row_weights(h, h, residual_std, has_bias),
+        "attention.proj": row_weights(h, q_size, residual_std, has_bias),
         "mlp_norm": _norm_weights(config, h),
         "mlp.expand.up": column_weights(f, h, std, has_bias),
         "mlp.expand.gate": column_weights(f, h, std, has_bias) if is_gated else {},
@@ -122,7 +123,7 @@ def flops_per_token(config: ModelConfig, vocab_size: int, row_length: float | No
     """Floating-point operations of forward and backward per position of a row.
 
     6 for each element of a matrix (2 in forward, 4 in backward; Kaplan et al. 2020, section 2.1),
-    the output layer included and the embedding lookup excluded, plus 12 L h s for the two matmuls
+    the output layer included and the embedding lookup excluded, plus 12 L a d s for the two matmuls
     of attention (Chowdhery et al. 2022, appendix B), not halved for the causal mask. Recomputation
     is not counted. s is `row_length`, or `seq_length` if that is None.
     """
@@ -130,4 +131,4 @@ def flops_per_token(config: ModelConfig, vocab_size: int, row_length: float | No
     num_elements = config.num_layers * sum(map(math.prod, matrices))
     num_elements += vocab_size * config.hidden_size
     length = config.seq_length if row_length is None else row_length
-    return 6 * num_elements + 12 * config.num_layers * config.hidden_size * length
+    return 6 * num_elements + 12 * config.num_layers * config.attention_size * length

@@ -8,10 +8,12 @@ from data.evaluation import EvaluationSet, load_eval_corpus
 from data.loader import BatchLoader, StepBatch, rows_of_corpus
 from data.rows import IGNORED_TARGET, MicroBatch
 from data.sampler import SampleOrder
-from data.token_file import TokenFile
+from data.segments import CHAT_TEMPLATE
+from data.token_file import TokenFile, encode_chat
 from data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [
+    "CHAT_TEMPLATE",
     "IGNORED_TARGET",
     "BatchLoader",
     "Corpus",
@@ -22,6 +24,7 @@ __all__ = [
     "StepBatch",
     "TokenFile",
     "Tokenizer",
+    "encode_chat",
     "load_eval_corpus",
     "load_tokenizer",
     "prepare_corpus",

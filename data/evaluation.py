@@ -9,6 +9,10 @@ shorter window. These are the windows of lm-evaluation-harness's `get_rolling_to
 stride = max_seq_len - context_len + 1.
 
 The nats are divided by the UTF-8 bytes of the same documents' text.
+
+Of pairs and conversations (data/segments.py) the targets of training are scored: one row each,
+truncated to s tokens, and eos after a target is a target. Their bytes are those of the targets'
+text, so bits per byte includes the bits that end the targets.
 """
 
 import itertools
@@ -29,8 +33,16 @@ from data.corpus.files import DATA_KEYS, source_files
 from data.corpus.prepare import Corpus
 from data.corpus.report import describe_counts, lossy_warning, unknown_warning
 from data.packing import Int64Array
-from data.rows import IGNORED_TARGET, MicroBatch, Spans, make_micro_batch
-from data.token_file import TokenArray, TokenFile, encode_documents, token_dtype
+from data.rows import IGNORED_TARGET, MicroBatch, Spans, Truncation, make_micro_batch
+from data.segments import from_document, target_bytes
+from data.token_file import (
+    Targets,
+    TokenArray,
+    TokenFile,
+    encode_segments,
+    is_lossy,
+    token_dtype,
+)
 from data.tokenizer import Tokenizer
 from ops.balance import CPRank, width_multiple
 
@@ -63,7 +75,9 @@ class EvaluationSet:
     ) -> None:
         stride = stride or seq_length
         file = corpus.validation
-        num_tokens = np.diff(file.document_offsets) - 2  # of text, without bos and eos
+        self._truncation = truncation = Truncation(file, seq_length)
+        # In a text, neither bos nor eos is scored.
+        num_tokens = truncation.num_inputs - truncation.is_text
 
         def num_windows(step: int) -> Int64Array:
             after_first = -(-np.maximum(0, num_tokens - seq_length) // step)
@@ -89,17 +103,42 @@ class EvaluationSet:
         self.num_documents = len(chosen)
         self.num_bytes = int(file.document_bytes[chosen].sum())  # UTF-8 bytes of the text
         self.num_targets = int(scored.sum())
-        self.num_unknown = _count_unknown(corpus, chosen)  # targets for text unknown to it
+        if file.targets is not None:
+            ends = file.document_offsets[document] + 1 + ends
+            self.num_targets = int(file.targets.count(ends - scored, ends).sum())
+            for number in chosen[truncation.is_cut[chosen]].tolist():
+                text = corpus.tokenizer.decode(self._scored_tokens(number).tolist())
+                self.num_bytes += len(text.encode()) - int(file.document_bytes[number])
+        self.num_unknown = 0  # targets for text unknown to the tokenizer
+        if corpus.summary.get("validation", {}).get("unknown"):  # hardly ever
+            unk_id = corpus.tokenizer.unk_id
+            self.num_unknown = sum(
+                int(np.count_nonzero(self._scored_tokens(number) == unk_id))
+                for number in chosen.tolist()
+            )
+
+    def _scored_tokens(self, document: int) -> TokenArray:
+        """Return the targets of a document without eos."""
+        file = self._corpus.validation
+        start = int(file.document_offsets[document]) + 1
+        stop = start + int(self._truncation.num_inputs[document])
+        tokens = file.span(start, stop)
+        is_scored = tokens != self._corpus.tokenizer.eos_id
+        if file.targets is not None:
+            is_scored &= file.targets.contains(np.arange(start, stop))
+        return tokens[is_scored]
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Reasons why the score looks better than it is."""
+        """Reasons why the score looks better than it is, or is of less than all targets."""
         found = []
         if self.num_unknown:
             found.append(unknown_warning(self.num_unknown, self.num_targets, "scored tokens"))
         split = self._corpus.summary.get("validation", {})
         if split.get("lossy"):
             found.append(lossy_warning(split, "held-out documents"))
+        if lost := self._truncation.describe():
+            found.append(f"of the held-out documents, {lost}")
         return tuple(found)
 
     @property
@@ -117,16 +156,8 @@ class EvaluationSet:
             targets = batch.targets.numpy()
             # The first targets are scored by the window before.
             targets[np.arange(targets.shape[1]) < (lengths - scored)[:, None]] = IGNORED_TARGET
-            batch = replace(batch, num_targets=int(scored.sum()))
+            batch = replace(batch, num_targets=int((targets != IGNORED_TARGET).sum()))
             yield batch.of_cp_rank(**self._cp)
-
-
-def _count_unknown(corpus: Corpus, documents: Int64Array) -> int:
-    if not corpus.summary.get("validation", {}).get("unknown"):  # nearly always
-        return 0
-    file, unk_id = corpus.validation, corpus.tokenizer.unk_id
-    spans = (file.span(*file.document_offsets[i : i + 2].tolist()) for i in documents.tolist())
-    return sum(int(np.count_nonzero(span[1:-1] == unk_id)) for span in spans)
 
 
 def _choose_documents(corpus: Corpus, num_rows: Int64Array, max_rows: int | None) -> Int64Array:
@@ -164,19 +195,24 @@ def load_eval_corpus(source: SourceConfig, tokenizer: Tokenizer, tokenizer_path:
 
     documents: list[TokenArray] = []
     document_bytes: list[int] = []
+    bounds: list[Int64Array] = []
     skipped: Counter[str] = Counter()
-    lossy = 0
+    lossy = num_tokens = 0
+    has_targets = source.format != "text"
     dtype = token_dtype(tokenizer.vocab_size)
     with tempfile.TemporaryDirectory() as scratch:
         records = read_records(source, DATA_KEYS, source_files(source), Path(scratch))
         while batch := list(itertools.islice(records, _BATCH_RECORDS)):
             skipped.update(record.reason for record in batch if record.reason is not None)
             texts = [text for record in batch for text in record.texts]
-            encoded = encode_documents(texts, tokenizer, dtype)
-            for text, document in zip(texts, encoded, strict=True):
+            of_batch = [from_document(t) if has_targets else ["", t] for t in texts]
+            encoded = encode_segments(of_batch, tokenizer, dtype)
+            for segments, (document, ends) in zip(of_batch, encoded, strict=True):
+                lossy += is_lossy(document, ends, segments, tokenizer)
+                bounds.append(ends + num_tokens)
+                num_tokens += len(document)
                 documents.append(document)
-                document_bytes.append(len(text.encode()))
-                lossy += tokenizer.decode(document[1:-1].tolist()) != text
+                document_bytes.append(target_bytes(segments))
     if not documents:
         raise UserError(
             f"source={source.source} path={source.path!r} yields no documents; skipped: "
@@ -186,9 +222,11 @@ def load_eval_corpus(source: SourceConfig, tokenizer: Tokenizer, tokenizer_path:
         logger.warning("not scored: %s", describe_counts(skipped))
     tokens = np.concatenate(documents)
     offsets = np.cumsum([0, *(len(document) for document in documents)])
-    file = TokenFile(tokens, offsets, np.array(document_bytes, dtype=np.int64))
+    targets = Targets(np.concatenate(bounds)) if has_targets else None
+    num_bytes = np.array(document_bytes, dtype=np.int64)
+    file = TokenFile(tokens, offsets, num_bytes, targets=targets)
     digest = xxhash.xxh3_128()
-    for part in (tokens, offsets, file.document_bytes):
+    for part in (tokens, offsets, num_bytes, *([targets.bounds] if targets else [])):
         digest.update(part.tobytes())
     unknown = int(np.count_nonzero(tokens == tokenizer.unk_id))
     validation = {"unknown": unknown, "lossy": lossy, "compared": len(documents)}

@@ -75,6 +75,8 @@ class BatchLoader(Iterator[StepBatch]):
         self._pin_memory = device_is_cuda
         if logger.isEnabledFor(logging.INFO):
             self._log_padding(elapsed_s)
+            if lost := self._rows.truncation.describe():
+                logger.warning("of the training documents, %s", lost)
         model, self._seed = config.model, config.run.seed
         self._num_layers = model.num_layers if model.hidden_dropout > 0 else None
         self._steps = self._prefetch(first_step, consumed_samples)
@@ -106,8 +108,7 @@ class BatchLoader(Iterator[StepBatch]):
         rows = self._order.rows(first_sample, self._batch_size)
         lengths = self._rows.lengths(rows)
         parts = self._assign(lengths, self._micro_batch_size, self._dp_rank, self._dp_size)
-        # In mode pad a row holds one document anyway.
-        masked = self._data.inter_document_masking and self._data.sequence_mode == "pack"
+        masked = self._data.masks_documents
         micro_batches = [
             make_micro_batch(
                 self._corpus.train,
@@ -160,8 +161,11 @@ def rows_of_corpus(corpus: Corpus, config: Config) -> Rows:
     rows = Rows(corpus.train, seq_length, data.sequence_mode, data.packing)
     for (key, source), num_rows in zip(data.mixture.items(), rows.rows_of_sources, strict=True):
         if not num_rows:
+            fix = "use more text or a smaller model.seq_length"
+            if source.format != "text":
+                fix = "all their targets come later; use a larger model.seq_length"
             raise UserError(
                 f"the training documents of {key}.source={source.source} give no row of "
-                f"model.seq_length={seq_length} tokens; use more text or a smaller model.seq_length"
+                f"model.seq_length={seq_length} tokens; {fix}"
             )
     return rows

@@ -10,6 +10,9 @@ its targets are the same tokens shifted by one.
 With inter-document masking the documents of a row are kept apart: positions restart at each
 document, attention stays inside it, and its last token does not predict the next document.
 
+Pairs and conversations (data/segments.py) are not cut: one that is longer than s inputs is
+truncated, and it has no row if that leaves no target. Tokens of contexts are not targets.
+
 Legend: s = seq_length, b = rows of a micro-batch. Batch first here: [b, s].
 """
 
@@ -124,6 +127,42 @@ class Spans(NamedTuple):
         return np.bincount(self.rows, self.lengths, num_rows).astype(np.int64)  # exact to 2^53
 
 
+class Truncation:
+    """The inputs of each document in rows of at most `seq_length` that cut only texts.
+
+    Reads no tokens. Pairs and conversations lose what does not fit, and have no inputs if that
+    leaves no target.
+    """
+
+    def __init__(self, tokens: Tokens, seq_length: int) -> None:
+        starts, stops = tokens.document_offsets[:-1], tokens.document_offsets[1:]
+        self.num_inputs = np.maximum(0, stops - starts - 1)  # the last token is only a target
+        self.is_text = np.repeat(
+            [part.targets is None for part in tokens.parts],
+            [part.num_documents for part in tokens.parts],
+        )
+        self.is_cut = ~self.is_text & (self.num_inputs > seq_length)
+        self.num_inputs[self.is_cut] = seq_length
+        self.num_lost = self.num_empty = 0  # targets, and documents without any other
+        self._seq_length = seq_length
+        if tokens.targets is not None:
+            ends = starts + 1 + self.num_inputs
+            self.num_lost = int(tokens.targets.count(ends, stops).sum())
+            is_empty = ~self.is_text & (tokens.targets.count(starts, ends) == 0)
+            self.num_inputs[is_empty] = 0
+            self.num_empty = int(is_empty.sum())
+
+    def describe(self) -> str | None:
+        """Say what is lost; None: nothing."""
+        if not self.is_cut.any():
+            return None
+        return (
+            f"{self.is_cut.sum():,} of {(~self.is_text).sum():,} are longer than model.seq_length="
+            f"{self._seq_length} and truncated, which loses {self.num_lost:,} targets; "
+            f"{self.num_empty:,} are skipped because they have no other target"
+        )
+
+
 class Rows:
     """The rows of one epoch, numbered source by source.
 
@@ -136,9 +175,10 @@ class Rows:
         tokens: Tokens,
         seq_length: int,
         sequence_mode: Literal["pack", "pad"],
-        packing: Literal["stream", "best_fit"] = "stream",
+        packing: Literal["stream", "best_fit"] | None = "stream",
     ) -> None:
         self._seq_length = seq_length
+        self.truncation = Truncation(tokens, seq_length)
         # The last token of a stretch is only a target.
         if sequence_mode == "pack" and packing == "stream":
             num_tokens = np.array([part.num_tokens for part in tokens.parts])
@@ -147,7 +187,7 @@ class Rows:
             stretches_of_sources = [1] * len(num_tokens)
         else:
             self._starts = tokens.document_offsets[:-1]
-            self._num_inputs = np.maximum(0, np.diff(tokens.document_offsets) - 1)
+            self._num_inputs = self.truncation.num_inputs
             stretches_of_sources = [part.num_documents for part in tokens.parts]
         self._first_pieces = _offsets(-(-self._num_inputs // seq_length))
         first_of_sources = self._first_pieces[_offsets(stretches_of_sources)]
@@ -190,6 +230,8 @@ class Rows:
 
 def count_targets(file: Tokens, spans: Spans, *, keep_documents_apart: bool) -> int:
     """Return the number of targets of rows, without reading them. No document may be empty."""
+    if file.targets is not None:
+        return int(file.targets.count(spans.starts + 1, spans.starts + 1 + spans.lengths).sum())
     total = int(spans.lengths.sum())
     if keep_documents_apart:  # the last token of a document does not predict the next one
         stops = spans.starts + spans.lengths
@@ -223,6 +265,9 @@ def make_micro_batch(
         end = column + length
         span = file.span(start, start + length + 1)
         tokens[row, column:end], targets[row, column:end] = span[:-1], span[1:]
+        if file.targets is not None:
+            is_target = file.targets.contains(np.arange(start + 1, start + length + 1))
+            targets[row, column:end][~is_target] = IGNORED_TARGET
         if keep_documents_apart:
             offsets = file.document_offsets
             first, last = np.searchsorted(offsets, [start, start + length], side="right")

@@ -3,10 +3,14 @@
     <split>.tokens   uint16 or uint32, ids of all documents, end to end, each bos ... eos
     <split>.offsets  int64 [n + 1]: document i is tokens[offsets[i] : offsets[i + 1]]
     <split>.bytes    int64 [n]: UTF-8 bytes of the text of document i
+    <split>.targets  int64 [2 m]: where targets begin and end in turn; only of pairs and
+                     conversations (data/segments.py), and .bytes is then that of targets
 
 The files are raw arrays; the header of their cache entry has their dtype and sizes.
 """
 
+import contextlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,15 +25,47 @@ from configs.errors import UserError
 from data.corpus.cache import Progress, open_at, replace_durably, sync_files, write_durably
 from data.corpus.spool import Spool
 from data.packing import Int64Array
+from data.segments import chat_prompt, target_bytes
 from data.tokenizer import Tokenizer
 
 PARTS = ("tokens", "offsets", "bytes")  # suffixes of the files of a split
+TARGETS = "targets"  # suffix of a further file, if only some tokens are targets
 PROGRESS = "progress.json"  # suffix of the record of what an unfinished split has on disk
 _BATCH_BYTES = 4 << 20  # text encoded at once: enough for all cores, little enough for memory
 _DURABLE_BYTES = 64 << 20  # text encoded between two flushes to disk
 _INDEX_DTYPE = np.dtype("<i8")
+_INDEX_BYTES = 8
+_NO_IDS = np.empty(0, dtype=np.int32)
 
 TokenArray = npt.NDArray[np.unsignedinteger]
+
+
+class Targets:
+    """Which tokens of a stream are targets: those from each even bound to the next odd one."""
+
+    def __init__(self, bounds: Int64Array) -> None:
+        self.bounds = bounds  # [2 m], ascending
+        self._sums = np.concatenate([[0], np.cumsum(bounds[1::2] - bounds[::2])])
+
+    @property
+    def num_targets(self) -> int:
+        """Targets of the whole stream."""
+        return int(self._sums[-1])
+
+    def contains(self, places: Int64Array) -> npt.NDArray[np.bool_]:
+        """Return whether each place in the stream has a target."""
+        return np.searchsorted(self.bounds, places, side="right") % 2 == 1
+
+    def count(self, starts: Int64Array, stops: Int64Array) -> Int64Array:
+        """Return the number of targets from each start up to its stop, without reading tokens."""
+        return self._before(stops) - self._before(starts)
+
+    def _before(self, places: Int64Array) -> Int64Array:
+        number = np.searchsorted(self.bounds, places, side="right")  # of bounds up to the place
+        inside = number % 2 == 1
+        found: Int64Array = self._sums[number // 2]
+        found[inside] += places[inside] - self.bounds[number[inside] - 1]
+        return found
 
 
 @dataclass(frozen=True)
@@ -41,6 +77,7 @@ class TokenFile:
     document_bytes: Int64Array  # [n], UTF-8 bytes of the text
     num_ids: int | None = None  # every id is below; None: not checked
     path: Path | None = None
+    targets: Targets | None = None  # None: all tokens but bos
 
     def span(self, start: int, stop: int) -> TokenArray:
         """Return tokens start .. stop - 1. Raise UserError for an id beyond the tokenizer's.
@@ -84,6 +121,10 @@ class JoinedTokens:
         self.document_offsets: Int64Array = np.concatenate([*offsets, self._starts[-1:]])
         self.document_bytes: Int64Array = np.concatenate([part.document_bytes for part in parts])
         self.num_documents = len(self.document_bytes)
+        self.targets = None
+        if any(part.targets is not None for part in parts):
+            bounds = [target_bounds(p) + n for p, n in zip(parts, self._starts, strict=False)]
+            self.targets = Targets(np.concatenate(bounds))
 
     def span(self, start: int, stop: int) -> TokenArray:
         """Return tokens start .. stop - 1, which belong to one source."""
@@ -96,6 +137,14 @@ class JoinedTokens:
 Tokens = TokenFile | JoinedTokens
 
 
+def target_bounds(file: TokenFile) -> Int64Array:
+    """Return where targets begin and end in turn; in a text they are all tokens but bos."""
+    if file.targets is not None:
+        return file.targets.bounds
+    offsets = file.document_offsets
+    return np.stack([np.minimum(offsets[:-1] + 1, offsets[1:]), offsets[1:]], axis=1).ravel()
+
+
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
     """Return the smallest dtype that holds every id below `vocab_size`."""
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
@@ -106,7 +155,9 @@ def open_token_file(directory: Path, split: str, vocab_size: int) -> TokenFile:
     path, offsets, num_bytes = (directory / f"{split}.{part}" for part in PARTS)
     tokens = _map_array(path, token_dtype(vocab_size))
     documents = _map_array(offsets, _INDEX_DTYPE), _map_array(num_bytes, _INDEX_DTYPE)
-    return TokenFile(tokens, *documents, vocab_size, path)
+    bounds = directory / f"{split}.{TARGETS}"
+    targets = Targets(_map_array(bounds, _INDEX_DTYPE)) if bounds.exists() else None
+    return TokenFile(tokens, *documents, vocab_size, path, targets)
 
 
 def _map_array(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
@@ -129,27 +180,34 @@ def write_token_file(
     # The source may have been read again since, with other documents.
     which = xxhash.xxh3_128_hexdigest(spool.hashes[indices].tobytes())
     done = json.loads(progress_path.read_text()) if progress_path.exists() else {}
-    num_documents, num_tokens = done.get(which, (0, 0))
+    num_documents, num_tokens, num_bounds = (*done.get(which, (0, 0)), 0)[:3]
     done_bytes = durable_bytes = int(document_bytes[:num_documents].sum())
-    with (
-        open_at(directory / f"{split}.tokens", num_tokens * dtype.itemsize) as file,
-        open_at(directory / f"{split}.offsets", num_documents * _INDEX_DTYPE.itemsize) as offsets,
-        Progress(f"tokenizing {split}", int(document_bytes.sum())) as progress,
-    ):
+    lengths = {"tokens": num_tokens * dtype.itemsize, "offsets": num_documents * _INDEX_BYTES}
+    if spool.has_segments:
+        lengths[TARGETS] = num_bounds * _INDEX_BYTES
+    with contextlib.ExitStack() as stack:
+        files = {
+            part: stack.enter_context(open_at(directory / f"{split}.{part}", length))
+            for part, length in lengths.items()
+        }
+        progress = stack.enter_context(Progress(f"tokenizing {split}", int(document_bytes.sum())))
 
         def make_durable() -> None:
-            sync_files([file, offsets])
-            content = json.dumps({which: [num_documents, num_tokens]})
+            sync_files([*files.values()])
+            content = json.dumps({which: [num_documents, num_tokens, num_bounds]})
             replace_durably(progress_path, content.encode())
 
         progress.reach(done_bytes)
         batch_numbers = np.cumsum(document_bytes[num_documents:]) // _BATCH_BYTES
         starts = np.flatnonzero(np.diff(batch_numbers)) + 1
         for batch in np.split(indices[num_documents:], starts):
-            texts = [spool.document(int(index)) for index in batch]
-            for document in encode_documents(texts, tokenizer, dtype):
-                file.write(document.tobytes())
-                offsets.write(num_tokens.to_bytes(_INDEX_DTYPE.itemsize, "little"))
+            documents = [spool.segments(int(index)) for index in batch]
+            for document, bounds in encode_segments(documents, tokenizer, dtype):
+                files["tokens"].write(document.tobytes())
+                files["offsets"].write(num_tokens.to_bytes(_INDEX_BYTES, "little"))
+                if spool.has_segments:
+                    files[TARGETS].write((bounds + num_tokens).astype(_INDEX_DTYPE).tobytes())
+                    num_bounds += len(bounds)
                 num_documents += 1
                 num_tokens += len(document)
             done_bytes += int(spool.num_bytes(batch).sum())
@@ -157,24 +215,63 @@ def write_token_file(
             if done_bytes - durable_bytes >= _DURABLE_BYTES:
                 make_durable()
                 durable_bytes = done_bytes
-        offsets.write(num_tokens.to_bytes(_INDEX_DTYPE.itemsize, "little"))
+        files["offsets"].write(num_tokens.to_bytes(_INDEX_BYTES, "little"))
         make_durable()
+    if spool.has_segments:
+        counts = [target_bytes(spool.segments(int(index))) for index in indices]
+        document_bytes = np.array(counts, dtype=np.int64)
     write_durably(directory / f"{split}.bytes", document_bytes.astype(_INDEX_DTYPE).tobytes())
     return num_tokens
 
 
-def encode_documents(
-    texts: list[str], tokenizer: Tokenizer, dtype: np.dtype[np.unsignedinteger]
-) -> Iterator[TokenArray]:
-    """Yield the tokens of each text: bos, its ids, eos."""
-    for ids in tokenizer.encode_batch(texts):
+def encode_segments(
+    documents: list[list[str]], tokenizer: Tokenizer, dtype: np.dtype[np.unsignedinteger]
+) -> Iterator[tuple[TokenArray, Int64Array]]:
+    """Yield the tokens of each document, and where its targets begin and end in turn.
+
+    A document is contexts and targets in turn, see data/segments.py. Its tokens are bos, the ids of
+    each segment, and eos after each target.
+    """
+    texts = [text for segments in documents for text in segments if text]
+    encoded = _checked(tokenizer.encode_batch(texts), tokenizer.vocab_size)
+    for segments in documents:
+        ids = [next(encoded) if text else _NO_IDS for text in segments]
+        lengths = [len(part) + number % 2 for number, part in enumerate(ids)]
+        ends = [*itertools.accumulate(lengths, initial=1)]  # of bos, context, target, context, ...
+        document = np.full(ends[-1], tokenizer.eos_id, dtype)
+        document[0] = tokenizer.bos_id
+        for start, part in zip(ends, ids, strict=False):
+            document[start : start + len(part)] = part
+        num_bounds = len(segments) // 2 * 2
+        yield document, np.array(ends[1 : 1 + num_bounds], dtype=np.int64)
+
+
+def _checked(
+    encoded: list[npt.NDArray[np.int32]], vocab_size: int
+) -> Iterator[npt.NDArray[np.int32]]:
+    for ids in encoded:
         # A model file may yield ids beyond its own piece count. Token files are verified by
         # checksum, so the check here covers them too.
-        if ids.size and int(ids.max()) >= tokenizer.vocab_size:
+        if ids.size and int(ids.max()) >= vocab_size:
             raise UserError(
-                f"the tokenizer gives id {ids.max()}, but has {tokenizer.vocab_size} pieces; use "
-                "another data.tokenizer"
+                f"the tokenizer gives id {ids.max()}, but has {vocab_size} pieces; use another "
+                "data.tokenizer"
             )
-        document = np.empty(len(ids) + 2, dtype)
-        document[0], document[1:-1], document[-1] = tokenizer.bos_id, ids, tokenizer.eos_id
-        yield document
+        yield ids
+
+
+def encode_chat(messages: list[dict[str, str]], tokenizer: Tokenizer) -> list[int]:
+    """Return the tokens of a conversation that the assistant is to continue."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    ((tokens, _),) = encode_segments([chat_prompt(messages)], tokenizer, dtype)
+    return [int(token) for token in tokens]
+
+
+def is_lossy(
+    tokens: TokenArray, bounds: Int64Array, segments: list[str], tokenizer: Tokenizer
+) -> bool:
+    """Whether the tokens of a document decode to other segments."""
+    parts = np.split(tokens[1:], bounds - 1)  # eos has no text
+    return any(
+        tokenizer.decode(part.tolist()) != text for part, text in zip(parts, segments, strict=False)
+    )

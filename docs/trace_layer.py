@@ -2,10 +2,10 @@
 
     torchrun --nproc-per-node 2 -m docs.trace_layer
 
-Prints the tables of docs/tutorial.md, with sequence parallelism and without. Shapes are
-those of the tensors that go by, read by hooks; collectives and bytes are recorded as they are
-issued; what backward will need is counted as autograd saves it. Only the names of the steps are
-written down here.
+Prints the tables of docs/tutorial.md: tensor parallelism with sequence parallelism and without, and
+context parallelism. Hooks read the shapes of the tensors. Collectives and bytes are recorded as
+they are issued, and tensors kept for backward are counted as autograd saves them. Only the names of
+the steps are written down here.
 
 A tensor has a line when it is there, its gradient one when that is there, so the lines of backward
 come out in reverse. Collectives stand between the two tensors between which they were issued.
@@ -28,6 +28,7 @@ from configs.launch import exit_with_error, world_size_from_environment
 from configs.schema import ModelConfig
 from model.context import make_attention_context
 from model.gpt import Block
+from ops.balance import balanced_positions
 from ops.dropout import dropout_keys
 from parallel import (
     DropoutStream,
@@ -36,10 +37,12 @@ from parallel import (
     gather_json,
     init_mesh,
     initialise_parameters,
+    key_blocks,
     local_shards,
     sequence_shard,
     sum_partial_gradients,
 )
+from parallel.mesh import make_mesh
 from parallel.transport.traffic import Collective, record_traffic
 
 # No two of s, b, h, f and their quotients by 2 or 4 are equal, but 2h/t = h where t is 2.
@@ -138,12 +141,16 @@ def make_block(mesh: Mesh) -> Block:
 def trace(mesh: Mesh) -> Iterator[str]:
     """The lines of one layout. Collective: every rank must go through all of it."""
     block = make_block(mesh)
-    positions = torch.arange(S, device=mesh.device).unsqueeze(1).expand(S, B)
+    cp = mesh.cp
+    own = balanced_positions(S, cp.rank, cp.size, mesh.device)  # [s/c], all of them without cp
     stream = DropoutStream(SEED, 0, 0, dropout_keys(SEED, 0, range(B), 1).to(mesh.device))
-    context = make_attention_context(CONFIG, positions, None, stream, torch.float32)
+    blocks = key_blocks(len(own), cp, None) if cp.size > 1 else None
+    context = make_attention_context(
+        CONFIG, own.unsqueeze(1).expand(-1, B), None, stream, torch.float32, key_blocks=blocks
+    )
     generator = torch.Generator().manual_seed(SEED)
     whole = torch.randn(S, B, CONFIG.hidden_size, generator=generator).to(mesh.device)
-    x = sequence_shard(whole, mesh).clone().requires_grad_()
+    x = sequence_shard(whole[own], mesh).clone().requires_grad_()
     with record_traffic() as traffic:
         tracer = Tracer(block, traffic)
         with tracer, count_saved(block) as saved_bytes:
@@ -153,8 +160,9 @@ def trace(mesh: Mesh) -> Iterator[str]:
     with record_traffic() as summing:
         sum_partial_gradients(block, mesh)
 
-    number, on = mesh.tp.size, "with" if mesh.sequence_parallel else "without"
-    yield f"{number} rank{'s' * (number > 1)}, {on} sequence parallelism"
+    on = "with" if mesh.sequence_parallel else "without"
+    kind = "context parallelism" if cp.size > 1 else f"{on} sequence parallelism"
+    yield f"{mesh.world.size} rank{'s' * (mesh.world.size > 1)}, {kind}"
     yield ""
     yield row("forward", "on each rank", "on the wire", "full B", "sent B")
     yield from table(tracer.forward, mesh)
@@ -220,7 +228,7 @@ def count_saved(block: Block) -> Iterator[dict[int, int]]:
 
 
 def main() -> int:
-    """Print the tables with sequence parallelism and without; rank 0 alone writes."""
+    """Print the tables of all layouts; rank 0 alone writes."""
     num_ranks = world_size_from_environment()
     if CONFIG.num_attention_heads % num_ranks:
         exit_with_error(f"{num_ranks} ranks cannot share 4 attention heads; start 1, 2 or 4")
@@ -229,6 +237,9 @@ def main() -> int:
     for sequence_parallel in dict.fromkeys((mesh.sequence_parallel, False)):
         layout = dataclasses.replace(mesh, sequence_parallel=sequence_parallel)
         lines += trace(layout)
+    if num_ranks > 1:
+        cp = {"context_parallel_size": num_ranks}
+        lines += trace(make_mesh(1, False, mesh.device, mesh.local_rank, **cp))
     lines += weights(mesh)
     if mesh.world.rank == 0:
         sys.stdout.write("\n".join([*lines, ""]))

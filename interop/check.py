@@ -17,7 +17,7 @@ from parallel import Mesh
 from training.optimizer import WEIGHTS, weight_tensors
 
 _ROWS, _MAX_LENGTH = 2, 128
-NUM_TEXTS, _MAX_PIECES = 1000, 60
+NUM_TEXTS, _MAX_PIECES = 2000, 60
 # Mixed with the tokenizer's own pieces: white space, control pieces as text, rare characters.
 _UNUSUAL = [" ", "  ", "\n", "\t", "\r\n", "\0", "\u2581", "<s>", "</s>", "<unk>", "<0x0A>"]
 _UNUSUAL += ["\u00e9", "e\u0301", "\ufb01", "\uff21", "\u6f22", "\U0001f600", "\u200d", "\u2028"]
@@ -78,7 +78,9 @@ def compare(folder: Path, logits: Tensor, tokens: Tensor, tokenizer: Tokenizer) 
     top1_differs = exported.argmax(-1) != logits.argmax(-1)
     exported_tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     texts = unusual_texts(tokenizer, NUM_TEXTS)
-    exported_ids = exported_tokenizer(texts, add_special_tokens=False)["input_ids"]
+    exported_ids = exported_tokenizer(texts, add_special_tokens=False, split_special_tokens=True)[
+        "input_ids"
+    ]
     pairs = zip(exported_ids, tokenizer.encode_batch(texts), strict=True)
     return Comparison(
         max_difference=(exported - logits).abs().max().item(),

@@ -1,10 +1,11 @@
 """Tensor names and layouts of Hugging Face models; transformers is not imported.
 
-Three families compute the same function as a GPT with the right options: `gpt2` (GPT2LMHeadModel),
-`llama` (LlamaForCausalLM) and `qwen3` (Qwen3ForCausalLM, a Llama with QK-norm).
+Five families compute the same function as a GPT with the right options; see
+interop/huggingface_config.py.
 
-GPT-2 stores its matrices as [in, out], and q, k and v as one tensor. Llama stores k and v as two.
-Here k and v are one tensor, group by group: the rows of a group's key, then those of its value.
+GPT-2 stores its matrices as [in, out], and q, k and v as one tensor. The others, whose names are
+those of Llama, store k and v as two. Here k and v are one tensor, group by group: the rows of a
+group's key, then those of its value.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ from torch import Size, Tensor
 
 from configs.schema import ModelConfig
 
-Family = Literal["gpt2", "llama", "qwen3"]
+Family = Literal["gpt2", "llama", "qwen2", "qwen3", "stablelm"]
 Read = Callable[[str], Tensor]  # reads a full tensor by name
 Make = Callable[[Read], Tensor]  # makes a tensor of one model by reading those of the other
 Convert = Callable[..., tuple[Tensor, ...]]

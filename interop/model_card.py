@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from checkpoints import Checkpoint
 from configs import Config, SourceConfig, flatten
@@ -36,7 +37,7 @@ pipeline_tag: text-generation
 # {config.run.name}
 
 A `{architecture}` of {parameters:,} parameters, trained with Microtron: {progress["step"]:,} steps,
-{progress["tokens"]:,} tokens of {corpus}.
+{progress["tokens"]:,} tokens of {corpus}.{_origin(progress)}
 
 {_evaluation(metrics, progress["step"])}
 
@@ -66,6 +67,16 @@ def _corpus(source: SourceConfig) -> str:
     is_name = source.source == "hub" and not Path(source.path).is_dir()
     name = source.path if is_name else Path(source.path).name
     return f"`{name}` ({source.source})"
+
+
+def _origin(progress: dict[str, Any]) -> str:
+    """The runs whose weights this one began with, the latest first."""
+    runs, origin = [], progress.get("origin")
+    while origin is not None:
+        runs.append(f"`{origin['run']}` (step {origin['step']:,}, {origin['tokens']:,} tokens)")
+        origin = origin["origin"]
+    chain = ", which began with those of ".join(runs)
+    return f"\nIt began with the weights of {chain}." if runs else ""
 
 
 def _evaluation(metrics: Path, step: int) -> str:

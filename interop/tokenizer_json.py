@@ -11,7 +11,7 @@ by a list of pairs. So the list has every way to split a piece in two, ordered b
 
 [Note: control pieces]
 sentencepiece encodes `<s>` in a text as three characters. `split_special_tokens` tells transformers
-to do the same.
+to do the same, unless there is a chat template.
 """
 
 from typing import Any
@@ -72,15 +72,19 @@ def tokenizer_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     }
 
 
-def tokenizer_config(tokenizer: Tokenizer, seq_length: int) -> dict[str, Any]:
+def tokenizer_config(
+    tokenizer: Tokenizer, seq_length: int, chat_template: str | None = None
+) -> dict[str, Any]:
     """The content of tokenizer_config.json."""
     unknown = {} if tokenizer.unk_token is None else {"unk_token": tokenizer.unk_token}
+    chat = {} if chat_template is None else {"chat_template": chat_template}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": tokenizer.bos_token,
         "eos_token": tokenizer.eos_token,
         **unknown,
-        "split_special_tokens": True,
+        **chat,
+        "split_special_tokens": chat_template is None,  # a template writes bos and eos as text
         "clean_up_tokenization_spaces": False,
         "model_max_length": seq_length,
     }

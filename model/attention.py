@@ -36,15 +36,15 @@ class SelfAttention(nn.Module):
         self.dropout = config.attention_dropout
         self.head_dim, self.qk_layernorm = config.head_dim, config.qk_layernorm
         self.apply_rotary = maybe_compile(apply_rotary, mesh.compile)
-        self.qkv = MergedColumnParallelLinear(select(weights, "qkv"), mesh)  # [h, h], [2gd, h]
+        self.qkv = MergedColumnParallelLinear(select(weights, "qkv"), mesh)  # [ad, h], [2gd, h]
         if config.qk_layernorm:
             self.q_norm = make_head_norm(config, select(weights, "q_norm"), mesh)
             self.k_norm = make_head_norm(config, select(weights, "k_norm"), mesh)
-        self.proj = RowParallelLinear(select(weights, "proj"), mesh)  # [h, h]
+        self.proj = RowParallelLinear(select(weights, "proj"), mesh)  # [h, ad]
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         d = self.head_dim
-        q, kv = self.qkv(x)  # [s, b, h/t], [s, b, 2gd/t]
+        q, kv = self.qkv(x)  # [s, b, ad/t], [s, b, 2gd/t]
         s, b, _ = q.shape
         q = q.view(s, b, -1, d)  # [s, b, a/t, d]
         k, v = kv.view(s, b, -1, 2, d).unbind(dim=3)  # each [s, b, g/t, d], parts of one tensor
@@ -61,7 +61,7 @@ class SelfAttention(nn.Module):
         else:
             dropout = self.seed_attention_dropout(context.stream)
             y = sdpa(q, k, v, context.mask, dropout)  # [s, b, a/t, d]
-        joined = y.flatten(2)  # [s, b, h/t], a copy if the kernel had another layout
+        joined = y.flatten(2)  # [s, b, ad/t], a copy if the kernel had another layout
         kept, is_copy = y.detach(), not is_same_memory(joined, y)
         # Full recomputation saves neither y nor its copy, but the closure would keep y alive.
         with recompute_in_backward(

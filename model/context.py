@@ -1,5 +1,6 @@
 """What attention needs besides activations, the same in all blocks, and rotary positions."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from model.generation.cache import KeyValueCache
 from ops.balance import RowDocuments
 from parallel import DropoutStream, KeyBlocks
 
-Rotation = tuple[Tensor, Tensor]  # cosines and sines of the angles, each [s/c, b, 1, d/2]
+Rotation = tuple[Tensor, Tensor]  # cosines and sines of the angles, each [s/c, b, 1, r/2]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def make_attention_context(
     """Build the context from `positions` (in the document) and `documents` (numbers), `[s, b]`."""
     rotation = None
     if config.position_embedding_type == "rope":
-        rotation = rotary_cos_sin(positions, config.head_dim, config.rotary_base, dtype)
+        rotation = rotary_cos_sin(positions, config, dtype)
     mask = document_mask(documents) if isinstance(documents, Tensor) else None
     return AttentionContext(rotation, mask, stream, cache, key_blocks)
 
@@ -48,21 +49,39 @@ def document_mask(documents: Tensor) -> Tensor:
     return same.tril_().unsqueeze(1)
 
 
-def rotary_cos_sin(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> Rotation:
-    """Angles of rotary position embedding (Su et al. 2021): pair i turns by p / base^(2i/d) at p.
+def rotary_cos_sin(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> Rotation:
+    """Angles of rotary position embedding (Su et al. 2021): pair i turns by p / base^(2i/r) at p.
 
     `positions` `[s/c, b]`, not split over tp, as heads have all positions of a cp rank.
     """
-    pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
-    angles = positions[..., None, None] * base ** (-pairs / head_dim)  # [s, b, 1, d/2]
+    r = config.rotary_dim
+    pairs = torch.arange(0, r, 2, dtype=torch.float32, device=positions.device)
+    frequencies = config.rotary_base ** (-pairs / r)
+    if config.rope_scaling_type == "llama3":
+        frequencies = scale_frequencies(frequencies, config)
+    angles = positions[..., None, None] * frequencies  # [s, b, 1, r/2]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the heads `[s, b, a/t, d]` of each position by its angles.
+def scale_frequencies(frequencies: Tensor, config: ModelConfig) -> Tensor:
+    """Divide low frequencies for a longer context, as Llama 3.1 (Grattafiori et al. 2024) does.
 
-    Channel i is paired with channel i + d/2, as in Hugging Face models (the paper pairs neighbours;
+    A frequency with at most `rope_low_freq_factor` turns in the original context is divided by
+    `rope_scaling_factor`, one with at least `rope_high_freq_factor` is kept; those in between are
+    interpolated linearly in the number of turns.
+    """
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    turns = config.rope_original_max_position * frequencies / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return kept * frequencies + (1.0 - kept) * frequencies / config.rope_scaling_factor
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first r channels of the heads `[s, b, a/t, d]` by the angles of their positions.
+
+    Channel i is paired with channel i + r/2, as in Hugging Face models (the paper pairs neighbours;
     the two differ by a permutation of the rows of q and k).
     """
-    first, second = x.chunk(2, dim=-1)  # each [s, b, a/t, d/2]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    first, second, *others = x.split(cos.shape[-1], dim=-1)  # each [s, b, a/t, r/2]
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat((*rotated, *others), dim=-1)

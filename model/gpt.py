@@ -1,11 +1,12 @@
 """GPT: embedding, blocks, head.
 
-Legend (Korthikanti et al. 2022, table 1, with g, d and f added): `s` sequence length, `b`
+Legend (Korthikanti et al. 2022, table 1, with g, d, r and f added): `s` sequence length, `b`
 micro-batch size, `h` hidden size, `a` attention heads, `g` groups of them that share a key and a
-value, `d = h/a` head dimension, `f` feed-forward size, `v` vocabulary, `t` tensor-parallel size,
-`L` layers. Sequence first: `[s, b, h]`, so that a sequence shard is a contiguous piece of dim 0.
-`[s/t, ...]` is with sequence parallelism; without it, read `[s, ...]`. With context parallelism
-each rank has s/c positions (ops/balance.py), and s stands for those.
+value, `d` channels of a head (h/a by default), `r` of them that RoPE rotates (d by default), `f`
+feed-forward size, `v` vocabulary, `t` tensor-parallel size, `L` layers. Sequence first: `[s, b,
+h]`, so that a sequence shard is a contiguous piece of dim 0. `[s/t, ...]` is with sequence
+parallelism; without it, read `[s, ...]`. With context parallelism each rank has s/c positions
+(ops/balance.py), and s stands for those.
 """
 
 from contextlib import AbstractContextManager

@@ -172,15 +172,16 @@ def _communication(report: StepReport) -> Iterator[str]:
 def _operations(config: Config, report: StepReport) -> Iterator[str]:
     model = config.model
     per_token = flops_per_token(model, config.data.padded_vocab_size)
-    attention = 12 * model.num_layers * model.hidden_size * model.seq_length
+    attention = 12 * model.num_layers * model.attention_size * model.seq_length
+    product = "12 L h s" if model.attention_size == model.hidden_size else "12 L a d s"
     weights = (per_token - attention) // 6
     tokens = config.train.global_batch_size * model.seq_length
     num_ranks = len(report.tp) * len(report.dp_cp)
     yield "Floating-point operations, forward and backward"
-    yield f"  per token: {per_token:.4g} = 6 x {weights:,} (weights of matrices) + 12 L h s"
+    yield f"  per token: {per_token:.4g} = 6 x {weights:,} (weights of matrices) + {product}"
     yield f"  per step:  {per_token * tokens:.4g} = that x {tokens:,} tokens"
     yield f"  MFU = tokens/s x {per_token:.4g} / ({num_ranks} x peak FLOP/s of a device)"
-    yield "  The causal mask does not halve 12 L h s, and recomputation is not counted."
+    yield f"  The causal mask does not halve {product}, and recomputation is not counted."
 
 
 def _answer(config: Config, report: StepReport, memory_gib: float) -> Iterator[str]:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from configs import Config, DataConfig, ModelConfig, TrainConfig
 from interop.huggingface import Family, from_huggingface
+from interop.huggingface_config import ARCHITECTURES
 from model import GPT, build_model
 from parallel import Mesh, gather_json, local_shards, sum_partial_gradients
 from tests.distributed import ONE_RANK, TENSOR_PARALLEL, Layout
@@ -39,7 +40,9 @@ _BASE: dict[Family, dict[str, Any]] = {
         "ffn_hidden_size": 80,
     },
 }
+_BASE["qwen2"] = {**_BASE["llama"], "add_qkv_bias": True}
 _BASE["qwen3"] = {**_BASE["llama"], "qk_layernorm": True}
+_BASE["stablelm"] = {**_BASE["llama"], "normalization": "LayerNorm"}
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,40 @@ CASES = {
         several_documents=True,
         z_loss=True,
     ),
+    # Of the frequencies 1, 0.27 and 0.07, one is kept, one interpolated and one divided.
+    "Llama 3.1's scaled RoPE, heads of 6": Case(
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 50.0,
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 30,
+            }
+        },
+        {
+            "kv_channels": 6,
+            "rotary_base": 50.0,
+            "rope_scaling_type": "llama3",
+            "rope_scaling_factor": 4.0,
+            "rope_original_max_position": 30,
+        },
+    ),
+    "Qwen2 (biases of q, k and v), 2 query groups": Case(
+        "qwen2", {"num_key_value_heads": 2}, {"num_query_groups": 2}
+    ),
     "Qwen3 (QK-norm), 2 query groups": Case(
         "qwen3", {"num_key_value_heads": 2}, {"num_query_groups": 2}
+    ),
+    "Qwen3, heads of 14 in a width of 30": Case(
+        "qwen3", {}, {"kv_channels": 14, "hidden_size": 30}
+    ),
+    "StableLM (half rotary), biases of q, k and v": Case(
+        "stablelm",
+        {"partial_rotary_factor": 0.5, "use_qkv_bias": True},
+        {"rotary_percent": 0.5, "add_qkv_bias": True},
     ),
 }
 
@@ -112,7 +147,7 @@ def their_model(case: Case) -> torch.nn.Module:
             )
         )  # fmt: skip
     else:
-        name = {"llama": "Llama", "qwen3": "Qwen3"}[case.family]
+        name = ARCHITECTURES[case.family].removesuffix("ForCausalLM")
         shape = {
             "vocab_size": VOCAB,
             "hidden_size": config.hidden_size,
@@ -123,6 +158,7 @@ def their_model(case: Case) -> torch.nn.Module:
             "head_dim": config.head_dim,
             "max_position_embeddings": LENGTH,
             "rms_norm_eps": config.norm_epsilon,
+            "layer_norm_eps": config.norm_epsilon,
             "tie_word_embeddings": False,
         }
         their_config = getattr(transformers, f"{name}Config")(**{**shape, **case.theirs})

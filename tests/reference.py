@@ -85,7 +85,7 @@ def _norm(x: Tensor, w: dict[str, Tensor], name: str, config: ModelConfig) -> Te
 def _attention(
     x: Tensor, w: dict[str, Tensor], config: ModelConfig, positions: Tensor, documents: Tensor
 ) -> Tensor:
-    b, s, h = x.shape
+    b, s, _ = x.shape
     a, d, g = config.num_attention_heads, config.head_dim, config.num_groups
     q = _linear(x, w, "attention.qkv.q").view(b, s, a, d)
     k, v = _linear(x, w, "attention.qkv.kv").view(b, s, g, 2, d).unbind(3)
@@ -98,17 +98,33 @@ def _attention(
     hidden = torch.ones(s, s, dtype=torch.bool).triu(1)
     hidden = hidden | (documents[:, :, None] != documents[:, None, :])  # [b, s, s]
     probabilities = scores.masked_fill(hidden.unsqueeze(1), float("-inf")).softmax(-1)
-    y = torch.einsum("baqk,bkad->bqad", probabilities, v[:, :, mine]).reshape(b, s, h)
+    y = torch.einsum("baqk,bkad->bqad", probabilities, v[:, :, mine]).reshape(b, s, a * d)
     return _linear(y, w, "attention.proj")
 
 
 def _apply_rotary(x: Tensor, positions: Tensor, config: ModelConfig) -> Tensor:
-    """Rotation as a complex product: channels i and i + d/2 are real and imaginary part."""
-    half = config.head_dim // 2
+    """Rotation as a complex product: channels i and i + r/2 are real and imaginary part."""
+    half = int(config.head_dim * config.rotary_percent) // 2
     frequencies = config.rotary_base ** -(torch.arange(half, dtype=torch.float64) / half)
-    angles = positions[..., None].double() * frequencies  # [b, s, d/2]
-    turned = torch.complex(x[..., :half], x[..., half:]) * torch.exp(1j * angles).unsqueeze(2)
-    return torch.cat((turned.real, turned.imag), -1)
+    if config.rope_scaling_type == "llama3":
+        frequencies = torch.stack([_scale(frequency, config) for frequency in frequencies])
+    angles = positions[..., None].double() * frequencies  # [b, s, r/2]
+    first, second = x[..., :half], x[..., half : 2 * half]
+    turned = torch.complex(first, second) * torch.exp(1j * angles).unsqueeze(2)
+    return torch.cat((turned.real, turned.imag, x[..., 2 * half :]), -1)
+
+
+def _scale(frequency: Tensor, config: ModelConfig) -> Tensor:
+    """Llama 3.1's rule, case by case, in wavelengths."""
+    length, factor = config.rope_original_max_position, config.rope_scaling_factor
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    wavelength = 2 * torch.pi / frequency
+    if wavelength < length / high:
+        return frequency
+    if wavelength > length / low:
+        return frequency / factor
+    smooth = (length / wavelength - low) / (high - low)
+    return (1 - smooth) * frequency / factor + smooth * frequency
 
 
 def _mlp(x: Tensor, w: dict[str, Tensor], config: ModelConfig) -> Tensor:

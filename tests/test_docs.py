@@ -10,7 +10,7 @@ import pytest
 
 from docs.trace_layer import CONFIG, B, S, trace
 from parallel import Mesh
-from tests.distributed import TENSOR_PARALLEL, distributed
+from tests.distributed import TENSOR_PARALLEL, Layout, distributed
 from tests.lines import ROOT
 
 PAGE = ROOT / "docs" / "tutorial.md"
@@ -64,6 +64,20 @@ def test_the_trace_follows_the_layout(mesh: Mesh) -> None:
     else:
         assert lines.count(["all-reduce", str(full), str(2 * (t - 1) * full // t)]) == 4
     assert lines.count(["in", "all", str(4 * (t - 1) * full // t)]) == 2
+
+
+@distributed(Layout(cp=2), Layout(cp=4))
+def test_the_trace_of_context_parallelism(mesh: Mesh) -> None:
+    """Only attention sees other positions: a gather of K and V, again in backward, and a sum."""
+    c, h = mesh.cp.size, CONFIG.hidden_size
+    lines = [line.split() for line in trace(mesh)]
+    for step in (["q"], ["attention"], ["proj", "+", "bias"], ["what", "q", "and", "kv", "read"]):
+        assert lines.count([*step, f"[{S // c},", f"{B},", f"{h}]"]) == 2
+    full = 2 * S * B * h * 4  # K and V
+    sent = str((c - 1) * full // c)
+    assert lines.count(["all-gather", str(full), sent]) == 2
+    assert lines.count(["reduce-scatter", str(full), sent]) == 1
+    assert not any("all-reduce" in line for line in lines)
 
 
 @distributed(*TENSOR_PARALLEL)

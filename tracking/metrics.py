@@ -48,6 +48,7 @@ class RunLog:
             truncate_rows(run.folder.samples, state.step)
             self.file = run.folder.metrics.open("a")
             folder, sent_config = run.folder.path, wandb_config(run.config, run.mesh)
+            sent_config["origin"] = state.origin
             with self._tolerating_a_full_disk("TensorBoard"):
                 self.views.append(TensorBoardWriter(folder / "tensorboard", state.step + 1))
             self.views.append(

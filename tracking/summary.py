@@ -4,7 +4,9 @@ import logging
 import shlex
 import signal
 
+from checkpoints.manifest import step_directory
 from configs import Config
+from configs.layout import stage_layers
 from data import SampleOrder, rows_of_corpus
 from model import num_parameters
 from tracking.metrics import last_step
@@ -28,19 +30,53 @@ def report_start(run: Run, state: RunState) -> None:
         f"{source.path or source.source}: {num:,} rows, {passes:.3g} epochs"
         for source, num, passes in zip(sources, rows, epochs, strict=True)
     ]
-    logger.info(
-        f"{'resuming' if state.step else 'starting'} {config.run.name} at step {state.step + 1:,}\n"
-        f"  model:       {size:,} parameters\n"
-        f"  ranks:       {mesh.world.size} = pp {mesh.pp.size} x dp {mesh.dp.size} x cp "
-        f"{mesh.cp.size} x tp {mesh.tp.size}; {device_name(mesh.device)}; {train.precision}\n"
-        f"  steps:       {state.step + 1:,} to {last_step(config):,} of {train.train_steps:,}, "
-        f"each with {train.global_batch_size * config.model.seq_length:,} tokens\n"
-        f"  data:        {'; '.join(data)}\n"
-        f"  run folder:  {run.folder.path}"
-    )
+    facts = {
+        "model": f"{size:,} parameters",
+        "origin": _origin(config, state),
+        "ranks": _ranks(run),
+        "steps": f"{state.step + 1:,} to {last_step(config):,} of {train.train_steps:,}, each with "
+        f"{train.global_batch_size * config.model.seq_length:,} tokens",
+        "data": "; ".join(data),
+        "run folder": str(run.folder.path),
+        "dashboard": _dashboard(config),
+    }
+    title = f"resuming {config.run.name}" if state.step else f"starting {config.run.name}"
+    lines = [f"  {name + ':':<13}{fact}" for name, fact in facts.items() if fact]
+    logger.info("\n".join([f"{title} at step {state.step + 1:,}", *lines]))
     for problem in (schedule_problem(config), pipeline_problem(run)):
         if problem is not None:
             logger.warning(problem)
+
+
+def _origin(config: Config, state: RunState) -> str:
+    if (origin := state.origin) is None:
+        return ""
+    optimizer = " and optimizer state" if config.run.init_optimizer else ""
+    return f"weights{optimizer} of run {origin['run']} at step {origin['step']:,}"
+
+
+def _ranks(run: Run) -> str:
+    mesh, precision = run.mesh, str(run.config.train.precision)
+    if precision == "bf16" and mesh.device.type == "cpu" and run.precision is not None:
+        precision += f" (matmuls {run.precision.matmul}, attention {run.precision.attention})"
+    sp = " with sequence parallelism" if mesh.sequence_parallel else ""
+    axes = {"cp": mesh.cp.size, "dp": mesh.dp.size, "pp": mesh.pp.size}
+    others = "".join(f" x {axis} {size}" for axis, size in axes.items() if size > 1)
+    layout = f"{mesh.world.size} = tp {mesh.tp.size}{sp}{others}"
+    if mesh.pp.size > 1:
+        num_pieces = mesh.pp.size * mesh.num_chunks
+        pieces = (
+            stage_layers(run.config.model.num_layers, num_pieces, n) for n in range(num_pieces)
+        )
+        layout += f", pieces of {', '.join(str(len(layers)) for layers in pieces)} layers"
+    return f"{layout}; {device_name(mesh.device)}; {precision}"
+
+
+def _dashboard(config: Config) -> str:
+    directory = config.run.directory
+    if directory == "runs":
+        return "make dashboard"
+    return f"make dashboard ARGS={shlex.quote(f'--logdir={directory}')}"
 
 
 def outcome(config: Config, state: RunState, stop: signal.Signals | None) -> tuple[int, str]:
@@ -61,9 +97,12 @@ def report_end(run: Run, began: RunState, state: RunState, stop: signal.Signals 
         longer = f"train.train_steps={2 * max(num_steps, state.step) or 1}"
         status, next_task = "is finished", "to train longer:"
         command = folder.resume_command(longer)
+    # Loaded or committed by this launch, so it is whole; a newer directory may be damaged.
+    saved = step_directory(folder.checkpoints, state.step) if state.step else None
     logger.info(
         f"run {run.config.run.name} {status}: step {state.step} of {num_steps} "
         f"({state.step - began.step} in this launch)\n"
+        f"checkpoint:\n  {saved}\n"
         f"to generate text:\n  python generate.py run={shlex.quote(str(folder.path))}\n"
         f"{next_task}\n  {command}"
     )

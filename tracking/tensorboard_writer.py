@@ -4,6 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+# The only tab whose order we choose is Custom Scalars; the others sort metrics by name.
+_LAYOUT = {
+    "main": {
+        "loss": ["Multiline", ["train/loss", "eval/loss"]],
+        "bits per byte": ["Multiline", ["eval/bits_per_byte"]],
+    }
+}
+
 
 class TensorBoardWriter:
     """Writes rows through the background thread of torch's SummaryWriter.
@@ -18,6 +26,7 @@ class TensorBoardWriter:
         self.writer: Any = SummaryWriter(
             str(directory), purge_step=first_step, max_queue=1000, flush_secs=1
         )
+        self.writer.add_custom_scalars(_LAYOUT)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Write the metrics and the sample of a row."""

@@ -29,7 +29,7 @@ logger = logging.getLogger("microtron")
 # torchrun kills a process 30 s after a signal, and wandb may need some seconds at process exit.
 INIT_TIMEOUT_S, FINISH_TIMEOUT_S, MAX_WAIT_S = 15.0, 5.0, 20.0
 # Settings that may contain local paths, which are not sent.
-_PATHS = ("path", "validation_path", "directory", "cache_directory", "tokenizer")
+_PATHS = ("path", "validation_path", "directory", "cache_directory", "tokenizer", "init_from")
 
 
 class WandbForwarder:
@@ -75,7 +75,7 @@ class WandbForwarder:
         finally:
             wandb.teardown()  # waits until its process has written the last records
 
-    def _start(self, wandb: Any) -> Any:
+    def _start(self, wandb: Any, *, is_new: bool = False) -> Any:
         """Return the wandb run: online if there is a key and the server answers, else offline."""
         mode = self._config.wandb
         try:
@@ -85,10 +85,10 @@ class WandbForwarder:
                 raise wandb.errors.UsageError("no API key")
         except Exception as error:  # of any kind: offline needs no server
             wandb.teardown()  # or its process reports that the id is in use
-            if "HTTP 409" in str(error):
+            if "HTTP 409" in str(error) and not is_new:
                 logger.warning("wandb: run id %s is rejected (deleted?); using a new one", self._id)
                 self._id = uuid.uuid4().hex[:12]
-                return self._start(wandb)
+                return self._start(wandb, is_new=True)
             logger.warning("wandb: %s; logging offline, upload with `wandb sync`", error)
         return self._init(wandb, "offline")
 

@@ -18,11 +18,11 @@ _PROMPT_TOKENS = 16  # of a held-out document, if evaluate.sample_prompt is null
 
 @dataclass(frozen=True)
 class EvalResult:
-    """How well documents are predicted: nats over all their tokens except bos and eos."""
+    """How well documents are predicted: nats over all their targets; in a text eos is none."""
 
     nats: float
     num_targets: int
-    num_bytes: int  # UTF-8 bytes of the documents' text
+    num_bytes: int  # UTF-8 bytes of the targets' text
     num_unknown: int = 0  # targets whose text the tokenizer cannot represent
     warnings: tuple[str, ...] = ()  # reasons why the result looks better than it is
     sample: str | None = None  # generated text, if any
@@ -34,7 +34,7 @@ class EvalResult:
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits per UTF-8 byte of the documents' text."""
+        """Bits per UTF-8 byte of the targets' text."""
         return self.nats / math.log(2) / self.num_bytes
 
     @property
@@ -118,9 +118,14 @@ def generate_sample(run: Run, state: RunState) -> str | None:
 
 
 def sample_prompt(corpus: Corpus, prompt: str | None) -> list[int]:
-    """The tokens of a prompt without bos; None: the beginning of the first held-out document."""
+    """The tokens of a prompt without bos; None: the beginning of the first held-out document.
+
+    That is its first 16 tokens or, if it is a pair or a conversation, all up to its first target.
+    """
     if prompt is not None:
         return corpus.tokenizer.encode(prompt)
-    start, stop = corpus.validation.document_offsets[:2].tolist()  # bos ... eos
-    tokens = corpus.validation.span(start + 1, min(start + 1 + _PROMPT_TOKENS, stop - 1))
-    return [int(token) for token in tokens]
+    file = next(part for part in corpus.validation.parts if part.num_documents)
+    stop = min(1 + _PROMPT_TOKENS, int(file.document_offsets[1]) - 1)  # bos ... eos
+    if file.targets is not None:
+        stop = int(file.targets.bounds[0])
+    return [int(token) for token in file.span(1, stop)]

@@ -1,18 +1,30 @@
-"""Resume a run from its newest checkpoint, or refuse it if that would make it another run."""
+"""Resume a run from its newest checkpoint, or refuse it if that would make it another run.
+
+A run without a checkpoint may start with that of another run, `run.init_from`.
+"""
 
 import logging
 import uuid
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from checkpoints import Checkpoint, CheckpointError, find_checkpoint, load_tensors
-from configs import RENAMED, Config, OptimizerConfig, flatten
+from configs import RENAMED, Config, DataConfig, OptimizerConfig, flatten
 from configs.errors import format_value
-from data import load_tokenizer
+from configs.init_from import saved_model, source_checkpoints
+from data import Tokenizer, load_tokenizer
 from parallel import Mesh, gather_json
 from training.hardware import report_other_hardware
-from training.optimizer import learning_rate, set_num_updates, training_names, training_tensors
+from training.inference import require_fingerprint
+from training.optimizer import (
+    WEIGHTS,
+    learning_rate,
+    set_num_updates,
+    training_names,
+    training_tensors,
+)
 from training.run_folder import RunFolder
 from training.state import RECIPE_VERSIONS, Run, RunState, recorded_wandb_id
 
@@ -52,6 +64,7 @@ _MAY_CHANGE = (
 _MAY_CHANGE_SECTIONS = tuple(key for key in _MAY_CHANGE if key.endswith("."))
 # All that an imported model fixes: it has read no text yet.
 _OF_THE_MODEL = ("model.", "data.vocab_size")
+_OF_THE_START = ("run.init_from", "run.init_optimizer")
 _DECIDE_THE_NEXT_STEP = ("dropout_masks", "sample_order")
 _CONTENTS = {
     "text_fingerprint": "the text of data.path or data.sources",
@@ -82,22 +95,46 @@ def find_own_checkpoint(
         _require_same_recipes(checkpoint)
     found = {"text_fingerprint": text_fingerprint}
     if config.data.tokenizer is not None:
-        path, data = Path(config.data.tokenizer).expanduser(), config.data
-        tokenizer = load_tokenizer(path, bos_token=data.bos_token, eos_token=data.eos_token)
-        found["tokenizer_fingerprint"] = tokenizer.fingerprint
+        found["tokenizer_fingerprint"] = _given_tokenizer(config.data).fingerprint
     _require_same_fingerprints(checkpoint, found)
     return checkpoint
 
 
-def resume(run: Run, checkpoint: Checkpoint | None) -> RunState:
+def find_source(config: Config, mesh: Mesh, stack: ExitStack) -> Checkpoint | None:
+    """The checkpoint of `run.init_from`, readable until `stack` closes; None if that is not set.
+
+    Raises UserError if it is damaged, or of another model or tokenizer.
+    """
+    if config.run.init_from is None:
+        return None
+    folder, step = source_checkpoints(config.run.init_from)
+    prefix = "" if config.run.init_optimizer else WEIGHTS
+    source = find_checkpoint(folder, mesh, step, prefix=prefix, hold_until=stack)
+    if source is None or saved_model(source.state["config"]) != config.model:
+        raise CheckpointError(
+            f"run.init_from={config.run.init_from} has changed since this launch began; try again"
+        )
+    require_fingerprint(source, "tokenizer", _given_tokenizer(config.data).fingerprint)
+    return source
+
+
+def _given_tokenizer(data: DataConfig) -> Tokenizer:
+    assert data.tokenizer is not None
+    path = Path(data.tokenizer).expanduser()
+    return load_tokenizer(path, bos_token=data.bos_token, eos_token=data.eos_token)
+
+
+def resume(run: Run, checkpoint: Checkpoint | None, source: Checkpoint | None = None) -> RunState:
     """Load the checkpoint that `find_own_checkpoint` found, or begin at step 0.
 
-    Raises CheckpointError if its tokens or tokenizer are not the run's.
+    The first weights are those of `source`, or random. Raises CheckpointError if the checkpoint has
+    other tokens or another tokenizer than the run.
     """
     corpus = run.corpus
     if checkpoint is None:
         known = None if run.folder.starts_over else recorded_wandb_id(run.folder.path)
-        return RunState(wandb_id=gather_json(run.mesh, known or uuid.uuid4().hex[:12])[0])
+        state = RunState(wandb_id=gather_json(run.mesh, known or uuid.uuid4().hex[:12])[0])
+        return state if source is None else _load_source(run, state, source)
     found = {
         "tokenizer_fingerprint": corpus.tokenizer.fingerprint,
         "data_fingerprint": corpus.fingerprint,
@@ -112,12 +149,41 @@ def load(run: Run, checkpoint: Checkpoint) -> RunState:
     """Fill model and optimizer from a checkpoint of this run; return its state."""
     tensors = training_tensors(run.model, run.optimizer)
     load_tensors(checkpoint, tensors, names=training_names(run.config))
+    state = _saved_state(checkpoint)
+    set_num_updates(run.optimizer, state.num_updates)
+    return state
+
+
+def _saved_state(checkpoint: Checkpoint) -> RunState:
     progress = checkpoint.state["progress"]
     progress["recent_losses"] = tuple(progress.get("recent_losses", ()))
     progress["skipped_windows"] = tuple(map(tuple, progress.get("skipped_windows", ())))
-    state = RunState(**progress)
-    set_num_updates(run.optimizer, state.num_updates)
-    return state
+    return RunState(**progress)
+
+
+def _load_source(run: Run, state: RunState, source: Checkpoint) -> RunState:
+    """Fill the model, and with `run.init_optimizer` the optimizer, from another run."""
+    with_moments = run.config.run.init_optimizer
+    prefix = "" if with_moments else WEIGHTS
+    logger.info("starting with %s", source.directory)
+    tensors = training_tensors(run.model, run.optimizer)
+    load_tensors(
+        source,
+        {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)},
+        prefix=prefix,
+        names=[name for name in training_names(run.config) if name.startswith(prefix)],
+    )
+    theirs = _saved_state(source)
+    updates = theirs.num_updates if with_moments else 0
+    set_num_updates(run.optimizer, updates)
+    origin = {
+        "run": source.state["config"]["run.name"],
+        "step": theirs.step,
+        "tokens": theirs.tokens,
+        "wandb_id": theirs.wandb_id,
+        "origin": theirs.origin,
+    }
+    return replace(state, origin=origin, initial_updates=updates)
 
 
 def _require_same_settings(checkpoint: Checkpoint, config: Config, *, is_imported: bool) -> None:
@@ -149,8 +215,10 @@ def _require_same_settings(checkpoint: Checkpoint, config: Config, *, is_importe
 
 def _may_change(key: str, is_imported: bool) -> bool:
     if is_imported:
-        return not key.startswith(_OF_THE_MODEL)
-    return key != "run.seed" and (key in _MAY_CHANGE or key.startswith(_MAY_CHANGE_SECTIONS))
+        return not key.startswith((*_OF_THE_MODEL, *_OF_THE_START))
+    return key not in ("run.seed", *_OF_THE_START) and (
+        key in _MAY_CHANGE or key.startswith(_MAY_CHANGE_SECTIONS)
+    )
 
 
 def _report_learning_rate(step: int, config: Config, stored: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch.optim import AdamW
 
@@ -54,11 +54,15 @@ class RunState:
     recent_losses: tuple[float, ...] = ()  # of the last NUM_RECENT updates
     # Of each rollback: the step of its checkpoint, and the samples skipped, from .. before.
     skipped_windows: tuple[tuple[int, int, int], ...] = ()
+    # Of a run that began with run.init_from: the run, step and tokens of its initial weights, and
+    # the updates that its initial moments have seen.
+    origin: dict[str, Any] | None = None
+    initial_updates: int = 0
 
     @property
     def num_updates(self) -> int:
-        """Updates of the weights, which AdamW counts."""
-        return self.step - self.skipped_steps
+        """Updates that the moments have seen, which AdamW counts."""
+        return self.initial_updates + self.step - self.skipped_steps
 
     @property
     def last_good_step(self) -> int:

@@ -17,6 +17,7 @@ from configs.errors import UserError
 from configs.schema import SourceConfig
 from configs.validate import COMPRESSED, SOURCE_EXTENSIONS, extensions_in_words
 from data.corpus.cache import digests
+from data.segments import TEMPLATE_VERSION
 
 # Folders of the standard library that hold installed packages, or nothing to read.
 _NOT_STDLIB = {"site-packages", "dist-packages", "lib-dynload", "__pycache__"}
@@ -66,10 +67,12 @@ def source_fingerprint(config: SourceConfig, files: list[Path], cache: Path) -> 
     # Only tables have columns; python_stdlib and text are read in the same way.
     kind: list[str | None] = ["text"]
     if config.source in ("jsonl", "parquet", "arrow"):
-        kind = [config.source, config.text_field]
+        kind = [config.source, *config.columns.values()]
     if config.source == "hub":
         kind = ["hub", config.path, config.hub_config, config.hub_split, config.hub_revision]
-        kind.append(config.text_field)
+        kind += config.columns.values()
+    if config.format != "text":
+        kind += [config.format, str(TEMPLATE_VERSION)]
     digest.update(json.dumps(kind).encode())
     for file, file_hash in zip(files, digests(files, cache), strict=True):
         digest.update(file_hash)

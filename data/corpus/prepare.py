@@ -34,7 +34,9 @@ from data.corpus import cache, report
 from data.corpus.files import SourceKeys, source_files, source_fingerprint
 from data.corpus.split import (
     DOCUMENT_FILES,
+    END_HELD_OUT,
     HELD_OUT,
+    TRAINED_ON,
     Split,
     divide,
     read_documents,
@@ -53,6 +55,7 @@ from data.corpus.spool import (
 from data.token_file import (
     PARTS,
     PROGRESS,
+    TARGETS,
     JoinedTokens,
     TokenFile,
     Tokens,
@@ -237,7 +240,7 @@ def _fill_documents(source: Source, work: Path) -> None:
 def _open_text(source: Source) -> Spool:
     """Open the text of a source, and read it first if it was deleted; the caller holds its lock."""
     cache.build_entry(source.text, partial(_fill_text, source))
-    spool = open_spool(source.text)
+    spool = open_spool(source.text, has_segments=source.config.format != "text")
     # The content of a hub dataset in a local folder has no fingerprint.
     if not np.array_equal(spool.hashes, read_documents(source.documents).hashes):
         shutil.rmtree(source.documents)
@@ -252,7 +255,11 @@ def _splits(config: DataConfig, sources: list[Source], held_out: list[Source]) -
     """Return the splits of all sources, then those of the held-out sources."""
     documents = [read_documents(source.documents) for source in sources]
     if not held_out:
-        return split_by_hash(documents, config.validation_fraction)
+        splits = split_by_hash(documents, config.validation_fraction)
+        for source, split in zip(sources, splits, strict=True):
+            if source.config.format != "text":  # a conversation has no end that could be held out
+                split[split == END_HELD_OUT] = TRAINED_ON
+        return splits
     given = [read_documents(source.documents) for source in held_out]
     splits = split_by_given(documents, given)
     for source, split in zip(sources, splits, strict=True):
@@ -338,7 +345,8 @@ def _fill_tokens(
         write_token_file(work, name, texts, indices, tokenizer)
         tokens = open_token_file(work, name, tokenizer.vocab_size)
         summary[name] = report.split_summary(tokens, texts, indices, tokenizer)
-    names = [tokenizer.file_name, *(f"{name}.{part}" for name in SPLITS for part in PARTS)]
+    parts = (*PARTS, TARGETS) if texts.has_segments else PARTS
+    names = [tokenizer.file_name, *(f"{name}.{part}" for name in SPLITS for part in parts)]
     content = b"".join(cache.file_digest(work / name) for name in names)
     facts: dict[str, Any] = {
         "fingerprint": xxh3_128_hexdigest(content),
@@ -391,7 +399,7 @@ def _join_tokens(files: Sequence[TokenFile]) -> Tokens:
 
 def _check_rows(sources: list[Source], config: DataConfig, corpus: Corpus, seq_length: int) -> None:
     """Raise UserError if a source does not fill a row, naming the longest row that all fill."""
-    if config.sequence_mode != "pack" or config.packing != "stream":
+    if config.sequence_mode != "pack" or config.packing == "best_fit":
         return
     num_tokens = [tokens.num_tokens for tokens in corpus.train.parts]
     fewest = min(num_tokens)

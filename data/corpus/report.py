@@ -2,6 +2,7 @@
 
 A summary has `records`, `skipped` (by reason), `ends_held_out`, and for both splits `documents`,
 `bytes`, `tokens`, `lengths`, `unknown`, `lossy` and `compared`; that of a mixture also `sources`.
+If only some tokens are targets, `targets` is their number, and `bytes` are those of their text.
 """
 
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.corpus.spool import Spool
-from data.token_file import TokenFile
+from data.token_file import TokenFile, is_lossy, target_bounds
 from data.tokenizer import Tokenizer
 
 _SHORTEST_BIN = 6  # the first bin of lengths ends at 2^6 tokens
@@ -49,15 +50,17 @@ def split_summary(
         for start in range(0, tokens.num_tokens, _BLOCK_TOKENS)
     )
     compared = lossy = num_bytes = 0
+    bounds = target_bounds(tokens)
     for index in range(0, tokens.num_documents, 1 + tokens.num_documents // _COMPARED_DOCUMENTS):
         start, end = tokens.document_offsets[index : index + 2].tolist()
-        decoded = tokenizer.decode(tokens.tokens[start + 1 : end - 1].tolist())
-        lossy += decoded != spool.document(int(indices[index]))
+        first, last = np.searchsorted(bounds, [start, end], side="right")
+        document, inside = tokens.tokens[start:end], bounds[first:last] - start
+        lossy += is_lossy(document, inside, spool.segments(int(indices[index])), tokenizer)
         compared += 1
         num_bytes += int(tokens.document_bytes[index])
         if num_bytes > _COMPARED_BYTES:
             break
-    return {
+    summary = {
         "documents": tokens.num_documents,
         "bytes": int(tokens.document_bytes.sum()),
         "tokens": tokens.num_tokens,
@@ -66,12 +69,24 @@ def split_summary(
         "lossy": lossy,
         "compared": compared,
     }
+    if tokens.targets is not None:
+        summary["targets"] = tokens.targets.num_targets
+    return summary
 
 
 def joined_summary(summaries: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Sum the summaries of a mixture, and keep each of them under `sources`."""
     parts = list(summaries.values())
-    return parts[0] if len(parts) == 1 else {**_sum(parts), "sources": summaries}
+    if len(parts) == 1:
+        return parts[0]
+    joined = {**_sum(parts), "sources": summaries}
+    for name in ("train", "validation"):
+        splits = [part[name] for part in parts]
+        if any("targets" in split for split in splits):
+            in_text = [split["tokens"] - split["documents"] for split in splits]  # all but bos
+            pairs = zip(splits, in_text, strict=True)
+            joined[name]["targets"] = sum(split.get("targets", count) for split, count in pairs)
+    return joined
 
 
 def _sum(values: list[Any]) -> Any:
@@ -133,9 +148,11 @@ def describe(summary: dict[str, Any]) -> str:
     lines = [first]
     parts = {f"train, {key}": part["train"] for key, part in summary.get("sources", {}).items()}
     for name, split in {"train": train, "validation": validation, **parts}.items():
-        per_token = split["bytes"] / max(1, split["tokens"])
-        counts = [_count(split[f"{noun}s"], noun) for noun in ("document", "byte", "token")]
-        lines.append(f"{name}: {', '.join(counts)}, {per_token:.2f} bytes per token")
+        noun = "target" if "targets" in split else "token"
+        per_token = split["bytes"] / max(1, split[f"{noun}s"])
+        nouns = dict.fromkeys(("document", "byte", "token", noun))
+        counts = [_count(split[f"{noun}s"], noun) for noun in nouns]
+        lines.append(f"{name}: {', '.join(counts)}, {per_token:.2f} bytes per {noun}")
     ends = [2**n for n in range(_SHORTEST_BIN, _LONGEST_BIN + 1)]
     names = [f"<={ends[0]}", *(f"{end // 2 + 1}-{end}" for end in ends[1:]), f">{ends[-1]}"]
     total, counted = max(1, sum(train["lengths"])), zip(names, train["lengths"], strict=True)

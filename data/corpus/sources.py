@@ -1,8 +1,9 @@
 """Read the documents of a source, record by record.
 
-A document is one non-empty string: a text file, or the text column of a row. Everything else is
-skipped with a reason; docs/data.md has the policy. Reading is a stream: about one document is in
-memory, `datasets` stores no copy of the corpus, and each record says where reading resumes.
+A document is one non-empty string: a text file, the text column of a row, or the segments of a
+prompt-completion pair or a conversation (data/segments.py). Everything else is skipped with a
+reason; docs/data.md has the policy. Reading is a stream: about one document is in memory,
+`datasets` stores no copy of the corpus, and each record says where reading resumes.
 
 Text and JSON lines are decoded here. The builders of `datasets` would stop at the first byte that
 is not UTF-8; `text` would also translate line ends, and `json` would parse dates and refuse files
@@ -28,6 +29,7 @@ from configs.errors import UserError
 from configs.schema import SourceConfig
 from data.corpus.files import SourceKeys
 from data.corpus.spool import START, ReadCursor, Record
+from data.segments import conversation_segments, pair_segments, to_document
 
 # Bytes of a text file, characters elsewhere. Longer texts are cut into several documents, each
 # much longer than any row.
@@ -73,7 +75,7 @@ def read_records(
     """Yield the records of a source in order, from a cursor on.
 
     `scratch` is a folder for the lock files of `datasets`. Raises UserError, naming the key and the
-    file, if the source cannot be read or lacks the column `text_field`.
+    file, if the source cannot be read or lacks a column.
     """
     undecodable: dict[str, None] = {}
     for number in range(start.file, len(files) if source.source != "hub" else 1):
@@ -82,7 +84,7 @@ def read_records(
         with _errors_naming_source(source, keys, file):
             values = itertools.islice(_values(source, keys, file, scratch), skipped, None)
             for record, value in enumerate(values, start=skipped + 1):
-                texts, reason = _documents(value)
+                texts, reason = _documents(source, value)
                 if file is not None and reason == _NOT_UTF8 and len(undecodable) < _MAX_NAMED:
                     undecodable[file.name] = None
                 yield Record(texts, reason, ReadCursor(number, record))
@@ -113,10 +115,15 @@ def _errors_naming_source(
         raise UserError(f"{where}: {error}") from error
 
 
-def _documents(value: object) -> tuple[list[str], str | None]:
-    """Return the documents of a value that should be a string, or why there are none."""
+def _documents(source: SourceConfig, value: Any) -> tuple[list[str], str | None]:
+    """Return the documents of a record, or why there are none."""
     if isinstance(value, Skip):
         return [], value.reason
+    return _text(value) if source.format == "text" else _segments(source, value)
+
+
+def _text(value: object) -> tuple[list[str], str | None]:
+    """Return the documents of a value that should be a string, or none and the reason."""
     if value is None:
         return [], "null"
     if not isinstance(value, str):
@@ -127,6 +134,20 @@ def _documents(value: object) -> tuple[list[str], str | None]:
     if _SURROGATE.search(value):
         return [], _NOT_UTF8
     return cut_text(value), None
+
+
+def _segments(source: SourceConfig, columns: list[Any]) -> tuple[list[str], str | None]:
+    """Return the document of a pair or a conversation, or none and the reason."""
+    if source.format == "messages":
+        segments, reason = conversation_segments(*columns)
+    else:
+        segments, reason = pair_segments(*columns)
+    document = to_document(segments)
+    if len(document) > MAX_DOCUMENT_SIZE:
+        reason = f"longer than {MAX_DOCUMENT_SIZE >> 20} MiB"
+    elif _SURROGATE.search(document):
+        reason = _NOT_UTF8
+    return ([document], None) if reason is None else ([], reason)
 
 
 def cut_text(text: str) -> list[str]:
@@ -143,17 +164,17 @@ def cut_text(text: str) -> list[str]:
 def _values(
     source: SourceConfig, keys: SourceKeys, file: Path | None, scratch: Path
 ) -> Iterator[Any]:
-    """Yield what should be the text of each record."""
+    """Yield what should be the text of each record, or its columns in another format."""
     if file is not None and source.source in ("python_stdlib", "text"):
         return _text_pieces(file)
     if file is not None and file.stat().st_size == 0:  # no rows
         return iter(())
     if file is None or source.source != "jsonl":
-        return _column(source, keys, _table_rows(source, file, scratch))
+        return _columns(source, keys, _table_rows(source, file, scratch))
     with open_bytes(file) as stream:
         start = stream.read(_START_BYTES).removeprefix(b"\xef\xbb\xbf")
     read = _json_array if start.lstrip().startswith(b"[") else _json_lines
-    return _column(source, keys, read(file, keys))
+    return _columns(source, keys, read(file, keys))
 
 
 def open_bytes(file: Path) -> IO[bytes]:
@@ -194,20 +215,22 @@ def _decode(content: bytes) -> str | Skip:
         return Skip(_NOT_UTF8)
 
 
-def _column(source: SourceConfig, keys: SourceKeys, rows: Iterable[Any]) -> Iterator[Any]:
-    """Yield the text column of rows. JSON rows may lack it, but not the first row of a file."""
-    name, is_first = source.text_field, True
+def _columns(source: SourceConfig, keys: SourceKeys, rows: Iterable[Any]) -> Iterator[Any]:
+    """Yield columns of rows. JSON rows may lack them, but not the first row of a file."""
+    is_first = True
     for row in rows:
         if isinstance(row, Skip):
             yield row
             continue
-        if is_first and name not in row:
-            raise UserError(
-                f"{keys.section}.text_field={name!r} is not a column of {keys.path}="
-                f"{source.path!r}; the columns are: {', '.join(row)}"
-            )
+        for leaf, name in source.columns.items() if is_first else ():
+            if name not in row:
+                raise UserError(
+                    f"{keys.section}.{leaf}={name!r} is not a column of {keys.path}="
+                    f"{source.path!r}; the columns are: {', '.join(row)}"
+                )
         is_first = False
-        yield row.get(name)
+        values = [row.get(name) for name in source.columns.values()]
+        yield values[0] if source.format == "text" else values
 
 
 def _table_rows(source: SourceConfig, file: Path | None, scratch: Path) -> Iterable[Any]:
@@ -226,8 +249,9 @@ def _table_rows(source: SourceConfig, file: Path | None, scratch: Path) -> Itera
         options["revision"] = source.hub_revision
     rows = datasets.load_dataset(**options, streaming=True, cache_dir=str(scratch))
     # Other columns would be decoded, and may hold images. Names may be unknown before reading.
-    if source.text_field in (rows.column_names or ()):
-        rows = rows.select_columns([source.text_field])
+    columns = [*source.columns.values()]
+    if set(columns) <= set(rows.column_names or ()):
+        rows = rows.select_columns(columns)
     return rows
 
 

@@ -11,6 +11,7 @@ to the same text in every source, so that no text is in both splits:
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -118,11 +119,11 @@ def divide(spool: Spool, split: Split, fraction: float) -> Division:
     hashes = np.array([xxhash.xxh3_64_intdigest(end) for end in ends], dtype=np.uint64)
     head_sizes = spool.sizes.copy()
     head_sizes[cut] = lengths
-    texts = Spool(
-        spool.text,
-        np.concatenate([spool.starts, starts]),
-        np.concatenate([head_sizes, sizes]),
-        np.concatenate([spool.hashes, hashes]),
+    texts = replace(
+        spool,
+        starts=np.concatenate([spool.starts, starts]),
+        sizes=np.concatenate([head_sizes, sizes]),
+        hashes=np.concatenate([spool.hashes, hashes]),
     )
     held_out = np.concatenate([np.flatnonzero(split == HELD_OUT), len(spool) + np.arange(len(cut))])
     train = np.flatnonzero(split != HELD_OUT)

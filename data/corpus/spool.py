@@ -23,6 +23,7 @@ import numpy.typing as npt
 import xxhash
 
 from data.corpus.cache import open_at, replace_durably, sync_files
+from data.segments import from_document
 
 SPOOL_FILES = ("text", "sizes", "hashes")
 _PROGRESS = "spool.progress.json"
@@ -59,14 +60,20 @@ class Spool:
     starts: npt.NDArray[np.int64]  # [n], bytes
     sizes: npt.NDArray[np.int64]  # [n], bytes
     hashes: npt.NDArray[np.uint64]  # [n], xxh3_64 of the UTF-8 text, all different
+    has_segments: bool = False  # a document is a string of data/segments.py
 
     def __len__(self) -> int:
         return len(self.hashes)
 
     def document(self, index: int) -> str:
         """Return the text of one document."""
+        return "".join(self.segments(index))
+
+    def segments(self, index: int) -> list[str]:
+        """Return the contexts and targets of one document in turn; see data/segments.py."""
         start = self.starts[index]
-        return self.text[start : start + self.sizes[index]].decode()
+        content = self.text[start : start + self.sizes[index]].decode()
+        return from_document(content) if self.has_segments else ["", content]
 
     def num_bytes(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the UTF-8 bytes of each of the documents."""
@@ -131,7 +138,7 @@ def write_spool(
     return done
 
 
-def open_spool(folder: Path) -> Spool:
+def open_spool(folder: Path, *, has_segments: bool = False) -> Spool:
     """Map a spool of at least one document; of equal documents only the first one counts."""
     sizes = np.fromfile(folder / "sizes", "<i8")
     hashes = np.fromfile(folder / "hashes", "<u8")
@@ -139,7 +146,7 @@ def open_spool(folder: Path) -> Spool:
     firsts = np.sort(np.unique(hashes, return_index=True)[1])
     with (folder / "text").open("rb") as file:
         text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return Spool(text, starts[firsts], sizes[firsts], hashes[firsts])
+    return Spool(text, starts[firsts], sizes[firsts], hashes[firsts], has_segments)
 
 
 def sample_sentences(spool: Spool, indices: npt.NDArray[np.int64], max_bytes: int) -> Iterator[str]:

@@ -16,7 +16,8 @@ The memory has no name in any file system and does not use /dev/shm, which is sm
 containers: rank 0 creates it with memfd_create, the others open it through rank 0's /proc entry,
 and the kernel frees it with the last process that maps it. Each rank reserves its slots first, so
 that a lack of memory is an error then and not a fault later. A waiting rank checks every few
-milliseconds through pidfds whether a peer has ended.
+milliseconds through pidfds whether a peer has ended. Before it ends too, it leaves that peer's
+number in all its groups, so that ranks which share no group with that peer can name it.
 """
 
 import ctypes
@@ -27,7 +28,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -56,6 +57,8 @@ class SharedMemory:
     messages. Raises OSError if the memory is not available; the others must not use it then.
     """
 
+    _all: ClassVar["weakref.WeakSet[SharedMemory]"] = weakref.WeakSet()  # of this process
+
     def __init__(
         self,
         store: Store,
@@ -76,16 +79,17 @@ class SharedMemory:
             weakref.finalize(self, os.close, pidfd)
             self._peer_of[pidfd] = peer
             self._ended.register(pidfd, select.POLLIN)
-        # A semaphore for each sender and receiver; then two lines per rank: its call in even steps
-        # and in odd steps.
-        num_lines = self.ranks * (self.ranks + 2)
+        # A semaphore for each sender and receiver; then three lines per rank: its call in even
+        # steps, its call in odd steps, the rank it has found lost.
+        num_lines = self.ranks * (self.ranks + 3)
         self._slots_at = -(-num_lines * _LINE_BYTES // mmap.PAGESIZE) * mmap.PAGESIZE
         self._memory = self._map(store)
         lines = [_Line.from_buffer(self._memory, i * _LINE_BYTES) for i in range(num_lines)]
         rows = [lines[first : first + self.ranks] for first in range(0, num_lines, self.ranks)]
-        *self._semaphores, even_calls, odd_calls = rows
+        *self._semaphores, even_calls, odd_calls, self._lost = rows
         self._calls = (even_calls, odd_calls)
         self._slots: dict[tuple[torch.dtype, int], list[Tensor]] = {}
+        self._all.add(self)
 
     def _map(self, store: Store) -> mmap.mmap:
         """Map the memory and reserve the own part of it."""
@@ -148,9 +152,7 @@ class SharedMemory:
         while waiting := [p for p in waiting if _libc.sem_trywait(self._semaphores[p][self.rank])]:
             # Tried once more after the end, as the peer may have posted before it.
             if lost := [peer for peer in waiting if peer in ended]:
-                rank, pid = self._global_ranks[lost[0]], self._pids[lost[0]]
-                problem = f"connection lost: rank {rank} (process {pid}) has ended"
-                self._fail(problem, PeerLostError)
+                self._lose(lost[0])
             num_polls += 1
             if num_polls < _NUM_POLLS:
                 continue
@@ -165,6 +167,15 @@ class SharedMemory:
             if waited_s > self._timeout_s:
                 late = [self._global_ranks[peer] for peer in waiting]
                 self._fail(f"no answer from ranks {late} in {self._timeout_s:g} s")
+
+    def _lose(self, peer: int) -> NoReturn:
+        ended = self._global_ranks[peer]
+        first = int(self._lost[peer].value or ended)  # that peer may have ended because of another
+        for memory in list(self._all):
+            memory._lost[memory.rank].value = str(first).encode()
+        cause = f", after rank {first} had" if first != ended else ""
+        failure = f"connection lost: rank {ended} (process {self._pids[peer]}) has ended{cause}"
+        self._fail(failure, PeerLostError)
 
     def _fail(
         self, failure: str, error: type[dist.DistBackendError] = dist.DistBackendError

@@ -129,6 +129,30 @@ ARGUMENTS = [
     ),
     ("model.rotary_base=0", "model.rotary_base=0.0 is out of range; it must be at least 1"),
     (
+        "model.position_embedding_type=rope model.kv_channels=33",
+        "model.kv_channels=33 is odd, but RoPE rotates pairs of channels; choose model.kv_channels=34",
+    ),
+    (
+        "model.position_embedding_type=rope model.rotary_percent=0.1",
+        "model.rotary_percent=0.1 of the 32 channels per head is 3; choose a fraction that gives an even number, since RoPE rotates pairs",
+    ),
+    (
+        "model.rotary_percent=0.5",
+        "model.rotary_percent=0.5 has no effect with model.position_embedding_type=learned_absolute; set model.rotary_percent=1.0, or model.position_embedding_type=rope",
+    ),
+    (
+        "model.position_embedding_type=rope model.rope_scaling_factor=32",
+        "model.rope_scaling_factor=32.0 has no effect with model.rope_scaling_type=null; set model.rope_scaling_factor=8.0, or model.rope_scaling_type=llama3",
+    ),
+    (
+        "model.position_embedding_type=rope model.rope_scaling_type=llama3 model.rope_low_freq_factor=4",
+        "model.rope_high_freq_factor=4.0 is too small; choose more than model.rope_low_freq_factor=4.0",
+    ),
+    (
+        "model.rope_scaling_type=yarn",
+        "model.rope_scaling_type=yarn is not one of llama3 or null",
+    ),
+    (
         "model.seq_length=100000000",
         "model.seq_length=100000000 x model.hidden_size=128 is more than 2^32, so dropout masks would repeat; choose model.seq_length=33554432 or less",
     ),
@@ -159,6 +183,18 @@ ARGUMENTS = [
     (
         "data.sequence_mode=pad data.packing=best_fit",
         "data.packing=best_fit has no effect with data.sequence_mode=pad; set data.packing=stream, or data.sequence_mode=pack",
+    ),
+    (
+        "data.format=messages",
+        "data.format=messages needs rows with columns, which data.source=python_stdlib does not have; set data.source=jsonl (or parquet, arrow, hub), or data.format=text",
+    ),
+    (
+        "data.source=jsonl data.path=x data.format=messages data.packing=stream",
+        "data.packing=stream would cut prompts from their targets; with formats other than text set data.packing=best_fit (or null), or data.sequence_mode=pad",
+    ),
+    (
+        "data.source=hub data.path=x data.format=prompt_completion data.inter_document_masking=false",
+        "data.inter_document_masking=false would let targets attend to other documents; with formats other than text set data.inter_document_masking=true (or null), or data.sequence_mode=pad",
     ),
     # files
     (

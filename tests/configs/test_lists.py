@@ -113,6 +113,31 @@ def test_sources_and_the_single_keys_exclude_each_other() -> None:
 
 
 @pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ((), ("stream", False, False)),
+        (("data.inter_document_masking=true",), ("stream", True, True)),
+        (("data.source=hub", "data.path=x", "data.format=messages"), ("best_fit", True, True)),
+        (
+            ("data.sources=[{}, {source: hub, path: x, format: messages}]",),
+            ("best_fit", True, True),
+        ),
+        (
+            ("data.source=hub", "data.path=x", "data.format=messages", "data.sequence_mode=pad"),
+            ("stream", False, False),
+        ),
+    ],
+)
+def test_the_format_decides_how_rows_are_packed(more: tuple[str, ...], expected: object) -> None:
+    """Unless it is given; config.yaml has the result."""
+    config = parse_config(["config=gpt_debug", *more])
+    data = config.data
+    assert (data.packing, data.inter_document_masking, data.masks_documents) == expected
+    Path("config.yaml").write_text(to_yaml(config))
+    assert read_config(Path("config.yaml")) == config
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("[1, 2]", (1, 2)),

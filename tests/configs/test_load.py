@@ -20,6 +20,7 @@ from configs.layout import check_layout, last_chunk
 from configs.load import SHIPPED, current_name
 from configs.schema import REMOVED, RENAMED, RunConfig, TrainConfig
 from configs.validate import SOURCE_EXTENSIONS
+from configs.weights import num_parameters
 from tests.data_corpora import small_tokenizer, write_json_tokenizer
 from tests.lines import ROOT
 
@@ -112,15 +113,18 @@ def test_every_shipped_file_starts_as_one_process_from_anywhere(path: Path) -> N
     config = parse_config([f"config={path.name}"])
     assert config.run.name == path.stem
     assert config.parallel.tensor_model_parallel_size == 1
-    # The activations of GPT2LMHeadModel and LlamaForCausalLM.
-    expected = "swiglu" if path.stem.startswith("llama") else "gelu_tanh"
+    # The activations of GPT2LMHeadModel and of the families with rotary positions.
+    expected = "swiglu" if path.stem.startswith(("llama", "qwen")) else "gelu_tanh"
     assert config.model.activation == expected
     assert path.read_text().startswith("# ")
 
 
 @pytest.mark.parametrize(
     ("name", "ranks"),
-    [("gpt_125m", 8), ("gpt_1b", 64), ("gpt_7b", 64), ("llama_1b", 64)],
+    [
+        *(("gpt_125m", 8), ("gpt_1b", 64), ("gpt_7b", 64), ("llama_1b", 64)),
+        *(("qwen3_0.6b", 64), ("llama3.2_1b", 64)),
+    ],
 )
 def test_shipped_files_start_on_whole_nodes(name: str, ranks: int) -> None:
     """Every power of two up to eight is a tensor-parallel size, unless heads do not divide."""
@@ -129,6 +133,15 @@ def test_shipped_files_start_on_whole_nodes(name: str, ranks: int) -> None:
         if config.model.num_attention_heads % size == 0:
             parallel = dataclasses.replace(config.parallel, tensor_model_parallel_size=size)
             check_layout(dataclasses.replace(config, parallel=parallel), ranks)
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), [("qwen3_0.6b", 596_049_920), ("llama3.2_1b", 1_235_814_400)]
+)
+def test_published_models_have_the_published_size(name: str, number: int) -> None:
+    """The numbers of elements in the safetensors files on the hub, with a tied head once."""
+    config = parse_config([f"config={name}"])
+    assert num_parameters(config.model, config.data.padded_vocab_size) == number
 
 
 def test_llama_1b_is_a_billion_parameters() -> None:
@@ -443,7 +456,7 @@ def test_the_tokenizer_decides_the_vocabulary_size(tmp_path: Path) -> None:
         (["data.eos_token=<s>"], r"data\.eos_token=<s> has no effect with data\.tokenizer=null"),
         (
             [f"data.tokenizer={path}", "data.eos_token=<eos>"],
-            r"has no token '<eos>'; set data\.eos_token to one of its tokens",
+            r"data\.eos_token=<eos>, but .*tokenizer_config\.json says eos is </s>; set data\.eos",
         ),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -134,6 +134,10 @@ def test_bos_and_eos_come_from_the_files_beside(tmp_path: Path, files: dict[str,
     tokenizer = load(tmp_path)
     assert (tokenizer.bos_token, tokenizer.bos_id) == ("<s>", 0)
     assert (tokenizer.eos_token, tokenizer.eos_id) == ("</s>", 1)
+    assert load(tmp_path, eos_token="</s>").fingerprint == tokenizer.fingerprint
+    message = r"^data\.bos_token=</s>, but .*json says bos is <s>; set data\.bos_token=null to use"
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(tmp_path, bos_token="</s>")
 
 
 def test_bos_and_eos_come_from_the_settings(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from data.corpus.cache import file_digest
 from data.corpus.prepare import SPLITS
 from data.corpus.spool import Record, open_spool, sample_sentences, write_spool
 from data.rows import Rows
-from data.token_file import PARTS, TokenFile, Tokens, encode_documents, open_token_file
+from data.token_file import PARTS, TokenFile, Tokens, encode_segments, open_token_file
 from tests.data_corpora import random_text, small_tokenizer, text_config, write_texts
 from tests.lines import ROOT
 
@@ -428,7 +428,7 @@ def test_a_tokenizer_with_ids_beyond_its_size_is_rejected() -> None:
     tokenizer = copy(small_tokenizer())
     tokenizer.vocab_size = 10
     with pytest.raises(ValueError, match=r"gives id \d+, but has 10 pieces"):
-        list(encode_documents(["self"], tokenizer, np.dtype("<u2")))
+        list(encode_segments([["", "self"]], tokenizer, np.dtype("<u2")))
 
 
 def test_the_tokenizer_learns_from_a_bounded_sample_of_training_lines(tmp_path: Path) -> None:

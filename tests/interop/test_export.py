@@ -222,16 +222,22 @@ def test_differences_are_detected(exported: dict[str, tuple[Config, Path]]) -> N
     with pytest.raises(ValueError, match=r"exported model differs in transformers.*logits"):
         require_equal(other, "float32")
     require_equal(other, "bfloat16")
-    with pytest.raises(ValueError, match="tokenizer differs on 1 of 1000 texts"):
+    with pytest.raises(ValueError, match="tokenizer differs on 1 of 2000 texts"):
         require_equal(dataclasses.replace(same, num_text_differences=1), "bfloat16")
 
 
 REFUSED = [
-    (dataclasses.replace(LLAMA, qk_layernorm=True), r"Llama.*model\.qk_layernorm=true \(needs"),
     (
-        dataclasses.replace(LLAMA, normalization="LayerNorm", activation="gelu"),
-        r"normalization=LayerNorm \(needs RMSNorm\), model\.activation=gelu \(needs swiglu\)",
+        dataclasses.replace(LLAMA, qk_layernorm=True, add_qkv_bias=True),
+        r"Qwen2.*model\.qk_layernorm=true \(needs",
     ),
+    (
+        dataclasses.replace(LLAMA, position_embedding_type="learned_absolute", activation="gelu"),
+        r"Llama.*model\.activation=gelu \(needs swiglu\), model\.position_embedding_type=learned",
+    ),
+    (dataclasses.replace(LLAMA, rotary_percent=0.5), r"model\.rotary_percent=0\.5 \(needs 1\.0"),
+    (dataclasses.replace(LLAMA, hidden_size=30, kv_channels=8), r"hidden_size=30 \(needs a mult"),
+    (dataclasses.replace(GPT2, kv_channels=16), r"model\.kv_channels=16 \(needs null"),
     (dataclasses.replace(GPT2, num_query_groups=2), r"GPT2LMHead.*model\.num_query_groups=2"),
     (dataclasses.replace(GPT2, add_bias_linear=False), r"model\.add_bias_linear=false"),
 ]

@@ -14,11 +14,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from checkpoints import begin_save, commit_save, find_checkpoint, load_tensors
-from configs import Config, UserError, parse_config, read_config
+from configs import Config, ModelConfig, UserError, parse_config, read_config
 from export import Settings as ExportSettings
 from export import export
 from import_hf import Settings, find_tokenizer, import_model
-from interop.huggingface_config import from_huggingface_config, unknown_options
+from interop.huggingface_config import (
+    ARCHITECTURES,
+    from_huggingface_config,
+    to_huggingface_config,
+    unknown_options,
+)
 from interop.source import download, open_source
 from model import build_model
 from parallel import Mesh
@@ -42,16 +47,16 @@ _LLAMA = _SHAPE | {
     "max_position_embeddings": 64,
 }
 _GPT2 = _SHAPE | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 37}
+_BASE = {"GPT2": _GPT2, **dict.fromkeys(("Llama", "Qwen2", "StableLm"), _LLAMA)}
+_BASE["Qwen3"] = _LLAMA | {"head_dim": 24}
 
 
 def hf_model(kind: str, **options: Any) -> Any:
     """A transformers model with random weights, norms and biases."""
     import transformers  # noqa: PLC0415  takes seconds
 
-    base = {"Llama": _LLAMA, "GPT2": _GPT2}[kind]
-    head = {"Llama": "LlamaForCausalLM", "GPT2": "GPT2LMHeadModel"}[kind]
-    config = getattr(transformers, f"{kind}Config")(**base | options)
-    model = getattr(transformers, head)(config)
+    config = getattr(transformers, f"{kind}Config")(**_BASE[kind] | options)
+    model = getattr(transformers, ARCHITECTURES[config.model_type])(config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -380,12 +385,32 @@ REFUSED_OPTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama3 beside default": (
         "Llama",
         {"rope_scaling": _LLAMA3, "rope_parameters": _DEFAULT_ROPE},
-        r'rope_scaling\.rope_type="llama3", which is not supported',
+        r'rope_scaling\.rope_type="llama3", rope_parameters\.rope_type="default"; keep only',
     ),
-    "llama3 in rope_parameters": (
+    "two scalings": (
         "Llama",
-        {"rope_parameters": _LLAMA3},
-        r'rope_parameters\.rope_type="llama3"',
+        {"rope_scaling": _LLAMA3, "rope_parameters": {**_LLAMA3, "factor": 32.0}},
+        r"rope_scaling\.factor=8\.0, rope_parameters\.factor=32\.0; keep only the one",
+    ),
+    "a length outside the scaling": (
+        "Llama",
+        {"rope_parameters": _LLAMA3, "original_max_position_embeddings": 32},
+        "original_max_position_embeddings=16, original_max_position_embeddings=32; keep only",
+    ),
+    "a scaling without a factor": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "llama3"}},
+        r"rope_parameters\.factor=null; expected a number",
+    ),
+    "yarn": (
+        "Qwen3",
+        {"rope_parameters": {"factor": 4.0, "rope_type": "yarn"}},
+        r'rope_parameters\.rope_type="yarn", which is not supported; expected type default',
+    ),
+    "two types": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "default", "type": "linear"}},
+        r'rope_parameters\.type="linear"',
     ),
     "old name of the type": ("Llama", {"rope_scaling": {"type": "linear"}}, r'type="linear"'),
     "scaled by its factor": (
@@ -419,18 +444,51 @@ REFUSED_OPTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
         },
         r"rope_scaling\.rope_theta=10000\.0, rope_parameters\.rope_theta=500\.0",
     ),
-    "partial rotary": ("Llama", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5"),
+    "partial rotary": (
+        "Llama",
+        {"rope_parameters": None, "partial_rotary_factor": 0.5},
+        r"partial_rotary_factor=0\.5, which is not supported; expected 1\.0",
+    ),
+    "partial rotary inside": (
+        "Qwen3",
+        {"rope_parameters": {**_DEFAULT_ROPE, "partial_rotary_factor": 0.5}},
+        r"partial_rotary_factor=0\.5",
+    ),
+    "two fractions": (
+        "StableLm",
+        {"partial_rotary_factor": 0.5},
+        r"rope_parameters\.partial_rotary_factor=0\.25, partial_rotary_factor=0\.5; keep only",
+    ),
     "not causal": ("Llama", {"is_causal": False}, "is_causal=false"),
     "not causal, GPT-2": ("GPT2", {"is_causal": False}, "is_causal=false"),
     "a window": ("Llama", {"sliding_window": 4}, "sliding_window=4"),
+    "a window that is used": (
+        "Qwen2",
+        {"sliding_window": 4, "use_sliding_window": True},
+        "use_sliding_window=true, which is not supported",
+    ),
+    "windows of some layers": (
+        "Qwen3",
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        r'layer_types=\["full_attention", "sliding_attention"\]',
+    ),
+    "layer types that are no list": ("Qwen3", {"layer_types": 1}, "layer_types=1"),
+    "biases of attention": ("Qwen3", {"attention_bias": True}, "attention_bias=true"),
+    "a norm for each head": ("StableLm", {"qk_layernorm": True}, "qk_layernorm=true"),
+    "parallel residuals": (
+        "StableLm",
+        {"use_parallel_residual": True},
+        "use_parallel_residual=true",
+    ),
+    "dropout at other places": ("StableLm", {"hidden_dropout": 0.1}, r"hidden_dropout=0\.1"),
     "layers that differ": (
         "Llama",
         {"per_layer_config": {"0": {"hidden_act": "gelu"}}},
         "per_layer_config=",
     ),
     "another activation": ("Llama", {"hidden_act": "gelu"}, 'hidden_act="gelu"'),
-    "biases of one kind": ("Llama", {"attention_bias": True}, "mlp_bias=false.*expected true"),
-    "a head dimension": ("Llama", {"head_dim": 16}, "head_dim=16.*expected 8"),
+    "biases of one kind": ("Llama", {"attention_bias": True}, "attention_bias=true.*expected fal"),
+    "no head dimension": ("Qwen3", {"head_dim": None}, "head_dim=null; expected a positive"),
     "a string for a bool": (
         "Llama",
         {"tie_word_embeddings": "false"},
@@ -458,8 +516,7 @@ def options_of(kind: str, **changes: Any) -> dict[str, Any]:
     """The content of a config.json."""
     import transformers  # noqa: PLC0415  takes seconds
 
-    base = {"Llama": _LLAMA, "GPT2": _GPT2}[kind]
-    return getattr(transformers, f"{kind}Config")(**base).to_dict() | changes
+    return getattr(transformers, f"{kind}Config")(**_BASE[kind]).to_dict() | changes
 
 
 @pytest.mark.parametrize("name", REFUSED_OPTIONS)
@@ -488,7 +545,91 @@ def test_the_rotary_base(changes: dict[str, Any], base: float) -> None:
     assert options["rotary_base"] == base
 
 
-@pytest.mark.parametrize("kind", ["Llama", "GPT2"])
+_SCALED = {
+    "rope_scaling_type": "llama3",
+    "rope_scaling_factor": 8.0,
+    "rope_low_freq_factor": 1.0,
+    "rope_high_freq_factor": 4.0,
+    "rope_original_max_position": 16,
+}
+_WITHOUT_LENGTH = {k: v for k, v in _LLAMA3.items() if k != "original_max_position_embeddings"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "expected"),
+    [
+        ("Llama", {"rope_parameters": _LLAMA3}, _SCALED),
+        ("Llama", {"rope_parameters": None, "rope_scaling": _LLAMA3, "rope_theta": 5e5}, _SCALED),
+        ("Llama", {"rope_scaling": _LLAMA3, "rope_parameters": _LLAMA3}, _SCALED),
+        (
+            "Llama",
+            {"rope_parameters": {**_WITHOUT_LENGTH, "type": "llama3"}},
+            {**_SCALED, "rope_original_max_position": 64},
+        ),
+        ("Llama", {"original_max_position_embeddings": 16}, {"rope_scaling_type": None}),
+        ("Llama", {"head_dim": 8}, {"kv_channels": None, "add_qkv_bias": False}),
+        ("Llama", {"head_dim": 16}, {"kv_channels": 16}),
+        ("Qwen2", {"sliding_window": 4}, {"add_qkv_bias": True, "add_bias_linear": False}),
+        ("Qwen3", {}, {"kv_channels": 24, "qk_layernorm": True, "add_qkv_bias": False}),
+        ("StableLm", {}, {"rotary_percent": 0.25, "normalization": "LayerNorm"}),
+        ("StableLm", {"rope_parameters": None}, {"rotary_percent": 0.25, "rotary_base": 10000.0}),
+        (
+            "StableLm",
+            {"rope_parameters": None, "partial_rotary_factor": 0.5, "use_qkv_bias": True},
+            {"rotary_percent": 0.5, "add_qkv_bias": True, "kv_channels": None},
+        ),
+    ],
+)
+def test_options_of_published_models(
+    kind: str, changes: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    """Each becomes the settings of the same function, and these become equal options again."""
+    family, vocab_size, found = from_huggingface_config(options_of(kind, **changes))
+    settings = dataclasses.asdict(ModelConfig(**found))
+    assert {key: settings[key] for key in expected} == expected
+    written = to_huggingface_config(ModelConfig(**found), vocab_size)
+    assert from_huggingface_config(json.loads(json.dumps(written))) == (family, VOCAB, found)
+    assert unknown_options(written) == {}
+
+
+# What version 4 of transformers has written for models on the hub.
+_PUBLISHED = {
+    "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "pretraining_tp": 1,
+    "initializer_range": 0.02, "torch_dtype": "bfloat16", "tie_word_embeddings": True,
+    "num_key_value_heads": 8, "use_cache": True, "transformers_version": "4.51.0",
+}  # fmt: skip
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "qwen3_0.6b": _PUBLISHED | {
+        "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": 151936,
+        "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+        "num_attention_heads": 16, "head_dim": 128, "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-06, "rope_theta": 1000000, "rope_scaling": None, "sliding_window": None,
+        "use_sliding_window": False, "max_window_layers": 28,
+        "bos_token_id": 151643, "eos_token_id": 151645,
+    },
+    "llama3.2_1b": _PUBLISHED | {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256,
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "head_dim": 64, "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "mlp_bias": False,
+        "rope_scaling": _LLAMA3 | {"factor": 32.0, "original_max_position_embeddings": 8192},
+        "bos_token_id": 128000, "eos_token_id": 128001,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_shipped_configurations_are_those_of_published_models(name: str) -> None:
+    """Except for the length of a row."""
+    shipped = parse_config([f"config={name}"])
+    _, vocab_size, settings = from_huggingface_config(PUBLISHED[name])
+    assert unknown_options(PUBLISHED[name]) == {}
+    assert vocab_size == shipped.data.vocab_size
+    length = shipped.model.seq_length
+    assert ModelConfig(**{**settings, "seq_length": length}) == shipped.model
+
+
+@pytest.mark.parametrize("kind", _BASE)
 def test_every_option_of_transformers_is_known(kind: str) -> None:
     """A release with a new option fails here; options that no release has are reported."""
     import transformers  # noqa: PLC0415

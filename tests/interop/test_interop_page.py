@@ -54,7 +54,7 @@ def test_all_commands_in_order(tmp_path: Path) -> None:
     texts = [re.split("[\ufffd\x00-\x1f]", text)[0] for text in (generated, used)]
     assert texts[0] == texts[1] != "def main("
     assert generated.startswith("def main(")
-    assert re.search(r"logits differ by at most \d\.\de-0\d.* 0 of 1000 texts", exported)
+    assert re.search(r"logits differ by at most \d\.\de-0\d.* 0 of 2000 texts", exported)
     ours, theirs = re.findall(r"([\d.]+) bits/byte|bits_per_byte\D+([\d.]+)", measured)
     assert float(ours[0]) == pytest.approx(float(theirs[1]), abs=1e-4)
     assert "vocab_size: 603" in imported

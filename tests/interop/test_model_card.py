@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from configs import SourceConfig
-from interop.model_card import _corpus, _evaluation
+from interop.model_card import _corpus, _evaluation, _origin
 
 ROW = '{"step": 4, "eval/loss": 2.5, "eval/perplexity": 12.0, "eval/bits_per_byte": 1.25}\n'
 
@@ -36,3 +36,14 @@ def test_local_paths_are_not_published(tmp_path: Path) -> None:
     assert _corpus(SourceConfig("hub", "org/books")) == "`org/books` (hub)"
     assert _corpus(SourceConfig("hub", str(tmp_path))) == f"`{tmp_path.name}` (hub)"
     assert _corpus(SourceConfig("text", str(tmp_path))) == f"`{tmp_path.name}` (text)"
+
+
+def test_the_origin_of_the_weights() -> None:
+    """All stages before this one; nothing for random initial weights."""
+    first = {"run": "a", "step": 1000, "tokens": 7, "wandb_id": "1", "origin": None}
+    second = {"run": "b", "step": 30, "tokens": 5000, "wandb_id": "2", "origin": first}
+    assert _origin({"origin": second}) == (
+        "\nIt began with the weights of `b` (step 30, 5,000 tokens), which began with those of `a` "
+        "(step 1,000, 7 tokens)."
+    )
+    assert _origin({"origin": None}) == _origin({}) == ""

@@ -58,6 +58,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "num_query_groups": 2,
         "untie_embeddings_and_output_weights": True,
     },
+    "biases of q, k and v, wide heads, scaled partial rope": {
+        "normalization": "RMSNorm",
+        "position_embedding_type": "rope",
+        "kv_channels": 14,
+        "rotary_percent": 0.9,
+        "rope_scaling_type": "llama3",
+        "rope_original_max_position": 32,  # one frequency is kept, one is interpolated
+        "activation": "swiglu",
+        "add_bias_linear": False,
+        "add_qkv_bias": True,
+        "num_query_groups": 2,
+    },
     "one group, biases, qk norm": {
         "position_embedding_type": "rope",
         "rotary_base": 500.0,
@@ -360,3 +372,6 @@ def test_flops_equal_a_count_by_hand() -> None:
     matrices = 2 * (16 * 16 * 4 + 2 * 16 * 64) + 23 * 16
     attention = 2 * 2 * 2 * 12 * 16  # layers x (q k^T and p v) x 2 operations x s x h
     assert flops_per_token(TINY, VOCAB) == 3 * (2 * matrices + attention)
+    wide = dataclasses.replace(TINY, kv_channels=10, num_query_groups=2)  # 4 heads: 40 channels
+    matrices = 2 * (2 * 16 * 40 + 16 * 2 * 2 * 10 + 2 * 16 * 64) + 23 * 16
+    assert flops_per_token(wide, VOCAB) == 3 * (2 * matrices + attention * 40 / 16)

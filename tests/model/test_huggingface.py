@@ -104,7 +104,7 @@ def step_batch(step: int, mesh: Mesh) -> StepBatch:
     """This data-parallel rank's rows, in two micro-batches."""
     num_targets = int((rows_of_step(step)[1] >= 0).sum())
     tokens, targets = (rows.chunk(mesh.dp.size)[mesh.dp.rank] for rows in rows_of_step(step))
-    micro_batches = [
+    whole_rows = [
         MicroBatch(
             tokens=part,
             targets=part_targets,
@@ -114,7 +114,8 @@ def step_batch(step: int, mesh: Mesh) -> StepBatch:
         )
         for part, part_targets in zip(tokens.chunk(2), targets.chunk(2), strict=True)
     ]
-    return StepBatch(micro_batches, num_targets, sum(part.sum_of_lengths for part in micro_batches))
+    micro_batches = [rows.of_cp_rank(mesh.cp.rank, mesh.cp.size) for rows in whole_rows]
+    return StepBatch(micro_batches, num_targets, sum(rows.sum_of_lengths for rows in whole_rows))
 
 
 @pytest.fixture(scope="module", params=["GPT-2", "Llama, 2 query groups"])
@@ -124,7 +125,15 @@ def curve(request: pytest.FixtureRequest) -> tuple[str, list[dict[str, float]]]:
 
 
 @pytest.mark.slow
-@distributed(ONE_RANK, Layout(tp=2), Layout(tp=2, sp=False), Layout(tp=4), Layout(tp=2, dp=2))
+@distributed(
+    ONE_RANK,
+    Layout(tp=2),
+    Layout(tp=2, sp=False),
+    Layout(tp=4),
+    Layout(tp=2, dp=2),
+    Layout(cp=2),
+    Layout(cp=2, cp_comm_type="p2p"),
+)
 def test_twenty_steps_equal_a_loop_of_transformers(
     mesh: Mesh, curve: tuple[str, list[dict[str, float]]], files: dict[str, Path]
 ) -> None:

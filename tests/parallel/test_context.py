@@ -65,6 +65,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "learned": {},
     "rope, two groups": {**ROPE, "num_query_groups": 2, "activation": "swiglu"},
     "rope, one group, qk norm": {**ROPE, "num_query_groups": 1, "qk_layernorm": True},
+    "partial rope, wide heads": {**ROPE, "kv_channels": 10, "rotary_percent": 0.6},
 }
 GATHERED = (Layout(cp=2), Layout(cp=4), Layout(tp=2, cp=2), Layout(cp=2, dp=2))
 RINGS = tuple(dataclasses.replace(layout, cp_comm_type="p2p") for layout in GATHERED)

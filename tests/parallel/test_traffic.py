@@ -193,7 +193,7 @@ def num_partial(config: ModelConfig, mesh: Mesh) -> int:
     if config.qk_layernorm:  # each rank has a/t heads
         count += L * 2 * per_channel * d
     if g < mesh.tp.size:  # each rank computes one group of kv, which all have
-        count += L * 2 * g * d * (h + config.add_bias_linear)
+        count += L * 2 * g * d * (h + (config.add_bias_linear or config.add_qkv_bias))
     return count
 
 

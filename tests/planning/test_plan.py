@@ -59,6 +59,12 @@ LLAMA = (
 OPTIONS = {
     "bf16": (),
     "fp32, llama": ("train.precision=fp32", *LLAMA),
+    "wide heads": (
+        *LLAMA,
+        "model.kv_channels=48",
+        "model.rotary_percent=0.5",
+        "model.add_qkv_bias=true",
+    ),
     "selective": ("parallel.recompute_granularity=selective",),
     "recompute": ("parallel.recompute_granularity=full", "parallel.gradient_sync=micro_batch"),
     "documents": ("data.inter_document_masking=true",),
@@ -274,6 +280,16 @@ def test_paper_formulas() -> None:
     assert in_sbh(tensor_parallel) == (13, 13 + 10)
     assert in_sbh(tensor_parallel, sequence_parallel=True) == (4.25, 4.25 + 10)
     assert in_sbh("parallel.recompute_granularity=full") == (2, 2)
+
+
+def test_operations_with_wide_heads() -> None:
+    """4 heads of 48, twice as wide as h = 64: q, 2 groups of k and v, proj, 3 h x f, the head."""
+    config, plan = planned(Layout(tp=2), "wide heads")
+    f, v = config.model.ffn_size, config.data.padded_vocab_size
+    matrices = 3 * (64 * 192 + 64 * 2 * 2 * 48 + 192 * 64 + 3 * 64 * f) + v * 64
+    text = page(config, plan, memory_gib=80)
+    assert f" = 6 x {matrices:,} (weights of matrices) + 12 L a d s\n" in text
+    assert f"per token: {6 * matrices + 12 * 3 * 192 * 128:.4g} =" in text
 
 
 def test_the_page_of_gpt_1b() -> None:

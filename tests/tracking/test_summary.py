@@ -71,7 +71,7 @@ def test_the_start(outputs: Outputs) -> None:
     parameters = f"{num_parameters(config.model, 331):,} parameters"
     assert facts(outputs.stopped, "model") == [parameters]
     (ranks,) = facts(outputs.stopped, "ranks")
-    assert re.fullmatch(r"2 = pp 1 x dp 1 x cp 1 x tp 2; .+; fp32", ranks)
+    assert re.fullmatch(r"2 = tp 2 with sequence parallelism; .+; fp32", ranks)
     assert facts(outputs.stopped, "steps") == ["1 to 3 of 6, each with 296 tokens"]
     assert facts(outputs.finished, "steps") == ["4 to 6 of 6, each with 296 tokens"]
     (data,) = facts(outputs.stopped, "data")
@@ -79,6 +79,8 @@ def test_the_start(outputs: Outputs) -> None:
     assert found is not None
     assert float(found[2]) == pytest.approx(6 * 8 / int(found[1]), rel=0.01)
     assert facts(outputs.stopped, "run folder") == [str(outputs.folder)]
+    dashboard = f"make dashboard ARGS=--logdir={outputs.folder.parent}"
+    assert facts(outputs.stopped, "dashboard") == [dashboard]
 
 
 @pytest.mark.slow
@@ -86,6 +88,8 @@ def test_the_end(outputs: Outputs) -> None:
     """Each launch says where it resumes and ends, and what to do next."""
     stopped = "run test reached run.stop_at_step=3: step 3 of 6 (3 in this launch)\n"
     assert stopped in outputs.stopped
+    checkpoint = outputs.folder / "checkpoints" / "step_00000003"
+    assert f"checkpoint:\n  {checkpoint}\n" in outputs.stopped
     generate = f"to generate text:\n  python generate.py run={outputs.folder}\n"
     assert generate in outputs.stopped
     assert "resuming test at step 4\n" in outputs.finished

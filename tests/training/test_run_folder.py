@@ -1,5 +1,6 @@
 """The run folder: links, locks, unshared or unwritable folders, and exit.json."""
 
+import contextlib
 import dataclasses
 import json
 import signal
@@ -304,6 +305,48 @@ def test_a_signal_handler_opens_no_file(mesh: Mesh, tmp_path: Path) -> None:
             signal.raise_signal(signal.SIGTERM)
         assert signals.received == signal.SIGTERM
         assert (tmp_path / "test" / ".lock").read_bytes() == before
+
+
+def _without_flock_across_hosts(patch: pytest.MonkeyPatch) -> None:
+    """Simulate a file system whose locks hold on one host only, with short waits."""
+    patch.setattr(lock_module.fcntl, "flock", lambda file, how: None)
+    patch.setattr(lock_module, "_HEARTBEAT_S", 0.1)
+    patch.setattr(lock_module, "_WATCH_S", 1.0)
+
+
+@distributed(ONE_RANK)
+def test_a_second_host_is_refused_where_locks_hold_on_one_host_only(
+    mesh: Mesh, tmp_path: Path
+) -> None:
+    with contextlib.ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        _without_flock_across_hosts(patch)
+        stack.enter_context(RunFolder(config(tmp_path), mesh))
+        patch.setattr(lock_module.socket, "gethostname", lambda: "another")
+        lock = tmp_path / "test" / ".lock"
+        before = lock.read_bytes()
+        with (
+            pytest.raises(UserError, match="is in use by process"),
+            RunFolder(config(tmp_path), mesh),
+        ):
+            pass
+        assert lock.read_bytes() == before
+
+
+@distributed(ONE_RANK)
+@pytest.mark.parametrize("ending", ["killed", "released"])
+def test_a_host_takes_over_from_one_that_has_ended(mesh: Mesh, tmp_path: Path, ending: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        _without_flock_across_hosts(patch)
+        folder = RunFolder(config(tmp_path), mesh)
+        with folder:
+            held = (tmp_path / "test" / ".lock").read_bytes()
+        if ending == "killed":
+            (tmp_path / "test" / ".lock").write_bytes(held)
+        patch.setattr(lock_module.socket, "gethostname", lambda: "another")
+        started_at = time.monotonic()
+        with RunFolder(config(tmp_path), mesh):
+            assert (time.monotonic() - started_at > 1.0) == (ending == "killed")
 
 
 @distributed(ONE_RANK)
