@@ -322,7 +322,7 @@ def test_a_killed_stage_loses_nothing(corpus: Path, tmp_path: Path) -> None:
     killed_at = steps_done(tmp_path)
     assert killed_at < 12
     output = finish(start(2, arguments))
-    assert "2 = tp 1 x dp 1 x pp 2 (layers of each stage: 3, 2)" in output
+    assert "2 = tp 1 x pp 2, pieces of 3, 2 layers" in output
     resumed = rows(tmp_path)
     shutil.rmtree(tmp_path / "test")
     finish(start(2, arguments))

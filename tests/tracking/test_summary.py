@@ -156,6 +156,7 @@ def test_every_rank_leaves_a_trace(outputs: Outputs) -> None:
         assert {name for name in seen if name.startswith("step ")} == steps
         assert {"aten::mm", "aten::_fused_adamw_", "waiting for data"} <= seen
         table = launch.partition("profile of steps ")[2].partition("Self CPU time total")[0]
-        operators = re.findall(r"^ +(\S.*?)  +[\d.]+% ", table, re.MULTILINE)
+        # The table cuts long names.
+        operators = re.findall(r"^ *(\S.*?)(?:\.\.\.)?  +[\d.]+% ", table, re.MULTILINE)
         assert len(operators) == 12
-        assert "rank_1" in name or set(operators) <= seen
+        assert "rank_1" in name or all(any(o.startswith(n) for o in seen) for n in operators)

@@ -159,8 +159,10 @@ def test_a_second_signal_ends_at_once(
 
 
 @pytest.mark.slow
-def test_ctrl_c_on_a_terminal_prints_the_resume_command(corpus: Path, tmp_path: Path) -> None:
-    """The command keeps torchrun's options."""
+def test_ctrl_c_leaves_the_resume_command_last_on_the_terminal(
+    corpus: Path, tmp_path: Path
+) -> None:
+    """Below the traceback of torchrun, which prints it after its workers have ended."""
     reader, terminal = pty.openpty()
     process = launch(1, settings(corpus, tmp_path, *LONG), ("--standalone",), terminal=terminal)
     os.close(terminal)
@@ -184,7 +186,7 @@ def test_ctrl_c_on_a_terminal_prints_the_resume_command(corpus: Path, tmp_path: 
     assert report["code"] == 130
     assert report["resume"].startswith("torchrun --nproc-per-node 1 --standalone ")
     assert text.count("\nsaving; press again to stop now\n") == 1
-    assert f"resume with\n  {report['resume']}\n" in text
+    assert text.endswith(f"resume with\n  {report['resume']}\n")
 
 
 def test_the_chosen_cases_cover_every_value() -> None:
