@@ -85,8 +85,8 @@ def inherit(config: Config, given: Collection[str]) -> Config:
         problem = f"needs optimizer state, but {source.directory} has none (no update yet)"
         raise bad_setting("run.init_optimizer", True, f"{problem}; leave it out")
     _require_equal(config, given, source)
-    of_tokenizer = {leaf: source.settings.get(f"data.{leaf}") for leaf in _OF_THE_TOKENIZER}
-    data = replace(config.data, **of_tokenizer)
+    theirs: dict[str, Any] = {k: source.settings.get(f"data.{k}") for k in _OF_THE_TOKENIZER}
+    data = replace(config.data, **theirs)
     data = replace(data, tokenizer=_tokenizer(data, source.directory))
     run = replace(run, init_from=str(Path(run.init_from)))
     return replace(config, run=run, model=source.model, data=data)

@@ -40,7 +40,7 @@ BASE_STEP = 30
 
 @pytest.fixture(scope="module")
 def base(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of thirty steps on four ranks, with checkpoints of steps 15 and 30."""
+    """The folder of a run of thirty steps on two ranks, with checkpoints of steps 15 and 30."""
     directory = tmp_path_factory.mktemp("stages")
     overrides = (
         "run.name=base",
@@ -49,7 +49,7 @@ def base(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "checkpoint.save_interval=15",
         f"train.train_steps={BASE_STEP}",
     )
-    train_on(Layout(tp=2, dp=2), settings(corpus, directory, *overrides))
+    train_on(Layout(tp=2), settings(corpus, directory, *overrides))
     return directory / "base"
 
 
@@ -141,10 +141,10 @@ def test_the_first_loss_is_that_of_the_weights_of_the_source(
         assert found[-1]["train/loss"] < 0.9 * found[0]["train/loss"]
 
 
-@distributed(ONE_RANK, Layout(tp=2, dp=2), Layout(pp=2))
+@distributed(ONE_RANK, Layout(dp=2), Layout(pp=2))
 def test_the_first_update_continues_that_of_the_source(mesh: Mesh, text: Path, base: Path) -> None:
     """With run.init_optimizer: AdamW in float64, from the moments and the count of the source."""
-    directory = base.parent / f"first update {mesh.tp.size} {mesh.pp.size}"
+    directory = base.parent / f"dp{mesh.dp.size}-pp{mesh.pp.size}"
     overrides = ("run.init_optimizer=true", "optimizer.lr_warmup_steps=0")
     config = parse_config(second(base, directory, text, *overrides))
     checkpoint = read_manifest(base / "checkpoints" / f"step_{BASE_STEP:08}")
@@ -173,6 +173,7 @@ def test_the_first_update_continues_that_of_the_source(mesh: Mesh, text: Path, b
     for name, weight in weights.items():
         if f"exp_avg.{name}" not in tensors:  # another stage of the pipeline has it
             continue
+        detail = f"{name}: {{}}".format
         ours = [tensors[f"{kind}.{name}"] for kind in ("exp_avg", "exp_avg_sq", "parameters")]
         mean, square, after = (shard.tensor.double() for shard in ours)
         gradient = weight.grad / max(1.0, norm / options.clip_grad)
@@ -182,13 +183,13 @@ def test_the_first_update_continues_that_of_the_source(mesh: Mesh, text: Path, b
         ):
             before = stored[f"{kind}.{name}"].double()
             expected = beta * before + (1 - beta) * gradient**power
-            atol = 2e-5 * expected.abs().max().item()
-            assert_close(moment, expected[ours[0].slices], rtol=0, atol=atol, msg=f"{kind}.{name}")
+            atol = 1e-4 * expected.abs().max().item()
+            assert_close(moment, expected[ours[0].slices], rtol=0, atol=atol, msg=detail)
         decay = options.weight_decay if weight.ndim > 1 else 0.0
         root = (square / (1 - options.adam_beta2**updates)).sqrt() + options.adam_eps
         update = mean / (1 - options.adam_beta1**updates) / root
         expected = weight.detach()[ours[0].slices] * (1 - options.lr * decay) - options.lr * update
-        assert_close(after, expected, rtol=1e-6, atol=1e-8, msg=name)
+        assert_close(after, expected, rtol=1e-6, atol=1e-8, msg=detail)
 
 
 def test_a_killed_stage_resumes_bit_for_bit_without_its_source(
@@ -219,7 +220,7 @@ def test_a_killed_stage_resumes_bit_for_bit_without_its_source(
 
     changed = [*arguments, f"run.init_from={tmp_path / 'whole'}"]
     output = finish(start(2, changed), expected=1)
-    assert f"with run.init_from={tmp_path / 'whole'} (was {copy}); change it back" in output
+    assert re.search(r"cannot resume .* with run.init_from=\S+ \(was \S+\); change it back", output)
     with pytest.raises(ConfigError, match=r"run.init_from=\S+ has no checkpoint: there is none"):
         parse_config([*arguments, "run.resume=never"])
 
@@ -251,18 +252,21 @@ def test_loading_a_source_imports_no_torch(base: Path, text: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["run.init_from={0}/nowhere"], r"nowhere has no checkpoint: there is none in \S+; give a"),
+        (["run.init_from={0}/nowhere"], r"has no checkpoint: there is none in \S+/nowhere/chec"),
         (["run.init_from={0}"], "has no checkpoint"),
         (
             ["run.init_from={0}/base/checkpoints/step_00000007"],
             "does not exist; .* has steps 30, 15",
         ),
-        (["run.name=base"], r"run.init_from=\S+base is the folder of this run; choose another run"),
+        (["run.name=base"], r"run.init_from=\S+ is the folder of this run; choose another run.n"),
         (["run.init_from=null", "run.init_optimizer=true", "config=gpt_debug"], "no effect alone"),
         (["model.num_layers=3"], r"from \S+step_00000030 with model.num_layers=3 \(was 2\);"),
         (["model.rotary_base=5", "data.vocab_size=400"], r"base=5.0 \(was 10000.0\), .*=400 \(was"),
         (["model.ffn_hidden_size=64"], r"model.ffn_hidden_size=64 \(was 128\)"),
-        (["data.tokenizer={0}/other.model"], r"other.model is not the tokenizer \S+base/tokenizer"),
+        (
+            ["data.tokenizer={0}/other.model"],
+            r"tokenizer=\S+ is not the tokenizer \S+base/tok",
+        ),
         (["data.tokenizer={0}/json"], "is not the tokenizer"),
         (["data.bos_token=<s>"], r"data.bos_token=<s> \(was null\)"),
     ],
