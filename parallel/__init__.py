@@ -41,7 +41,7 @@ from parallel.parameters import (
     initialise_parameters,
     local_shards,
 )
-from parallel.pipeline import forward_only, run_pipeline
+from parallel.pipeline import forward_only, max_alive, run_pipeline
 from parallel.randomness import DropoutStream, dropout_add, fold_seed, row_positions
 from parallel.replica_check import compare_replicas
 from parallel.transport.backend import is_transport_frame, lost_connection
@@ -81,6 +81,7 @@ __all__ = [
     "lookup",
     "lost_connection",
     "machine_id",
+    "max_alive",
     "move_to",
     "row_positions",
     "run_pipeline",

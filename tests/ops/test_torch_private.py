@@ -43,6 +43,7 @@ from ops.torch_private import (
     foreach_copy_,
     foreach_mul_,
     foreach_norm,
+    forget_sharding_rules,
     group_by_name,
     init_fake_process_group,
     is_sharding_rule,
@@ -339,6 +340,19 @@ def test_fsdp_gathers_and_sums_without_waiting(mesh: Mesh, is_async: bool) -> No
     gradient = model.weight.grad
     assert isinstance(gradient, DTensor)
     assert_close(gradient.to_local(), 2 * x.sum(0, keepdim=True) + 3)
+
+
+def test_a_later_fake_rank_has_its_own_mesh() -> None:
+    """Not that of an earlier one, which DTensor's caches return for equal tensors."""
+    for rank in (0, 5):
+        init_fake_process_group(8, rank)
+        try:
+            mesh = init_device_mesh("cpu", (8,))
+            x = DTensor.from_local(torch.ones(4), mesh, [Shard(0)])
+            assert x.detach().device_mesh.get_local_rank() == rank
+        finally:
+            dist.destroy_process_group()
+            forget_sharding_rules()
 
 
 def test_fake_collectives_return_at_once() -> None:
