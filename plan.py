@@ -38,18 +38,16 @@ def parse(arguments: list[str]) -> tuple[Config, int, float | None]:
 def num_ranks(nproc: int | None, config: Config) -> int:
     """Return nproc, by default the ranks of one replica, if that divides it."""
     key, parallel = "parallel.tensor_model_parallel_size", config.parallel
-    if (pp := parallel.pipeline_model_parallel_size) > 1:
-        raise ConfigError(
-            f"plan.py does not support parallel.pipeline_model_parallel_size={pp}; plan one stage "
-            f"as a model of model.num_layers={-(-config.model.num_layers // pp)}"
-        )
     needed, n = parallel.ranks_per_replica, nproc or parallel.ranks_per_replica
     if n % needed:
         nearest = n // needed * needed, -(-n // needed) * needed
-        c = parallel.context_parallel_size
-        cp = f" x parallel.context_parallel_size={c}" if c > 1 else ""
+        others = {
+            "context_parallel_size": parallel.context_parallel_size,
+            "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        }
+        more = "".join(f" x parallel.{name}={n}" for name, n in others.items() if n > 1)
         raise ConfigError(
-            f"nproc={n} is not divisible by {key}={parallel.tensor_model_parallel_size}{cp}; "
+            f"nproc={nproc} is not divisible by {key}={parallel.tensor_model_parallel_size}{more}; "
             f"choose nproc={' or '.join(str(number) for number in nearest if number)}, or another "
             f"{key}"
         )
@@ -76,9 +74,12 @@ def gpu_memory_gib() -> float | None:
 
 
 def main(config: Config, num_ranks: int, memory_gib: float | None) -> int:
-    """Run one step on fake tensors, and print the page."""
+    """Run one step of each stage on fake tensors, and print the page."""
     memory_gib = memory_gib or gpu_memory_gib() or _DEFAULT_GIB
-    sys.stdout.write(page(config, dry_run(config, num_ranks), memory_gib))
+    num_stages = config.parallel.pipeline_model_parallel_size
+    stages = [dry_run(config, num_ranks, stage=stage) for stage in range(num_stages)]
+    largest = max(stages, key=lambda report: report.peak_bytes)
+    sys.stdout.write(page(config, largest, memory_gib, stages))
     return 0
 
 

@@ -55,7 +55,7 @@ def two_hosts() -> Iterator[None]:
 
 
 def limit(mbit: int) -> None:
-    """Limit the rate in each direction; None: no limit."""
+    """Limit the rate in each direction; 0: no limit."""
     for host, end in zip(_HOSTS, _ENDS, strict=True):
         tc = ["ip", "netns", "exec", host, "tc", "qdisc"]
         subprocess.run([*tc, "del", "dev", end, "root"], check=False, capture_output=True)
@@ -64,7 +64,7 @@ def limit(mbit: int) -> None:
             _do(*tc, "add", "dev", end, "root", *bucket)
 
 
-def visit(layout: str, overrides: Sequence[str], steps: Sequence[str]) -> dict[str, Any]:
+def visit(workload: Workload, overrides: Sequence[str], steps: Sequence[str]) -> dict[str, Any]:
     """Run two ranks, one in each host; return the report of rank 0."""
     processes = []
     for number, (host, end) in enumerate(zip(_HOSTS, _ENDS, strict=True)):
@@ -73,7 +73,7 @@ def visit(layout: str, overrides: Sequence[str], steps: Sequence[str]) -> dict[s
             *("taskset", "-c", str(number), sys.executable, "-m", "torch.distributed.run"),
             *("--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(number)),
             *("--master-addr", _ADDRESSES[0], "--master-port", "29511", "-m", "bench.ours"),
-            *Workload(layout).flags(),
+            *workload.flags(),
             *steps,
             # Only their networks are separate; they would find that they can share memory.
             "parallel.shared_memory=false",
@@ -89,7 +89,7 @@ def visit(layout: str, overrides: Sequence[str], steps: Sequence[str]) -> dict[s
             process.kill()
     report = find_report(outputs[0])
     if report is None:
-        sys.exit(f"no result from {layout} {' '.join(overrides)}:\n{outputs[0][-4000:]}")
+        sys.exit(f"no result from {workload} {' '.join(overrides)}:\n{outputs[0][-4000:]}")
     return report
 
 
@@ -102,7 +102,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[str]:
         for mbit in (_UNLIMITED, *arguments.mbit):
             limit(mbit)
             reports = {
-                setting: visit(layout, [setting, *arguments.overrides], steps)
+                setting: visit(Workload(layout), [setting, *arguments.overrides], steps)
                 for setting in settings
             }
             plain = reports[settings[0]]

@@ -61,6 +61,7 @@ def settings(workload: Workload) -> list[str]:
         f"model.attention_dropout={workload.attention_dropout}",
         f"data.vocab_size={workload.vocab_size}",
         f"parallel.tensor_model_parallel_size={workload.tp}",
+        f"parallel.pipeline_model_parallel_size={workload.pp}",
         f"parallel.sequence_parallel={str(workload.sequence_parallel).lower()}",
         f"train.global_batch_size={workload.global_batch_size}",
         f"train.micro_batch_size={workload.micro_batch}",

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 LAYOUTS = ("tp1", "tp2", "tp2+sp", "dp2")
+PIPELINE = "pp2"  # a layout of ours alone
 LR, BETAS, EPS, WEIGHT_DECAY, CLIP_GRAD = 3e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
 SEED = 1234
 _BATCHES = 4  # different ones, taken in turn
@@ -26,7 +27,7 @@ _BATCH_SEED = 77
 class Workload:
     """One training set-up; sizes as in configs/schema.py."""
 
-    layout: str = "tp1"  # one of LAYOUTS
+    layout: str = "tp1"  # one of LAYOUTS, or PIPELINE
     precision: str = "bf16"  # bf16, with float32 master weights, or fp32
     dropout: float = 0.0  # after the embedding, the attention projection and the MLP
     attention_dropout: float = 0.0  # on attention probabilities
@@ -49,9 +50,14 @@ class Workload:
         return 2 if self.layout.startswith("tp2") else 1
 
     @property
+    def pp(self) -> int:
+        """Pipeline-parallel size."""
+        return 2 if self.layout == PIPELINE else 1
+
+    @property
     def dp(self) -> int:
         """Data-parallel size."""
-        return self.num_ranks // self.tp
+        return self.num_ranks // (self.tp * self.pp)
 
     @property
     def sequence_parallel(self) -> bool:
@@ -122,8 +128,8 @@ def parse(arguments: list[str] | None = None) -> Arguments:
     given = vars(parser.parse_args(arguments))
     shape = {field.name: given.pop(field.name) for field in dataclasses.fields(Workload)}
     workload = Workload(**shape)
-    if workload.layout not in LAYOUTS:
-        parser.error(f"--layout={workload.layout} is none of {', '.join(LAYOUTS)}")
+    if workload.layout not in (*LAYOUTS, PIPELINE):
+        parser.error(f"--layout={workload.layout} is none of {', '.join((*LAYOUTS, PIPELINE))}")
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if workload.num_ranks != started:
         parser.error(f"--layout={workload.layout} takes {workload.num_ranks} ranks, not {started}")

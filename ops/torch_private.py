@@ -19,6 +19,7 @@ from torch._C._distributed_c10d import (  # type: ignore[attr-defined]  # one is
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.distributed_c10d import GroupName
 from torch.distributed.tensor import _sharding_prop
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
@@ -133,11 +134,16 @@ def completed_work(tensors: list[Tensor]) -> dist.Work:
     return _create_work_from_future(future)
 
 
-def init_fake_process_group(num_ranks: int) -> None:
-    """Be rank 0 of `num_ranks` whose collectives return at once, for dry runs."""
+def init_fake_process_group(num_ranks: int, rank: int = 0) -> None:
+    """Be one of `num_ranks` whose collectives return at once, for dry runs."""
     from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: PLC0415  # registers
 
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
+
+
+def forget_sharding_rules() -> None:
+    """Clear DTensor's caches, which may return the mesh of an earlier fake process group."""
+    _clear_sharding_prop_cache()
 
 
 def arguments_by_name(operator: Any, args: Any, kwargs: Any) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from parallel.parameters import declare_parameter as declare_parameter
 from parallel.parameters import initialise_parameters as initialise_parameters
 from parallel.parameters import local_shards as local_shards
 from parallel.pipeline import forward_only as forward_only
+from parallel.pipeline import max_alive as max_alive
 from parallel.pipeline import run_pipeline as run_pipeline
 from parallel.randomness import DropoutStream as DropoutStream
 from parallel.randomness import dropout_add as dropout_add

@@ -36,6 +36,9 @@ from parallel.mesh import Mesh
 Output = TypeVar("Output")
 
 _BACKWARD_TIME = 2  # of a backward, in forwards; only decides the order
+# Sends to one stage that may be unreceived. Each keeps its tensor; one would do while no stage is
+# ahead of the others.
+MAX_PENDING = 2
 
 
 class Action(NamedTuple):
@@ -202,12 +205,12 @@ class _Inbox:
 class _Outbox:
     """Tensors to another stage."""
 
-    def __init__(self, group: dist.ProcessGroup, target: int, max_pending: int) -> None:
-        self._group, self._target, self._max_pending = group, target, max_pending
+    def __init__(self, group: dist.ProcessGroup, target: int) -> None:
+        self._group, self._target = group, target
         self._pending: deque[Pending] = deque()
 
     def send(self, tensor: Tensor) -> None:
-        self.wait(self._max_pending - 1)
+        self.wait(MAX_PENDING - 1)
         tensor = tensor.contiguous()
         work = dist.isend(tensor, group=self._group, group_dst=self._target)
         self._pending.append(Pending(tensor, _started(work)))
@@ -240,9 +243,7 @@ class _Links:
                 if is_forward == of_forward and not is_end:
                     yield torch.empty(shapes[micro_batch], dtype=dtype, device=mesh.device)
 
-        # The receiver has taken all earlier messages, so waiting for them costs nothing.
-        max_pending = max_alive(p, mesh.num_chunks, 0)
         self.inputs = _Inbox(group_before[0], before, buffers(True))
-        self.outputs = _Outbox(group_after[0], after, max_pending)
+        self.outputs = _Outbox(group_after[0], after)
         self.output_grads = _Inbox(group_after[1], after, buffers(False))
-        self.input_grads = _Outbox(group_before[1], before, max_pending)
+        self.input_grads = _Outbox(group_before[1], before)

@@ -1,4 +1,4 @@
-"""One training step as rank 0 would run it, without the other ranks and without memory.
+"""One training step as one rank would run it, without the other ranks and without memory.
 
 The code is train.py's own: model, FSDP2, loss, gradients, optimizer. Its tensors have shapes but no
 contents (torch's FakeTensorMode on a CPU), and its collectives return at once. The memory that the
@@ -7,6 +7,8 @@ step takes and the collectives that it issues are recorded, not derived.
 M is the bytes of a full tensor, see [Note: bytes on a ring] in parallel/transport/traffic.py.
 """
 
+import itertools
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from model import GPT, build_meta_model
 from ops.balance import width_multiple
 from ops.dropout import dropout_keys
 from ops.torch_private import FakeTensorMode, call_after_backward
-from parallel import Losses, Mesh, local_shards
+from parallel import Losses, Mesh, local_shards, max_alive
 from parallel.transport.traffic import Collective, fake_mesh, record_traffic
 from planning.memory_log import Allocation, MemoryLog
 from training.optimizer import WEIGHTS, build_optimizer, training_tensors
@@ -52,11 +54,16 @@ class SavedTensors(NamedTuple):
 
 @dataclass(frozen=True)
 class StepReport:
-    """Memory and traffic of rank 0 in one step; where shards are uneven, no rank has more."""
+    """Memory and traffic in one step, of the rank of a pipeline stage that has the most of both."""
 
     tp: tuple[int, ...]  # the ranks on each of this rank's axes
     cp: tuple[int, ...]
     dp_cp: tuple[int, ...]  # dp and cp together, as FSDP2 shards
+    pp: tuple[int, ...]
+    stage: int  # this rank's
+    layers: tuple[int, ...]  # of the stage
+    num_parameters: int  # of the stage, on all its ranks
+    max_alive: int  # micro-batches (per chunk of layers) that wait for their backward, at most
     sequence_parallel: bool
     num_micro_batches: int
     state: dict[str, StateSize]  # of weights, gradients (as the optimizer gets them), moments
@@ -80,6 +87,10 @@ class _Sent(NamedTuple):
     phase: str
     layer: int | None  # None: outside layers
 
+    def is_message(self, pp: tuple[int, ...]) -> bool:
+        """Whether it is between stages of a pipeline."""
+        return self.collective.kind in ("send", "recv") and self.collective.ranks == pp
+
 
 class _Span(NamedTuple):
     phase: str  # of one micro-batch
@@ -100,13 +111,14 @@ class StepTracer:
             module.register_forward_pre_hook(partial(self._enter, name))
             # Always: torch ends a recomputed forward early with an exception.
             module.register_forward_hook(self._leave, always_call=True)
-        for number, block in enumerate(model.blocks):
+        for number, block in zip(_layers(model), model.blocks, strict=True):
             block.register_forward_pre_hook(partial(self._enter_layer, number))
             block.register_forward_hook(partial(self._leave_layer, number))
+        model.register_forward_pre_hook(self._enter_model, with_kwargs=True)
         model.register_forward_hook(self._leave_model)
 
     def begin(self, micro_batch: int) -> None:
-        """Follow the forward and backward of a micro-batch."""
+        """Follow the forward of a micro-batch, and its backward when that comes."""
         self.move_to(FORWARD)
         self._micro_batch = micro_batch
 
@@ -116,15 +128,37 @@ class StepTracer:
         self.sent += [_Sent(one, self._micro_batch, self._phase, self._layer) for one in new]
         self._phase, self._layer = phase, layer
 
+    def max_alive(self) -> int:
+        """Return the largest number of forwards whose backward had not ended."""
+        changes = (1 if span.phase == FORWARD else -1 for span in self.spans)
+        return max(itertools.accumulate(changes))
+
     def _end_span(self, phase: str, next_phase: str) -> None:
         self.move_to(next_phase)
         self.spans.append(_Span(phase, self._span_begin, self.memory.now))
         self._span_begin = self.memory.now
 
-    def _leave_model(self, _: nn.Module, __: Any, losses: Losses) -> None:
+    def _enter_model(self, _: nn.Module, __: Any, inputs: dict[str, Any]) -> None:
+        if inputs["x"] is not None:
+            self._note_message(inputs["x"])
+            inputs["x"].register_hook(self._note_message)
+
+    def _leave_model(self, _: nn.Module, __: Any, output: Losses | Tensor) -> None:
         self._end_span(FORWARD, BACKWARD)
-        end = partial(self._end_span, BACKWARD, AFTER)
-        losses.objective.register_hook(lambda _: call_after_backward(end))
+        if isinstance(output, Tensor):
+            self._note_message(output)
+            output.register_hook(self._note_message)
+        else:
+            output = output.objective
+        output.register_hook(partial(self._begin_backward, self._micro_batch))
+
+    def _begin_backward(self, micro_batch: int, _: Tensor) -> None:
+        self.move_to(BACKWARD, self._layer)
+        self._micro_batch = micro_batch
+        call_after_backward(partial(self._end_span, BACKWARD, AFTER))
+
+    def _note_message(self, tensor: Tensor) -> None:
+        self.memory.allocation_of(tensor).is_message = True
 
     def _enter(self, name: str, *_: Any) -> None:
         self.memory.modules.append(name)
@@ -152,55 +186,83 @@ class _TracedList(list[MicroBatch]):
         return super().__getitem__(number)
 
 
-def dry_run(config: Config, num_ranks: int, num_traced: int | None = None) -> StepReport:
-    """Run one step as rank 0 of `num_ranks`; `num_traced` micro-batches, None: as few as will do.
+def dry_run(
+    config: Config, num_ranks: int, num_traced: int | None = None, stage: int = 0
+) -> StepReport:
+    """Run one step as the first rank of a stage of `num_ranks` ranks.
 
-    Raises RuntimeError if this process has joined a process group.
+    `num_traced` micro-batches; None: as few as will do. Raises RuntimeError if this process has
+    joined a process group.
     """
     parallel, train = config.parallel, config.train
     size, per_replica = parallel.tensor_model_parallel_size, parallel.ranks_per_replica
-    tp, cp = tuple(range(size)), tuple(range(0, per_replica, size))
-    dp_cp = tuple(range(0, num_ranks, size))
+    num_stages = parallel.pipeline_model_parallel_size
+    num_chunks = parallel.virtual_pipeline_model_parallel_size or 1
+    per_stage = num_ranks // num_stages
+    rank = stage * per_stage
+    tp = tuple(range(rank, rank + size))
+    cp = tuple(range(rank, rank + per_replica // num_stages, size))
+    dp_cp = tuple(range(rank, rank + per_stage, size))
+    pp = tuple(range(0, num_ranks, per_stage))
     num_micro_batches = train.global_batch_size // (
         train.micro_batch_size * (num_ranks // per_replica)
     )
     # The micro-batches of a step are alike except the last, and the first if it gathers weights for
-    # all of them: two or three represent any number.
-    typical = 1 if len(dp_cp) > 1 and not parallel.reshard_after_forward else 0
-    num_traced = min(num_traced or typical + 2, num_micro_batches)
+    # all of them. A stage of a pipeline needs three more than it keeps alive: two whose gradients
+    # are sent but not received, and one whose input is received meanwhile.
+    reshards = parallel.reshard_after_forward and num_stages == 1
+    typical = 1 if len(dp_cp) > 1 and not reshards else 0
+    alive = max_alive(num_stages, 1, stage) if num_chunks == 1 else 2 * num_stages
+    needed = alive + 3 if num_stages > 1 else typical + 2
+    num_traced = min(num_traced or needed, num_micro_batches)
     typical = min(typical, num_traced - 1)
     with fake_mesh(
         num_ranks,
         size,
         parallel.sequence_parallel,
         parallel.tp_comm_overlap,
-        parallel.context_parallel_size,
-        parallel.cp_comm_type,
+        rank,
+        context_parallel_size=parallel.context_parallel_size,
+        cp_comm_type=parallel.cp_comm_type,
+        pipeline_model_parallel_size=num_stages,
+        num_chunks=num_chunks,
     ) as mesh:
-        tracer, tensors = _trace_step(config, mesh, num_traced)
+        tracer, layers, tensors = _trace_step(config, mesh, num_traced)
     memory, first_forward = tracer.memory, tracer.spans[0]
+    layer = layers[len(layers) // 2]  # FSDP2 treats the first and the last one differently
     kinds, state = dict[Allocation, str](), dict[str, StateSize]()
     for kind, named in tensors.items():
         local = {name: shard.tensor for name, shard in named.items()}
         kinds |= {memory.allocation_of(tensor): kind for tensor in local.values()}
-        of_layer = sum(t.nbytes for name, t in local.items() if "blocks.0." in name)
+        of_layer = sum(t.nbytes for name, t in local.items() if f"blocks.{layer}." in name)
         state[kind] = StateSize(sum(t.nbytes for t in local.values()), of_layer)
-    layer = config.model.num_layers // 2  # FSDP2 treats the first and the last one differently
     saved = {
         allocation: num_bytes
         for allocation, num_bytes in memory.live(first_forward.end).items()
         if allocation.begin >= first_forward.begin
-        and not (allocation in kinds or allocation.is_weight_copy)
+        and not (allocation in kinds or allocation.is_weight_copy or allocation.is_message)
     }
     peak, peak_phase = _peak(tracer, kinds)
-    step: Counter[Collective] = Counter()
-    for one in tracer.sent:
+    messages = [one for one in tracer.sent if one.is_message(pp)]
+    others = [one for one in tracer.sent if not one.is_message(pp)]
+    of_micro_batch = {
+        one: count // num_traced for one, count in Counter(m.collective for m in messages).items()
+    }
+    step = Counter({one: count * num_micro_batches for one, count in of_micro_batch.items()})
+    for one in others:
         is_repeated = one.phase in (FORWARD, BACKWARD) and one.micro_batch == typical
         step[one.collective] += num_micro_batches - num_traced + 1 if is_repeated else 1
+    traffic = {"pp  one micro-batch": Counter(of_micro_batch)} if messages else {}
+    traffic |= _traffic(others, tp, cp, dp_cp, layer, (typical, num_traced - 1))
     return StepReport(
         tp=tp,
         cp=cp,
         dp_cp=dp_cp,
+        pp=pp,
+        stage=stage,
+        layers=layers,
+        num_parameters=sum(math.prod(one.global_shape) for one in tensors["weights"].values()),
+        max_alive=tracer.max_alive(),
         sequence_parallel=mesh.sequence_parallel,
         num_micro_batches=num_micro_batches,
         state=state,
@@ -209,15 +271,15 @@ def dry_run(config: Config, num_ranks: int, num_traced: int | None = None) -> St
         saved_bytes=sum(saved.values()),
         peak=peak,
         peak_phase=peak_phase,
-        traffic=_traffic(tracer.sent, tp, cp, dp_cp, layer, (typical, num_traced - 1)),
+        traffic=traffic,
         step=step,
     )
 
 
 def _trace_step(
     config: Config, mesh: Mesh, num_traced: int
-) -> tuple[StepTracer, dict[str, dict[str, Any]]]:
-    """Run the step; return its tracer and the tensors of each kind of state, by name."""
+) -> tuple[StepTracer, tuple[int, ...], dict[str, dict[str, Any]]]:
+    """Run the step; return its tracer, its layers, and the tensors of each kind, by name."""
     model = build_meta_model(config, mesh)  # not on fake tensors, of which FSDP2 cannot read a mesh
     with (
         torch.compiler.set_stance("force_eager"),
@@ -245,7 +307,11 @@ def _trace_step(
         run = SimpleNamespace(config=config, mesh=mesh, model=model, optimizer=optimizer)
         train_step(cast(Run, run), RunState(wandb_id=""), cast(BatchLoader, iter([batch])))
         tracer.move_to(AFTER)
-    return tracer, tensors
+    return tracer, _layers(model), tensors
+
+
+def _layers(model: GPT) -> tuple[int, ...]:
+    return tuple(cast(int, block.layer) for block in model.blocks)
 
 
 def _full_micro_batch(config: Config) -> MicroBatch:
@@ -282,12 +348,14 @@ def _peak(tracer: StepTracer, kinds: dict[Allocation, str]) -> tuple[dict[str, i
     for span in tracer.spans:
         left_behind[span.phase] |= {a for a in memory.live(span.end) if a.begin >= span.begin}
     order = ("weights", "moments", "gradients", "weight copies", "unsharded gradients")
-    peak = dict.fromkeys((*order, "saved activations", "temporary"), 0)
+    peak = dict.fromkeys((*order, "saved activations", "messages", "temporary"), 0)
     for allocation, num_bytes in memory.live(instant).items():
         if allocation in kinds:
             kind = kinds[allocation]
         elif allocation.is_weight_copy:
             kind = "weight copies"
+        elif allocation.is_message:
+            kind = "messages"
         elif allocation in left_behind[BACKWARD]:
             kind = "unsharded gradients"
         else:

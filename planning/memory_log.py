@@ -38,6 +38,7 @@ class Allocation:
     begin: int  # instant of the log
     num_bytes: int = 0  # now
     is_weight: bool = False  # of a parameter
+    is_message: bool = False  # from or to another stage of a pipeline
     was_resized: bool = False  # freed while tensors refer to it: weights that FSDP2 has gathered
     source: "Allocation | None" = None  # of which it is a cast or some rows
 

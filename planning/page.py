@@ -1,7 +1,7 @@
 """The page that plan.py prints: a step report beside the published formulas."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ _KINDS = {
     "unsharded gradients": "gradients, unsharded, until the last micro-batch",
     "weight copies": "weights to compute with, cast or gathered",
     "saved activations": "activations saved for backward",
+    "messages": "activations and gradients from and to other stages",
     "temporary": "temporary: loss, activation gradients, buffers",
 }
 _RECOMPUTATION = ("none", "selective", "full")
@@ -57,10 +58,16 @@ def paper_formula(config: Config, sequence_parallel: bool) -> Formula:
     return Formula(text + of_c, factor * sbh, scores + of_c, 5 * a * s / (h * t) * sbh)
 
 
-def page(config: Config, report: StepReport, memory_gib: float) -> str:
-    """Format the whole page, which ends with whether the step fits and which settings to change."""
+def page(
+    config: Config, report: StepReport, memory_gib: float, stages: Sequence[StepReport] = ()
+) -> str:
+    """Format the whole page, which ends with whether the step fits and which settings to change.
+
+    `stages`: the reports of all stages of a pipeline, of which `report` is the one that needs most.
+    """
     sections = (
         _heading(config, report),
+        *([_stages(config, report, stages)] if len(stages) > 1 else []),
         _memory(config, report),
         _peak(report),
         _saved(config, report),
@@ -73,15 +80,19 @@ def page(config: Config, report: StepReport, memory_gib: float) -> str:
 
 def _heading(config: Config, report: StepReport) -> Iterator[str]:
     model, train, parallel = config.model, config.train, config.parallel
-    t, c, n = len(report.tp), len(report.cp), len(report.tp) * len(report.dp_cp)
+    t, c, p = len(report.tp), len(report.cp), len(report.pp)
+    n = t * len(report.dp_cp) * p
     sequence = " + sequence parallel" if report.sequence_parallel else ""
     vocab_size = config.data.padded_vocab_size
     yield (
         f"{config.run.name}: {num_parameters(model, vocab_size):,} parameters on "
-        f"{n} rank{'s' * (n > 1)}: tensor parallel {t}{sequence} x data parallel {n // (t * c)}"
+        f"{n} rank{'s' * (n > 1)}: tensor parallel {t}{sequence} x data parallel {n // (t * c * p)}"
     )
     if c > 1:
         yield f"  x context parallel {c}, {parallel.cp_comm_type}"
+    if p > 1:
+        v = parallel.virtual_pipeline_model_parallel_size or 1
+        yield f"  x pipeline parallel {p}, {v} chunk{'s' * (v > 1)} of layers per stage"
     yield (
         f"s {model.seq_length}, b {train.micro_batch_size}, h {model.hidden_size}, "
         f"a {model.num_attention_heads}, f {model.ffn_size}, L {model.num_layers}, "
@@ -93,8 +104,35 @@ def _heading(config: Config, report: StepReport) -> Iterator[str]:
     )
 
 
+def _stages(config: Config, report: StepReport, stages: Sequence[StepReport]) -> Iterator[str]:
+    v = config.parallel.virtual_pipeline_model_parallel_size or 1
+    p, m = len(stages), report.num_micro_batches
+    yield _row("Stages of the pipeline", "parameters", "micro-batches", "peak memory")
+    for stage in stages:
+        name = f"  stage {stage.stage}, layers {_ranges(stage.layers)}"
+        # One that waits for its backward in one of v chunks of layers counts as 1/v.
+        alive = f"{stage.max_alive / v:g} alive"
+        yield _row(name, f"{stage.num_parameters:,}", alive, size(stage.peak_bytes))
+    if not config.model.untie_embeddings_and_output_weights:
+        yield "  The first and the last stage both hold the embedding, which is also the head."
+    chunks = " v" if v > 1 else ""
+    yield (
+        f"Bubble: a stage is idle for (p - 1) / (m{chunks} + p - 1) = "
+        f"{(p - 1) / (m * v + p - 1):.1%} of a step of {m:,} micro-batches."
+    )
+    yield f"The rest of this page is about stage {report.stage}, which needs the most memory."
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Format ascending numbers as ranges: 0-2, 6-8."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    ranges = zip(starts, ends, strict=True)
+    return ", ".join(f"{start}-{end}" if end > start else f"{start}" for start, end in ranges)
+
+
 def _memory(config: Config, report: StepReport) -> Iterator[str]:
-    layers, state = config.model.num_layers, report.state
+    layers, state = len(report.layers), report.state
     rows = [
         (f"{_KINDS[kind].partition(',')[0]}, fp32", state[kind].of_layer, state[kind].total)
         for kind in ("weights", "gradients", "moments")
@@ -150,6 +188,8 @@ def _communication(report: StepReport) -> Iterator[str]:
     for part, collectives in report.traffic.items():
         title = f"  {part}"
         for one, count in collectives.items():
+            if one.kind == "recv":
+                continue
             kind = f"{one.kind.replace('_', '-')} {_dtype(one.dtype)}"
             sent = size(count * one.sent_bytes)
             yield _row(f"{title:<34}{kind}", f"{count:,}", size(one.full_bytes), sent)
@@ -160,7 +200,8 @@ def _communication(report: StepReport) -> Iterator[str]:
     yield f"One step, {report.num_micro_batches:,} micro-batches per rank"
     fsdp = "dp" if len(report.cp) == 1 else "dp x cp"
     axes = {report.tp: f"tp {len(report.tp)}", report.cp: f"cp {len(report.cp)}"}
-    axes |= {report.dp_cp: f"{fsdp} {len(report.dp_cp)}"}
+    axes |= {report.dp_cp: f"{fsdp} {len(report.dp_cp)}", report.pp: f"pp {len(report.pp)}"}
+    axes[report.pp[0], report.pp[-1]] = axes[report.pp]  # the sum of a tied table's gradients
     by_axis: dict[str, Counter[Collective]] = {}
     for one, count in report.step.items():
         by_axis.setdefault(axes.get(one.ranks, "all ranks"), Counter())[one] = count
@@ -176,7 +217,7 @@ def _operations(config: Config, report: StepReport) -> Iterator[str]:
     product = "12 L h s" if model.attention_size == model.hidden_size else "12 L a d s"
     weights = (per_token - attention) // 6
     tokens = config.train.global_batch_size * model.seq_length
-    num_ranks = len(report.tp) * len(report.dp_cp)
+    num_ranks = len(report.tp) * len(report.dp_cp) * len(report.pp)
     yield "Floating-point operations, forward and backward"
     yield f"  per token: {per_token:.4g} = 6 x {weights:,} (weights of matrices) + {product}"
     yield f"  per step:  {per_token * tokens:.4g} = that x {tokens:,} tokens"
@@ -197,7 +238,8 @@ def _answer(config: Config, report: StepReport, memory_gib: float) -> Iterator[s
         if spare >= 0
         else f"does not fit in {memory_gib:g} GiB, {size(-spare)} too much"
     )
-    yield f"A rank needs {size(report.peak_bytes)} for its tensors: {verdict}."
+    of_stage = f" of stage {report.stage}" if len(report.pp) > 1 else ""
+    yield f"A rank{of_stage} needs {size(report.peak_bytes)} for its tensors: {verdict}."
     yield from _advice(config, report, report.peak_bytes / (memory_gib * 2**30))
 
 
@@ -205,6 +247,7 @@ def _advice(config: Config, report: StepReport, used: float) -> Iterator[str]:
     """The settings to change, most effective first, if memory is missing or much of it is left."""
     parallel, b, m = config.parallel, config.train.micro_batch_size, report.num_micro_batches
     level, several = _RECOMPUTATION.index(parallel.recompute_granularity), len(report.dp_cp) > 1
+    can_reshard = several and len(report.pp) == 1
     smaller = max((rows for rows in range(1, b) if b % rows == 0), default=None)
     larger = next((b * factor for factor in range(2, m + 1) if m % factor == 0), None)
     if used > 1:
@@ -213,7 +256,8 @@ def _advice(config: Config, report: StepReport, used: float) -> Iterator[str]:
             f"train.micro_batch_size={smaller}": smaller is not None,
             "parallel.recompute_granularity=selective": level == 0,
             "parallel.recompute_granularity=full": level == 1,
-            "parallel.reshard_after_forward=true": several and not parallel.reshard_after_forward,
+            "parallel.reshard_after_forward=true": can_reshard
+            and not parallel.reshard_after_forward,
             "parallel.gradient_sync=micro_batch": several and parallel.gradient_sync == "step",
             "more ranks, or a larger parallel.tensor_model_parallel_size": True,
         }
@@ -223,7 +267,7 @@ def _advice(config: Config, report: StepReport, used: float) -> Iterator[str]:
             f"train.micro_batch_size={larger}": larger is not None,
             f"parallel.recompute_granularity={_RECOMPUTATION[level - 1]}": level > 0,
             "parallel.gradient_sync=step": several and parallel.gradient_sync == "micro_batch",
-            "parallel.reshard_after_forward=false": several and parallel.reshard_after_forward,
+            "parallel.reshard_after_forward=false": can_reshard and parallel.reshard_after_forward,
             "fewer ranks, or a larger model": True,
         }
     else:

@@ -83,8 +83,8 @@ def run_in_pool(mesh: Mesh, config: Config, fastest: Choice) -> None:
         assert train(config, mesh, folder, StopSignals()) == 0
 
 
-def train_on(layout: Layout, arguments: list[str], *, fastest: Choice = "widened") -> None:
-    """Run a configuration on a layout, as on a processor with this fastest precision of bf16."""
+def config_on(layout: Layout, arguments: list[str]) -> Config:
+    """The configuration of a run on a layout."""
     config = parse_config(arguments)
     parallel = dataclasses.replace(
         config.parallel,
@@ -95,9 +95,12 @@ def train_on(layout: Layout, arguments: list[str], *, fastest: Choice = "widened
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.chunks if layout.chunks > 1 else None,
     )
-    run_on(
-        layout, run_in_pool, config=dataclasses.replace(config, parallel=parallel), fastest=fastest
-    )
+    return dataclasses.replace(config, parallel=parallel)
+
+
+def train_on(layout: Layout, arguments: list[str], *, fastest: Choice = "widened") -> None:
+    """Run a configuration on a layout, as on a processor with this fastest precision of bf16."""
+    run_on(layout, run_in_pool, config=config_on(layout, arguments), fastest=fastest)
 
 
 def start(

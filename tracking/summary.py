@@ -64,11 +64,10 @@ def _ranks(run: Run) -> str:
     others = "".join(f" x {axis} {size}" for axis, size in axes.items() if size > 1)
     layout = f"{mesh.world.size} = tp {mesh.tp.size}{sp}{others}"
     if mesh.pp.size > 1:
-        num_pieces = mesh.pp.size * mesh.num_chunks
-        pieces = (
-            stage_layers(run.config.model.num_layers, num_pieces, n) for n in range(num_pieces)
-        )
-        layout += f", pieces of {', '.join(str(len(layers)) for layers in pieces)} layers"
+        num_layers, num_pieces = run.config.model.num_layers, mesh.pp.size * mesh.num_chunks
+        sizes = [str(len(stage_layers(num_layers, num_pieces, n))) for n in range(num_pieces)]
+        stages = [" + ".join(sizes[stage :: mesh.pp.size]) for stage in range(mesh.pp.size)]
+        layout += f" (layers of each stage: {', '.join(stages)})"
     return f"{layout}; {device_name(mesh.device)}; {precision}"
 
 

@@ -17,7 +17,7 @@ A backend may do otherwise; this is the measure for comparing layouts.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.distributed as dist
@@ -28,11 +28,12 @@ from ops.scratch import scratch_scope
 from ops.torch_private import (
     TorchDispatchMode,
     arguments_by_name,
+    forget_sharding_rules,
     group_by_name,
     init_fake_process_group,
     operator_name,
 )
-from parallel.mesh import CPCommType, Mesh, Overlap, close_mesh, make_mesh
+from parallel.mesh import Mesh, MoreAxes, Overlap, close_mesh, make_mesh
 
 _NAMESPACES = ("c10d", "_c10d_functional", "microtron")  # torch's, and that of backend.py
 _INPUT_NAMES = ("input_tensor", "input_tensors", "input", "inputs", "tensor", "tensors")
@@ -131,17 +132,17 @@ def fake_mesh(
     tensor_model_parallel_size: int,
     sequence_parallel: bool,
     overlap: Overlap = "none",
-    context_parallel_size: int = 1,
-    cp_comm_type: CPCommType = "all_gather",
+    rank: int = 0,
+    **more_axes: Unpack[MoreAxes],
 ) -> Iterator[Mesh]:
-    """Yield the CPU mesh of rank 0 of `num_ranks`, without the other ranks.
+    """Yield the CPU mesh of one rank of `num_ranks`, without the other ranks.
 
     torch's fake backend returns at once and leaves outputs unset: only shapes, bytes and the order
     of collectives mean anything. Raises RuntimeError if this process has already joined a group.
     """
     if dist.is_initialized():
         raise RuntimeError("fake_mesh needs a process that has not joined a process group")
-    init_fake_process_group(num_ranks)
+    init_fake_process_group(num_ranks, rank)
     try:
         with scratch_scope():  # fake tensors must not remain in the scratch memory
             yield make_mesh(
@@ -150,8 +151,8 @@ def fake_mesh(
                 torch.device("cpu"),
                 0,
                 overlap,
-                context_parallel_size=context_parallel_size,
-                cp_comm_type=cp_comm_type,
+                **more_axes,
             )
     finally:
         close_mesh()
+        forget_sharding_rules()

@@ -39,6 +39,7 @@ from ops.torch_private import (
     foreach_copy_,
     foreach_mul_,
     foreach_norm,
+    forget_sharding_rules,
     group_by_name,
     init_fake_process_group,
     is_sharding_rule,
@@ -283,6 +284,19 @@ def test_collectives_on_one_tensor(mesh: Mesh) -> None:
     work = reduce_scatter_single(scattered, torch.arange(4.0), group=group, async_op=True)
     work.wait()
     assert scattered.tolist() == [[0, 2], [4, 6]][rank]
+
+
+def test_a_later_fake_rank_has_its_own_mesh() -> None:
+    """Not that of an earlier one, which DTensor's caches return for equal tensors."""
+    for rank in (0, 5):
+        init_fake_process_group(8, rank)
+        try:
+            mesh = init_device_mesh("cpu", (8,))
+            x = DTensor.from_local(torch.ones(4), mesh, [Shard(0)])
+            assert x.detach().device_mesh.get_local_rank() == rank
+        finally:
+            dist.destroy_process_group()
+            forget_sharding_rules()
 
 
 def test_fake_collectives_return_at_once() -> None:

@@ -3,9 +3,6 @@
 import dataclasses
 import json
 import math
-import os
-import shutil
-import signal
 import sys
 import threading
 import time
@@ -22,17 +19,20 @@ from torch import Tensor
 from checkpoints.full_tensors import read_full_tensor
 from checkpoints.manifest import read_manifest
 from configs import Config, parse_config
-from model import build_model
-from parallel import Mesh, compare_replicas, is_blocking_frame, run_pipeline
-from parallel.pipeline import Action, max_alive, schedule
-from tests.distributed import ONE_RANK, Layout, distributed
-from tests.runs import finish, ranks_of, rows, settings, start, steps_done, train_on, wait_for
+from data import MicroBatch
+from model import Sampling, build_model
+from ops.dropout import dropout_keys
+from parallel import Mesh, compare_replicas, gather_json, is_blocking_frame, run_pipeline
+from parallel.pipeline import MAX_PENDING, Action, max_alive, schedule
+from tests.distributed import ONE_RANK, Layout, distributed, run_on
+from tests.runs import config_on, rows, settings, train_on
+from tests.trained_runs import Dense, start_program
 from tracking.summary import pipeline_problem
 from train import start as start_run
-from training.optimizer import weight_tensors
+from training.optimizer import training_tensors, weight_tensors
 from training.run_folder import RunFolder
-from training.state import Run, training_batches
-from training.step import train_step
+from training.state import Run, RunState, training_batches
+from training.step import forward_backward, train_step
 
 UNTIED = ("model.num_layers=5", "model.untie_embeddings_and_output_weights=true")
 SHAPES = [(p, v) for p in (1, 2, 3, 5) for v in (1, 2, 3) if p > 1 or v == 1]
@@ -62,8 +62,9 @@ def test_schedules(num_micro_batches: int, p: int, v: int) -> None:
 def _replay(stages: tuple[tuple[Action, ...], ...], v: int) -> None:
     """Run the stages against each other: messages are received in the order they were sent.
 
-    A send waits if `max_pending` messages before it are not received. The order in which stages get
-    to run makes no difference, as each only reads and writes queues.
+    A send waits if MAX_PENDING messages before it are not received; a stage receives one message
+    ahead of its use. The order in which stages get to run makes no difference, as each only reads
+    and writes queues.
     """
     p, to_do = len(stages), [deque(actions) for actions in stages]
     queues: dict[tuple[int, bool], deque[tuple[int, int]]] = defaultdict(deque)  # of receivers
@@ -73,7 +74,7 @@ def _replay(stages: tuple[tuple[Action, ...], ...], v: int) -> None:
         first, last = (0, p * v - 1)[::step]
         received = queues[stage, action.is_forward]
         sent = queues[(stage + step) % p, action.is_forward]
-        if (piece != first and not received) or (piece != last and len(sent) == max_alive(p, v, 0)):
+        if (piece != first and not received) or (piece != last and len(sent) == MAX_PENDING + 1):
             return False
         if piece != first:
             assert received.popleft() == (action.micro_batch, piece)
@@ -229,6 +230,94 @@ def test_checkpoints_fit_any_layout(corpus: Path, tmp_path: Path) -> None:
         _require_near(rows(tmp_path, name.removeprefix("run.name=")), whole)
 
 
+def require_same_state(mesh: Mesh, config: Config, saved: Path) -> None:
+    """Require that a launch reads the weights and moments that are in a checkpoint."""
+    manifest = read_manifest(saved)
+    with RunFolder(config, mesh) as folder:
+        run, state = start_run(config, mesh, folder)
+    assert state.step == 3
+    tensors = training_tensors(run.model, run.optimizer)
+    for name, shard in tensors.items():
+        assert torch.equal(shard.tensor, read_full_tensor(manifest, name)[shard.slices]), name
+    names = {name for of_rank in gather_json(mesh, list(tensors)) for name in of_rank}
+    assert names == manifest.tensors.keys()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (Layout(tp=2, pp=2), (ONE_RANK, Layout(dp=2), Layout(pp=4))),
+        (ONE_RANK, (Layout(tp=2, pp=2), Layout(pp=4))),
+        (Layout(dp=2), (Layout(tp=2, pp=2), Layout(dp=2, pp=2, chunks=2))),
+        (Layout(pp=4), (Layout(tp=2, pp=2),)),
+    ],
+    ids=str,
+)
+def test_any_layout_reads_weights_and_moments(
+    corpus: Path, tmp_path: Path, before: Layout, after: tuple[Layout, ...]
+) -> None:
+    """Bit for bit, also a tied table, of which the files have one copy."""
+    options = ("model.num_layers=4", "evaluate.interval=0", "run.stop_at_step=3")
+    arguments = settings(corpus, tmp_path, *options)
+    train_on(before, arguments)
+    saved = tmp_path / "test" / "checkpoints" / "step_00000003"
+    for layout in after:
+        config = config_on(layout, arguments)
+        run_on(layout, require_same_state, config=config, saved=saved)
+
+
+def test_programs_read_a_run_of_stages(corpus: Path, tmp_path: Path) -> None:
+    """generate.py equals the reference, evaluate.py the run, and export.py transformers."""
+    train_on(Layout(tp=2, pp=2), settings(corpus, tmp_path, "model.num_layers=3"))
+    run, prompt = tmp_path / "test", "while True"
+    text = Dense(run).continuation(prompt, 20, Sampling(temperature=0.0))
+    arguments = (f"run={run}", f"prompt={prompt}", "max_new_tokens=20", "temperature=0")
+    assert start_program(1, "generate.py", *arguments) == (0, (prompt + text).encode())
+    code, scores = start_program(1, "evaluate.py", f"run={run}")
+    (during,) = [row for row in rows(tmp_path) if row["step"] == 6 and "eval/loss" in row]
+    assert (code, f"{during['eval/bits_per_byte']:.4f} bits/byte" in scores.decode()) == (0, True)
+    code, output = start_program(1, "export.py", f"run={run}", f"output={tmp_path / 'exported'}")
+    assert code == 0, output
+    assert (tmp_path / "exported" / "model.safetensors").is_file()
+
+
+@distributed(ONE_RANK, Layout(pp=2), Layout(pp=3))
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+def test_a_stage_saves_what_its_alive_micro_batches_need(
+    mesh: Mesh, config: Config, recompute: Any
+) -> None:
+    """p - r times the bytes that autograd saves for one micro-batch, however many there are."""
+    parallel = dataclasses.replace(config.parallel, recompute_granularity=recompute)
+    config = dataclasses.replace(config, parallel=parallel)
+    model = build_model(config, mesh)
+    run = cast(Run, SimpleNamespace(config=config, mesh=mesh, model=model))
+    tokens = torch.zeros(2, 8, dtype=torch.int64)
+    keys = dropout_keys(0, 0, range(2), config.model.num_layers)
+    one = MicroBatch(tokens, tokens, tokens, torch.arange(2), 16, None, keys)
+    num_bytes = most = 0
+
+    class Saved:
+        def __init__(self, tensor: Tensor) -> None:
+            nonlocal num_bytes, most
+            self.tensor = tensor.detach()  # the tensor itself could keep its node alive
+            num_bytes += tensor.nbytes
+            most = max(most, num_bytes)
+
+        def __del__(self) -> None:
+            nonlocal num_bytes
+            num_bytes -= self.tensor.nbytes
+
+    def peak(num_micro_batches: int) -> int:
+        nonlocal most
+        most = 0
+        with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+            forward_backward(run, RunState(wandb_id=""), [one] * num_micro_batches, 1.0)
+        assert num_bytes == 0
+        return most
+
+    assert peak(7) == (mesh.pp.size - mesh.pp.rank) * peak(1)
+
+
 @distributed(Layout(pp=2))
 def test_all_stages_skip_a_step(mesh: Mesh, config: Config) -> None:
     """A gradient that is not finite on the first stage; the loss is fine."""
@@ -301,29 +390,3 @@ def config(corpus: Path, tmp_path: Path) -> Config:
     config = parse_config(settings(corpus, tmp_path, "train.compile=false"))
     parallel = dataclasses.replace(config.parallel, pipeline_model_parallel_size=2)
     return dataclasses.replace(config, parallel=parallel)
-
-
-@pytest.mark.slow
-def test_a_killed_stage_loses_nothing(corpus: Path, tmp_path: Path) -> None:
-    """The last stage is killed; resumed, the run has the bits of one that was not."""
-    options = (
-        *UNTIED,
-        "parallel.tensor_model_parallel_size=1",
-        "parallel.pipeline_model_parallel_size=2",
-        "train.train_steps=12",
-        "checkpoint.save_interval=2",
-        "evaluate.interval=0",
-    )
-    arguments = settings(corpus, tmp_path, *options)
-    process = start(2, arguments)
-    wait_for(lambda: steps_done(tmp_path) >= 5, process)
-    os.kill(ranks_of(tmp_path)[1], signal.SIGKILL)
-    finish(process, expected=1)
-    killed_at = steps_done(tmp_path)
-    assert killed_at < 12
-    output = finish(start(2, arguments))
-    assert "2 = tp 1 x pp 2, pieces of 3, 2 layers" in output
-    resumed = rows(tmp_path)
-    shutil.rmtree(tmp_path / "test")
-    finish(start(2, arguments))
-    assert resumed == rows(tmp_path)

@@ -25,9 +25,10 @@ from ops.dropout import dropout_keys
 from ops.scratch import scratch_scope
 from parallel import DropoutStream, Mesh, initialise_parameters, local_shards
 from parallel.transport.traffic import record_traffic
+from plan import main as plan_main
 from plan import num_ranks, parse
 from planning.dry_run import StepReport, dry_run
-from planning.page import page, paper_formula
+from planning.page import page, paper_formula, size
 from tests.distributed import ONE_RANK, Layout, run_on
 from tests.lines import ROOT
 from training.optimizer import build_optimizer, training_tensors
@@ -35,6 +36,7 @@ from training.state import Run, RunState
 from training.step import train_step
 
 LAYOUTS = (ONE_RANK, Layout(tp=2), Layout(tp=2, sp=False), Layout(dp=2), Layout(tp=2, dp=2))
+PIPELINES = (Layout(pp=2), Layout(pp=3), Layout(pp=2, chunks=2), Layout(tp=2, pp=2))
 NUM_MICRO_BATCHES = 3
 REPEATS = 4  # for measurements that vary
 REPEATS_OF_LAYER = 20
@@ -81,15 +83,18 @@ cases = pytest.mark.parametrize(
 
 
 def small_config(layout: Layout, *overrides: str) -> Config:
+    virtual = layout.chunks if layout.chunks > 1 else "null"
     settings = (
         *SMALL,
         f"parallel.tensor_model_parallel_size={layout.tp}",
         f"parallel.sequence_parallel={str(layout.sp).lower()}",
         f"parallel.tp_comm_overlap={layout.overlap}",
+        f"parallel.pipeline_model_parallel_size={layout.pp}",
+        f"parallel.virtual_pipeline_model_parallel_size={virtual}",
         f"train.global_batch_size={2 * NUM_MICRO_BATCHES * layout.dp}",
         *overrides,
     )
-    return parse_config(list(settings), lambda _: layout.tp * layout.dp)
+    return parse_config(list(settings), lambda _: layout.num_ranks)
 
 
 def micro_batch(config: Config) -> MicroBatch:
@@ -126,15 +131,25 @@ class Allocations:
 @functools.cache
 def planned(layout: Layout, option: str) -> tuple[Config, StepReport]:
     config = small_config(layout, *OPTIONS[option])
-    return config, dry_run(config, layout.tp * layout.dp)
+    return config, dry_run(config, layout.num_ranks)
 
 
-def compare_step(mesh: Mesh, config: Config, expected: dict[str, Any]) -> None:
-    """Compare a real step on this rank: collectives, state and peak memory."""
+def totals(plan: StepReport) -> dict[str, Any]:
+    return {
+        "traffic": plan.step,
+        "peak": plan.peak_bytes,
+        **{kind: state.total for kind, state in plan.state.items()},
+    }
+
+
+def compare_step(mesh: Mesh, config: Config, stages: list[dict[str, Any]]) -> None:
+    """Compare a real step on the first rank of each stage: collectives, state and peak memory."""
     model = build_model(config, mesh)
     optimizer = build_optimizer(model, config.optimizer)
     run = SimpleNamespace(config=config, mesh=mesh, model=model, optimizer=optimizer)
-    micro_batches = [micro_batch(config)] * NUM_MICRO_BATCHES
+    dp = mesh.dp.size
+    num_micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * dp)
+    micro_batches = [micro_batch(config)] * num_micro_batches
     batch = StepBatch(micro_batches, num_targets=1, sum_of_lengths=1)
     gradients: list[int] = []
 
@@ -150,8 +165,9 @@ def compare_step(mesh: Mesh, config: Config, expected: dict[str, Any]) -> None:
                 batches = cast(BatchLoader, iter([batch]))
                 train_step(cast(Run, run), RunState(wandb_id=""), batches)
             steps.append(allocations)
-    if mesh.world.rank > 0:
+    if mesh.dp.rank > 0 or mesh.tp.rank > 0:
         return
+    expected = stages[mesh.pp.rank]
     assert Counter(traffic) == expected["traffic"]
     num_bytes: Counter[str] = Counter()
     for name, shard in training_tensors(model, optimizer).items():
@@ -173,12 +189,21 @@ def test_a_step_is_as_planned(layout: Layout, option: str) -> None:
     """Collectives and state are exact, the peak is within 5 %, for a step of 3 micro-batches."""
     config, plan = planned(layout, option)
     assert plan.num_micro_batches == NUM_MICRO_BATCHES
-    expected = {
-        "traffic": plan.step,
-        "peak": plan.peak_bytes,
-        **{kind: state.total for kind, state in plan.state.items()},
-    }
-    run_on(layout, compare_step, config=config, expected=expected)
+    run_on(layout, compare_step, config=config, stages=[totals(plan)])
+
+
+@pytest.mark.parametrize("layout", PIPELINES, ids=str)
+@pytest.mark.parametrize("num_micro_batches", [2, 7])
+def test_a_step_of_each_stage_is_as_planned(layout: Layout, num_micro_batches: int) -> None:
+    """Like a step without a pipeline; stage r of p keeps p - r micro-batches."""
+    batch = 2 * num_micro_batches * layout.dp
+    config = small_config(layout, "model.num_layers=7", f"train.global_batch_size={batch}")
+    plans = [dry_run(config, layout.num_ranks, stage=stage) for stage in range(layout.pp)]
+    assert sorted(layer for plan in plans for layer in plan.layers) == list(range(7))
+    if layout.chunks == 1:
+        alive = [min(num_micro_batches, layout.pp - stage) for stage in range(layout.pp)]
+        assert [plan.max_alive for plan in plans] == alive
+    run_on(layout, compare_step, config=config, stages=[totals(plan) for plan in plans])
 
 
 def compare_layer(mesh: Mesh, config: Config, expected: int) -> None:
@@ -259,6 +284,28 @@ def test_two_micro_batches_represent_any_number(gradient_sync: str) -> None:
     assert full.peak_bytes == plan.peak_bytes
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "gradient_sync"),
+    [
+        (Layout(pp=4), "step"),
+        (Layout(dp=2, pp=2), "micro_batch"),
+        (Layout(dp=2, pp=2, chunks=2), "step"),
+    ],
+    ids=str,
+)
+def test_a_few_more_than_are_alive_represent_any_number(layout: Layout, gradient_sync: str) -> None:
+    """The same for each stage of a pipeline: collectives, peak and its parts."""
+    batch = f"train.global_batch_size={2 * 8 * layout.dp}"
+    sync = f"parallel.gradient_sync={gradient_sync}"
+    config = small_config(layout, batch, sync, "model.num_layers=4")
+    for stage in range(layout.pp):
+        plan, full = (dry_run(config, layout.num_ranks, n, stage) for n in (None, 8))
+        assert full.step == plan.step
+        assert full.traffic == plan.traffic
+        assert (full.peak, full.max_alive) == (plan.peak, plan.max_alive)
+
+
 def test_paper_formulas() -> None:
     """GPT-3's layer, in units of sbh, by hand: a = 96, h = 12288, s = 2048."""
     layer = (
@@ -305,6 +352,33 @@ def test_the_page_of_gpt_1b() -> None:
     assert max(map(len, text.splitlines())) <= PAGE_WIDTH
 
 
+def test_the_page_of_a_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
+    """A row for each stage, the bubble and the messages; the rest is about the largest stage."""
+    layout = Layout(tp=2, pp=2, chunks=2)
+    config = small_config(layout, "model.num_layers=5", "train.global_batch_size=16")
+    assert plan_main(config, layout.num_ranks, 80.0) == 0
+    text = capsys.readouterr().out
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    plans = [dry_run(config, layout.num_ranks, stage=stage) for stage in range(2)]
+    largest = max(plans, key=lambda plan: plan.peak_bytes)
+    assert "x pipeline parallel 2, 2 chunks of layers per stage" in lines
+    for plan, layers in zip(plans, ("0-1, 3", "2, 4"), strict=True):
+        row = f"stage {plan.stage}, layers {layers} {plan.num_parameters:,} {plan.max_alive / 2:g}"
+        assert f"{row} alive {size(plan.peak_bytes)}" in lines
+    bubble = "(p - 1) / (m v + p - 1) = 5.9% of a step of 8 micro-batches"
+    assert f"Bubble: a stage is idle for {bubble}." in lines
+    assert (
+        f"The rest of this page is about stage {largest.stage}, which needs the most memory."
+        in lines
+    )
+    # s b h / t bf16 numbers: chunk 0 to the other stage, then chunk 1 to it, or back to the first.
+    message = size(128 // 2 * 2 * 64 * 2)
+    assert f"pp one micro-batch send bf16 3 {message} {size(3 * 128 // 2 * 2 * 64 * 2)}" in lines
+    assert f"A rank of stage {largest.stage} needs {size(largest.peak_bytes)} for its" in text
+    assert "reshard_after_forward" not in text
+    assert max(map(len, text.splitlines())) <= PAGE_WIDTH
+
+
 @pytest.mark.slow
 def test_gpt_7b_on_a_laptop() -> None:
     """The plan for eight ranks takes seconds and less than 1.5 GB; its last line answers."""
@@ -332,6 +406,11 @@ def test_gpt_7b_on_a_laptop() -> None:
             ["config=gpt_7b", "parallel.tensor_model_parallel_size=8", "nproc=12"],
             "config error: nproc=12 is not divisible by parallel.tensor_model_parallel_size=8; "
             "choose nproc=8 or 16",
+        ),
+        (
+            ["config=gpt_7b", "parallel.pipeline_model_parallel_size=4", "nproc=6"],
+            "config error: nproc=6 is not divisible by parallel.tensor_model_parallel_size=1 x "
+            "parallel.pipeline_model_parallel_size=4; choose nproc=4 or 8, or another",
         ),
         (
             ["config=gpt_7b", "parallel.tensor_model_parallel_size=3"],

@@ -1,0 +1,134 @@
+"""A pipeline of two stages: its bubble, and a slow link to the other stage.
+
+    python -m bench.pipeline bubble [--micro_batches 2 4 8 16] [--rounds 2 --steps 2]
+    python -m bench.pipeline network [--mbit 1000] [--rounds 2 --steps 2]
+
+Eight layers of bench-gpt with rows of 512 tokens and a vocabulary of 1,024, whose output layer
+costs little, so that both stages have the same work; our trainer in bf16 on two ranks, one core
+each. Settings `section.key=value` at the end apply to every visit. What is compared takes turns,
+and medians are over the steps of all rounds.
+
+`bubble` times steps of m micro-batches of one row, also with v=2 chunks of layers per stage. The
+time of a micro-batch without a bubble is the slope of the step time between the least and the most
+micro-batches. "Idle" compares a step with m times that; a pipeline predicts 1 + (p - 1) / (m v).
+
+`network` times steps of 8 rows on pp=2, tp=2 with sequence parallelism, and dp=2, between two
+network namespaces (see network.py) with and without a limit of their link.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+
+from bench.network import limit, two_hosts, visit
+from bench.run import make_visit
+from bench.sides import OURS, Visit
+from bench.workload import PIPELINE, Workload
+
+_WORKLOAD = Workload(PIPELINE, seq_length=512, vocab_size=1024, micro_batch_size=1)
+_CHUNKS = "parallel.virtual_pipeline_model_parallel_size"
+_NUM_ROWS = 8  # of a step on the network
+_LAYOUTS = {
+    "PP=2": (PIPELINE, f"{_CHUNKS}=null"),
+    "PP=2, v=2": (PIPELINE, f"{_CHUNKS}=2"),
+    "TP=2 + SP": ("tp2+sp",),
+    "DP=2": ("dp2",),
+}
+_LIMIT_S = 600.0  # of a visit
+_LARGEST_SHARE = 0.05  # of the cores, taken by others
+
+
+class Times:
+    """The step times of all visits to each case."""
+
+    def __init__(self) -> None:
+        self._of: dict[tuple[str | int, int], list[float]] = {}
+        self._foreign: list[float] = []
+
+    def add(self, case: tuple[str | int, int], report: dict[str, list[float]]) -> None:
+        """Add the steps of a visit."""
+        if "step_s" not in report:
+            sys.exit(f"no result for {case}: {report['error']}")
+        self._of.setdefault(case, []).extend(report["step_s"])
+        self._foreign += report["foreign"]
+
+    def __getitem__(self, case: tuple[str | int, int]) -> float:
+        return statistics.median(self._of[case])
+
+    def disturbance(self) -> str:
+        """Say in how many steps other processes took much of the cores."""
+        number = sum(share > _LARGEST_SHARE for share in self._foreign)
+        return f"Other jobs disturbed {number} of {len(self._foreign)} steps."
+
+
+def _steps(arguments: argparse.Namespace) -> list[str]:
+    flags = ("warmup", "steps", "patience_s")
+    return [f"--{flag}={getattr(arguments, flag)}" for flag in flags]
+
+
+def bubble(arguments: argparse.Namespace) -> Iterator[str]:
+    """A line of a table for each number of chunks and of micro-batches."""
+    times, counts, steps = Times(), sorted(arguments.micro_batches), _steps(arguments)
+    for _ in range(arguments.rounds):
+        for m in counts:
+            for v in (1, 2):
+                workload = replace(_WORKLOAD, global_batch_size=m)
+                overrides = (f"{_CHUNKS}={v}", *arguments.overrides)
+                found = make_visit(Visit("speed", OURS, workload, overrides), steps, _LIMIT_S)
+                times.add((m, v), found)
+    yield "| v | m | s a step | s a micro-batch | idle, measured | 1 + (p - 1) / (m v) |"
+    yield "|---|---|---|---|---|---|"
+    for v in (1, 2):
+        least, most = counts[0], counts[-1]
+        slope = (times[most, v] - times[least, v]) / (most - least)
+        for m in counts:
+            step_s, predicted = times[m, v], 1 + 1 / (m * v)
+            idle = step_s / (m * slope)
+            cells = f"{step_s:.2f} | {step_s / m:.3f} | {idle:.2f} | {predicted:.2f}"
+            yield f"| {v} | {m} | {cells} |"
+    yield times.disturbance()
+
+
+def network(arguments: argparse.Namespace) -> Iterator[str]:
+    """A line of a table for each layout."""
+    times, rates, steps = Times(), (0, *arguments.mbit), _steps(arguments)
+    with two_hosts():
+        for _ in range(arguments.rounds):
+            for mbit in rates:
+                limit(mbit)
+                for name, (layout, *overrides) in _LAYOUTS.items():
+                    rows = 1 if layout == PIPELINE else 0  # 0: all that a rank has
+                    shape = replace(_WORKLOAD, layout=layout, micro_batch_size=rows)
+                    shape = replace(shape, global_batch_size=_NUM_ROWS)
+                    times.add((name, mbit), visit(shape, [*overrides, *arguments.overrides], steps))
+    limits = " | ".join(f"{mbit} Mbit/s" for mbit in arguments.mbit)
+    yield f"| layout | no limit, s a step | {limits} |"
+    yield "|---" * (1 + len(rates)) + "|"
+    for name in _LAYOUTS:
+        yield f"| {name} | {' | '.join(f'{times[name, mbit]:.2f}' for mbit in rates)} |"
+    yield times.disturbance()
+
+
+def main() -> int:
+    """Print one of the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("table", choices=("bubble", "network"))
+    parser.add_argument("--micro_batches", type=int, nargs="*", default=[2, 4, 8, 16])
+    parser.add_argument("--mbit", type=int, nargs="*", default=[1000], help="rates of the link")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--warmup", type=int, default=1, help="steps of a visit before timing")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps of a visit")
+    parser.add_argument("--patience_s", type=float, default=10, help="wait so long for other jobs")
+    parser.add_argument("overrides", nargs="*", help="settings of ours for all")
+    arguments = parser.parse_args()
+    for line in {"bubble": bubble, "network": network}[arguments.table](arguments):
+        sys.stdout.write(f"{line}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
