@@ -222,7 +222,7 @@ class DataConfig(SourceConfig):
     # With pack: cut concatenated documents (stream), or split only documents longer than a sequence
     # (best_fit), at the cost of a little padding.
     packing: Literal["stream", "best_fit"] = "stream"
-    # With pack: restart attention and positions at each document; slower (explicit mask).
+    # With pack: restart attention and positions at each document.
     inter_document_masking: bool = False
     # Fraction of documents held out for evaluation; of the bytes, if there are few documents.
     validation_fraction: Fraction = 0.01

@@ -12,7 +12,7 @@ from parallel.collectives import (
     sum_over,
     synchronize,
 )
-from parallel.context import KeyBlocks, context_parallel_attention, key_blocks
+from parallel.context import context_parallel_attention
 from parallel.data_parallel import (
     free_gathered_weights,
     set_gradient_sync,
@@ -52,7 +52,6 @@ __all__ = [
     "DeviceError",
     "DropoutStream",
     "Heartbeats",
-    "KeyBlocks",
     "LocalShard",
     "Losses",
     "MergedColumnParallelLinear",
@@ -76,7 +75,6 @@ __all__ = [
     "initialise_parameters",
     "is_blocking_frame",
     "is_transport_frame",
-    "key_blocks",
     "local_shards",
     "lookup",
     "lost_connection",

@@ -249,19 +249,17 @@ def _trace_step(
 
 
 def _full_micro_batch(config: Config) -> MicroBatch:
-    """Make rows as long as the data's, with a target at every position."""
+    """Make rows as long as the data's, of one document, with a target at every position."""
     parallel, b = config.parallel, config.train.micro_batch_size
     multiple = width_multiple(parallel.context_parallel_size, parallel.tensor_model_parallel_size)
     width = config.model.seq_length + -config.model.seq_length % multiple
     tokens = torch.zeros(b, width, dtype=torch.int64)
-    masks_documents = config.data.inter_document_masking and config.data.sequence_mode == "pack"
     return MicroBatch(
         tokens=tokens,
         targets=tokens,
         positions=tokens,
         sample_indices=torch.arange(b),
         num_targets=b * width,
-        documents=tokens if masks_documents else None,
         dropout_keys=dropout_keys(0, 0, range(b), config.model.num_layers),
     ).of_cp_rank(0, parallel.context_parallel_size)
 

@@ -23,6 +23,7 @@ from model.context import make_attention_context
 from model.gpt import Block
 from ops.dropout import dropout_keys
 from ops.scratch import scratch_scope
+from ops.segments import make_key_blocks
 from parallel import DropoutStream, Mesh, initialise_parameters, local_shards
 from parallel.transport.traffic import record_traffic
 from plan import num_ranks, parse
@@ -91,9 +92,10 @@ def micro_batch(config: Config) -> MicroBatch:
     b, s = config.train.micro_batch_size, config.model.seq_length
     tokens = torch.randint(config.data.vocab_size, (b, s))
     positions = torch.arange(s).repeat(b, 1)
-    documents = (positions > s // 2).long() if config.data.inter_document_masking else None
+    documents = [[0, s // 2]] * b if config.data.inter_document_masking else None
     keys = dropout_keys(1, 0, range(b), config.model.num_layers)
-    return MicroBatch(tokens, tokens, positions, torch.arange(b), b * s, documents, keys)
+    batch = MicroBatch(tokens, tokens, positions, torch.arange(b), b * s, documents, keys)
+    return batch.of_cp_rank()
 
 
 class Allocations:
@@ -184,8 +186,8 @@ def compare_layer(mesh: Mesh, config: Config, expected: int) -> None:
     block.to(dtype)
     inputs = micro_batch(config)
     stream = DropoutStream(1, 0, 0, inputs.dropout_keys)
-    documents = None if inputs.documents is None else inputs.documents.t()
-    context = make_attention_context(model, inputs.positions.t(), documents, stream, dtype)
+    key_blocks = inputs.key_blocks or make_key_blocks(model.seq_length)
+    context = make_attention_context(model, inputs.positions.t(), key_blocks, stream, dtype)
     s = model.seq_length // (mesh.tp.size if mesh.sequence_parallel else 1)
     x = torch.ones(s, len(inputs.tokens), model.hidden_size, dtype=dtype, requires_grad=True)
     # Often gloo's threads free something last, unseen.
