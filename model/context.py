@@ -7,7 +7,7 @@ from torch import Tensor
 
 from configs.schema import ModelConfig
 from model.generation.cache import KeyValueCache
-from ops.segments import KeyBlocks
+from ops.segments import KeyBlocks, make_key_blocks
 from parallel import DropoutStream
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines of the angles, each [s/c, b, 1, d/2]
@@ -26,12 +26,17 @@ class AttentionContext:
 def make_attention_context(
     config: ModelConfig,
     positions: Tensor,
-    key_blocks: KeyBlocks,
+    key_blocks: KeyBlocks | None,
     stream: DropoutStream | None,
     dtype: torch.dtype,
     cache: KeyValueCache | None = None,
 ) -> AttentionContext:
-    """Build the context; `positions` `[s, b]` count from the beginning of their document."""
+    """Build the context; `positions` `[s, b]` count from the beginning of their document.
+
+    Without `key_blocks`, rows are not split over cp, and tokens see all earlier ones.
+    """
+    if key_blocks is None:
+        key_blocks = make_key_blocks(len(positions))
     rotation = None
     if config.position_embedding_type == "rope":
         rotation = rotary_cos_sin(positions, config.head_dim, config.rotary_base, dtype)

@@ -170,7 +170,7 @@ class GPT(nn.Module):
         # The only transpose: data is batch first, the model sequence first.
         tokens, positions = tokens.t(), positions.t()
         mesh, shape = self.mesh, self.activation_shape(tokens)
-        if key_blocks is None:
+        if key_blocks is None and mesh.cp.size > 1:
             width, cp = len(positions) * mesh.cp.size, mesh.cp
             key_blocks = make_key_blocks(width, None, cp.rank, cp.size)
         if stream is not None:

@@ -23,7 +23,6 @@ from model.context import make_attention_context
 from model.gpt import Block
 from ops.dropout import dropout_keys
 from ops.scratch import scratch_scope
-from ops.segments import make_key_blocks
 from parallel import DropoutStream, Mesh, initialise_parameters, local_shards
 from parallel.transport.traffic import record_traffic
 from plan import num_ranks, parse
@@ -186,8 +185,8 @@ def compare_layer(mesh: Mesh, config: Config, expected: int) -> None:
     block.to(dtype)
     inputs = micro_batch(config)
     stream = DropoutStream(1, 0, 0, inputs.dropout_keys)
-    key_blocks = inputs.key_blocks or make_key_blocks(model.seq_length)
-    context = make_attention_context(model, inputs.positions.t(), key_blocks, stream, dtype)
+    positions, key_blocks = inputs.positions.t(), inputs.key_blocks
+    context = make_attention_context(model, positions, key_blocks, stream, dtype)
     s = model.seq_length // (mesh.tp.size if mesh.sequence_parallel else 1)
     x = torch.ones(s, len(inputs.tokens), model.hidden_size, dtype=dtype, requires_grad=True)
     # Often gloo's threads free something last, unseen.
