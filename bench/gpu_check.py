@@ -43,7 +43,10 @@ _MODULES = {  # what the checks import besides torch, and the package that has i
 _PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux2014_x86_64")
 _TESTS = tuple(
     f"tests/{name}"
-    for name in ("test_gpu.py", "test_golden.py", "model", "parallel", "checkpoints", "training")
+    for name in (
+        *("test_gpu.py", "test_golden.py", "ops/test_segments.py"),
+        *("model", "parallel", "checkpoints", "training"),
+    )
 )
 _TINY = (
     "model.num_layers=1",

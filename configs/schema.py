@@ -269,8 +269,8 @@ class DataConfig(SourceConfig):
     # (best_fit), at the cost of a little padding. null: stream, but best_fit if data.format is not
     # text.
     packing: Literal["stream", "best_fit"] | None = None
-    # With pack: restart attention and positions at each document; slower (explicit mask). null:
-    # false, but true if data.format is not text.
+    # With pack: restart attention and positions at each document. null: false, but true if
+    # data.format is not text.
     inter_document_masking: bool | None = None
     # Fraction of documents held out for evaluation; of the bytes, if there are few documents.
     validation_fraction: Fraction = 0.01

@@ -26,17 +26,18 @@ from torch import Tensor
 
 from data.packing import Int64Array, best_fit
 from data.token_file import Tokens
-from ops.balance import RowDocuments, balanced_positions
+from ops.balance import balanced_positions
+from ops.segments import Documents, KeyBlocks, make_key_blocks
 
 IGNORED_TARGET = -100  # torch's default for ignored targets
-_MODEL_INPUTS = ("tokens", "positions", "targets", "documents")
+_MODEL_INPUTS = ("tokens", "positions", "targets")
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """Rows of one forward and backward pass, padded to the same width.
 
-    With context parallelism, this rank's positions of them, `[b, s/c]` (`documents`: all).
+    With context parallelism, this rank's positions of them, `[b, s/c]`.
     """
 
     tokens: Tensor  # [b, s] int64; eos in padded slots
@@ -44,10 +45,9 @@ class MicroBatch:
     positions: Tensor  # [b, s] int64; 0 in padded slots
     sample_indices: Tensor  # [b] int64, numbers of the samples in the run
     num_targets: int  # without ignored ones
-    # [b, s] int64, the column where the slot's document begins, -1 in padding. None: not kept apart
-    documents: Tensor | None = None
+    documents: Documents | None = None  # of whole rows; None: not kept apart
     dropout_keys: Tensor | None = None  # [1 + 2 L, 2, b] int32, of all sites in the model
-    visible_ranks: tuple[int, ...] | None = None  # of RowDocuments, with context parallelism
+    key_blocks: KeyBlocks | None = None  # of `documents`, set by `of_cp_rank`
 
     @property
     def sum_of_lengths(self) -> int:
@@ -59,19 +59,17 @@ class MicroBatch:
 
     def inputs(self) -> dict[str, Any]:
         """Return the model's arguments by name."""
-        inputs = {name: getattr(self, name) for name in _MODEL_INPUTS}
-        if self.documents is not None and self.visible_ranks is not None:
-            inputs["documents"] = RowDocuments(self.documents, self.visible_ranks)
-        return inputs
+        assert (self.documents is None) == (self.key_blocks is None), "call of_cp_rank first"
+        return {name: getattr(self, name) for name in (*_MODEL_INPUTS, "key_blocks")}
 
     def of_cp_rank(self, cp_rank: int = 0, cp_size: int = 1) -> "MicroBatch":
-        """Return the positions of one context-parallel rank."""
-        if cp_size == 1:
-            return self
-        columns = balanced_positions(self.tokens.shape[1], cp_rank, cp_size)
-        visible = None
+        """Return the positions of one context-parallel rank, and the keys that they see."""
+        width, key_blocks = self.tokens.shape[1], None
         if self.documents is not None:
-            visible = _visible_ranks(self.documents[:, columns], columns, cp_rank, cp_size)
+            key_blocks = make_key_blocks(width, self.documents, cp_rank, cp_size)
+        if cp_size == 1:
+            return replace(self, key_blocks=key_blocks)
+        columns = balanced_positions(width, cp_rank, cp_size)
         targets = self.targets[:, columns]
         return replace(
             self,
@@ -79,7 +77,7 @@ class MicroBatch:
             targets=targets,
             positions=self.positions[:, columns],
             num_targets=int((targets != IGNORED_TARGET).sum()),
-            visible_ranks=visible,
+            key_blocks=key_blocks,
         )
 
     def to(self, device: torch.device) -> "MicroBatch":
@@ -93,25 +91,9 @@ class MicroBatch:
     def _map(self, function: Callable[[Tensor], Tensor]) -> "MicroBatch":
         of_device = {name: getattr(self, name) for name in (*_MODEL_INPUTS, "dropout_keys")}
         mapped: dict[str, Any] = {n: function(t) for n, t in of_device.items() if t is not None}
+        if self.key_blocks is not None:
+            mapped["key_blocks"] = {n: block.map(function) for n, block in self.key_blocks.items()}
         return replace(self, **mapped)
-
-
-def _visible_ranks(first: Tensor, columns: Tensor, rank: int, size: int) -> tuple[int, ...]:
-    """Return the cp ranks with keys that the queries in some columns, `[s/c]`, see.
-
-    `first` `[b, s/c]` is the column where a query's document begins, -1 in padding. It sees all
-    columns from there to its own. See parallel/context.py for the keys of another rank.
-    """
-    chunk = len(columns) // 2
-    firsts = torch.where(first >= 0, first, columns).amin(dim=0)  # over rows
-    in_any_chunk, in_second_chunk = int(firsts.min()), int(firsts[chunk:].min())
-    return tuple(
-        other
-        for other in range(size)
-        if other == rank
-        or (other < rank and in_any_chunk < (other + 1) * chunk)
-        or (other > rank and in_second_chunk < (2 * size - other) * chunk)
-    )
 
 
 class Spans(NamedTuple):
@@ -280,12 +262,15 @@ def make_micro_batch(
     is_padding = columns >= lengths[:, None]
     first_columns = np.maximum.accumulate(first_columns, axis=1)
     positions = np.where(is_padding, 0, columns - first_columns)
-    first_columns[is_padding] = -1
+    documents = None
+    if keep_documents_apart:
+        first_columns[is_padding] = -1
+        documents = [[0, *(np.flatnonzero(np.diff(row)) + 1).tolist()] for row in first_columns]
     return MicroBatch(
         torch.from_numpy(tokens),
         torch.from_numpy(targets),
         torch.from_numpy(positions),
         torch.from_numpy(sample_indices),
         int((targets != IGNORED_TARGET).sum()),
-        torch.from_numpy(first_columns) if keep_documents_apart else None,
+        documents,
     )

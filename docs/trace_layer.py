@@ -30,6 +30,7 @@ from model.context import make_attention_context
 from model.gpt import Block
 from ops.balance import balanced_positions
 from ops.dropout import dropout_keys
+from ops.segments import make_key_blocks
 from parallel import (
     DropoutStream,
     Mesh,
@@ -37,7 +38,6 @@ from parallel import (
     gather_json,
     init_mesh,
     initialise_parameters,
-    key_blocks,
     local_shards,
     sequence_shard,
     sum_partial_gradients,
@@ -144,10 +144,9 @@ def trace(mesh: Mesh) -> Iterator[str]:
     cp = mesh.cp
     own = balanced_positions(S, cp.rank, cp.size, mesh.device)  # [s/c], all of them without cp
     stream = DropoutStream(SEED, 0, 0, dropout_keys(SEED, 0, range(B), 1).to(mesh.device))
-    blocks = key_blocks(len(own), cp, None) if cp.size > 1 else None
-    context = make_attention_context(
-        CONFIG, own.unsqueeze(1).expand(-1, B), None, stream, torch.float32, key_blocks=blocks
-    )
+    blocks = make_key_blocks(S, None, cp.rank, cp.size)
+    positions = own.unsqueeze(1).expand(-1, B)
+    context = make_attention_context(CONFIG, positions, blocks, stream, torch.float32)
     generator = torch.Generator().manual_seed(SEED)
     whole = torch.randn(S, B, CONFIG.hidden_size, generator=generator).to(mesh.device)
     x = sequence_shard(whole[own], mesh).clone().requires_grad_()

@@ -56,11 +56,11 @@ class SelfAttention(nn.Module):
                 v = v.contiguous()  # a view would keep the unrotated q and k until backward
         if context.cache is not None:
             y = context.cache.update_and_attend(self.layer, q, k, v)  # [s, b, a/t, d]
-        elif context.key_blocks is not None:
+        elif self.mesh.cp.size > 1:
             y = context_parallel_attention(q, k, v, context.key_blocks, self.mesh)
         else:
             dropout = self.seed_attention_dropout(context.stream)
-            y = sdpa(q, k, v, context.mask, dropout)  # [s, b, a/t, d]
+            y = sdpa(q, k, v, context.key_blocks[0].segments, dropout)  # [s, b, a/t, d]
         joined = y.flatten(2)  # [s, b, ad/t], a copy if the kernel had another layout
         kept, is_copy = y.detach(), not is_same_memory(joined, y)
         # Full recomputation saves neither y nor its copy, but the closure would keep y alive.

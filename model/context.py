@@ -8,8 +8,8 @@ from torch import Tensor
 
 from configs.schema import ModelConfig
 from model.generation.cache import KeyValueCache
-from ops.balance import RowDocuments
-from parallel import DropoutStream, KeyBlocks
+from ops.segments import KeyBlocks, make_key_blocks
+from parallel import DropoutStream
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines of the angles, each [s/c, b, 1, r/2]
 
@@ -19,34 +19,29 @@ class AttentionContext:
     """Of one micro-batch. The same on all tp ranks, because attention sees all their positions."""
 
     rotation: Rotation | None  # None: learned positions
-    mask: Tensor | None  # [b, 1, s, s], true where a query (row) may see a key; None: causal
+    key_blocks: KeyBlocks  # the keys that queries see; with a cache, they see all earlier ones
     stream: DropoutStream | None  # None: no dropout
     cache: KeyValueCache | None = None  # None: no earlier positions
-    key_blocks: KeyBlocks | None = None  # of context parallelism, which then replace the mask
 
 
 def make_attention_context(
     config: ModelConfig,
     positions: Tensor,
-    documents: Tensor | RowDocuments | None,
+    key_blocks: KeyBlocks | None,
     stream: DropoutStream | None,
     dtype: torch.dtype,
     cache: KeyValueCache | None = None,
-    key_blocks: KeyBlocks | None = None,
 ) -> AttentionContext:
-    """Build the context from `positions` (in the document) and `documents` (numbers), `[s, b]`."""
+    """Build the context; `positions` `[s, b]` count from the beginning of their document.
+
+    Without `key_blocks`, rows are not split over cp, and tokens see all earlier ones.
+    """
+    if key_blocks is None:
+        key_blocks = make_key_blocks(len(positions))
     rotation = None
     if config.position_embedding_type == "rope":
         rotation = rotary_cos_sin(positions, config, dtype)
-    mask = document_mask(documents) if isinstance(documents, Tensor) else None
-    return AttentionContext(rotation, mask, stream, cache, key_blocks)
-
-
-def document_mask(documents: Tensor) -> Tensor:
-    """Let a token see itself and earlier tokens of its document; `[s, b]` to `[b, 1, s, s]`."""
-    of_token = documents.t().contiguous()  # [b, s]
-    same = of_token.unsqueeze(2) == of_token.unsqueeze(1)  # [b, s, s]
-    return same.tril_().unsqueeze(1)
+    return AttentionContext(rotation, key_blocks, stream, cache)
 
 
 def rotary_cos_sin(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> Rotation:

@@ -25,8 +25,8 @@ from model.context import AttentionContext, make_attention_context
 from model.generation.cache import KeyValueCache
 from model.mlp import MLP
 from model.norm import make_norm
-from ops.balance import RowDocuments
 from ops.recompute import recompute_in_backward
+from ops.segments import KeyBlocks, make_key_blocks
 from parallel import (
     DropoutStream,
     Losses,
@@ -36,7 +36,6 @@ from parallel import (
     dropout_add,
     forward_only,
     gather_vocabulary,
-    key_blocks,
     lookup,
     row_positions,
     sequence_shard,
@@ -152,7 +151,7 @@ class GPT(nn.Module):
         positions: Tensor,
         targets: Tensor | None = None,
         stream: DropoutStream | None = None,
-        documents: Tensor | RowDocuments | None = None,
+        key_blocks: KeyBlocks | None = None,
         z_loss_coeff: float = 0.0,
         cache: KeyValueCache | None = None,
         logits_to_keep: slice = slice(None),
@@ -164,23 +163,21 @@ class GPT(nn.Module):
 
         `tokens`, `positions`, `targets` `[b, s]`; s a multiple of t. Negative targets are ignored.
         `stream` names the dropout masks; None: no dropout.
-        `documents` `[b, s]`, with context parallelism RowDocuments: tokens see only those with the
-        same number; None: all earlier ones.
+        `key_blocks`: the tokens that tokens see; None: all earlier ones of their row.
         `cache`: tokens follow and see the cached ones; no backward.
         `logits_to_keep`: the positions to compute logits for.
         `piece`: run only one chunk of this stage. Nothing: all, without gradients in a pipeline.
         """
         # The only transpose: data is batch first, the model sequence first.
         tokens, positions = tokens.t(), positions.t()
-        documents = documents.t() if isinstance(documents, Tensor) else documents
-        mesh, shape, blocks = self.mesh, self.activation_shape(tokens), None
-        if mesh.cp.size > 1 and cache is None:
-            assert not isinstance(documents, Tensor)
-            blocks = key_blocks(len(positions), mesh.cp, documents)
+        mesh, shape = self.mesh, self.activation_shape(tokens)
+        if key_blocks is None and mesh.cp.size > 1:
+            width, cp = len(positions) * mesh.cp.size, mesh.cp
+            key_blocks = make_key_blocks(width, None, cp.rank, cp.size)
         if stream is not None:
             stream = replace(stream, positions=row_positions(shape[0], mesh, tokens.device))
         context = make_attention_context(
-            self.config, positions, documents, stream, self.dtype, cache, blocks
+            self.config, positions, key_blocks, stream, self.dtype, cache
         )
 
         def run_chunk(chunk: int, x: Tensor | None) -> Losses | Tensor:

@@ -1,6 +1,6 @@
 """How context parallelism balances causal attention: which positions of a row each rank has."""
 
-from typing import NamedTuple, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -11,13 +11,6 @@ class CPRank(TypedDict, total=False):
 
     cp_rank: int
     cp_size: int
-
-
-class RowDocuments(NamedTuple):
-    """The documents of whole rows, for one context-parallel rank that has a part of each."""
-
-    numbers: Tensor  # [b, s]; tokens see only those with the same number
-    visible_ranks: tuple[int, ...]  # those with tokens that this rank's queries see, itself too
 
 
 def balanced_positions(

@@ -4,8 +4,13 @@ torch's function takes `[b, a, s, d]` and saves q, k, v and its output. The outp
 become `[s, b, h]`, and the projection that reads the copy saves it too: 2 bytes of `sbh` wasted. So
 on a CPU its forward and backward are called here as one autograd function, which saves only the
 copy; elsewhere the copy is recomputed (model/attention.py).
+
+With several documents in a row (ops/segments.py), flash attention on CUDA is one call for sequences
+of any lengths. Every other kernel is called once for each segment.
 """
 
+import math
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -13,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ops.matmul import attention_dtype, widen_for_fp32
+from ops.segments import PackedSequences, Segments
 from ops.torch_private import (
     efficient_attention_on_cuda,
     efficient_attention_on_cuda_backward,
@@ -20,38 +26,41 @@ from ops.torch_private import (
     flash_attention_on_cpu_backward,
     flash_attention_on_cuda,
     flash_attention_on_cuda_backward,
+    flash_varlen_on_cuda,
+    flash_varlen_on_cuda_backward,
 )
 
-# Added to the score of a key that a query does not see. Finite, because the log-sum-exp of a query
-# that sees no key of a block must not be NaN; the query's weight there is exactly 0 nevertheless.
-_HIDDEN = -1e30
-_LSE_ALIGNMENT, _BIAS_ALIGNMENT = 32, 16  # of CUDA's efficient kernel, in elements
+# Of CUDA's kernels, in elements.
+_LSE_ALIGNMENT, _HEAD_ALIGNMENT = 32, 8
+_NO_KEYS = -math.inf  # the log-sum-exp of a query without keys
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """Attend from each query to the values it may see; the result is `[s, b, a/t, d]`.
+def sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, dropout: float) -> Tensor:
+    """Causal attention of queries to the keys of their segment; the result is `[s, b, a/t, d]`.
 
     `q` `[s, b, a/t, d]`; `k`, `v` `[s, b, g/t, d]`, each shared by a/g neighbouring query heads.
-    `mask` `[b, 1, s, s]` is true where a query (row) sees a key; None: causal.
+    `segments` has every query; None: a query sees all earlier keys of its row.
 
-    With dropout, a CPU stores all probabilities `[b, a/t, s, s]` instead of flash attention's
-    blocks.
+    With dropout, a CPU stores all probabilities `[b, a/t, s, s]` (of a segment, if there are any)
+    instead of flash attention's blocks.
     """
-    if q.device.type == "cpu" and dropout == 0.0:
-        return _FlashAttention.apply(q, k, v, mask)
-    if q.shape[2] != k.shape[2] and (mask is not None or q.dtype == torch.float32):
-        # On a GPU only flash attention supports groups, and it takes neither a mask nor float32;
-        # torch would fall back to a kernel that stores all probabilities.
+    is_on_cpu = q.device.type == "cpu"
+    has_segment_kernel = segments is not None and q.shape[-1] % _HEAD_ALIGNMENT == 0
+    if dropout == 0.0 and (is_on_cpu or has_segment_kernel):
+        return _FlashAttention.apply(q, k, v, segments)
+    if segments is not None:
+        rows = [
+            torch.cat([sdpa(q[i, row], k[j, row], v[j, row], None, dropout) for _, i, j in parts])
+            for row, parts in groupby(segments.parts, key=lambda part: part.rows)
+        ]
+        return torch.cat(rows, dim=1)
+    if q.shape[2] != k.shape[2] and q.dtype == torch.float32:
+        # On a GPU only flash attention supports groups, and it does not take float32; torch would
+        # fall back to a kernel that stores all probabilities.
         k, v = _repeat_groups(k, q), _repeat_groups(v, q)
     q, k, v = (_batch_first(heads) for heads in (q, k, v))
     y = F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=mask is None,
-        enable_gqa=q.shape[1] != k.shape[1],
+        q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
     )
     return _sequence_first(y)
 
@@ -74,39 +83,43 @@ def sdpa_with_past(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class _FlashAttention(torch.autograd.Function):
-    """torch's flash attention for CPUs, in the dtype that is fast there."""
+    """Flash attention, on CPUs in the dtype that is fast there."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        y, log_sum_exp = attend(q, k, v, mask, mask is None)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
+        y, log_sum_exp = attend(q, k, v, segments, is_causal=True)
         y = torch.empty_like(q, memory_format=torch.contiguous_format).copy_(y)
-        ctx.save_for_backward(q, k, v, y, log_sum_exp, mask)
+        ctx.save_for_backward(q, k, v, y, log_sum_exp)
+        ctx.segments = segments
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, y, log_sum_exp, mask = ctx.saved_tensors
-        grads = attend_backward(grad_y, q, k, v, y, log_sum_exp, mask, mask is None)
+        q, k, v, y, log_sum_exp = ctx.saved_tensors
+        grads = attend_backward(grad_y, q, k, v, y, log_sum_exp, ctx.segments, is_causal=True)
         return *(grad.to(q.dtype) for grad in grads), None
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
     """Attention to some keys: the output `[n, b, a/t, d]`, log-sum-exp `[b, a/t, n]`; no autograd.
 
-    `q` `[n, b, a/t, d]`; `k`, `v` `[m, b, g/t, d]`; `mask` `[b, 1, n, m]`, or None. The log-sum-exp
-    of the scores, in float32 at least, allows merging the outputs of several sets of keys.
+    `q` `[n, b, a/t, d]`; `k`, `v` `[m, b, g/t, d]`. The log-sum-exp of the scores, in float32 at
+    least, allows merging the outputs of several sets of keys; it is -inf for a query without keys.
     """
-    operands, bias = _operands(q, k, v), _as_bias(mask, q)
-    if q.device.type == "cpu":
-        y, log_sum_exp = flash_attention_on_cpu(*operands, 0.0, is_causal=is_causal, attn_mask=bias)
-    elif mask is None and q.dtype != torch.float32:
-        y, log_sum_exp = flash_attention_on_cuda(*operands, 0.0, is_causal)[:2]
-    else:
-        y, log_sum_exp = efficient_attention_on_cuda(*operands, bias, True, 0.0, is_causal)[:2]
-        log_sum_exp = log_sum_exp[..., : len(q)]
-    return _sequence_first(y), log_sum_exp
+    q, k, v = _operands(q, k, v)
+    if segments is None:
+        return _attend(q, k, v, is_causal)
+    if _has_varlen(q):
+        return _attend_varlen(q, k, v, segments, is_causal)
+    n, b, a, _ = q.shape
+    y = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    log_sum_exp = torch.full((b, a, n), _NO_KEYS, dtype=lse_dtype, device=q.device)
+    for rows, i, j in segments.parts:
+        y[i, rows], log_sum_exp[rows, :, i] = _attend(q[i, rows], k[j, rows], v[j, rows], is_causal)
+    return y, log_sum_exp
 
 
 def attend_backward(
@@ -116,7 +129,7 @@ def attend_backward(
     v: Tensor,
     y: Tensor,
     log_sum_exp: Tensor,
-    mask: Tensor | None,
+    segments: Segments | None,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v through `attend`, in the dtype of the kernel.
@@ -124,26 +137,97 @@ def attend_backward(
     With `y` and `log_sum_exp` over all keys and the `k` and `v` of some, these are exactly the
     parts of the whole gradients that pass through these keys.
     """
-    operands, bias = _operands(q, k, v), _as_bias(mask, q)
-    wide_grad, wide_y = _batch_first(_widen(grad_y, "grad_y")), _batch_first(_widen(y, "y"))
+    groups = k.shape[2]
+    q, k, v = _operands(q, k, v)
+    y, grad_y = _widen(y, "y"), _widen(grad_y, "grad_y")
+    if segments is None:
+        grads = _attend_backward(grad_y, q, k, v, y, log_sum_exp, is_causal)
+    elif _has_varlen(q):
+        grads = _attend_varlen_backward(grad_y, q, k, v, y, log_sum_exp, segments, is_causal)
+    else:
+        grads = tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        for rows, i, j in segments.parts:
+            grads[0][i, rows], grads[1][j, rows], grads[2][j, rows] = _attend_backward(
+                *(grad_y[i, rows], q[i, rows], k[j, rows], v[j, rows], y[i, rows]),
+                *(log_sum_exp[rows, :, i], is_causal),
+            )
+    grad_q, grad_k, grad_v = grads
+    if groups != q.shape[2]:  # sum over the query heads that share a key
+        grad_k, grad_v = (grad.unflatten(2, (groups, -1)).sum(dim=3) for grad in (grad_k, grad_v))
+    return grad_q, grad_k, grad_v
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
+    """`attend` with all keys, of operands."""
+    operands, n = [_batch_first(heads) for heads in (q, k, v)], len(q)
+    if q.device.type == "cpu":
+        y, log_sum_exp = flash_attention_on_cpu(*operands, 0.0, is_causal)
+    elif q.dtype != torch.float32:
+        y, log_sum_exp = flash_attention_on_cuda(*operands, 0.0, is_causal)[:2]
+    else:
+        y, log_sum_exp = efficient_attention_on_cuda(*operands, None, True, 0.0, is_causal)[:2]
+    return _sequence_first(y), log_sum_exp[..., :n]
+
+
+def _attend_backward(
+    grad_y: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    log_sum_exp: Tensor,
+    is_causal: bool,
+) -> tuple[Tensor, ...]:
+    """`attend_backward` with all keys, of operands."""
+    grad_y, *operands, y = (_batch_first(heads) for heads in (grad_y, q, k, v, y))
     common: tuple[Any, ...]
     if q.device.type == "cpu":
-        common = (wide_y, log_sum_exp, 0.0, is_causal)
-        grads = flash_attention_on_cpu_backward(wide_grad, *operands, *common, attn_mask=bias)
-    elif mask is None and q.dtype != torch.float32:
+        common = (y, log_sum_exp, 0.0, is_causal)
+        grads = flash_attention_on_cpu_backward(grad_y, *operands, *common)
+    elif q.dtype != torch.float32:
         seed = _no_seed(q)
-        common = (wide_y, log_sum_exp.contiguous(), None, None, len(q), len(k), 0.0, is_causal)
-        grads = flash_attention_on_cuda_backward(wide_grad, *operands, *common, seed, seed)
+        common = (y, log_sum_exp.contiguous(), None, None, len(q), len(k), 0.0, is_causal)
+        grads = flash_attention_on_cuda_backward(grad_y, *operands, *common, seed, seed)
     else:
         seed, padded = _no_seed(q), F.pad(log_sum_exp, (0, -len(q) % _LSE_ALIGNMENT))
-        common = (bias, wide_y, padded, seed, seed, 0.0, [True, True, True, False], is_causal)
-        grads = efficient_attention_on_cuda_backward(wide_grad, *operands, *common)[:3]
-    grad_q, grad_k, grad_v = (_sequence_first(grad) for grad in grads)
-    if k.shape[2] != q.shape[2]:  # sum over the query heads that share a key
-        grad_k, grad_v = (
-            grad.unflatten(2, (k.shape[2], -1)).sum(dim=3) for grad in (grad_k, grad_v)
-        )
-    return grad_q, grad_k, grad_v
+        common = (None, y, padded, seed, seed, 0.0, [True, True, True, False], is_causal)
+        grads = efficient_attention_on_cuda_backward(grad_y, *operands, *common)[:3]
+    return tuple(_sequence_first(grad) for grad in grads)
+
+
+def _attend_varlen(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, is_causal: bool
+) -> tuple[Tensor, Tensor]:
+    """`attend` in one call, of operands."""
+    queries, keys = segments.queries, segments.keys
+    packed = _pack(q, queries), _pack(k, keys), _pack(v, keys)
+    y, log_sum_exp = flash_varlen_on_cuda(*packed, *_lengths(segments), 0.0, is_causal, False)[:2]
+    log_sum_exp = _unpack(log_sum_exp.t(), queries, q, _NO_KEYS)  # [n, b, a/t]
+    return _unpack(y, queries, q), log_sum_exp.permute(1, 2, 0)
+
+
+def _attend_varlen_backward(
+    grad_y: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    log_sum_exp: Tensor,
+    segments: Segments,
+    is_causal: bool,
+) -> tuple[Tensor, ...]:
+    """`attend_backward` in one call, of operands."""
+    queries, keys = segments.queries, segments.keys
+    packed = [_pack(x, of) for x, of in ((grad_y, queries), (q, queries), (k, keys), (v, keys))]
+    lse = _pack(log_sum_exp.permute(2, 0, 1), queries).t().contiguous()
+    options = 0.0, is_causal, _no_seed(q), _no_seed(q)
+    grads = flash_varlen_on_cuda_backward(
+        *packed, _pack(y, queries), lse, *_lengths(segments), *options
+    )
+    return tuple(
+        _unpack(grad, of, like)
+        for grad, of, like in zip(grads, (queries, keys, keys), (q, k, v), strict=True)
+    )
 
 
 def _widen(x: Tensor, use: str) -> Tensor:
@@ -152,9 +236,9 @@ def _widen(x: Tensor, use: str) -> Tensor:
 
 
 def _operands(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v as `[b, a/t, s, d]`, a key and a value for each query head."""
+    """q, k and v in their attention dtype, a key and a value for each query head."""
     k, v = _repeat_groups(_widen(k, "k"), q), _repeat_groups(_widen(v, "v"), q)
-    return _batch_first(_widen(q, "q")), _batch_first(k), _batch_first(v)
+    return _widen(q, "q"), k, v
 
 
 def _repeat_groups(heads: Tensor, q: Tensor) -> Tensor:
@@ -163,15 +247,26 @@ def _repeat_groups(heads: Tensor, q: Tensor) -> Tensor:
     return heads if heads_per_group == 1 else heads.repeat_interleave(heads_per_group, dim=2)
 
 
-def _as_bias(mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """An additive mask: 0 where a query sees a key, else `_HIDDEN`."""
-    if mask is None:
-        return None
-    num_keys = mask.shape[-1]
-    aligned = num_keys + (-num_keys % _BIAS_ALIGNMENT if q.is_cuda else 0)
-    bias = torch.zeros((*mask.shape[:-1], aligned), dtype=attention_dtype(q), device=q.device)
-    bias = bias[..., :num_keys].masked_fill_(~mask, _HIDDEN)
-    return bias.expand(-1, q.shape[2], -1, -1) if q.is_cuda else bias
+def _has_varlen(q: Tensor) -> bool:
+    """Whether one kernel takes sequences of any lengths; that for float32 on CUDA does not."""
+    return q.device.type != "cpu" and q.dtype != torch.float32
+
+
+def _pack(x: Tensor, sequences: PackedSequences) -> Tensor:
+    """The positions of sequences: `[s, b, ...]` to `[n, ...]`."""
+    return x.flatten(0, 1).index_select(0, sequences.indices)
+
+
+def _unpack(x: Tensor, sequences: PackedSequences, like: Tensor, fill: float = 0.0) -> Tensor:
+    """`[n, ...]` to the `[s, b, ...]` of another tensor, with `fill` outside the sequences."""
+    shape = like.shape[:2]
+    y = x.new_full((shape.numel(), *x.shape[1:]), fill)
+    return y.index_copy_(0, sequences.indices, x).unflatten(0, shape)
+
+
+def _lengths(segments: Segments) -> tuple[Tensor, Tensor, int, int]:
+    queries, keys = segments.queries, segments.keys
+    return queries.offsets, keys.offsets, queries.max_length, keys.max_length
 
 
 def _no_seed(q: Tensor) -> Tensor:

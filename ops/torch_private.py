@@ -38,6 +38,9 @@ flash_attention_on_cuda = torch.ops.aten._scaled_dot_product_flash_attention.def
 flash_attention_on_cuda_backward = (
     torch.ops.aten._scaled_dot_product_flash_attention_backward.default
 )
+# The same for sequences of any lengths: `[positions, a, d]`, and where each sequence begins.
+flash_varlen_on_cuda = torch.ops.aten._flash_attention_forward.default
+flash_varlen_on_cuda_backward = torch.ops.aten._flash_attention_backward.default
 efficient_attention_on_cuda = torch.ops.aten._scaled_dot_product_efficient_attention.default
 efficient_attention_on_cuda_backward = (
     torch.ops.aten._scaled_dot_product_efficient_attention_backward.default

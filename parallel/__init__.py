@@ -10,9 +10,7 @@ from parallel.collectives import move_to as move_to
 from parallel.collectives import sum_on_host as sum_on_host
 from parallel.collectives import sum_over as sum_over
 from parallel.collectives import synchronize as synchronize
-from parallel.context import KeyBlocks as KeyBlocks
 from parallel.context import context_parallel_attention as context_parallel_attention
-from parallel.context import key_blocks as key_blocks
 from parallel.data_parallel import free_gathered_weights as free_gathered_weights
 from parallel.data_parallel import set_gradient_sync as set_gradient_sync
 from parallel.data_parallel import set_reshard_after_backward as set_reshard_after_backward

@@ -7,9 +7,10 @@ queries see the keys of
     a rank o < r     chunk o only, all of it, from both chunks of queries
     a rank o > r     both chunks, all of them, from the second chunk of queries only
 
-so every rank does equal work: s^2 / (2 c^2) scores for each other rank. The outputs for the keys of
-each rank are merged by their log-sum-exp. Their backward takes the merged output and log-sum-exp,
-which makes each result an exact part of the gradient.
+so every rank does equal work: s^2 / (2 c^2) scores for each other rank, fewer where documents are
+kept apart (ops/segments.py). The outputs for the keys of each rank are merged by their log-sum-exp.
+Their backward takes the merged output and log-sum-exp, which makes each result an exact part of the
+gradient.
 
 Only this rank's keys and values are saved. In forward, and again in backward, the others come
 
@@ -23,48 +24,15 @@ Sources: Liu et al. 2023, ring attention (2310.01889); Llama 3 (2407.21783, sect
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ops.balance import RowDocuments, balanced_positions
 from ops.sdpa import attend, attend_backward
+from ops.segments import KeyBlocks
 from parallel.collectives import reduce_scatter, start_all_gather, start_shift
 from parallel.mesh import Axis, Mesh
-
-
-class KeyBlock(NamedTuple):
-    """The keys of one cp rank that this rank's queries see."""
-
-    queries: slice  # of this rank's positions
-    keys: slice  # of the other's
-    mask: Tensor | None  # [b, 1, queries, keys], true where a query sees a key
-    is_causal: bool
-
-
-KeyBlocks = dict[int, KeyBlock]  # by cp rank; those without visible keys are missing
-
-
-def key_blocks(num_local: int, cp: Axis, documents: RowDocuments | None) -> KeyBlocks:
-    """The blocks of a row of which each rank has `num_local` positions."""
-    half, everything, s = num_local // 2, slice(None), num_local * cp.size
-    blocks = {}
-    for rank in range(cp.size) if documents is None else documents.visible_ranks:
-        queries = slice(half, None) if rank > cp.rank else everything
-        keys = slice(half) if rank < cp.rank else everything
-        mask = None
-        if documents is not None:
-            mine, theirs = (
-                balanced_positions(s, owner, cp.size, documents.numbers.device)[part]
-                for owner, part in ((cp.rank, queries), (rank, keys))
-            )
-            of_queries, of_keys = documents.numbers[:, mine], documents.numbers[:, theirs]
-            is_same = of_queries.unsqueeze(2) == of_keys.unsqueeze(1)  # [b, queries, keys]
-            mask = (is_same & (mine.unsqueeze(1) >= theirs)).unsqueeze(1)
-        is_causal = rank == cp.rank and mask is None
-        blocks[rank] = KeyBlock(queries, keys, mask, is_causal)
-    return blocks
 
 
 def context_parallel_attention(
@@ -88,8 +56,8 @@ class _ContextAttention(torch.autograd.Function):
         for rank, keys, values in _keys_of_ranks(k, v, mesh):
             if rank not in blocks:
                 continue
-            of_queries, of_keys, mask, is_causal = blocks[rank]
-            part = attend(q[of_queries], keys[of_keys], values[of_keys], mask, is_causal)
+            of_queries, of_keys, segments, is_causal = blocks[rank]
+            part = attend(q[of_queries], keys[of_keys], values[of_keys], segments, is_causal)
             if rank == mesh.cp.rank:  # comes first, and has keys for every query
                 y = part[0].to(part[1].dtype, memory_format=torch.contiguous_format, copy=True)
                 log_sum_exp = part[1].clone()
@@ -110,8 +78,8 @@ class _ContextAttention(torch.autograd.Function):
             for rank, keys, values in _keys_of_ranks(k, v, ctx.mesh):
                 grad = torch.zeros((len(k), 2, *k.shape[1:]), dtype=k.dtype, device=k.device)
                 if rank in ctx.blocks:
-                    rows, of_keys, mask, is_causal = ctx.blocks[rank]
-                    saved = (y[rows], log_sum_exp[..., rows], mask, is_causal)
+                    rows, of_keys, segments, is_causal = ctx.blocks[rank]
+                    saved = (y[rows], log_sum_exp[..., rows], segments, is_causal)
                     operands = (q[rows], keys[of_keys], values[of_keys])
                     part, *of_pair = attend_backward(grad_y[rows], *operands, *saved)
                     grad_q[rows] += part

@@ -315,7 +315,7 @@ def _layers(model: GPT) -> tuple[int, ...]:
 
 
 def _full_micro_batch(config: Config) -> MicroBatch:
-    """Make rows as long as the data's, with a target at every position."""
+    """Make rows as long as the data's, of one document, with a target at every position."""
     parallel, b = config.parallel, config.train.micro_batch_size
     multiple = width_multiple(parallel.context_parallel_size, parallel.tensor_model_parallel_size)
     width = config.model.seq_length + -config.model.seq_length % multiple
@@ -326,7 +326,6 @@ def _full_micro_batch(config: Config) -> MicroBatch:
         positions=tokens,
         sample_indices=torch.arange(b),
         num_targets=b * width,
-        documents=tokens if config.data.masks_documents else None,
         dropout_keys=dropout_keys(0, 0, range(b), config.model.num_layers),
     ).of_cp_rank(0, parallel.context_parallel_size)
 

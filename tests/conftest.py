@@ -13,7 +13,10 @@ from tests.trained_runs import FAMILIES, train_family
 # Fixtures of tests that start ranks or programs; each of their cases takes seconds.
 _COSTLY = {"layout", "corpus", "runs", "unbroken"}
 # The tests of `make test-gpu`, besides those of what only a GPU has.
-_ON_GPUS = ("parallel/", "model/", "checkpoints/", "training/test_resume", "test_golden")
+_ON_GPUS = (
+    *("parallel/", "model/", "checkpoints/", "training/test_resume", "test_golden"),
+    "ops/test_segments",
+)
 _CPU_ONLY = tuple(
     f"parallel/test_{name}" for name in ("data_parallel", "rendezvous", "shared_memory")
 )

@@ -19,12 +19,13 @@ from configs import Config, DataConfig, ModelConfig, TrainConfig
 from interop.huggingface import Family, from_huggingface
 from interop.huggingface_config import ARCHITECTURES
 from model import GPT, build_model
+from ops.segments import make_key_blocks
 from parallel import Mesh, gather_json, local_shards, sum_partial_gradients
 from tests.distributed import ONE_RANK, TENSOR_PARALLEL, Layout
 
 LAYOUTS = (ONE_RANK, *TENSOR_PARALLEL, Layout(tp=2, dp=2))
 VOCAB, LENGTH, PADDED_FROM = 23, 12, 9  # an odd vocabulary; the last row is padded
-DOCUMENTS = [[0] * 5 + [1] * 6 + [2], [0] + [1] * 8 + [-1] * 3]  # of each position
+DOCUMENTS = [[0, 5, 11], [0, 1, PADDED_FROM]]  # where those of each row begin
 Z_LOSS_COEFF = 0.1
 
 # The settings of each family; a case adds to them.
@@ -173,32 +174,32 @@ def their_model(case: Case) -> torch.nn.Module:
     return theirs.double().eval()
 
 
-def batch(case: Case) -> dict[str, Tensor | None]:
+def batch(case: Case) -> dict[str, Any]:
     """The arguments of our model: two rows, the second one padded."""
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(VOCAB, (2, LENGTH), generator=generator)
     targets = torch.randint(VOCAB, (2, LENGTH), generator=generator)
-    positions = torch.arange(LENGTH).repeat(2, 1)
-    targets[1, PADDED_FROM:], positions[1, PADDED_FROM:] = -100, 0
-    documents = None
+    positions, key_blocks = torch.arange(LENGTH).repeat(2, 1), None
     if case.several_documents:
-        documents = torch.tensor(DOCUMENTS)
-        first = [[row.index(number) for number in row] for row in DOCUMENTS]
-        positions = torch.where(documents < 0, 0, torch.arange(LENGTH) - torch.tensor(first))
-    return {"tokens": tokens, "positions": positions, "targets": targets, "documents": documents}
+        key_blocks = make_key_blocks(LENGTH, DOCUMENTS)
+        for row, begins in enumerate(DOCUMENTS):
+            for begin in begins:
+                positions[row, begin:] = torch.arange(LENGTH - begin)
+    targets[1, PADDED_FROM:], positions[1, PADDED_FROM:] = -100, 0
+    return {"tokens": tokens, "positions": positions, "targets": targets, "key_blocks": key_blocks}
 
 
 def their_logits(theirs: torch.nn.Module, case: Case) -> Tensor:
     """Logits `[b, s, v]`, each document on its own from position 0."""
-    tokens, documents = batch(case)["tokens"], batch(case)["documents"]
-    assert tokens is not None
-    if documents is None:
+    tokens = batch(case)["tokens"]
+    if not case.several_documents:
         return theirs(tokens).logits
-    rows = []
-    for row, numbers in zip(tokens, documents, strict=True):
-        lengths = torch.unique_consecutive(numbers, return_counts=True)[1].tolist()
-        rows.append(torch.cat([theirs(part[None]).logits[0] for part in row.split(lengths)]))
-    return torch.stack(rows)
+    return torch.stack(
+        [
+            torch.cat([theirs(part[None]).logits[0] for part in row.tensor_split(begins[1:])])
+            for row, begins in zip(tokens, DOCUMENTS, strict=True)
+        ]
+    )
 
 
 def losses_of(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,7 +214,6 @@ def write_case(name: str, path: Path) -> None:
     theirs = their_model(case)
     logits = their_logits(theirs, case)
     targets = batch(case)["targets"]
-    assert targets is not None
     loss, log_z_squared = losses_of(logits, targets)
     (loss + (Z_LOSS_COEFF * log_z_squared if case.z_loss else 0.0)).backward()
     tensors = {"logits": logits.detach(), "losses": torch.stack([loss, log_z_squared]).detach()}
@@ -265,8 +265,8 @@ def measure(mesh: Mesh, name: str, path: Path) -> Difference:
     case, tensors = CASES[name], load_file(path)
     model, inputs = our_model(case, mesh, tensors), batch(case)
     with torch.no_grad():
-        logits = model(inputs["tokens"], inputs["positions"], documents=inputs["documents"])
-    scored = inputs["targets"] >= 0  # type: ignore[operator]
+        logits = model(inputs["tokens"], inputs["positions"], key_blocks=inputs["key_blocks"])
+    scored = inputs["targets"] >= 0
     expected = tensors["logits"][scored]
     logits_difference = (logits.double()[scored] - expected).abs().max() / expected.abs().max()
 

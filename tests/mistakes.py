@@ -190,15 +190,15 @@ MISTAKES = (
     Mistake(
         "rotary angles start anew in every sequence shard",
         "model/gpt.py",
-        "self.config, positions, documents, stream",
-        "self.config, positions % shape[0], documents, stream",
+        "self.config, positions, key_blocks, stream",
+        "self.config, positions % shape[0], key_blocks, stream",
         (_MODEL + "[llama-False-tp2+sp-dp1]",),
     ),
     Mistake(
         "a token attends to the documents before its own",
-        "model/context.py",
-        "mask = document_mask(documents) if isinstance(documents, Tensor) else None",
-        "mask = None",
+        "model/attention.py",
+        "context.key_blocks[0].segments",
+        "None",
         (_MODEL + "[gpt2-True-tp1-dp1]",),
     ),
     Mistake(
@@ -472,10 +472,10 @@ MISTAKES = (
         (_CP_ROPE + _CP2,),
     ),
     Mistake(
-        "document masks compare positions in the parts of two ranks",
-        "parallel/context.py",
-        "(mine.unsqueeze(1) >= theirs)",
-        "(mine.argsort().unsqueeze(1) >= theirs.argsort())",
+        "documents have the same places in the parts of two ranks",
+        "ops/segments.py",
+        "chunks[rank][:end]",
+        "chunks[cp_rank][:end]",
         (_CP_ROPE + _CP2,),
     ),
     Mistake(
@@ -535,10 +535,10 @@ MISTAKES = (
         (_CP_LEARNED + _CP2,),
     ),
     Mistake(
-        "a query that sees no key of a block gets an undefined log-sum-exp",
+        "a query that sees no key of a block is merged as if it saw one",
         "ops/sdpa.py",
-        "_HIDDEN = -1e30",
-        '_HIDDEN = float("-inf")',
+        "_NO_KEYS = -math.inf",
+        "_NO_KEYS = 0.0",
         (_CP_ROPE + _CP2,),
     ),
     Mistake(

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from configs.schema import ModelConfig
+from ops.segments import Documents
 
 Mask = Callable[[tuple[int, ...], int, int], Tensor]  # (shape, layer, site) -> scaled keep mask
 
@@ -22,7 +23,7 @@ def reference_losses(
     positions: Tensor,
     targets: Tensor,
     mask: Mask | None = None,
-    documents: Tensor | None = None,
+    documents: Documents | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sums over targets >= 0 of loss and of log^2 sum exp; `[b, s]` inputs, `[b, s, h]` inside."""
     logits = reference_logits(weights, config, tokens, positions, mask, documents)
@@ -32,17 +33,24 @@ def reference_losses(
     return loss, logits.logsumexp(-1)[targets >= 0].square().sum()
 
 
+def document_numbers(documents: Documents, width: int) -> Tensor:
+    """Number the documents of each row; `[b, s]`."""
+    columns = torch.arange(width)
+    return torch.stack(
+        [torch.searchsorted(torch.tensor(begins), columns, right=True) for begins in documents]
+    )
+
+
 def reference_logits(
     weights: dict[str, Tensor],
     config: ModelConfig,
     tokens: Tensor,
     positions: Tensor,
     mask: Mask | None = None,
-    documents: Tensor | None = None,
+    documents: Documents | None = None,
 ) -> Tensor:
     """Logits `[b, s, v]`."""
-    if documents is None:
-        documents = torch.zeros_like(tokens)
+    numbers = document_numbers(documents or [[0]] * len(tokens), tokens.shape[1])
 
     def drop(x: Tensor, layer: int, site: int) -> Tensor:
         return x if mask is None else x * mask(tuple(x.shape), layer, site)
@@ -59,7 +67,7 @@ def reference_logits(
             if name.startswith(f"blocks.{layer}.")
         }
         y = _norm(x, w, "attention_norm", config)
-        x = x + drop(_attention(y, w, config, positions, documents), layer, 1)
+        x = x + drop(_attention(y, w, config, positions, numbers), layer, 1)
         y = _norm(x, w, "mlp_norm", config)
         x = x + drop(_mlp(y, w, config), layer, 2)
     x = _norm(x, weights, "norm", config)
@@ -83,7 +91,7 @@ def _norm(x: Tensor, w: dict[str, Tensor], name: str, config: ModelConfig) -> Te
 
 
 def _attention(
-    x: Tensor, w: dict[str, Tensor], config: ModelConfig, positions: Tensor, documents: Tensor
+    x: Tensor, w: dict[str, Tensor], config: ModelConfig, positions: Tensor, numbers: Tensor
 ) -> Tensor:
     b, s, _ = x.shape
     a, d, g = config.num_attention_heads, config.head_dim, config.num_groups
@@ -96,7 +104,7 @@ def _attention(
     mine = torch.arange(a) * g // a  # the group of each head
     scores = torch.einsum("bqad,bkad->baqk", q, k[:, :, mine]) / d**0.5
     hidden = torch.ones(s, s, dtype=torch.bool).triu(1)
-    hidden = hidden | (documents[:, :, None] != documents[:, None, :])  # [b, s, s]
+    hidden = hidden | (numbers[:, :, None] != numbers[:, None, :])  # [b, s, s]
     probabilities = scores.masked_fill(hidden.unsqueeze(1), float("-inf")).softmax(-1)
     y = torch.einsum("baqk,bkad->bqad", probabilities, v[:, :, mine]).reshape(b, s, a * d)
     return _linear(y, w, "attention.proj")

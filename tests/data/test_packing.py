@@ -158,7 +158,7 @@ def packed(
         multiple_of,
         padding_token,
         keep_documents_apart=apart,
-    )
+    ).of_cp_rank()
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import torch
 from data import IGNORED_TARGET, MicroBatch, TokenFile
 from data.rows import Rows, count_targets, make_micro_batch
 from tests.data_corpora import token_file
+from tests.reference import document_numbers
 
 PADDING = 2
 
@@ -87,26 +88,30 @@ def test_documents_of_a_packed_row_are_kept_apart(seq_length: int, multiple_of: 
     )
     together = make_micro_batch(file, rows.spans(numbers), numbers, multiple_of, PADDING)
     assert torch.equal(batch.tokens, together.tokens)
-    assert batch.documents is not None
+    begins: list[list[int]] = []
     owner = [n for n in range(file.num_documents) for _ in range(*file.document_offsets[n : n + 2])]
     for row in range(len(rows)):
         place, first = row * seq_length, row * seq_length
+        begins.append([0])
         for column in range(batch.tokens.shape[1]):
             if column >= seq_length:
-                assert (batch.positions[row, column], batch.documents[row, column]) == (0, -1)
+                begins[row] += [column] if column == seq_length else []
+                assert batch.positions[row, column] == 0
                 assert batch.targets[row, column] == IGNORED_TARGET
                 continue
             if owner[place] != owner[first]:
                 first = place
+                begins[row].append(column)
             assert batch.positions[row, column] == place - first
-            assert batch.documents[row, column] == first - row * seq_length
             is_last = owner[place + 1] != owner[place]
             expected = IGNORED_TARGET if is_last else file.tokens[place + 1]
             assert batch.targets[row, column] == expected
             place += 1
+    assert batch.documents == begins
     is_target = batch.targets != IGNORED_TARGET
     assert batch.num_targets == int(is_target.sum())
-    parts = batch.documents + batch.tokens.shape[1] * torch.arange(len(rows))[:, None]
+    numbers = document_numbers(begins, batch.tokens.shape[1])
+    parts = numbers + 100 * torch.arange(len(rows))[:, None]
     counts = parts[is_target].unique(return_counts=True)[1]
     assert batch.sum_of_lengths == int(counts.square().sum())
 

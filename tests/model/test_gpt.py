@@ -18,6 +18,7 @@ from configs.weights import model_weights
 from model import GPT, build_model, flops_per_token, num_parameters
 from model.context import make_attention_context
 from ops.dropout import keep_mask, site_index
+from ops.segments import make_key_blocks
 from parallel import (
     DropoutStream,
     Mesh,
@@ -32,7 +33,7 @@ from parallel import (
 )
 from tests.distributed import EVERY_LAYOUT, ONE_RANK, OVERLAPPED, Layout, distributed
 from tests.parallel.test_mappings import seeded
-from tests.reference import reference_logits, reference_losses
+from tests.reference import document_numbers, reference_logits, reference_losses
 from tests.streams import stream
 from tests.weights import clone_tensors, fill, full_tensors, gradient_shards
 
@@ -150,13 +151,14 @@ def test_loss_and_gradients_equal_the_reference(
     model = tiny_model(mesh, config)
     dense = dense_weights(model)
     tokens, positions, targets = batch()
-    documents = None
+    documents = key_blocks = None
     if several_documents:
-        documents = torch.tensor([[0] * 5 + [1] * 6 + [2], [0, *[1] * 7, 2, 3, 4, 5]])
-        starts = torch.searchsorted(documents, documents)  # where each token's document begins
-        positions = torch.arange(12) - starts
+        documents = [[0, 5, 11], [0, 1, 8, 9, 10, 11]]
+        numbers = document_numbers(documents, 12)
+        positions = torch.arange(12) - torch.searchsorted(numbers, numbers)
+        key_blocks = make_key_blocks(12, documents)
 
-    losses = model(tokens, positions, targets, STREAM, documents, z_loss_coeff=0.1)
+    losses = model(tokens, positions, targets, STREAM, key_blocks, z_loss_coeff=0.1)
     # Every dp rank has the same batch here, and gradients sum.
     (losses.objective / mesh.dp.size).backward()
     sum_partial_gradients(model, mesh)

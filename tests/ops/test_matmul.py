@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ops import matmul
 from ops.sdpa import sdpa
+from ops.segments import make_key_blocks
+from tests.reference import document_numbers
 
 ROWS, INNER, COLUMNS = 24, 40, 16
 
@@ -89,22 +91,22 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 @pytest.mark.usefixtures("each_precision")
-@pytest.mark.parametrize("masked", [False, True], ids=["causal", "mask"])
+@pytest.mark.parametrize("begins", [[0], [0, 7], [0, 1, 2, 18]], ids=str)
 @pytest.mark.parametrize("groups", [4, 2, 1])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_attention_equals_the_formula(dtype: torch.dtype, groups: int, masked: bool) -> None:
-    """Forward and every gradient, with shared keys and values and with a mask."""
+def test_attention_equals_the_formula(dtype: torch.dtype, groups: int, begins: list[int]) -> None:
+    """Forward and every gradient, with shared keys and values and with documents."""
     s, b, heads, d = 19, 2, 4, 8
-    mask = torch.ones(b, 1, s, s, dtype=torch.bool).tril_()
-    if masked:
-        mask[1, :, 7:, :7] = False
+    documents = [[0], begins]
+    numbers = document_numbers(documents, s)
+    mask = (numbers[:, :, None] == numbers[:, None]).tril().unsqueeze(1)  # [b, 1, s, s]
     tensors = [exact(s, b, n, d, seed=n, dtype=dtype).requires_grad_() for n in (heads, groups)]
     tensors.append(exact(s, b, groups, d, seed=9, dtype=dtype).requires_grad_())
     grad = exact(s, b, heads, d, seed=8, dtype=dtype)
     expected = dense_attention(*tensors, mask)
     expected.backward(grad)
     mine = [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
-    y = sdpa(*mine, mask if masked else None, 0.0)
+    y = sdpa(*mine, make_key_blocks(s, documents)[0].segments, 0.0)
     y.backward(grad.to(dtype))
 
     assert y.is_contiguous()

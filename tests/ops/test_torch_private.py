@@ -36,6 +36,8 @@ from ops.torch_private import (
     current_saved_tensors_hooks,
     flash_attention_on_cpu,
     flash_attention_on_cpu_backward,
+    flash_varlen_on_cuda,
+    flash_varlen_on_cuda_backward,
     foreach_copy_,
     foreach_mul_,
     foreach_norm,
@@ -106,6 +108,30 @@ def test_flash_attention(is_causal: bool) -> None:
         (y, *grads), (expected, *(leaf.grad for leaf in leaves)), strict=True
     ):
         assert_close(mine.double(), reference, rtol=1e-5, atol=1e-5)
+
+
+def test_flash_attention_for_sequences_of_any_lengths() -> None:
+    """Arguments and shapes; tests/ops/test_segments.py compares its numbers on a GPU."""
+    with FakeTensorMode():
+        q, k, v = (torch.empty(n, 4, 8, dtype=torch.bfloat16, device="cuda") for n in (5, 7, 7))
+        of_queries, of_keys = (torch.empty(3, dtype=torch.int32, device="cuda") for _ in range(2))
+        seed = torch.empty(0, dtype=torch.int64, device="cuda")
+        lengths = of_queries, of_keys, 4, 6
+        y, log_sum_exp = flash_varlen_on_cuda(q, k, v, *lengths, 0.0, False, False)[:2]
+        forward = (y, q, k, v, y, log_sum_exp, *lengths, 0.0, False, seed, seed)
+        grads = flash_varlen_on_cuda_backward(*forward)
+    assert (log_sum_exp.shape, log_sum_exp.dtype) == ((4, 5), torch.float32)
+    assert [tensor.shape for tensor in (y, *grads)] == [q.shape, q.shape, k.shape, v.shape]
+    assert str(flash_varlen_on_cuda._schema).startswith(
+        "aten::_flash_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? cum_seq_q, "
+        "Tensor? cum_seq_k, SymInt max_q, SymInt max_k, float dropout_p, bool is_causal, "
+        "bool return_debug_mask, "
+    )
+    assert str(flash_varlen_on_cuda_backward._schema).startswith(
+        "aten::_flash_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, "
+        "Tensor out, Tensor logsumexp, Tensor cum_seq_q, Tensor cum_seq_k, SymInt max_q, "
+        "SymInt max_k, float dropout_p, bool is_causal, "
+    )
 
 
 def test_foreach() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils._pytree import tree_leaves
 
 from configs import parse_config
 from configs.schema import (
@@ -28,6 +29,8 @@ from model.gpt import Block
 from ops.balance import balanced_positions
 from ops.dropout import dropout_keys, keep_mask, site_index
 from ops.sdpa import sdpa
+from ops.segments import make_key_blocks
+from ops.torch_private import TorchDispatchMode
 from parallel import (
     DropoutStream,
     LocalShard,
@@ -35,7 +38,6 @@ from parallel import (
     compare_replicas,
     context_parallel_attention,
     initialise_parameters,
-    key_blocks,
     local_shards,
     sum_over,
     sum_partial_gradients,
@@ -45,7 +47,7 @@ from planning.dry_run import dry_run
 from planning.page import page
 from tests.distributed import Layout, distributed, run_on
 from tests.parallel.test_mappings import seeded
-from tests.reference import reference_losses
+from tests.reference import document_numbers, reference_losses
 from training.optimizer import build_optimizer
 from training.state import Run, RunState
 from training.step import train_step
@@ -106,17 +108,18 @@ def full_batch(has_documents: bool) -> MicroBatch:
     tokens, targets = (torch.randint(VOCAB, (B, S), generator=generator) for _ in range(2))
     columns, padding = torch.arange(S).expand(B, S), torch.zeros(B, S, dtype=torch.bool)
     padding[1, 13:] = True
-    first = torch.zeros(B, S, dtype=torch.int64)
+    documents, positions = None, columns
     if has_documents:
-        first[0, 7:], first[1, 3:], first[1, 9:], first[1, 12:] = 7, 3, 9, 12
-    positions = (columns - first).masked_fill(padding, 0)
+        documents = [[0, 7], [0, 3, 9, 12, 13]]
+        numbers = document_numbers(documents, S)
+        positions = columns - torch.searchsorted(numbers, numbers)
     return MicroBatch(
         tokens,
         targets.masked_fill(padding, -100),
-        positions,
+        positions.masked_fill(padding, 0),
         torch.tensor(SAMPLES),
         int((~padding).sum()),
-        first.masked_fill(padding, -1) if has_documents else None,
+        documents,
         dropout_keys(SEED, STEP, SAMPLES, 1),
     )
 
@@ -195,7 +198,7 @@ def test_attention_in_bf16_is_rounded_once(mesh: Mesh) -> None:
     s, columns = 64, balanced_positions(64, mesh.cp.rank, mesh.cp.size)
     q, k, v = (seeded(number, s, 1, 2, 16).bfloat16() for number in range(3))
     exact = sdpa(q.double(), k.double(), v.double(), None, 0.0)
-    blocks = key_blocks(len(columns), mesh.cp, None)
+    blocks = make_key_blocks(s, None, mesh.cp.rank, mesh.cp.size)
     split = context_parallel_attention(q[columns], k[columns], v[columns], blocks, mesh)
     squared = [(split - exact[columns]).square().sum(), (sdpa(q, k, v, None, 0.0) - exact).square()]
     total = sum_over(mesh.cp, squared[0].clone())
@@ -208,30 +211,6 @@ def test_every_rank_has_equal_work(size: int) -> None:
     owned = [balanced_positions(64, rank, size) for rank in range(size)]
     assert torch.cat(owned).sort().values.tolist() == list(range(64))
     assert len({int((positions + 1).sum()) for positions in owned}) == 1
-
-
-@pytest.mark.parametrize("size", [2, 4])
-def test_blocks_without_visible_keys_are_skipped(size: int) -> None:
-    """A rank is visible if and only if the mask of some query shows one of its keys."""
-    generator = torch.Generator().manual_seed(size)
-    num_hidden = 0
-    for _ in range(50):
-        begins = (torch.rand(B, 16, generator=generator) < 0.3).int()
-        begins[:, 0] = 1
-        columns = torch.arange(16)
-        first = torch.where(begins == 1, columns, 0).cummax(dim=1).values
-        batch = dataclasses.replace(full_batch(has_documents=True), documents=first)
-        sees = (first.unsqueeze(2) == first.unsqueeze(1)).tril().any(dim=0)  # [s, s]
-        for rank in range(size):
-            mine = balanced_positions(16, rank, size)
-            expected = tuple(
-                other
-                for other in range(size)
-                if sees[mine][:, balanced_positions(16, other, size)].any()
-            )
-            assert batch.of_cp_rank(rank, size).visible_ranks == expected
-            num_hidden += size - len(expected)
-    assert num_hidden > 0
 
 
 @distributed(*EVERY_LAYOUT)
@@ -248,8 +227,8 @@ def test_traffic_equals_the_formula(mesh: Mesh, recompute: Recompute, groups: in
     initialise_parameters(block, 1, mesh)
     c, t = mesh.cp.size, mesh.tp.size
     positions = balanced_positions(S, mesh.cp.rank, c).unsqueeze(1).expand(-1, B)
-    blocks = key_blocks(S // c, mesh.cp, None)
-    context = make_attention_context(config, positions, None, None, torch.float32, None, blocks)
+    blocks = make_key_blocks(S, None, mesh.cp.rank, c)
+    context = make_attention_context(config, positions, blocks, None, torch.float32)
     x = seeded(1, S // c // t, B, config.hidden_size).float().requires_grad_()
     ranks = tuple(torch.distributed.get_process_group_ranks(mesh.cp.group))
     recorded = []
@@ -335,3 +314,36 @@ def test_a_step_sends_what_is_planned(layout: Layout) -> None:
     text = page(config, plan, memory_gib=80)
     assert f"x context parallel 2, {layout.cp_comm_type}" in text
     assert "fsdp  one micro-batch, forward" in text
+
+
+class QuadraticTensors(TorchDispatchMode):
+    """Collects the shapes of tensors with more than one dimension of some sizes."""
+
+    def __init__(self, sizes: set[int]) -> None:
+        super().__init__()
+        self.sizes, self.found = sizes, set[torch.Size]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        shapes = {leaf.shape for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}
+        self.found |= {shape for shape in shapes if sum(n in self.sizes for n in shape) > 1}
+        return result
+
+
+@distributed(Layout(), GATHERED[0], RINGS[0])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_documents_need_no_mask(mesh: Mesh, recompute: Recompute) -> None:
+    """Whatever the number of documents, a step has no tensor `[s, s]`, nor one of parts of s."""
+    s, c = 104, mesh.cp.size
+    sizes = {s, s // c, s // 2 // c}
+    with QuadraticTensors(sizes) as watch:
+        torch.ones(B, s, s // c)
+    assert watch.found == {(B, s, s // c)}
+    config = dataclasses.replace(TINY, seq_length=s, num_query_groups=2)
+    model = tiny_model(mesh, config, recompute)
+    tokens, positions = torch.zeros(B, s, dtype=torch.int64), torch.arange(s).repeat(B, 1)
+    documents = [[0, 60], [0, 3, 9, 80]]
+    with QuadraticTensors(sizes) as watch:
+        batch = MicroBatch(tokens, tokens, positions, torch.arange(B), B * s, documents)
+        model(**batch.of_cp_rank(mesh.cp.rank, c).inputs()).objective.backward()
+    assert watch.found == set()

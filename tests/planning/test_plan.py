@@ -102,9 +102,10 @@ def micro_batch(config: Config) -> MicroBatch:
     b, s = config.train.micro_batch_size, config.model.seq_length
     tokens = torch.randint(config.data.vocab_size, (b, s))
     positions = torch.arange(s).repeat(b, 1)
-    documents = (positions > s // 2).long() if config.data.inter_document_masking else None
+    documents = [[0, s // 2]] * b if config.data.inter_document_masking else None
     keys = dropout_keys(1, 0, range(b), config.model.num_layers)
-    return MicroBatch(tokens, tokens, positions, torch.arange(b), b * s, documents, keys)
+    batch = MicroBatch(tokens, tokens, positions, torch.arange(b), b * s, documents, keys)
+    return batch.of_cp_rank()
 
 
 class Allocations:
@@ -215,8 +216,8 @@ def compare_layer(mesh: Mesh, config: Config, expected: int) -> None:
     block.to(dtype)
     inputs = micro_batch(config)
     stream = DropoutStream(1, 0, 0, inputs.dropout_keys)
-    documents = None if inputs.documents is None else inputs.documents.t()
-    context = make_attention_context(model, inputs.positions.t(), documents, stream, dtype)
+    positions, key_blocks = inputs.positions.t(), inputs.key_blocks
+    context = make_attention_context(model, positions, key_blocks, stream, dtype)
     s = model.seq_length // (mesh.tp.size if mesh.sequence_parallel else 1)
     x = torch.ones(s, len(inputs.tokens), model.hidden_size, dtype=dtype, requires_grad=True)
     # Often gloo's threads free something last, unseen.
