@@ -27,7 +27,7 @@ from configs.load import SHIPPED, parse_arguments, parse_config, read_config
 from configs.schema import Config
 from configs.validate import validate
 
-_HELP = {"--help", "-h", "help"}
+HELP = {"--help", "-h", "help"}
 _WIDTH = 100
 _Settings = TypeVar("_Settings")
 
@@ -39,7 +39,7 @@ def load_config(arguments: list[str], num_ranks: Callable[[Config], int] | None 
     `num_ranks`: see parse_config.
     """
     limit_thread_spinning()
-    if _HELP & set(arguments):
+    if HELP & set(arguments):
         _print_and_exit(usage())
     if "config=list" in arguments:
         _print_and_exit(config_list())
@@ -50,7 +50,7 @@ def load_config(arguments: list[str], num_ranks: Callable[[Config], int] | None 
 def load_settings(settings_class: type[_Settings], arguments: list[str]) -> _Settings:
     """Return the settings of a program, or print help or one line of error and exit."""
     limit_thread_spinning()
-    if _HELP & set(arguments):
+    if HELP & set(arguments):
         lines = [f"Usage: python {_program(settings_class)} key=value ...", ""]
         lines += [*(inspect.getdoc(settings_class) or "").splitlines(), ""]
         lines += [line for field in fields_of(settings_class).values() for line in _describe(field)]
@@ -85,8 +85,10 @@ def parse_settings(settings_class: type[_Settings], arguments: list[str]) -> _Se
 
 
 def _program(settings_class: type[Any]) -> str:
-    path = Path(inspect.getfile(settings_class))
-    return f"-m {path.parent.name}" if path.stem == "__main__" else path.name
+    spec = sys.modules["__main__"].__spec__
+    if settings_class.__module__ == "__main__" and spec is not None:
+        return f"-m {spec.name.removesuffix('.__main__')}"
+    return Path(inspect.getfile(settings_class)).name
 
 
 def run_config(run: str, tensor_model_parallel_size: int | None = None, **train: Any) -> Config:

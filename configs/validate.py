@@ -35,6 +35,7 @@ SOURCE_EXTENSIONS = {
     "jsonl": _and_compressed(".jsonl", ".json"),
     "parquet": (".parquet",),
     "arrow": (".arrow",),
+    "megatron": (".idx",),
 }
 
 
@@ -43,6 +44,12 @@ def extensions_in_words(source: str) -> str:
     plain = [name for name in SOURCE_EXTENSIONS[source] if not name.endswith(COMPRESSED)]
     packed = " (or compressed)" if len(plain) < len(SOURCE_EXTENSIONS[source]) else ""
     return f"{' or '.join(plain)}{packed}"
+
+
+def index_of(path: str) -> str:
+    """Return the .idx file that the prefix or the .bin file of a Megatron dataset means."""
+    index = f"{path.removesuffix('.bin')}.idx"
+    return index if os.path.isfile(index) and not os.path.isdir(path) else path
 
 
 def validate(config: Config, world_size: int) -> None:
@@ -95,6 +102,10 @@ def _check_data(config: Config) -> None:
             raise bad_setting(key, value, f"has no effect together with data.sources; {fix}")
     for prefix, source in data.mixture.items():
         _check_source(prefix, source)
+        if source.source == "megatron" and data.tokenizer is None:
+            fix = "set data.tokenizer to the tokenizer that the files were made with"
+            problem = f"data.tokenizer=null, but {prefix}.source=megatron has only tokens"
+            raise ConfigError(f"{problem}; {fix}", "data.tokenizer")
     if data.tokenizer is None and data.padded_vocab_size < _SMALLEST_TRAINED_VOCABULARY:
         problem = "is too small to train a tokenizer, which has 256 bytes and special pieces"
         fix = f"choose {_SMALLEST_TRAINED_VOCABULARY} or more, or give data.tokenizer"
@@ -146,6 +157,8 @@ def check_inputs(config: Config) -> None:
 
 def _check_files(key: str, path: str, source: str) -> None:
     expanded, wanted = expand_path(key, path), extensions_in_words(source)
+    if source == "megatron":
+        expanded = index_of(expanded)
     if os.path.isdir(expanded):
         names = glob.iglob("**", root_dir=expanded, recursive=True)
         found = [os.path.join(expanded, n) for n in names if n.endswith(SOURCE_EXTENSIONS[source])]

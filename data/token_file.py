@@ -7,26 +7,25 @@
 The files are raw arrays; the header of their cache entry has their dtype and sizes.
 """
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from configs.errors import UserError
-from data.corpus.cache import Progress, open_at, replace_durably, sync_files, write_durably
+from data.corpus.cache import Job, replace_durably, share_jobs, sync_files, write_durably
 from data.corpus.spool import Spool
 from data.packing import Int64Array
 from data.tokenizer import Tokenizer
 
 PARTS = ("tokens", "offsets", "bytes")  # suffixes of the files of a split
-PROGRESS = "progress.json"  # suffix of the record of what an unfinished split has on disk
 _BATCH_BYTES = 4 << 20  # text encoded at once: enough for all cores, little enough for memory
-_DURABLE_BYTES = 64 << 20  # text encoded between two flushes to disk
+_PIECE_BYTES = 64 << 20  # text of a file that a process tokenizes on its own
 _INDEX_DTYPE = np.dtype("<i8")
 
 TokenArray = npt.NDArray[np.unsignedinteger]
@@ -116,51 +115,81 @@ def _map_array(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     )
 
 
-def write_token_file(
-    directory: Path, split: str, spool: Spool, indices: Int64Array, tokenizer: Tokenizer
-) -> int:
-    """Encode documents of the spool in the given order; return the number of tokens.
+class Piece(NamedTuple):
+    """Consecutive documents of a split, tokenized into a file: int64 lengths, then the tokens."""
 
-    Continues after the documents that a killed attempt left durably in the directory.
+    path: Path
+    documents: Int64Array  # numbers in the spool
+
+
+def encode_pieces(
+    folder: Path, split: str, spool: Spool, indices: Int64Array, tokenizer: Tokenizer, first: float
+) -> tuple[list[Piece], int]:
+    """Tokenize documents of the spool, together with other processes.
+
+    Return the pieces, in the given order, and the number of tokens that were not there before.
+    `first`: see share_jobs.
     """
-    dtype = token_dtype(tokenizer.vocab_size)
-    document_bytes = spool.num_bytes(indices)
-    progress_path = directory / f"{split}.{PROGRESS}"
-    # The source may have been read again since, with other documents.
-    which = xxhash.xxh3_128_hexdigest(spool.hashes[indices].tobytes())
-    done = json.loads(progress_path.read_text()) if progress_path.exists() else {}
-    num_documents, num_tokens = done.get(which, (0, 0))
-    done_bytes = durable_bytes = int(document_bytes[:num_documents].sum())
-    with (
-        open_at(directory / f"{split}.tokens", num_tokens * dtype.itemsize) as file,
-        open_at(directory / f"{split}.offsets", num_documents * _INDEX_DTYPE.itemsize) as offsets,
-        Progress(f"tokenizing {split}", int(document_bytes.sum())) as progress,
-    ):
+    pieces = []
+    for documents in _split_by_bytes(indices, spool, _PIECE_BYTES):
+        # Equal if and only if the tokens are: the source may have been read again since.
+        digest = xxhash.xxh3_128(tokenizer.fingerprint.encode())
+        for facts in (spool.hashes[documents], spool.sizes[documents], spool.id_spans is None):
+            digest.update(np.asarray(facts).tobytes())
+        pieces.append(Piece(folder / f"{split}-{digest.hexdigest()}", documents))
+    before = {piece.path for piece in pieces if piece.path.exists()}
+    jobs = [
+        Job(
+            piece.path,
+            int(spool.num_bytes(piece.documents).sum()),
+            partial(_encode_piece, piece, spool, tokenizer),
+        )
+        for piece in pieces
+    ]
+    share_jobs(f"tokenizing {split}", jobs, first)
+    new_bytes = sum(
+        piece.path.stat().st_size - piece.documents.nbytes
+        for piece in pieces
+        if piece.path not in before
+    )
+    return pieces, new_bytes // token_dtype(tokenizer.vocab_size).itemsize
 
-        def make_durable() -> None:
-            sync_files([file, offsets])
-            content = json.dumps({which: [num_documents, num_tokens]})
-            replace_durably(progress_path, content.encode())
 
-        progress.reach(done_bytes)
-        batch_numbers = np.cumsum(document_bytes[num_documents:]) // _BATCH_BYTES
-        starts = np.flatnonzero(np.diff(batch_numbers)) + 1
-        for batch in np.split(indices[num_documents:], starts):
+def _split_by_bytes(indices: Int64Array, spool: Spool, num_bytes: int) -> list[Int64Array]:
+    numbers = np.cumsum(spool.num_bytes(indices)) // num_bytes
+    return np.split(indices, np.flatnonzero(np.diff(numbers)) + 1) if len(indices) else []
+
+
+def _encode_piece(
+    piece: Piece, spool: Spool, tokenizer: Tokenizer, reach: Callable[[int], None]
+) -> None:
+    dtype, done_bytes = token_dtype(tokenizer.vocab_size), 0
+    documents: list[TokenArray] = []
+    for batch in _split_by_bytes(piece.documents, spool, _BATCH_BYTES):
+        if spool.id_spans is not None:
+            documents += [_with_ends(spool.tokens(int(i)), tokenizer, dtype) for i in batch]
+        else:
             texts = [spool.document(int(index)) for index in batch]
-            for document in encode_documents(texts, tokenizer, dtype):
-                file.write(document.tobytes())
-                offsets.write(num_tokens.to_bytes(_INDEX_DTYPE.itemsize, "little"))
-                num_documents += 1
-                num_tokens += len(document)
-            done_bytes += int(spool.num_bytes(batch).sum())
-            progress.reach(done_bytes)
-            if done_bytes - durable_bytes >= _DURABLE_BYTES:
-                make_durable()
-                durable_bytes = done_bytes
-        offsets.write(num_tokens.to_bytes(_INDEX_DTYPE.itemsize, "little"))
-        make_durable()
-    write_durably(directory / f"{split}.bytes", document_bytes.astype(_INDEX_DTYPE).tobytes())
-    return num_tokens
+            documents += encode_documents(texts, tokenizer, dtype)
+        done_bytes += int(spool.num_bytes(batch).sum())
+        reach(done_bytes)
+    lengths = np.array([len(document) for document in documents], _INDEX_DTYPE)
+    replace_durably(piece.path, b"".join([lengths.tobytes(), *map(np.ndarray.tobytes, documents)]))
+
+
+def write_token_file(
+    directory: Path, split: str, pieces: Sequence[Piece], document_bytes: Int64Array
+) -> None:
+    """Join the pieces of a split."""
+    num_bytes, lengths = document_bytes.astype(_INDEX_DTYPE), [np.zeros(1, _INDEX_DTYPE)]
+    with (directory / f"{split}.tokens").open("wb") as file:
+        for piece in pieces:
+            content = piece.path.read_bytes()
+            lengths.append(np.frombuffer(content, _INDEX_DTYPE, len(piece.documents)).copy())
+            file.write(memoryview(content)[lengths[-1].nbytes :])
+        sync_files([file])
+    write_durably(directory / f"{split}.offsets", np.cumsum(np.concatenate(lengths)).tobytes())
+    write_durably(directory / f"{split}.bytes", num_bytes.tobytes())
 
 
 def encode_documents(
@@ -175,6 +204,12 @@ def encode_documents(
                 f"the tokenizer gives id {ids.max()}, but has {tokenizer.vocab_size} pieces; use "
                 "another data.tokenizer"
             )
-        document = np.empty(len(ids) + 2, dtype)
-        document[0], document[1:-1], document[-1] = tokenizer.bos_id, ids, tokenizer.eos_id
-        yield document
+        yield _with_ends(ids, tokenizer, dtype)
+
+
+def _with_ends(
+    ids: npt.NDArray[np.integer], tokenizer: Tokenizer, dtype: np.dtype[np.unsignedinteger]
+) -> TokenArray:
+    document = np.empty(len(ids) + 2, dtype)
+    document[0], document[1:-1], document[-1] = tokenizer.bos_id, ids, tokenizer.eos_id
+    return document
