@@ -15,7 +15,8 @@ import torch
 from torch.nn import functional as F
 
 from checkpoints import held_checkpoint
-from configs import Config, read_config, run_config
+from configs import Config, read_config
+from configs.program_settings import run_config
 from data import load_tokenizer
 from export import Settings as ExportSettings
 from export import export
