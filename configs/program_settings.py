@@ -8,6 +8,7 @@ checks relations.
 import dataclasses
 import inspect
 import os
+import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,8 +46,10 @@ def parse_settings(settings_class: type[_Settings], arguments: list[str]) -> _Se
 
 
 def _program(settings_class: type[Any]) -> str:
-    path = Path(inspect.getfile(settings_class))
-    return f"-m {path.parent.name}" if path.stem == "__main__" else path.name
+    spec = sys.modules["__main__"].__spec__
+    if settings_class.__module__ == "__main__" and spec is not None:
+        return f"-m {spec.name.removesuffix('.__main__')}"
+    return Path(inspect.getfile(settings_class)).name
 
 
 def run_config(run: str, tensor_model_parallel_size: int | None = None, **train: Any) -> Config:

@@ -208,8 +208,12 @@ class SourceConfig:
     """Where the text comes from."""
 
     # Kind of source; python_stdlib is the source code of Python's standard library.
-    source: Literal["python_stdlib", "text", "jsonl", "parquet", "arrow", "hub"] = "python_stdlib"
-    path: str | None = None  # File, folder, glob or hub dataset; null only for python_stdlib
+    # megatron: tokens in PREFIX.bin and PREFIX.idx, by data.tokenizer.
+    source: Literal["python_stdlib", "text", "jsonl", "parquet", "arrow", "megatron", "hub"] = (
+        "python_stdlib"
+    )
+    # File, folder, glob, prefix (megatron) or hub dataset; null only for python_stdlib.
+    path: str | None = None
     text_field: str = "text"  # Column that holds the text, in jsonl, parquet, arrow and hub rows
     # Kind of records. In prompt_completion only completions are targets; in messages, which are
     # conversations, only the turns of the assistant. Both need jsonl, parquet, arrow or hub rows.

@@ -11,7 +11,7 @@ from pathlib import Path
 from configs.errors import ConfigError, bad_setting, format_value
 from configs.fields import flatten
 from configs.layout import check_layout, divisors, listed, multiples
-from configs.schema import MAX_STEP, Config, ModelConfig, SourceConfig, WeightedSource
+from configs.schema import MAX_STEP, Config, DataConfig, ModelConfig, SourceConfig, WeightedSource
 from configs.tokenizer_files import expand_path, find_tokenizer
 
 # A trained tokenizer begins with 256 byte pieces, three special ones and the newline.
@@ -41,6 +41,7 @@ SOURCE_EXTENSIONS = {
     "jsonl": _and_compressed(".jsonl", ".json"),
     "parquet": (".parquet",),
     "arrow": (".arrow",),
+    "megatron": (".idx",),
 }
 
 
@@ -49,6 +50,12 @@ def extensions_in_words(source: str) -> str:
     plain = [name for name in SOURCE_EXTENSIONS[source] if not name.endswith(COMPRESSED)]
     packed = " (or compressed)" if len(plain) < len(SOURCE_EXTENSIONS[source]) else ""
     return f"{' or '.join(plain)}{packed}"
+
+
+def index_of(path: str) -> str:
+    """Return the .idx file that the prefix or the .bin file of a Megatron dataset means."""
+    index = f"{path.removesuffix('.bin')}.idx"
+    return index if os.path.isfile(index) and not os.path.isdir(path) else path
 
 
 def validate(config: Config, world_size: int) -> None:
@@ -119,23 +126,32 @@ def _check_data(config: Config) -> None:
             raise bad_setting(key, value, f"has no effect together with data.sources; {fix}")
     for prefix, source in data.mixture.items():
         check_source(prefix, source)
+        if source.source == "megatron" and data.tokenizer is None:
+            fix = "set data.tokenizer to the tokenizer that the files were made with"
+            problem = f"data.tokenizer=null, but {prefix}.source=megatron has only tokens"
+            raise ConfigError(f"{problem}; {fix}", "data.tokenizer")
     if data.tokenizer is None and data.padded_vocab_size < _SMALLEST_TRAINED_VOCABULARY:
         problem = "is too small to train a tokenizer, which has 256 bytes and special pieces"
         fix = f"choose {_SMALLEST_TRAINED_VOCABULARY} or more, or give data.tokenizer"
         raise bad_setting("data.vocab_size", data.padded_vocab_size, f"{problem}; {fix}")
     if data.has_partial_targets and data.sequence_mode == "pack":
-        for key, value, needed, problem in (
-            ("data.packing", data.packing, "best_fit", "would cut prompts from their targets"),
-            (
-                "data.inter_document_masking",
-                data.inter_document_masking,
-                True,
-                "would let targets attend to other documents",
-            ),
-        ):
-            if value != needed:
-                fix = f"with formats other than text set {key}={format_value(needed)} (or null)"
-                raise bad_setting(key, value, f"{problem}; {fix}, or data.sequence_mode=pad")
+        _check_packing(data)
+
+
+def _check_packing(data: DataConfig) -> None:
+    """Check how documents of which only some tokens are targets are packed into rows."""
+    for key, value, needed, problem in (
+        ("data.packing", data.packing, "best_fit", "would cut prompts from their targets"),
+        (
+            "data.inter_document_masking",
+            data.inter_document_masking,
+            True,
+            "would let targets attend to other documents",
+        ),
+    ):
+        if value != needed:
+            fix = f"with formats other than text set {key}={format_value(needed)} (or null)"
+            raise bad_setting(key, value, f"{problem}; {fix}, or data.sequence_mode=pad")
 
 
 def check_source(prefix: str, source: WeightedSource) -> None:
@@ -144,7 +160,7 @@ def check_source(prefix: str, source: WeightedSource) -> None:
     unused = {} if source.source == "hub" else dict.fromkeys(("hub_config", "hub_revision"), "hub")
     if source.source == "python_stdlib":
         unused |= dict.fromkeys(("path", "validation_path"), "text (or jsonl, parquet, arrow, hub)")
-    if source.format != "text" and source.source in ("python_stdlib", "text"):
+    if source.format != "text" and source.source in ("python_stdlib", "text", "megatron"):
         fix = f"set {prefix}.source=jsonl (or parquet, arrow, hub), or {prefix}.format=text"
         problem = f"needs rows with columns, which {kind} does not have; {fix}"
         raise bad_setting(f"{prefix}.format", source.format, problem)
@@ -188,6 +204,8 @@ def check_inputs(config: Config) -> None:
 
 def _check_files(key: str, path: str, source: str) -> None:
     expanded, wanted = expand_path(key, path), extensions_in_words(source)
+    if source == "megatron":
+        expanded = index_of(expanded)
     if os.path.isdir(expanded):
         names = glob.iglob("**", root_dir=expanded, recursive=True)
         found = [os.path.join(expanded, n) for n in names if n.endswith(SOURCE_EXTENSIONS[source])]

@@ -9,20 +9,19 @@
 The files are raw arrays; the header of their cache entry has their dtype and sizes.
 """
 
-import contextlib
 import itertools
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from configs.errors import UserError
-from data.corpus.cache import Progress, open_at, replace_durably, sync_files, write_durably
+from data.corpus.cache import Job, replace_durably, share_jobs, sync_files, write_durably
 from data.corpus.spool import Spool
 from data.packing import Int64Array
 from data.segments import chat_prompt, target_bytes
@@ -30,11 +29,9 @@ from data.tokenizer import Tokenizer
 
 PARTS = ("tokens", "offsets", "bytes")  # suffixes of the files of a split
 TARGETS = "targets"  # suffix of a further file, if only some tokens are targets
-PROGRESS = "progress.json"  # suffix of the record of what an unfinished split has on disk
 _BATCH_BYTES = 4 << 20  # text encoded at once: enough for all cores, little enough for memory
-_DURABLE_BYTES = 64 << 20  # text encoded between two flushes to disk
+_PIECE_BYTES = 64 << 20  # text of a file that a process tokenizes on its own
 _INDEX_DTYPE = np.dtype("<i8")
-_INDEX_BYTES = 8
 _NO_IDS = np.empty(0, dtype=np.int32)
 
 TokenArray = npt.NDArray[np.unsignedinteger]
@@ -167,61 +164,108 @@ def _map_array(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     )
 
 
-def write_token_file(
-    directory: Path, split: str, spool: Spool, indices: Int64Array, tokenizer: Tokenizer
-) -> int:
-    """Encode documents of the spool in the given order; return the number of tokens.
+class Piece(NamedTuple):
+    """Consecutive documents of a split, tokenized into a file: int64 lengths, then the tokens.
 
-    Continues after the documents that a killed attempt left durably in the directory.
+    Of documents with segments, `path`.targets has the bytes of each one's targets, then the bounds
+    of targets in the tokens of the piece; all are int64.
     """
-    dtype = token_dtype(tokenizer.vocab_size)
-    document_bytes = spool.num_bytes(indices)
-    progress_path = directory / f"{split}.{PROGRESS}"
-    # The source may have been read again since, with other documents.
-    which = xxhash.xxh3_128_hexdigest(spool.hashes[indices].tobytes())
-    done = json.loads(progress_path.read_text()) if progress_path.exists() else {}
-    num_documents, num_tokens, num_bounds = (*done.get(which, (0, 0)), 0)[:3]
-    done_bytes = durable_bytes = int(document_bytes[:num_documents].sum())
-    lengths = {"tokens": num_tokens * dtype.itemsize, "offsets": num_documents * _INDEX_BYTES}
-    if spool.has_segments:
-        lengths[TARGETS] = num_bounds * _INDEX_BYTES
-    with contextlib.ExitStack() as stack:
-        files = {
-            part: stack.enter_context(open_at(directory / f"{split}.{part}", length))
-            for part, length in lengths.items()
-        }
-        progress = stack.enter_context(Progress(f"tokenizing {split}", int(document_bytes.sum())))
 
-        def make_durable() -> None:
-            sync_files([*files.values()])
-            content = json.dumps({which: [num_documents, num_tokens, num_bounds]})
-            replace_durably(progress_path, content.encode())
+    path: Path
+    documents: Int64Array  # numbers in the spool
 
-        progress.reach(done_bytes)
-        batch_numbers = np.cumsum(document_bytes[num_documents:]) // _BATCH_BYTES
-        starts = np.flatnonzero(np.diff(batch_numbers)) + 1
-        for batch in np.split(indices[num_documents:], starts):
+    @property
+    def targets_path(self) -> Path:
+        """The file of targets, which is complete when `path` exists."""
+        return self.path.with_suffix(f".{TARGETS}")
+
+
+def encode_pieces(
+    folder: Path, split: str, spool: Spool, indices: Int64Array, tokenizer: Tokenizer, first: float
+) -> tuple[list[Piece], int]:
+    """Tokenize documents of the spool, together with other processes.
+
+    Return the pieces, in the given order, and the number of tokens that were not there before.
+    `first`: see share_jobs.
+    """
+    pieces = []
+    for documents in _split_by_bytes(indices, spool, _PIECE_BYTES):
+        # Equal if and only if the tokens are: the source may have been read again since.
+        digest = xxhash.xxh3_128(tokenizer.fingerprint.encode())
+        for facts in (spool.hashes[documents], spool.sizes[documents], spool.id_spans is None):
+            digest.update(np.asarray(facts).tobytes())
+        pieces.append(Piece(folder / f"{split}-{digest.hexdigest()}", documents))
+    before = {piece.path for piece in pieces if piece.path.exists()}
+    jobs = [
+        Job(
+            piece.path,
+            int(spool.num_bytes(piece.documents).sum()),
+            partial(_encode_piece, piece, spool, tokenizer),
+        )
+        for piece in pieces
+    ]
+    share_jobs(f"tokenizing {split}", jobs, first)
+    new_bytes = sum(
+        piece.path.stat().st_size - piece.documents.nbytes
+        for piece in pieces
+        if piece.path not in before
+    )
+    return pieces, new_bytes // token_dtype(tokenizer.vocab_size).itemsize
+
+
+def _split_by_bytes(indices: Int64Array, spool: Spool, num_bytes: int) -> list[Int64Array]:
+    numbers = np.cumsum(spool.num_bytes(indices)) // num_bytes
+    return np.split(indices, np.flatnonzero(np.diff(numbers)) + 1) if len(indices) else []
+
+
+def _encode_piece(
+    piece: Piece, spool: Spool, tokenizer: Tokenizer, reach: Callable[[int], None]
+) -> None:
+    dtype, done_bytes = token_dtype(tokenizer.vocab_size), 0
+    encoded: list[tuple[TokenArray, Int64Array]] = []
+    target_sizes: list[int] = []
+    for batch in _split_by_bytes(piece.documents, spool, _BATCH_BYTES):
+        if spool.id_spans is not None:
+            ids = (spool.tokens(int(index)) for index in batch)
+            encoded += [_join_segments([_NO_IDS, part], tokenizer, dtype) for part in ids]
+        else:
             documents = [spool.segments(int(index)) for index in batch]
-            for document, bounds in encode_segments(documents, tokenizer, dtype):
-                files["tokens"].write(document.tobytes())
-                files["offsets"].write(num_tokens.to_bytes(_INDEX_BYTES, "little"))
-                if spool.has_segments:
-                    files[TARGETS].write((bounds + num_tokens).astype(_INDEX_DTYPE).tobytes())
-                    num_bounds += len(bounds)
-                num_documents += 1
-                num_tokens += len(document)
-            done_bytes += int(spool.num_bytes(batch).sum())
-            progress.reach(done_bytes)
-            if done_bytes - durable_bytes >= _DURABLE_BYTES:
-                make_durable()
-                durable_bytes = done_bytes
-        files["offsets"].write(num_tokens.to_bytes(_INDEX_BYTES, "little"))
-        make_durable()
+            encoded += encode_segments(documents, tokenizer, dtype)
+            target_sizes += map(target_bytes, documents) if spool.has_segments else ()
+        done_bytes += int(spool.num_bytes(batch).sum())
+        reach(done_bytes)
+    tokens, bounds = zip(*encoded, strict=True)
+    lengths = np.array([*map(len, tokens)], _INDEX_DTYPE)
     if spool.has_segments:
-        counts = [target_bytes(spool.segments(int(index))) for index in indices]
-        document_bytes = np.array(counts, dtype=np.int64)
-    write_durably(directory / f"{split}.bytes", document_bytes.astype(_INDEX_DTYPE).tobytes())
-    return num_tokens
+        starts = np.cumsum(lengths) - lengths
+        shifted = [own + start for own, start in zip(bounds, starts, strict=True)]
+        targets = np.concatenate([np.array(target_sizes, _INDEX_DTYPE), *shifted])
+        replace_durably(piece.targets_path, targets.tobytes())
+    replace_durably(piece.path, b"".join([lengths.tobytes(), *map(np.ndarray.tobytes, tokens)]))
+
+
+def write_token_file(
+    directory: Path, split: str, pieces: Sequence[Piece], spool: Spool, indices: Int64Array
+) -> None:
+    """Join the pieces of a split, which consist of these documents of the spool."""
+    lengths, target_sizes, bounds = ([np.zeros(n, _INDEX_DTYPE)] for n in (1, 0, 0))
+    num_tokens = 0
+    with (directory / f"{split}.tokens").open("wb") as file:
+        for piece in pieces:
+            content = piece.path.read_bytes()
+            lengths.append(np.frombuffer(content, _INDEX_DTYPE, len(piece.documents)).copy())
+            file.write(memoryview(content)[lengths[-1].nbytes :])
+            if spool.has_segments:
+                targets = np.fromfile(piece.targets_path, _INDEX_DTYPE)
+                target_sizes.append(targets[: len(piece.documents)])
+                bounds.append(targets[len(piece.documents) :] + num_tokens)
+            num_tokens += int(lengths[-1].sum())
+        sync_files([file])
+    parts = [np.cumsum(np.concatenate(lengths)), spool.num_bytes(indices)]
+    if spool.has_segments:
+        parts[1:] = [np.concatenate(target_sizes), np.concatenate(bounds)]
+    for part, values in zip((*PARTS[1:], TARGETS), parts, strict=False):
+        write_durably(directory / f"{split}.{part}", values.astype(_INDEX_DTYPE).tobytes())
 
 
 def encode_segments(
@@ -236,14 +280,22 @@ def encode_segments(
     encoded = _checked(tokenizer.encode_batch(texts), tokenizer.vocab_size)
     for segments in documents:
         ids = [next(encoded) if text else _NO_IDS for text in segments]
-        lengths = [len(part) + number % 2 for number, part in enumerate(ids)]
-        ends = [*itertools.accumulate(lengths, initial=1)]  # of bos, context, target, context, ...
-        document = np.full(ends[-1], tokenizer.eos_id, dtype)
-        document[0] = tokenizer.bos_id
-        for start, part in zip(ends, ids, strict=False):
-            document[start : start + len(part)] = part
-        num_bounds = len(segments) // 2 * 2
-        yield document, np.array(ends[1 : 1 + num_bounds], dtype=np.int64)
+        yield _join_segments(ids, tokenizer, dtype)
+
+
+def _join_segments(
+    ids: Sequence[npt.NDArray[np.integer]],
+    tokenizer: Tokenizer,
+    dtype: np.dtype[np.unsignedinteger],
+) -> tuple[TokenArray, Int64Array]:
+    lengths = [len(part) + number % 2 for number, part in enumerate(ids)]
+    ends = [*itertools.accumulate(lengths, initial=1)]  # of bos, context, target, context, ...
+    document = np.full(ends[-1], tokenizer.eos_id, dtype)
+    document[0] = tokenizer.bos_id
+    for start, part in zip(ends, ids, strict=False):
+        document[start : start + len(part)] = part
+    num_bounds = len(ids) // 2 * 2
+    return document, np.array(ends[1 : 1 + num_bounds], dtype=np.int64)
 
 
 def _checked(

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from configs import Config, UserError, parse_config, run_config
+from configs import Config, UserError, parse_config
+from configs.program_settings import run_config
 from data import encode_chat
 from evaluate import Settings as EvaluateSettings
 from evaluate import text_to_score

@@ -1,5 +1,7 @@
 """Files and folders that survive kill -9: durable writes, locks, digests, and entries of the cache.
 
+Locks are taken with flock, so hosts that share a cache need a file system where it works.
+
 An entry is a folder that is complete or absent: it is filled as `*.partial`, synced to disk, then
 renamed. Its header has the size and digest of each file, and a checksum of itself. The process that
 fills an entry holds a file lock, which the kernel releases when the process dies. A killed process
@@ -15,14 +17,15 @@ import os
 import shutil
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple, TypeVar
 
 import xxhash
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-TEXT = "text-"  # prefix of the temporary entries that hold text
+TEXT = "text-"  # prefix of the temporary folders that hold text
 _HEADER = "header.json"
 _PARTIAL = ".partial"
 _POLL_INTERVAL_S = 0.2
@@ -32,6 +35,7 @@ _SAVE_INTERVAL_S = 30.0
 _SETTLED_NS = 2_000_000_000
 _ABANDONED_S = 7 * 24 * 3600.0  # partial folders that nobody has written to for so long are deleted
 
+T = TypeVar("T")
 logger = logging.getLogger("microtron")
 
 
@@ -76,23 +80,25 @@ def sync_directory(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(entries: Iterable[Path], *, wait: bool = True) -> Iterator[None]:
+def locked(entries: Iterable[Path], *, wait: bool = True, shared: bool = False) -> Iterator[None]:
     """Hold the locks of entries, always taken in the same order, so that no two runs deadlock.
 
-    With `wait=False`, raises BlockingIOError if another process holds one of them.
+    With `wait=False`, raises BlockingIOError if another process holds one of them. Any number of
+    processes may hold a `shared` lock together.
     """
+    operation = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     with contextlib.ExitStack() as stack:
         for entry in sorted(set(entries)):
             entry.parent.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(entry.with_name(f"{entry.name}.lock").open("wb"))
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, operation | fcntl.LOCK_NB)
             except BlockingIOError:
                 if not wait:
                     raise
                 # It may belong to another run, or to another rank of this one.
                 logger.info("waiting for another process to finish with %s", entry)
-                fcntl.flock(file, fcntl.LOCK_EX)
+                fcntl.flock(file, operation)
         yield
 
 
@@ -127,6 +133,7 @@ class Progress:
             delay=interval_s,
             miniters=1,
             smoothing=0,
+            disable=not logger.isEnabledFor(logging.INFO),
         )
 
     def __enter__(self) -> "Progress":
@@ -243,6 +250,56 @@ def build_entry(entry: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(entry)
     work.rename(entry)
     sync_directory(entry.parent)
+
+
+class Job(NamedTuple):
+    """A part of a larger job, which leaves a file or folder."""
+
+    path: Path
+    size: int  # bytes
+    run: Callable[[Callable[[int], None]], None]  # reports the bytes done to its argument
+
+
+def rotated(items: Sequence[T], first: float) -> list[T]:
+    """Return items beginning `first` (0 to 1) of the way, followed by those before."""
+    start = int(first * len(items))
+    return [*items[start:], *items[:start]]
+
+
+def share_jobs(title: str, jobs: Sequence[Job], first: float) -> None:
+    """Return when all jobs are done, by this process or others that share them.
+
+    A job is done when its path exists, so it must appear by a rename. A process takes any job that
+    no other one holds, and begins `first` (0 to 1) of the way. So the jobs of a killed process are
+    done by the others.
+    """
+    todo = deque(job for job in rotated(jobs, first) if not job.path.exists())
+    total = sum(job.size for job in jobs)
+    num_held, looked_at = 0, time.monotonic()
+    with Progress(title, total or None) as progress:
+        while todo:
+            done_bytes = total - sum(job.size for job in todo)
+            progress.reach(done_bytes)
+            job = todo.popleft()
+
+            def reach(job_bytes: int, before: int = done_bytes) -> None:
+                progress.reach(before + job_bytes)
+
+            try:
+                with locked([job.path], wait=False):
+                    if not job.path.exists():
+                        job.run(reach)
+                num_held = 0
+            except BlockingIOError:
+                todo.append(job)
+                num_held += 1
+                if num_held < len(todo):
+                    continue
+                time.sleep(_POLL_INTERVAL_S)  # others hold all that is left
+                num_held = 0
+            if time.monotonic() - looked_at > _LOG_INTERVAL_S:  # for the progress shown
+                todo = deque(job for job in todo if not job.path.exists())
+                looked_at = time.monotonic()
 
 
 def remove_abandoned(cache: Path) -> None:

@@ -15,7 +15,7 @@ import xxhash
 
 from configs.errors import UserError
 from configs.schema import SourceConfig
-from configs.validate import COMPRESSED, SOURCE_EXTENSIONS, extensions_in_words
+from configs.validate import COMPRESSED, SOURCE_EXTENSIONS, extensions_in_words, index_of
 from data.corpus.cache import digests
 from data.segments import TEMPLATE_VERSION
 
@@ -34,7 +34,7 @@ DATA_KEYS = SourceKeys("data", "data.path")  # of the only source, if there is j
 
 
 def source_files(config: SourceConfig, keys: SourceKeys = DATA_KEYS) -> list[Path]:
-    """Return the source's files sorted by relative path; none for `hub`.
+    """Return the source's files sorted by relative path; none for `hub`, the .bin of `megatron`.
 
     The order is the order of the documents, so it must not depend on the file system.
     """
@@ -48,13 +48,24 @@ def source_files(config: SourceConfig, keys: SourceKeys = DATA_KEYS) -> list[Pat
     if config.source == "hub":
         return []
     files = _matching_files(config.path, SOURCE_EXTENSIONS[config.source])
+    if config.source == "megatron":  # a prefix, or a pattern that matches both of its files
+        indices = {Path(index_of(str(file))) for file in [*files, Path(config.path).expanduser()]}
+        files = sorted(index for index in indices if index.suffix == ".idx" and index.is_file())
     if not files:
         raise UserError(
             f"{keys.path}={config.path!r} matches no files for {keys.section}.source="
             f"{config.source}; give a file, a glob, or a folder with "
             f"{extensions_in_words(config.source)} files"
         )
-    return files
+    return [_data_of(file, keys) for file in files] if config.source == "megatron" else files
+
+
+def _data_of(index: Path, keys: SourceKeys) -> Path:
+    """Return the .bin file of an index of Megatron."""
+    data = index.with_suffix(".bin")
+    if not data.is_file():
+        raise UserError(f"{keys.path}: {data} does not exist beside {index.name}; both are needed")
+    return data
 
 
 def source_fingerprint(config: SourceConfig, files: list[Path], cache: Path) -> str:
@@ -71,6 +82,9 @@ def source_fingerprint(config: SourceConfig, files: list[Path], cache: Path) -> 
     if config.source == "hub":
         kind = ["hub", config.path, config.hub_config, config.hub_split, config.hub_revision]
         kind += config.columns.values()
+    if config.source == "megatron":
+        kind = ["megatron"]
+        files = [*files, *(file.with_suffix(".idx") for file in files)]
     if config.format != "text":
         kind += [config.format, str(TEMPLATE_VERSION)]
     digest.update(json.dumps(kind).encode())

@@ -3,7 +3,7 @@
 [Note: cache]
 `data.cache_directory` contains folders named by a hash of everything that decides their content:
 
-    text-...       the documents of a source as text, until they are tokenized
+    text-...       the documents of a source as text, and their tokens in pieces, until all is done
     documents-...  hashes and sizes of the documents of a source, by which they are held out
     tokenizer-...  a tokenizer, by the text that it is trained on
     tokens-...     a source with one split, tokenized by one tokenizer
@@ -12,14 +12,24 @@ Local rank 0 of each host builds what its disk lacks; the other ranks wait for t
 in several mixtures with the same tokenizer is tokenized once, unless the other sources change what
 is held out of it (data/corpus/split.py). Each folder is filled by a `_fill_*` function, which
 resumes an interrupted attempt.
+
+[Note: sharing work]
+Any number of processes, on one host or several, may build the same folders at once, whether they
+train or run `python -m data.prepare`. They share reading (parts of consecutive files) and
+tokenizing (pieces of consecutive documents): each takes the parts that no other one holds the lock
+of, also those that a killed process left. Neither how many they are nor who does what changes a
+byte. One process trains the tokenizer, and one joins the pieces. The folder `text-...` is deleted
+by the last process that uses it: all of them hold a shared lock on it.
 """
 
+import contextlib
 import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -32,11 +42,13 @@ from configs.errors import UserError
 from configs.schema import DataConfig, SourceConfig, WeightedSource
 from data.corpus import cache, report
 from data.corpus.files import SourceKeys, source_files, source_fingerprint
+from data.corpus.megatron import read_tokenized
 from data.corpus.split import (
     DOCUMENT_FILES,
     END_HELD_OUT,
     HELD_OUT,
     TRAINED_ON,
+    Division,
     Split,
     divide,
     read_documents,
@@ -45,20 +57,22 @@ from data.corpus.split import (
     write_documents,
 )
 from data.corpus.spool import (
-    SPOOL_FILES,
     ReadCursor,
+    Record,
     Spool,
     open_spool,
+    read_progress,
     sample_sentences,
     write_spool,
 )
 from data.token_file import (
     PARTS,
-    PROGRESS,
     TARGETS,
     JoinedTokens,
+    Piece,
     TokenFile,
     Tokens,
+    encode_pieces,
     open_token_file,
     write_token_file,
 )
@@ -69,6 +83,7 @@ SAMPLE_BYTES = 8_000_000  # of training text that a tokenizer learns from: about
 SPLITS = ("train", "validation")
 _TRAINED = "tokenizer.model"
 _COMMIT = "commit.txt"
+_PART_BYTES = 64 << 20  # files that a process reads on its own, unless one is larger
 
 logger = logging.getLogger("microtron")
 
@@ -86,6 +101,7 @@ class Corpus:
     weights: tuple[float, ...] = (1.0,)  # of the sources, which are the parts of both splits
     text_fingerprint: str = ""  # hex, of the content of the sources
     validation_weights: tuple[float, ...] | None = None  # of the parts of given held-out text
+    num_new_tokens: int = 0  # those that were not in the cache before
 
 
 @dataclass(frozen=True)
@@ -98,33 +114,39 @@ class Source:
     fingerprint: str
     text: Path
     documents: Path
+    tokenizer: Tokenizer | None  # of a tokenized source
+    first: float  # where this process begins, see share_jobs
 
 
-def prepare_corpus(config: DataConfig, seq_length: int, local_rank: int) -> Corpus:
+def prepare_corpus(
+    config: DataConfig, seq_length: int, local_rank: int, first: float = 0.0
+) -> Corpus:
     """Open the corpus of `config` from the cache; local rank 0 builds what is missing.
 
-    Raises UserError if source, tokenizer or settings do not fit together.
+    Other processes may build it too; this one begins `first` (0 to 1) of the way, see
+    [Note: sharing work]. Raises UserError if source, tokenizer or settings do not fit together.
     """
     folder, is_builder = Path(config.cache_directory).expanduser(), local_rank == 0
     if is_builder:
         cache.remove_abandoned(folder)
-    sources, held_out = _find_sources(config)
-    for source in (*sources, *held_out):
-        _require(source.documents, [source], partial(_fill_documents, source), is_builder)
+    given = _given_tokenizer(config)
+    sources, held_out = _find_sources(config, given, first)
+    for source in cache.rotated([*sources, *held_out], first):
+        _require_documents(source, is_builder)
     splits = _splits(config, sources, held_out)
-    tokenizer = _tokenizer(config, sources, splits, is_builder)
+    tokenizer = given or _trained_tokenizer(config, sources, splits, is_builder)
     entries = []
     for source, split in zip((*sources, *held_out), splits, strict=True):
         parts = (source.fingerprint, config.validation_fraction, tokenizer.fingerprint)
         entries.append(folder / f"tokens-{_key(*parts, xxh3_128_hexdigest(split.tobytes()))}")
-        fill = partial(_fill_tokens, source, split, config, tokenizer)
-        _require(entries[-1], [source], fill, is_builder)
-    corpus = _open(sources, held_out, entries, tokenizer)
+    everything = list(zip((*sources, *held_out), splits, entries, strict=True))
+    num_new_tokens = sum(
+        _require_tokens(entry, source, split, config, tokenizer, is_builder)
+        for source, split, entry in cache.rotated(everything, first)
+    )
+    corpus = replace(_open(sources, held_out, entries, tokenizer), num_new_tokens=num_new_tokens)
     if is_builder:
-        for source in (*sources, *held_out):
-            if source.text.exists():
-                with cache.locked([source.text]):
-                    shutil.rmtree(source.text, ignore_errors=True)
+        _delete_texts([*sources, *held_out])
         more = f" and {len(entries) - 1} more" if entries[1:] else ""
         logger.info("corpus %s%s: %s", entries[0], more, report.describe(corpus.summary))
         is_evaluated = bool(held_out) or config.validation_fraction > 0
@@ -134,9 +156,29 @@ def prepare_corpus(config: DataConfig, seq_length: int, local_rank: int) -> Corp
     return corpus
 
 
+def _delete_texts(sources: list[Source]) -> None:
+    """Delete the texts of sources, except those that another process uses: it deletes them."""
+    for source in sources:
+        if source.text.exists():
+            with contextlib.suppress(BlockingIOError), cache.locked([source.text], wait=False):
+                shutil.rmtree(source.text, ignore_errors=True)
+
+
 def text_fingerprint(config: DataConfig) -> str:
     """Return a hash of the content of the sources, without reading it as text."""
-    return _text_fingerprint(*_find_sources(config))
+    return _text_fingerprint(*_find_sources(config, None))
+
+
+def _require_documents(source: Source, is_builder: bool) -> None:
+    """Return when the hashes and sizes of a source's documents are in the cache."""
+    if not is_builder:
+        cache.wait_for_entry(source.documents)
+    elif not cache.is_complete(source.documents):
+        with cache.locked([source.text], shared=True):
+            if not cache.is_complete(source.documents):  # else another process has built it
+                fill = partial(_fill_documents, source, _read_text(source))
+                with cache.locked([source.documents]):
+                    cache.build_entry(source.documents, fill)
 
 
 def _text_fingerprint(sources: list[Source], held_out: list[Source]) -> str:
@@ -152,16 +194,19 @@ def _key(*parts: object) -> str:
     return xxh3_128_hexdigest(json.dumps([FORMAT_VERSION, *parts]).encode())
 
 
-def _find_sources(config: DataConfig) -> tuple[list[Source], list[Source]]:
+def _find_sources(
+    config: DataConfig, tokenizer: Tokenizer | None, first: float = 0.0
+) -> tuple[list[Source], list[Source]]:
     """Return the sources to train on, and the held-out sources that are given."""
     folder = Path(config.cache_directory).expanduser()
 
     def find(keys: SourceKeys, source: WeightedSource) -> Source:
         files = source_files(source, keys)
         fingerprint = source_fingerprint(source, files, folder)
-        name = _key(fingerprint)
+        decoder = tokenizer if source.source == "megatron" else None
+        name = _key(fingerprint, *([decoder.fingerprint] if decoder else []))
         text, documents = folder / f"{cache.TEXT}{name}", folder / f"documents-{name}"
-        return Source(keys, source, files, fingerprint, text, documents)
+        return Source(keys, source, files, fingerprint, text, documents, decoder, first)
 
     sources, held_out = [], []
     for key, source in config.mixture.items():
@@ -172,48 +217,96 @@ def _find_sources(config: DataConfig) -> tuple[list[Source], list[Source]]:
     return sources, held_out
 
 
-def _require(
-    entry: Path, sources: list[Source], fill: Callable[[Path], None], is_builder: bool
+def _read_text(source: Source) -> Spool:
+    """Open the text of a source, after reading it together with other processes if needed.
+
+    The caller holds a shared lock on `source.text`.
+    """
+    parts = _parts(source)
+    jobs = [
+        cache.Job(
+            part,
+            sum(file.stat().st_size for file in files),
+            partial(_build_part, source, part, files),
+        )
+        for part, files in parts.items()
+    ]
+    if not all(map(Path.exists, parts)):
+        section, kind = source.keys.section, source.config.source
+        logger.info("preparing %s.source=%s: reading documents", section, kind)
+        cache.share_jobs("reading", jobs, source.first)
+    read = _read_counts(source)
+    if not read["num_documents"]:
+        shutil.rmtree(source.text)
+        skipped = report.describe_counts(read["skipped"]) or "nothing"
+        raise UserError(
+            f"{source.keys.section}.source={source.config.source} with {source.keys.path}="
+            f"{source.config.path!r} yields no documents; skipped: {skipped}; give non-empty "
+            "UTF-8 text"
+        )
+    return open_spool(list(parts), has_segments=source.config.format != "text")
+
+
+def _parts(source: Source) -> dict[Path, list[Path]]:
+    """Return the folders of the parts of a source's text, each with its files."""
+    if not source.files:
+        return {source.text / "0": []}
+    groups: dict[int, list[Path]] = {}
+    starts = accumulate((file.stat().st_size for file in source.files), initial=0)
+    for file, start in zip(source.files, starts, strict=False):
+        groups.setdefault(start // _PART_BYTES, []).append(file)
+    ends = accumulate(map(len, groups.values()))  # in numbers of files, so they name the content
+    return {
+        source.text / f"{end - len(files)}-{end}": files
+        for end, files in zip(ends, groups.values(), strict=True)
+    }
+
+
+def _build_part(
+    source: Source, part: Path, files: list[Path], reach: Callable[[int], None]
 ) -> None:
-    """Return when the entry is complete; `fill` may read the texts of sources."""
-    if not is_builder:
-        cache.wait_for_entry(entry)
-    elif not cache.is_complete(entry):
-        with cache.locked([entry, *(source.text for source in sources)]):
-            cache.build_entry(entry, fill)
+    cache.build_entry(part, partial(_fill_part, source, files, reach))
 
 
-def _fill_text(source: Source, work: Path) -> None:
-    """Read the documents of a source."""
-    # Here, not at the top: most starts read nothing, and the libraries take time to import.
-    from data.corpus.sources import read_records  # noqa: PLC0415
-
+def _fill_part(source: Source, files: list[Path], reach: Callable[[int], None], work: Path) -> None:
+    """Read the documents of some files of a source."""
     config: SourceConfig = source.config
-    logger.info("preparing %s.source=%s: reading documents", source.keys.section, config.source)
     if config.source == "hub":
         config = replace(config, hub_revision=_pin_commit(source, work))
-    sizes = [file.stat().st_size for file in source.files]
-    ends = [0, *accumulate(sizes)]
+    ends = [0, *accumulate(file.stat().st_size for file in files)]
     scratch = work / "datasets"
-    read = partial(read_records, config, source.keys, source.files, scratch)
-    with cache.Progress("reading", ends[-1] or None) as progress:
 
-        def on_progress(cursor: ReadCursor, text_bytes: int) -> None:
-            # Text and file differ in size, but what was read ends within the file of the cursor.
-            if sizes:
-                first, last = ends[cursor.file : cursor.file + 2]
-                text_bytes = min(max(first, text_bytes), last)
-            progress.reach(text_bytes)
+    def on_progress(cursor: ReadCursor, text_bytes: int) -> None:
+        # Text and file differ in size, but what was read ends within the file of the cursor.
+        if files:
+            first, last = ends[cursor.file : cursor.file + 2]
+            text_bytes = min(max(first, text_bytes), last)
+        reach(text_bytes)
 
-        done = write_spool(work, read, on_progress)
+    read: Callable[[ReadCursor], Iterable[Record]]
+    if source.tokenizer is not None:
+        read = partial(read_tokenized, files, source.keys, source.tokenizer)
+    else:
+        # Here, not at the top: most starts read nothing, and the libraries take time to import.
+        from data.corpus.sources import read_records  # noqa: PLC0415
+
+        read = partial(read_records, config, source.keys, files, scratch)
+    write_spool(work, read, on_progress)
     shutil.rmtree(scratch, ignore_errors=True)
-    if not done.num_documents:
-        skipped = report.describe_counts(done.skipped) or "nothing"
-        raise UserError(
-            f"{source.keys.section}.source={config.source} with {source.keys.path}={config.path!r} "
-            f"yields no documents; skipped: {skipped}; give non-empty UTF-8 text"
-        )
-    cache.write_header(work, list(SPOOL_FILES), {"read": asdict(done)})
+    cache.sync_directory(work)
+
+
+def _read_counts(source: Source) -> dict[str, Any]:
+    """Sum what reading the parts of a source counted."""
+    parts = [read_progress(part) for part in _parts(source)]
+    skipped: Counter[str] = Counter()
+    for part in parts:
+        skipped.update(part.skipped)
+    return {
+        "num_records": sum(part.num_records for part in parts),
+        "num_documents": sum(part.num_documents for part in parts),
+        "skipped": dict(skipped),
+    }
 
 
 def _pin_commit(source: Source, work: Path) -> str | None:
@@ -227,20 +320,17 @@ def _pin_commit(source: Source, work: Path) -> str | None:
     return path.read_text("utf-8") or None
 
 
-def _fill_documents(source: Source, work: Path) -> None:
+def _fill_documents(source: Source, spool: Spool, work: Path) -> None:
     """Store hashes and sizes of the documents of a source, which outlive its text."""
-    cache.build_entry(source.text, partial(_fill_text, source))
-    spool = open_spool(source.text)
     write_documents(work, spool)
-    commit = source.text / _COMMIT
+    commit = source.text / "0" / _COMMIT
     facts = {"commit": commit.read_text("utf-8") if commit.exists() else ""}
     cache.write_header(work, list(DOCUMENT_FILES), facts)
 
 
-def _open_text(source: Source) -> Spool:
-    """Open the text of a source, and read it first if it was deleted; the caller holds its lock."""
-    cache.build_entry(source.text, partial(_fill_text, source))
-    spool = open_spool(source.text, has_segments=source.config.format != "text")
+def _divided_text(source: Source, split: Split, config: DataConfig) -> Division:
+    """Open the text of a source, divided into the splits; the lock is that of `_read_text`."""
+    spool = _read_text(source)
     # The content of a hub dataset in a local folder has no fingerprint.
     if not np.array_equal(spool.hashes, read_documents(source.documents).hashes):
         shutil.rmtree(source.documents)
@@ -248,7 +338,7 @@ def _open_text(source: Source) -> Spool:
             f"{source.keys.path}={source.config.path!r} has changed since it was first read; start "
             "again to use its current documents"
         )
-    return spool
+    return divide(spool, split, config.validation_fraction)
 
 
 def _splits(config: DataConfig, sources: list[Source], held_out: list[Source]) -> list[Split]:
@@ -271,13 +361,17 @@ def _splits(config: DataConfig, sources: list[Source], held_out: list[Source]) -
     return [*splits, *split_by_given(given, given)]
 
 
-def _tokenizer(
+def _given_tokenizer(config: DataConfig) -> Tokenizer | None:
+    if config.tokenizer is None:
+        return None
+    path = Path(config.tokenizer).expanduser()
+    return load_tokenizer(path, bos_token=config.bos_token, eos_token=config.eos_token)
+
+
+def _trained_tokenizer(
     config: DataConfig, sources: list[Source], splits: list[Split], is_builder: bool
 ) -> Tokenizer:
-    """Load `data.tokenizer`, or train one on the training text of all sources."""
-    if config.tokenizer is not None:
-        path = Path(config.tokenizer).expanduser()
-        return load_tokenizer(path, bos_token=config.bos_token, eos_token=config.eos_token)
+    """Load the tokenizer that is trained on the training text of all sources."""
     is_mixture = len(sources) > 1  # otherwise the weight has no effect
     parts = [
         [
@@ -295,7 +389,11 @@ def _tokenizer(
             "tokenizer: data.tokenizer=%s",
             entry / _TRAINED,
         )
-    _require(entry, sources, partial(_fill_tokenizer, config, sources, splits), is_builder)
+    if not is_builder:
+        cache.wait_for_entry(entry)
+    elif not cache.is_complete(entry):
+        with cache.locked([entry]):
+            cache.build_entry(entry, partial(_fill_tokenizer, config, sources, splits))
     return load_tokenizer(entry / _TRAINED, "the cached tokenizer")
 
 
@@ -303,15 +401,16 @@ def _fill_tokenizer(
     config: DataConfig, sources: list[Source], splits: list[Split], work: Path
 ) -> None:
     """Train a tokenizer on lines of each source, shared by their weights."""
-    parts = [
-        divide(_open_text(source), split, config.validation_fraction)
-        for source, split in zip(sources, splits, strict=False)
-    ]
-    available = [int(part.spool.num_bytes(part.train).sum()) for part in parts]
-    shares = sample_shares([source.config.weight for source in sources], available)
     sentences: list[str] = []
-    for part, share in zip(parts, shares, strict=True):
-        sentences.extend(sample_sentences(part.spool, part.train, share))
+    with cache.locked([source.text for source in sources], shared=True):
+        parts = [
+            _divided_text(source, split, config)
+            for source, split in zip(sources, splits, strict=False)
+        ]
+        available = [int(part.spool.num_bytes(part.train).sum()) for part in parts]
+        shares = sample_shares([source.config.weight for source in sources], available)
+        for part, share in zip(parts, shares, strict=True):
+            sentences.extend(sample_sentences(part.spool, part.train, share))
     logger.info("training a tokenizer of data.vocab_size=%d pieces", config.padded_vocab_size)
     model = train_tokenizer(sentences, config.padded_vocab_size)
     cache.write_durably(work / _TRAINED, model)
@@ -330,19 +429,54 @@ def sample_shares(weights: list[float], available: list[int]) -> list[int]:
     return shares
 
 
+def _require_tokens(
+    entry: Path,
+    source: Source,
+    split: Split,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    is_builder: bool,
+) -> int:
+    """Return when a source is tokenized, with the number of new tokens if this process helped."""
+    if not is_builder:
+        cache.wait_for_entry(entry)
+        return 0
+    if cache.is_complete(entry):
+        return 0
+    started_at, num_new_tokens = time.perf_counter(), 0
+    with cache.locked([source.text], shared=True):
+        if cache.is_complete(entry):  # another process has built it
+            return 0
+        division, pieces = _divided_text(source, split, config), {}
+        for name, documents in zip(SPLITS, (division.train, division.validation), strict=True):
+            pieces[name], num_new = encode_pieces(
+                source.text, name, division.spool, documents, tokenizer, source.first
+            )
+            num_new_tokens += num_new
+        with cache.locked([entry]):
+            if not cache.is_complete(entry):
+                fill = partial(_fill_tokens, source, division, pieces, tokenizer)
+                cache.build_entry(entry, fill)
+                elapsed_s = time.perf_counter() - started_at
+                logger.info("tokenized %s in %.1f s", source.keys.section, elapsed_s)
+    return num_new_tokens
+
+
 def _fill_tokens(
-    source: Source, split: Split, config: DataConfig, tokenizer: Tokenizer, work: Path
+    source: Source,
+    division: Division,
+    pieces: dict[str, list[Piece]],
+    tokenizer: Tokenizer,
+    work: Path,
 ) -> None:
     """Write the token files and the tokenizer of a source."""
-    started_at = time.perf_counter()
-    spool = _open_text(source)
-    division = divide(spool, split, config.validation_fraction)
     texts = division.spool
     cache.write_durably(work / tokenizer.file_name, tokenizer.content)
-    summary = report.read_summary(cache.read_header(source.text)["read"], spool)
+    num_read = len(texts) - division.num_ends
+    summary = report.read_summary(_read_counts(source), num_read)
     summary["ends_held_out"] = division.num_ends
     for name, indices in zip(SPLITS, (division.train, division.validation), strict=True):
-        write_token_file(work, name, texts, indices, tokenizer)
+        write_token_file(work, name, pieces[name], texts, indices)
         tokens = open_token_file(work, name, tokenizer.vocab_size)
         summary[name] = report.split_summary(tokens, texts, indices, tokenizer)
     parts = (*PARTS, TARGETS) if texts.has_segments else PARTS
@@ -354,9 +488,6 @@ def _fill_tokens(
     }
     facts |= {"vocab_size": tokenizer.vocab_size, "summary": summary}
     cache.write_header(work, names, facts)
-    for name in SPLITS:
-        (work / f"{name}.{PROGRESS}").unlink()
-    logger.info("tokenized %s in %.1f s", source.keys.section, time.perf_counter() - started_at)
 
 
 def _open(

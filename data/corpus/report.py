@@ -23,9 +23,9 @@ _COMPARED_DOCUMENTS, _COMPARED_BYTES = 1000, 16 << 20
 _FEW_BYTES = 10_000  # of held-out text; the loss of so little is uncertain by some hundredths
 
 
-def read_summary(read: dict[str, Any], spool: Spool) -> dict[str, Any]:
-    """Summarise reading a source, from the counts of its spool."""
-    skipped = {**read["skipped"], "duplicate": read["num_documents"] - len(spool)}
+def read_summary(read: dict[str, Any], num_distinct: int) -> dict[str, Any]:
+    """Summarise reading a source, from the counts of its parts and of different documents."""
+    skipped = {**read["skipped"], "duplicate": read["num_documents"] - num_distinct}
     return {
         "records": read["num_records"],
         "skipped": {reason: count for reason, count in sorted(skipped.items()) if count},

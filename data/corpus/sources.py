@@ -238,6 +238,7 @@ def _table_rows(source: SourceConfig, file: Path | None, scratch: Path) -> Itera
     import datasets  # noqa: PLC0415  # takes a second, which other sources save
 
     datasets.disable_progress_bars()
+    datasets.config.TORCH_AVAILABLE = False  # a stream of it would import torch
     # Its error lines would repeat, with less context, the exceptions that follow.
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     options: dict[str, Any]

@@ -112,38 +112,39 @@ class Division(NamedTuple):
 def divide(spool: Spool, split: Split, fraction: float) -> Division:
     """Divide the texts of a source; a held-out end is the last `fraction` of bytes, or more."""
     cut = np.flatnonzero(split == END_HELD_OUT)
-    lengths = np.array([_start_of_end(spool, int(i), fraction) for i in cut], dtype=np.int64)
+    lengths = np.array(
+        [_start_of_end(spool.content(int(i)), fraction) for i in cut], dtype=np.int64
+    )
     cut, lengths = cut[lengths > 0], lengths[lengths > 0]
-    starts, sizes = spool.starts[cut] + lengths, spool.sizes[cut] - lengths
-    ends = [spool.text[a : a + n] for a, n in zip(starts.tolist(), sizes.tolist(), strict=True)]
+    ends = [spool.content(int(i))[n:] for i, n in zip(cut, lengths, strict=True)]
     hashes = np.array([xxhash.xxh3_64_intdigest(end) for end in ends], dtype=np.uint64)
     head_sizes = spool.sizes.copy()
     head_sizes[cut] = lengths
     texts = replace(
         spool,
-        starts=np.concatenate([spool.starts, starts]),
-        sizes=np.concatenate([head_sizes, sizes]),
+        starts=np.concatenate([spool.starts, spool.starts[cut] + lengths]),
+        sizes=np.concatenate([head_sizes, spool.sizes[cut] - lengths]),
         hashes=np.concatenate([spool.hashes, hashes]),
+        # Both parts of a document that is cut are tokenized again, so that no token spans the cut.
+        id_spans=None if len(cut) else spool.id_spans,
     )
     held_out = np.concatenate([np.flatnonzero(split == HELD_OUT), len(spool) + np.arange(len(cut))])
     train = np.flatnonzero(split != HELD_OUT)
     return Division(texts, train, held_out[np.argsort(texts.hashes[held_out])], len(cut))
 
 
-def _start_of_end(spool: Spool, index: int, fraction: float) -> int:
+def _start_of_end(text: bytes, fraction: float) -> int:
     """Return the byte at which the held-out end of a document begins; 0 if it is too short.
 
     After a blank line, else after a line, else after a space, if the end is then at most twice as
     long as `fraction` asks for.
     """
-    text, start, size = spool.text, int(spool.starts[index]), int(spool.sizes[index])
-    wanted = max(1, round(fraction * size))
-    last = start + size - wanted
-    first = max(start, last - wanted)
+    wanted = max(1, round(fraction * len(text)))
+    last = len(text) - wanted
     for separator in (b"\n\n", b"\n", b" "):
-        found = text.rfind(separator, first, last)
+        found = text.rfind(separator, max(0, last - wanted), last)
         if found >= 0:
-            return found + len(separator) - start
-    while last > start and text[last] >> 6 == _CONTINUES:
+            return found + len(separator)
+    while last > 0 and text[last] >> 6 == _CONTINUES:
         last -= 1
-    return last - start
+    return last

@@ -1,11 +1,14 @@
 """The distinct documents of a source as UTF-8 text on disk.
 
-A source is read once. Tokenizer training and encoding then read the spool by memory map, in any
-order and with little memory. It takes as much disk as the text and is temporary.
+A source is read once, in parts of consecutive files. Tokenizer training and encoding then read the
+parts by memory map, in any order and with little memory. They take as much disk as the text and are
+temporary. Each part is a folder:
 
     text     all documents, end to end
     sizes    int64 [n], bytes of each
     hashes   uint64 [n], xxh3_64 of each
+    ids      uint32, tokens of the documents of a tokenized source, end to end
+    counts   int64 [n], tokens of each; 0 in other sources
 
 Progress is made durable every 64 MiB; a killed preparation resumes from there.
 """
@@ -13,8 +16,8 @@ Progress is made durable every 64 MiB; a killed preparation resumes from there.
 import contextlib
 import json
 import mmap
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,9 +28,10 @@ import xxhash
 from data.corpus.cache import open_at, replace_durably, sync_files
 from data.segments import from_document
 
-SPOOL_FILES = ("text", "sizes", "hashes")
+SPOOL_FILES = ("text", "sizes", "hashes", "ids", "counts")
 _PROGRESS = "spool.progress.json"
-_ITEM_BYTES = 8  # of a size and of a hash
+_ITEM_BYTES = 8  # of a size, a hash and a count
+_ID_DTYPE = np.dtype("<u4")
 _DURABLE_BYTES = 64 << 20  # text between two durable states
 # Characters. Longer lines are cut: sentencepiece would drop those of more than 4192 bytes.
 _SENTENCE_LENGTH = 1_000
@@ -50,20 +54,32 @@ class Record(NamedTuple):
     texts: list[str]
     reason: str | None = None
     next: ReadCursor = START
+    ids: Sequence[npt.NDArray[np.integer]] = ()  # of each text, if the source is tokenized
 
 
 @dataclass(frozen=True)
 class Spool:
     """Documents by number, in source order, without duplicates."""
 
-    text: mmap.mmap
-    starts: npt.NDArray[np.int64]  # [n], bytes
+    texts: list[mmap.mmap]  # of the parts
+    ends: npt.NDArray[np.int64]  # of the parts, in the text of all of them
+    starts: npt.NDArray[np.int64]  # [n], bytes, in the text of all parts
     sizes: npt.NDArray[np.int64]  # [n], bytes
     hashes: npt.NDArray[np.uint64]  # [n], xxh3_64 of the UTF-8 text, all different
     has_segments: bool = False  # a document is a string of data/segments.py
+    # Of a tokenized source: the tokens of each part, and where those of a document are.
+    ids: list[npt.NDArray[np.uint32]] = field(default_factory=list)
+    id_spans: npt.NDArray[np.int64] | None = None  # [n, 3]: part, start, number of tokens
 
     def __len__(self) -> int:
         return len(self.hashes)
+
+    def content(self, index: int) -> bytes:
+        """Return the text of one document in UTF-8."""
+        start, size = int(self.starts[index]), int(self.sizes[index])
+        part = int(np.searchsorted(self.ends, start, side="right"))
+        start += len(self.texts[part]) - int(self.ends[part])
+        return self.texts[part][start : start + size]
 
     def document(self, index: int) -> str:
         """Return the text of one document."""
@@ -71,9 +87,14 @@ class Spool:
 
     def segments(self, index: int) -> list[str]:
         """Return the contexts and targets of one document in turn; see data/segments.py."""
-        start = self.starts[index]
-        content = self.text[start : start + self.sizes[index]].decode()
+        content = self.content(index).decode()
         return from_document(content) if self.has_segments else ["", content]
+
+    def tokens(self, index: int) -> npt.NDArray[np.uint32]:
+        """Return the tokens that a tokenized source has for a document."""
+        assert self.id_spans is not None, "the source is tokenized"
+        part, start, count = self.id_spans[index].tolist()
+        return self.ids[part][start : start + count]
 
     def num_bytes(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the UTF-8 bytes of each of the documents."""
@@ -88,6 +109,7 @@ class SpoolProgress:
     num_records: int = 0
     num_documents: int = 0
     text_bytes: int = 0
+    num_ids: int = 0
     skipped: dict[str, int] = field(default_factory=dict)  # records, by reason
 
 
@@ -95,16 +117,16 @@ def write_spool(
     folder: Path,
     read: Callable[[ReadCursor], Iterable[Record]],
     on_progress: Callable[[ReadCursor, int], None] = lambda _cursor, _bytes: None,
-) -> SpoolProgress:
-    """Write the documents of a source, resuming an interrupted attempt; return the counts.
+) -> None:
+    """Write the documents of a source, resuming an interrupted attempt.
 
     Calls `on_progress(cursor, bytes of text)` at the start and after each record.
     """
-    path, done = folder / _PROGRESS, SpoolProgress()
-    if path.exists():
-        done = SpoolProgress(**json.loads(path.read_bytes()))
+    path, done = folder / _PROGRESS, read_progress(folder)
     durable_bytes = done.text_bytes
-    lengths = (done.text_bytes, *[_ITEM_BYTES * done.num_documents] * 2)
+    item_bytes = _ITEM_BYTES * done.num_documents
+    id_bytes = _ID_DTYPE.itemsize * done.num_ids
+    lengths = (done.text_bytes, item_bytes, item_bytes, id_bytes, item_bytes)
     with contextlib.ExitStack() as stack:
         files = [
             stack.enter_context(open_at(folder / name, length))
@@ -121,12 +143,17 @@ def write_spool(
             done.num_records += 1
             if record.reason is not None:
                 done.skipped[record.reason] = done.skipped.get(record.reason, 0) + 1
-            for document in record.texts:
+            for number, document in enumerate(record.texts):
                 content = document.encode()
                 content_hash = xxhash.xxh3_64_intdigest(content)
                 files[0].write(content)
                 files[1].write(len(content).to_bytes(_ITEM_BYTES, "little"))
                 files[2].write(content_hash.to_bytes(_ITEM_BYTES, "little"))
+                ids = record.ids[number].astype(_ID_DTYPE).tobytes() if record.ids else b""
+                count = len(ids) // _ID_DTYPE.itemsize
+                files[3].write(ids)
+                files[4].write(count.to_bytes(_ITEM_BYTES, "little"))
+                done.num_ids += count
                 done.num_documents += 1
                 done.text_bytes += len(content)
             done.cursor = record.next
@@ -135,18 +162,40 @@ def write_spool(
                 make_durable()
                 durable_bytes = done.text_bytes
         make_durable()
-    return done
 
 
-def open_spool(folder: Path, *, has_segments: bool = False) -> Spool:
-    """Map a spool of at least one document; of equal documents only the first one counts."""
-    sizes = np.fromfile(folder / "sizes", "<i8")
-    hashes = np.fromfile(folder / "hashes", "<u8")
-    starts = np.cumsum(sizes) - sizes
-    firsts = np.sort(np.unique(hashes, return_index=True)[1])
-    with (folder / "text").open("rb") as file:
-        text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return Spool(text, starts[firsts], sizes[firsts], hashes[firsts], has_segments)
+def read_progress(folder: Path) -> SpoolProgress:
+    """Return the durable state of a spool, which has its counts when it is complete."""
+    path = folder / _PROGRESS
+    return SpoolProgress(**json.loads(path.read_bytes())) if path.exists() else SpoolProgress()
+
+
+def open_spool(parts: Sequence[Path], *, has_segments: bool = False) -> Spool:
+    """Map the parts of a source with at least one document; of equal documents the first counts."""
+    parts = [part for part in parts if (part / "sizes").stat().st_size]
+    sizes, hashes, counts = (
+        [np.fromfile(part / name, dtype) for part in parts]
+        for name, dtype in (("sizes", "<i8"), ("hashes", "<u8"), ("counts", "<i8"))
+    )
+    all_hashes, all_sizes = np.concatenate(hashes), np.concatenate(sizes)
+    firsts = np.sort(np.unique(all_hashes, return_index=True)[1])
+    texts = [_map_bytes(part / "text") for part in parts]
+    ends = np.cumsum([len(text) for text in texts])
+    starts = (np.cumsum(all_sizes) - all_sizes)[firsts]
+    spool = Spool(texts, ends, starts, all_sizes[firsts], all_hashes[firsts], has_segments)
+    if not counts[0].any():
+        return spool
+    spans = [
+        np.stack([np.full_like(of_part, number), np.cumsum(of_part) - of_part, of_part], axis=1)
+        for number, of_part in enumerate(counts)
+    ]
+    ids = [np.frombuffer(_map_bytes(part / "ids"), _ID_DTYPE) for part in parts]
+    return replace(spool, ids=ids, id_spans=np.concatenate(spans)[firsts])
+
+
+def _map_bytes(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def sample_sentences(spool: Spool, indices: npt.NDArray[np.int64], max_bytes: int) -> Iterator[str]:

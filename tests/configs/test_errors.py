@@ -78,7 +78,7 @@ ARGUMENTS = [
     ("data.path=None", "data.path=None is a string; for no value write null"),
     (
         "data.source=txt",
-        "data.source=txt is not one of python_stdlib, text, jsonl, parquet, arrow, hub; did you mean text?",
+        "data.source=txt is not one of python_stdlib, text, jsonl, parquet, arrow, megatron, hub; did you mean text?",
     ),
     ("source=txt", "source=txt: there is no key source; did you mean data.source=text?"),
     (

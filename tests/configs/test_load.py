@@ -201,8 +201,10 @@ def test_a_source_may_be_a_file_a_glob_or_a_folder(source: str) -> None:
     name = f"deep/below{SOURCE_EXTENSIONS[source][0]}"
     Path("deep").mkdir()
     Path(name).touch()
+    Path("t.model").write_bytes(small_tokenizer().content)  # which a tokenized source needs
     for path in (name, "deep/*", ".", "**/below*"):
-        parse_config(["config=gpt_debug", f"data.source={source}", f"data.path={path}"])
+        arguments = [f"data.source={source}", f"data.path={path}", "data.tokenizer=t.model"]
+        parse_config(["config=gpt_debug", *arguments])
 
 
 def test_last_chunk_equals_torch() -> None:

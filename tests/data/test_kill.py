@@ -16,6 +16,7 @@ from data import token_file as token_module
 from data.corpus import spool as spool_module
 from data.corpus.cache import replace_durably
 from data.corpus.files import source_fingerprint
+from data.corpus.spool import SPOOL_FILES
 from tests.data_corpora import random_text, text_config, write_texts
 from tests.lines import ROOT
 
@@ -25,7 +26,7 @@ from configs.schema import DataConfig
 from data import prepare_corpus, token_file
 from data.corpus import spool
 logging.basicConfig(level=logging.INFO, format="%(message)s")
-spool._DURABLE_BYTES = token_file._DURABLE_BYTES = token_file._BATCH_BYTES = 20_000
+spool._DURABLE_BYTES = token_file._PIECE_BYTES = token_file._BATCH_BYTES = 20_000
 prepare_corpus(DataConfig(source="text", path=sys.argv[1], vocab_size=320, validation_fraction=0.2,
                           cache_directory=sys.argv[2]), 16, 0)
 """
@@ -39,7 +40,7 @@ class Killed(BaseException):
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make progress durable every few documents."""
     monkeypatch.setattr(spool_module, "_DURABLE_BYTES", 2_000)
-    monkeypatch.setattr(token_module, "_DURABLE_BYTES", 2_000)
+    monkeypatch.setattr(token_module, "_PIECE_BYTES", 2_000)
     monkeypatch.setattr(token_module, "_BATCH_BYTES", 1_000)
 
 
@@ -54,8 +55,8 @@ def die_at(monkeypatch: pytest.MonkeyPatch, call: int, *, after: bool) -> list[s
         replace_durably(path, content)
         if len(calls) == call:
             # Later writes may be on disk in part.
-            for file in path.parent.glob("*[!n]"):
-                if file.is_file() and file.suffix not in (".json", ".model"):
+            for file in path.parent.iterdir():
+                if file.name in SPOOL_FILES:
                     with file.open("ab") as stream:
                         stream.write(b"torn")
             raise Killed
@@ -100,7 +101,7 @@ def test_durable_work_is_not_repeated(tmp_path: Path, monkeypatch: pytest.Monkey
     calls = die_at(monkeypatch, 26, after=True)
     with pytest.raises(Killed):
         prepare_corpus(text_config(tmp_path), 16, 0)
-    assert calls[-1] == "train.progress.json"
+    assert calls[-1].startswith("train-")
     encoded: list[int] = []
     encode = counted.tokenizer.__class__.encode_batch
 
@@ -112,7 +113,7 @@ def test_durable_work_is_not_repeated(tmp_path: Path, monkeypatch: pytest.Monkey
     again = die_at(monkeypatch, 1_000_000, after=True)
     corpus = prepare_corpus(text_config(tmp_path), 16, 0)
     assert corpus.fingerprint == counted.fingerprint
-    assert again[0].endswith("progress.json")
+    assert again[0].startswith(("train-", "validation-"))
     assert "spool.progress.json" not in again
     assert 0 < sum(encoded) < 28
 
@@ -120,7 +121,8 @@ def test_durable_work_is_not_repeated(tmp_path: Path, monkeypatch: pytest.Monkey
 def progress(cache: Path) -> set[tuple[str, int]]:
     """Return the durable states of preparations in a cache, by name and time."""
     found = set()
-    for path in cache.glob("*.partial/*progress.json"):
+    names = "*.partial/*progress.json", f"train-{'?' * 32}"
+    for path in (path for name in names for path in cache.glob(f"text-*/{name}")):
         with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
             found.add((path.name, path.stat().st_mtime_ns))
     return found

@@ -435,7 +435,7 @@ def test_the_tokenizer_learns_from_a_bounded_sample_of_training_lines(tmp_path: 
     """Lines are evenly spread, keep their indentation, and have about the requested size."""
     texts = [random_text(seed, 200) for seed in range(20)]
     write_spool(tmp_path, lambda _: [Record([text], None) for text in texts])
-    spool = open_spool(tmp_path)
+    spool = open_spool([tmp_path])
     lines = list(sample_sentences(spool, np.arange(5, 20), max_bytes=30_000))
     allowed = {line for text in texts[5:] for line in text.split("\n")}
     assert set(lines) <= allowed

@@ -79,7 +79,7 @@ def spool_of(folder: Path, *texts: str) -> Spool:
     """Return a spool of these texts."""
     folder.mkdir()
     write_spool(folder, lambda _: [Record([text], None) for text in texts])
-    return open_spool(folder)
+    return open_spool([folder])
 
 
 @pytest.mark.parametrize(

@@ -389,7 +389,7 @@ def test_a_killed_preparation_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: bool
 ) -> None:
     """From its last durable state, tokens and targets alike."""
-    monkeypatch.setattr(token_module, "_DURABLE_BYTES", 150)
+    monkeypatch.setattr(token_module, "_PIECE_BYTES", 150)
     monkeypatch.setattr(token_module, "_BATCH_BYTES", 100)
     expected = prepare_corpus(chat_config(tmp_path), SEQ_LENGTH, 0)
     other = chat_config(tmp_path, cache_directory=str(tmp_path / "b"))

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from checkpoints import held_checkpoint
-from configs import Config, read_config, run_config
+from configs import Config, read_config
+from configs.program_settings import run_config
 from data import load_tokenizer
 from export import Settings as ExportSettings
 from export import export

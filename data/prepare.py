@@ -1,0 +1,196 @@
+"""Tokenize ahead of training: `python -m data.prepare config=NAME.yaml section.key=value ...`.
+
+Needs neither torch nor ranks. Runs the code of a training start, in several processes.
+"""
+
+import logging
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from configs import (
+    Config,
+    DataConfig,
+    Range,
+    UserError,
+    exit_on_config_error,
+    exit_with_error,
+    load_config,
+    machine_errors_as_user_errors,
+)
+from configs.cli import HELP
+from configs.errors import bad_setting
+from configs.fields import KEYS, Field, fields_of
+from configs.launch import usable_cores
+from configs.load import parse_arguments
+from configs.program_settings import load_settings
+from configs.tokenizer_files import resolve_tokenizer
+from configs.validate import check_inputs
+from data.corpus.megatron import require_new, write_dataset
+from data.corpus.prepare import Corpus, prepare_corpus
+from data.token_file import TokenFile
+
+_CORES_PER_PROCESS = 4  # more threads of one process would wait for each other
+_INTERRUPTED = 130  # exit code of shells for Ctrl-C
+
+logger = logging.getLogger("microtron")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Tokenize the text of a configuration into data.cache_directory, without torch or ranks.
+
+    All settings of train.py are accepted, config=NAME.yaml included; see python train.py --help. A
+    start of training with the same data.* then finds the tokens. Several hosts with one cache
+    directory can share the work, and an interrupted command can be repeated: see docs/data.md.
+    """
+
+    # i/n, such as 2/8: begin with the i-th of n equal parts, so that n commands share the work.
+    # Each also does what no other one is doing.
+    shard: str = "1/1"
+    processes: int | None = None  # of this command; null: one for every four cores
+    # Also write the tokens in Megatron's format: OUTPUT.bin, OUTPUT.idx and, of the held-out
+    # documents, OUTPUT_validation.bin and .idx. Of a mixture, OUTPUT_0, OUTPUT_1 and so on.
+    output: str | None = None
+
+    RANGES: ClassVar = {"processes": Range(1)}
+
+    def __post_init__(self) -> None:
+        found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", self.shard)
+        if found is None or not 1 <= int(found[1]) <= int(found[2]):
+            problem = "is not one of n parts; write i/n with i from 1 to n, such as shard=1/4"
+            raise bad_setting("shard", self.shard, problem)
+
+    @property
+    def num_processes(self) -> int:
+        """The number of processes of this command."""
+        return self.processes or -(-usable_cores() // _CORES_PER_PROCESS)
+
+    def firsts(self) -> list[float]:
+        """Return where each process begins, as a fraction of the work."""
+        (i, n), m = map(int, self.shard.split("/")), self.num_processes
+        return [(i - 1 + number / m) / n for number in range(m)]
+
+
+def parse(arguments: list[str]) -> tuple[Config, Settings]:
+    """Return the checked configuration and the settings of this program, or exit."""
+    names = fields_of(Settings)
+    own = [a for a in arguments if a.partition("=")[0] in (*names, *HELP)]
+    if not HELP & set(arguments):
+        with exit_on_config_error():  # a mistyped key may resemble one of either kind
+            parse_arguments(arguments, {"config": Field("config", str, None), **KEYS, **names})
+    settings = load_settings(Settings, own)
+    others = [argument for argument in arguments if argument not in own]
+    config = load_config(others, lambda config: config.parallel.ranks_per_replica)
+    with exit_on_config_error():
+        if settings.output is not None and config.data.has_partial_targets:
+            problem = "would lose which tokens are targets, for Megatron's files have only tokens"
+            fix = "leave output out, or use data.format=text"
+            raise bad_setting("output", settings.output, f"{problem}; {fix}")
+        check_inputs(config)
+        config = resolve_tokenizer(config)
+    return config, settings
+
+
+def outputs(config: DataConfig, output: str) -> Iterator[tuple[Path, str]]:
+    """Yield the prefix and the split of each dataset to write, in the order of the sources."""
+    prefix = Path(os.path.abspath(os.path.expanduser(output)))
+    for split, ending in (("train", ""), ("validation", "_validation")):
+        sources = list(config.mixture.values())
+        if split == "validation":
+            sources = [s for s in sources if s.validation_path is not None] or sources
+        for number in range(len(sources)):
+            source = f"_{number}" if len(sources) > 1 else ""
+            yield prefix.with_name(f"{prefix.name}{source}{ending}"), split
+
+
+def write_outputs(config: DataConfig, corpus: Corpus, output: str) -> None:
+    """Write a corpus as datasets of Megatron."""
+    splits = {"train": list(corpus.train.parts), "validation": list(corpus.validation.parts)}
+    for prefix, split in outputs(config, output):
+        tokens: TokenFile = splits[split].pop(0)
+        if tokens.num_documents:
+            write_dataset(prefix, tokens, corpus.tokenizer)
+            documents = f"{tokens.num_documents:,} documents"
+            logger.info("wrote %s.bin and .idx: %s (%s)", prefix, documents, split)
+
+
+def prepare_together(config: Config, firsts: list[float]) -> Corpus:
+    """Prepare the corpus in this process and others, each with its share of the cores."""
+    context, n = multiprocessing.get_context("spawn"), len(firsts)
+    helpers = [
+        context.Process(target=_help, args=(config, firsts[number], number, n), daemon=True)
+        for number in range(1, n)
+    ]
+    for helper in helpers:
+        helper.start()
+    _use_share_of_cores(0, n)
+    corpus = prepare_corpus(config.data, config.model.seq_length, 0, firsts[0])
+    for helper in helpers:
+        helper.join()
+    return corpus
+
+
+def _help(config: Config, first: float, number: int, num_processes: int) -> None:
+    """Share the work of the main process, which meets the same errors and reports them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _use_share_of_cores(number, num_processes)
+    logger.setLevel(logging.CRITICAL)
+    try:
+        prepare_corpus(config.data, config.model.seq_length, 0, first)
+    except (UserError, OSError):
+        sys.exit(1)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this is a child"
+    parent.join()
+    os._exit(1)
+
+
+def _use_share_of_cores(number: int, num_processes: int) -> None:
+    """Restrict this process, and so its threads, to one of equal shares of the cores."""
+    if num_processes > 1 and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[number % len(cores) :: num_processes])
+
+
+def main(config: Config, settings: Settings) -> int:
+    """Fill the cache, write the output, and report."""
+    logger.addHandler(logging.StreamHandler(sys.stderr))
+    logger.setLevel(logging.INFO)
+    started_at, cache = time.perf_counter(), config.data.cache_directory
+    try:
+        if settings.output is not None:
+            for prefix, _ in outputs(config.data, settings.output):
+                require_new(prefix)
+        with machine_errors_as_user_errors(f"prepare the corpus in data.cache_directory={cache}"):
+            corpus = prepare_together(config, settings.firsts())
+        elapsed_s = time.perf_counter() - started_at
+        if settings.output is not None:
+            with machine_errors_as_user_errors(f"write output={settings.output}"):
+                write_outputs(config.data, corpus, settings.output)
+    except UserError as error:
+        exit_with_error(str(error))
+    except KeyboardInterrupt:
+        exit_with_error("interrupted; the same command resumes", _INTERRUPTED)
+    total, new = corpus.train.num_tokens + corpus.validation.num_tokens, corpus.num_new_tokens
+    rate = (
+        f", {new:,} of them new, {new / elapsed_s:,.0f} tokens/s" if new else ", none of them new"
+    )
+    sys.stdout.write(f"{total:,} tokens in {elapsed_s:.1f} s{rate}; cache: {cache}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*parse(sys.argv[1:])))
