@@ -237,8 +237,9 @@ def main() -> int:
         layout = dataclasses.replace(mesh, sequence_parallel=sequence_parallel)
         lines += trace(layout)
     if num_ranks > 1:
-        cp = {"context_parallel_size": num_ranks}
-        lines += trace(make_mesh(1, False, mesh.device, mesh.local_rank, **cp))
+        lines += trace(
+            make_mesh(1, False, mesh.device, mesh.local_rank, context_parallel_size=num_ranks)
+        )
     lines += weights(mesh)
     if mesh.world.rank == 0:
         sys.stdout.write("\n".join([*lines, ""]))

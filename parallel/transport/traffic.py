@@ -17,7 +17,7 @@ A backend may do otherwise; this is the measure for comparing layouts.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,7 @@ from ops.torch_private import (
     init_fake_process_group,
     operator_name,
 )
-from parallel.mesh import Mesh, MoreAxes, Overlap, close_mesh, make_mesh
+from parallel.mesh import Mesh, Overlap, close_mesh, make_mesh
 
 _NAMESPACES = ("c10d", "_c10d_functional", "microtron")  # torch's, and that of backend.py
 _INPUT_NAMES = ("input_tensor", "input_tensors", "input", "inputs", "tensor", "tensors")
@@ -133,7 +133,7 @@ def fake_mesh(
     sequence_parallel: bool,
     overlap: Overlap = "none",
     rank: int = 0,
-    **more_axes: Unpack[MoreAxes],
+    **more_axes: Any,
 ) -> Iterator[Mesh]:
     """Yield the CPU mesh of one rank of `num_ranks`, without the other ranks.
 
