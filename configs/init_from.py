@@ -18,6 +18,7 @@ from configs.tokenizer_files import TOKENIZER_FILES, expand_path, read_tokenizer
 
 _GIVE = "give a run folder, such as runs/gpt_debug, or one of its checkpoints/step_*"
 _OF_THE_TOKENIZER = ("vocab_size", "bos_token", "eos_token")
+_MAY_DIFFER = ("seq_length", "hidden_dropout", "attention_dropout")  # no weight depends on these
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,12 @@ def inherit(config: Config, given: Collection[str]) -> Config:
     if run.init_optimizer and not resumes and source.num_updates == 0:
         problem = f"needs optimizer state, but {source.directory} has none (no update yet)"
         raise bad_setting("run.init_optimizer", True, f"{problem}; leave it out")
+    of_this_stage = {
+        leaf: getattr(config.model, leaf)
+        for leaf in _may_differ(source.model)
+        if f"model.{leaf}" in given
+    }
+    source = replace(source, model=replace(source.model, **of_this_stage))
     _require_equal(config, given, source)
     theirs: dict[str, Any] = {k: source.settings.get(f"data.{k}") for k in _OF_THE_TOKENIZER}
     data = replace(config.data, **theirs)
@@ -150,9 +157,20 @@ def _require_equal(config: Config, given: Collection[str], source: _Source) -> N
         raise ConfigError(f"{problem}; leave that out, or use another run.init_from", pairs[0][0])
 
 
+def _may_differ(model: ModelConfig) -> tuple[str, ...]:
+    """Return the settings of the model that a later stage may change."""
+    if model.position_embedding_type == "rope":
+        return _MAY_DIFFER
+    return tuple(leaf for leaf in _MAY_DIFFER if leaf != "seq_length")  # the table of positions
+
+
 def _sizes(model: ModelConfig) -> dict[str, Any]:
     """Return the settings with the values that null stands for."""
-    named = {"num_query_groups": model.num_groups, "ffn_hidden_size": model.ffn_size}
+    named = {
+        "num_query_groups": model.num_groups,
+        "ffn_hidden_size": model.ffn_size,
+        "kv_channels": model.head_dim,
+    }
     return asdict(model) | named
 
 

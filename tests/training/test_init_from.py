@@ -107,6 +107,23 @@ def newest_state(run: Path) -> dict[str, Any]:
     return read_manifest(sorted((run / "checkpoints").iterdir())[-1]).state
 
 
+def test_length_and_dropout_may_change(corpus: Path, text: Path, tmp_path: Path) -> None:
+    """No weight of a model with rotary positions depends on them."""
+    rope = ("run.name=base", "model.position_embedding_type=rope", "evaluate.interval=0")
+    train_on(ONE_RANK, settings(corpus, tmp_path, *rope, "train.train_steps=2"))
+    changed = ("model.seq_length=64", "model.hidden_dropout=0.2", "train.train_steps=2")
+    arguments = second(tmp_path / "base", tmp_path, text, *changed)
+    model = parse_config(arguments).model
+    assert (model.seq_length, model.hidden_dropout) == (64, 0.2)
+    train_on(ONE_RANK, arguments)
+    assert steps_done(tmp_path) == 2
+
+
+def test_a_table_of_positions_keeps_its_length(base: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.seq_length=64 \(was 37\)"):
+        parse_config(second(base, tmp_path, text, "model.seq_length=64"))
+
+
 @pytest.mark.parametrize(
     ("layout", "steps"),
     [(ONE_RANK, 30), (Layout(tp=2), 1), (Layout(cp=2), 1), (Layout(pp=2), 1), (Layout(dp=2), 1)],
