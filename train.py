@@ -25,7 +25,7 @@ if __name__ == "__main__":
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from data import prepare_corpus, text_fingerprint
-from model import build_model
+from model import build_model, num_parameters
 from parallel import Mesh, close_mesh, lost_connection
 from tracking.console import set_up_logging
 from tracking.metrics import RunLog, last_step
@@ -78,7 +78,7 @@ def start(config: Config, mesh: Mesh, folder: RunFolder) -> tuple[Run, RunState]
             corpus = prepare_corpus(config.data, config.model.seq_length, mesh.local_rank)
             require_same_on_all_ranks(mesh, corpus.fingerprint, "the tokenized text")
         precision = choose_precision(config, mesh, checkpoint)
-        set_up_allocator(mesh.device)
+        set_up_allocator(mesh, num_parameters(config.model, config.data.padded_vocab_size))
         model = build_model(config, mesh)
         optimizer = build_optimizer(model, config.optimizer)
         run = Run(config, mesh, folder, corpus, model, optimizer, precision)

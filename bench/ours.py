@@ -93,7 +93,7 @@ def random_corpus(config: Config) -> Corpus:
 
 def build_run(config: Config, mesh: Mesh, folder: RunFolder) -> Run:
     """Create what train.py's `start` creates, from random tokens."""
-    set_up_allocator(mesh.device)
+    set_up_allocator(mesh, num_parameters(config.model, config.data.padded_vocab_size))
     model = build_model(config, mesh)
     optimizer = build_optimizer(model, config.optimizer)
     return Run(config, mesh, folder, random_corpus(config), model, optimizer)

@@ -41,7 +41,9 @@ _DATA_SHEET_BF16 = {
     "NVIDIA B200": 2250e12,
 }
 _REPEATS = 5
+_STATE_BYTES_PER_PARAMETER = 16  # float32 weights, gradients and two moments
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
+_LARGE_BYTES, _NEVER_BYTES, _OLD_LIMIT_BYTES = 1 << 20, 1 << 30, 32 << 20
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -157,19 +159,27 @@ def report_other_hardware(mesh: Mesh, checkpoint: Checkpoint) -> None:
         logger.warning(text, ", ".join(changes))
 
 
-def set_up_allocator(device: torch.device) -> None:
-    """Let glibc keep the memory of freed tensors for the next ones.
+def set_up_allocator(mesh: Mesh, num_parameters: int) -> None:
+    """Let glibc keep the memory of freed tensors for the next ones, unless memory is short.
 
     By default it returns blocks above 32 MiB to the system, and each of their pages then costs a
-    fault when it is needed again: 8 % of a step (docs/results.md). MALLOC_ variables of the user
-    take precedence.
+    fault when it is needed again: 8 % of a step (docs/results.md). A run that needs most of the
+    machine's memory returns all large blocks instead.
     """
-    is_set = any(name.startswith("MALLOC_") for name in os.environ)
-    if device.type == "cpu" and sys.platform == "linux" and not is_set:
-        mallopt = ctypes.CDLL(None).mallopt
+    if mesh.device.type != "cpu" or sys.platform != "linux":
+        return
+    hosts = mesh.world.size // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    state_bytes = _STATE_BYTES_PER_PARAMETER * num_parameters / hosts
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if container := _container_memory():
+        memory_bytes = min(memory_bytes, container[0])
+    mallopt = ctypes.CDLL(None).mallopt
+    if state_bytes > memory_bytes / 2:
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+    elif not any(name.startswith("MALLOC_") for name in os.environ):  # the user's choice
         # glibc before 2.35 accepts at most half of its heaps' 64 MiB.
-        if not mallopt(_M_MMAP_THRESHOLD, 1 << 30):
-            mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        if not mallopt(_M_MMAP_THRESHOLD, _NEVER_BYTES):
+            mallopt(_M_MMAP_THRESHOLD, _OLD_LIMIT_BYTES)
         mallopt(_M_TRIM_THRESHOLD, -1)  # never return the top either
 
 
@@ -187,10 +197,18 @@ def host_memory_allows(num_bytes: int) -> bool:
         return True
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     available_bytes = 1024 * int(fields["MemAvailable"].split()[0])
-    limit, used = (_CGROUP / f"memory.{name}" for name in ("max", "current"))  # of a container
-    if limit.exists() and (allowed := limit.read_text().strip()) != "max":
-        available_bytes = min(available_bytes, int(allowed) - int(used.read_text()))
+    if container := _container_memory():
+        allowed, used = container
+        available_bytes = min(available_bytes, allowed - used)
     return num_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < available_bytes / 2
+
+
+def _container_memory() -> tuple[int, int] | None:
+    """The limit and use of a container's memory in bytes; None without a limit."""
+    limit, used = (_CGROUP / f"memory.{name}" for name in ("max", "current"))
+    if not limit.exists() or (allowed := limit.read_text().strip()) == "max":
+        return None
+    return int(allowed), int(used.read_text())
 
 
 def peak_memory_gib(device: torch.device) -> float:
