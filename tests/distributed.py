@@ -206,7 +206,8 @@ def _pool(*key: Any) -> _Pool:
 
 
 @atexit.register
-def _close_pools() -> None:
+def close_pools() -> None:
+    """End all workers; later tests start new ones."""
     for pool in list(_POOLS.values()):
         pool.close()
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
@@ -29,7 +30,7 @@ from plan import main as plan_main
 from plan import num_ranks, parse
 from planning.dry_run import StepReport, dry_run
 from planning.page import page, paper_formula, size
-from tests.distributed import ONE_RANK, Layout, run_on
+from tests.distributed import ONE_RANK, Layout, close_pools, run_on
 from tests.lines import ROOT
 from training.optimizer import build_optimizer, training_tensors
 from training.state import Run, RunState
@@ -127,6 +128,13 @@ class Allocations:
         for _, change in changes:
             self.now += change
             self.peak = max(self.peak, self.now)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _profilers() -> Iterator[None]:
+    """End the workers afterwards: each profile leaves memory behind, together gigabytes."""
+    yield
+    close_pools()
 
 
 @functools.cache
