@@ -48,8 +48,8 @@ def parse_settings(settings_class: type[_Settings], arguments: list[str]) -> _Se
 def _program(settings_class: type[Any]) -> str:
     name, spec = settings_class.__module__, sys.modules["__main__"].__spec__
     if name == "__main__" and spec is not None:  # started by python -m
-        name = spec.name
-    if "." in name:
+        return f"-m {spec.name.removesuffix('.__main__')}"
+    if name.endswith(".__main__"):
         return f"-m {name.removesuffix('.__main__')}"
     return Path(inspect.getfile(settings_class)).name
 
