@@ -85,12 +85,8 @@ def inherit(config: Config, given: Collection[str]) -> Config:
     if run.init_optimizer and not resumes and source.num_updates == 0:
         problem = f"needs optimizer state, but {source.directory} has none (no update yet)"
         raise bad_setting("run.init_optimizer", True, f"{problem}; leave it out")
-    of_this_stage = {
-        leaf: getattr(config.model, leaf)
-        for leaf in _may_differ(source.model)
-        if f"model.{leaf}" in given
-    }
-    source = replace(source, model=replace(source.model, **of_this_stage))
+    changed = [leaf for leaf in _MAY_DIFFER if f"model.{leaf}" in given]
+    source = replace(source, model=model_of_stage(source.model, config.model, changed))
     _require_equal(config, given, source)
     theirs: dict[str, Any] = {k: source.settings.get(f"data.{k}") for k in _OF_THE_TOKENIZER}
     data = replace(config.data, **theirs)
@@ -157,11 +153,13 @@ def _require_equal(config: Config, given: Collection[str], source: _Source) -> N
         raise ConfigError(f"{problem}; leave that out, or use another run.init_from", pairs[0][0])
 
 
-def _may_differ(model: ModelConfig) -> tuple[str, ...]:
-    """Return the settings of the model that a later stage may change."""
-    if model.position_embedding_type == "rope":
-        return _MAY_DIFFER
-    return tuple(leaf for leaf in _MAY_DIFFER if leaf != "seq_length")  # the table of positions
+def model_of_stage(
+    theirs: ModelConfig, given: ModelConfig, changed: Collection[str] = _MAY_DIFFER
+) -> ModelConfig:
+    """Return the model of a source with those settings of `given` that a later stage may change."""
+    if theirs.position_embedding_type == "learned_absolute":  # its table has a row per position
+        changed = set(changed) - {"seq_length"}
+    return replace(theirs, **{leaf: getattr(given, leaf) for leaf in changed})
 
 
 def _sizes(model: ModelConfig) -> dict[str, Any]:

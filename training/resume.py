@@ -13,7 +13,7 @@ from typing import Any
 from checkpoints import Checkpoint, CheckpointError, find_checkpoint, load_tensors
 from configs import RENAMED, Config, DataConfig, OptimizerConfig, flatten
 from configs.errors import format_value
-from configs.init_from import saved_model, source_checkpoints
+from configs.init_from import model_of_stage, saved_model, source_checkpoints
 from data import Tokenizer, load_tokenizer
 from parallel import Mesh, gather_json
 from training.hardware import report_other_hardware
@@ -110,10 +110,11 @@ def find_source(config: Config, mesh: Mesh, stack: ExitStack) -> Checkpoint | No
     folder, step = source_checkpoints(config.run.init_from)
     prefix = "" if config.run.init_optimizer else WEIGHTS
     source = find_checkpoint(folder, mesh, step, prefix=prefix, hold_until=stack)
-    if source is None or saved_model(source.state["config"]) != config.model:
-        raise CheckpointError(
-            f"run.init_from={config.run.init_from} has changed since this launch began; try again"
-        )
+    changed = f"run.init_from={config.run.init_from} has changed since this launch began; try again"
+    if source is None:
+        raise CheckpointError(changed)
+    if model_of_stage(saved_model(source.state["config"]), config.model) != config.model:
+        raise CheckpointError(changed)
     require_fingerprint(source, "tokenizer", _given_tokenizer(config.data).fingerprint)
     return source
 
