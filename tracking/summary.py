@@ -98,13 +98,15 @@ def report_end(run: Run, began: RunState, state: RunState, stop: signal.Signals 
         command = folder.resume_command(longer)
     # Loaded or committed by this launch, so it is whole; a newer directory may be damaged.
     saved = step_directory(folder.checkpoints, state.step) if state.step else None
-    logger.info(
-        f"run {run.config.run.name} {status}: step {state.step} of {num_steps} "
-        f"({state.step - began.step} in this launch)\n"
-        f"checkpoint:\n  {saved}\n"
-        f"to generate text:\n  python generate.py run={shlex.quote(str(folder.path))}\n"
-        f"{next_task}\n  {command}"
-    )
+    tasks = {}
+    if saved is not None:
+        generate = f"python generate.py run={shlex.quote(str(folder.path))}"
+        tasks = {"checkpoint:": str(saved), "to generate text:": generate}
+    tasks[next_task] = command
+    title = f"run {run.config.run.name} {status}: step {state.step} of {num_steps}"
+    lines = [f"{title} ({state.step - began.step} in this launch)"]
+    lines += [f"{task}\n  {command}" for task, command in tasks.items()]
+    logger.info("\n".join(lines))
     return code
 
 

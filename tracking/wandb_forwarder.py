@@ -5,6 +5,7 @@ run serves the whole life of a run, and every metric is plotted against `step`. 
 after a crash or a rollback are sent again, and the later row counts.
 """
 
+import contextlib
 import dataclasses
 import html
 import logging
@@ -26,6 +27,7 @@ from training.state import recorded_wandb_id, wandb_id_file
 
 logger = logging.getLogger("microtron")
 
+_MAX_ROWS = 10_000  # that wait for wandb
 # torchrun kills a process 30 s after a signal, and wandb may need some seconds at process exit.
 INIT_TIMEOUT_S, FINISH_TIMEOUT_S, MAX_WAIT_S = 15.0, 5.0, 20.0
 # Settings that may contain local paths, which are not sent.
@@ -38,21 +40,29 @@ class WandbForwarder:
     def __init__(self, config: LoggingConfig, folder: Path, wandb_id: str, sent: Any) -> None:
         self._config, self._folder, self._sent_config = config, folder, sent
         self._id, self._failed = recorded_wandb_id(folder) or wandb_id, False
-        self._rows: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._rows: queue.Queue[dict[str, Any] | None] = queue.Queue(_MAX_ROWS)
+        self._num_dropped = 0
         self._thread = threading.Thread(target=self._run, name="wandb", daemon=True)
         if config.wandb != "disabled":
             self._thread.start()
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Forward a row with metrics or a sample."""
-        if self._thread.is_alive():
-            self._rows.put(dict(row))
+        if not self._thread.is_alive():
+            return
+        try:
+            self._rows.put_nowait(dict(row))
+        except queue.Full:
+            if self._num_dropped == 0:
+                logger.warning("wandb: %d rows wait for it; dropping later ones", _MAX_ROWS)
+            self._num_dropped += 1
 
     def finish(self, *, failed: bool) -> None:
         """Send what is left and close the wandb run; give up after MAX_WAIT_S."""
         self._failed = failed
         if self._thread.is_alive():
-            self._rows.put(None)
+            with contextlib.suppress(queue.Full):  # the thread is stuck; give up after the join
+                self._rows.put_nowait(None)
             self._thread.join(MAX_WAIT_S)
         if self._thread.is_alive():
             logger.warning("wandb: not finished after %d s; exiting without it", MAX_WAIT_S)

@@ -91,7 +91,12 @@ def choose_precision(
     if chosen is None and mesh.device.type == "cpu" and config.train.precision == "bf16":
         is_first, cache = mesh.world.rank == 0, config.data.cache_directory
         fastest = asdict(fastest_precision(cache)) if is_first else None
-        chosen = Precision(**gather_json(mesh, fastest)[0])
+        reports = gather_json(mesh, [processor().name, fastest])
+        chosen = Precision(**reports[0][1])
+        names = sorted({name for name, _ in reports})
+        if is_first and len(names) > 1:
+            text = "ranks run on different processors (%s); all use the precision of rank 0's: %s"
+            logger.warning(text, ", ".join(names), chosen)
     if chosen is not None:
         use_precision(chosen)
     return chosen

@@ -4,9 +4,11 @@ import gzip
 import json
 import re
 import shlex
+import signal
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -14,6 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from configs import parse_config
 from model import num_parameters
 from tests.runs import finish, settings, start
+from tracking.summary import report_end
+from training.state import Run, RunState
 
 LAYOUT = "parallel.tensor_model_parallel_size=2"
 
@@ -160,3 +164,21 @@ def test_every_rank_leaves_a_trace(outputs: Outputs) -> None:
         operators = re.findall(r"^ *(\S.*?)(?:\.\.\.)?  +[\d.]+% ", table, re.MULTILINE)
         assert len(operators) == 12
         assert "rank_1" in name or all(any(o.startswith(n) for o in seen) for n in operators)
+
+
+def test_an_end_without_a_checkpoint_names_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A signal before the first step: nothing is saved, and there is nothing to generate from."""
+    config = parse_config(["config=gpt_debug.yaml"])
+    folder = SimpleNamespace(
+        path=tmp_path, checkpoints=tmp_path / "checkpoints", resume_command=lambda: "again"
+    )
+    world = SimpleNamespace(rank=0)
+    run = SimpleNamespace(config=config, mesh=SimpleNamespace(world=world), folder=folder)
+    state = RunState(wandb_id="")
+    with caplog.at_level("INFO"):
+        assert report_end(cast(Run, run), state, state, signal.SIGTERM) == 143
+    assert "None" not in caplog.text
+    assert "generate" not in caplog.text
+    assert caplog.messages[-1].endswith("resume with\n  again")

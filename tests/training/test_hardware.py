@@ -141,14 +141,17 @@ def checkpoint_of(config: Config, **state: Any) -> Checkpoint:
 
 @distributed(ONE_RANK, Layout(tp=2), Layout(dp=2))
 def test_all_ranks_use_the_precision_of_rank_0(mesh: Mesh) -> None:
-    """Also if their processors differ. In fp32 nothing is chosen."""
+    """One line says so if their processors differ. In fp32 nothing is chosen."""
     rank, config = mesh.world.rank, debug_config()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hardware, "processor", lambda: Processor(f"CPU {rank}", "", frozenset()))
         patch.setattr(hardware, "fastest_precision", lambda _: [FIRST, SECOND][rank])
         previous = use_precision(SECOND)
         assert choose_precision(debug_config("train.precision=fp32"), mesh) is None
-        assert choose_precision(config, mesh) == FIRST
+        lines = log_of(lambda: choose_precision(config, mesh))
         assert use_precision(previous) == FIRST
+    assert len(lines) == (rank == 0 and mesh.world.size > 1)
+    assert all("(CPU 0, CPU 1); all use the precision of rank 0's" in line for line in lines)
 
 
 @distributed(ONE_RANK)
