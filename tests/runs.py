@@ -14,6 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 from configs import Config, parse_config
+from data import BatchLoader, Corpus, MicroBatch
 from ops.matmul import Choice, Precision
 from parallel import Mesh
 from tests.distributed import Layout, run_on
@@ -71,6 +72,23 @@ def rows(directory: Path, name: str = "test") -> list[dict[str, Any]]:
         }
         for line in lines
     ]
+
+
+def global_batch(config: Config, corpus: Corpus) -> MicroBatch:
+    """The rows of the first step on all ranks, in one micro-batch."""
+    train = dataclasses.replace(config.train, micro_batch_size=config.train.global_batch_size)
+    with BatchLoader(
+        corpus,
+        dataclasses.replace(config, train=train),
+        consumed_samples=0,
+        first_step=0,
+        dp_rank=0,
+        dp_size=1,
+        tp_size=1,
+        device_is_cuda=False,
+    ) as batches:
+        (whole,) = next(batches).micro_batches
+    return whole
 
 
 def run_in_pool(mesh: Mesh, config: Config, fastest: Choice) -> None:

@@ -9,8 +9,6 @@ import pytest
 from configs import Config, UserError, parse_config
 from configs.program_settings import run_config
 from data import encode_chat
-from evaluate import Settings as EvaluateSettings
-from evaluate import text_to_score
 from export import Settings as ExportSettings
 from export import export
 from model import Sampling, generate
@@ -19,9 +17,8 @@ from tests.data_chats import CHATS, messages_of, write_byte_tokenizer, write_cha
 from tests.distributed import ONE_RANK, Layout, distributed, run_on
 from tests.runs import rows, settings, train_on
 from tests.test_context_runs import assert_near
-from tests.trained_runs import start_program
+from tests.trained_runs import assert_scored_like_training, start_program
 from train import train
-from training.evaluation import eval_batches, score
 from training.inference import load_for_inference
 from training.run_folder import RunFolder
 from training.signals import StopSignals
@@ -97,13 +94,7 @@ def test_a_resume_continues_the_curve(run: Path, tmp_path: Path) -> None:
 @distributed(ONE_RANK, Layout(tp=2))
 def test_evaluate_scores_the_targets_of_training(mesh: Mesh, run: Path) -> None:
     """The last evaluation of the run."""
-    config = run_config(str(run))
-    trained = load_for_inference(config, run, mesh, None)
-    corpus, most = text_to_score(trained, EvaluateSettings(str(run)))
-    found = score(trained.model, eval_batches(corpus, config, mesh, max_sequences=most))
-    expected = [row for row in rows(run.parent) if "eval/loss" in row][-1]
-    assert found.loss == pytest.approx(expected["eval/loss"], rel=2e-6)
-    assert found.bits_per_byte == pytest.approx(expected["eval/bits_per_byte"], rel=2e-6)
+    assert_scored_like_training(mesh, run)
 
 
 def test_evaluate_reads_conversations(run: Path, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """The same losses on every layout, and after a resume on another; in the pool of workers."""
 
-import dataclasses
 from functools import partial
 from pathlib import Path
 
@@ -9,12 +8,11 @@ import torch
 from torch.testing import assert_close
 
 from configs import Config, parse_config
-from data import BatchLoader
 from parallel import Mesh
 from tests.distributed import EVERY_LAYOUT, ONE_RANK, Layout, distributed
 from tests.model.test_gpt import dense_weights, dropout_mask
 from tests.reference import reference_losses
-from tests.runs import rows, settings, train_on
+from tests.runs import global_batch, rows, settings, train_on
 from tests.streams import stream
 from tests.weights import full_tensors
 from train import start
@@ -58,19 +56,7 @@ def test_a_step_equals_the_reference(mesh: Mesh, config: Config) -> None:
         dense = dense_weights(run.model)
         with training_batches(run, state) as batches:
             result = train_step(run, state, batches)
-    train = dataclasses.replace(config.train, micro_batch_size=8)
-    everything = dataclasses.replace(config, train=train)
-    with BatchLoader(
-        run.corpus,
-        everything,
-        consumed_samples=0,
-        first_step=0,
-        dp_rank=0,
-        dp_size=1,
-        tp_size=1,
-        device_is_cuda=False,
-    ) as batches:
-        (whole,) = next(batches).micro_batches
+    whole = global_batch(config, run.corpus)
     mask = partial(dropout_mask, masks=stream(config.run.seed, step=0, samples=range(8)))
     inputs = (whole.tokens, whole.positions, whole.targets)
     loss = reference_losses(dense, config.model, *inputs, mask)[0] / whole.num_targets

@@ -7,19 +7,26 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from configs import Config, read_config
+from configs.program_settings import run_config
 from data import TokenFile, Tokenizer, load_tokenizer
+from evaluate import Settings as EvaluateSettings
+from evaluate import text_to_score
 from model import Sampling
 from model.generation.sampling import sample_tokens, uniform_draw
+from parallel import Mesh
 from tests.distributed import Layout
 from tests.fork_server import Program
 from tests.lines import ROOT
 from tests.reference import reference_logits
-from tests.runs import settings, train_on
+from tests.runs import rows, settings, train_on
+from training.evaluation import eval_batches, score
+from training.inference import load_for_inference
 
 # With two groups, each group is shared by two of four ranks.
 FAMILIES = {
@@ -33,6 +40,17 @@ def train_family(corpus: Path, directory: Path, family: str) -> Path:
     overrides = ("run.name=test", "checkpoint.save_interval=3", *FAMILIES[family])
     train_on(Layout(tp=2, dp=2), settings(corpus, directory, *overrides))
     return directory / "test"
+
+
+def assert_scored_like_training(mesh: Mesh, run: Path) -> None:
+    """Compare what evaluate.py computes on the held-out text with the last evaluation of a run."""
+    config = run_config(str(run))
+    trained = load_for_inference(config, run, mesh, None)
+    corpus, most = text_to_score(trained, EvaluateSettings(str(run)))
+    found = score(trained.model, eval_batches(corpus, config, mesh, max_sequences=most))
+    expected = [row for row in rows(run.parent) if "eval/loss" in row][-1]
+    assert found.loss == pytest.approx(expected["eval/loss"], rel=2e-6)
+    assert found.bits_per_byte == pytest.approx(expected["eval/bits_per_byte"], rel=2e-6)
 
 
 class Dense:

@@ -10,8 +10,6 @@ import pytest
 from configs import parse_config, read_config
 from configs.program_settings import run_config
 from data import load_tokenizer
-from evaluate import Settings as EvaluateSettings
-from evaluate import text_to_score
 from export import Settings as ExportSettings
 from export import export
 from import_hf import Settings as ImportSettings
@@ -21,10 +19,8 @@ from parallel import Mesh
 from tests.data_corpora import write_json_tokenizer
 from tests.distributed import ONE_RANK, Layout, distributed, run_on
 from tests.runs import rows, settings, train_on
-from tests.trained_runs import start_program
+from tests.trained_runs import assert_scored_like_training, start_program
 from train import train
-from training.evaluation import eval_batches, score
-from training.inference import load_for_inference
 from training.run_folder import RunFolder
 from training.signals import StopSignals
 
@@ -80,13 +76,7 @@ def test_resume(run: Path, corpus: Path, tmp_path: Path) -> None:
 @distributed(ONE_RANK, Layout(tp=2))
 def test_held_out_text_has_the_score_of_training(mesh: Mesh, run: Path) -> None:
     """evaluate.py reads the tokenizer of the run."""
-    config = run_config(str(run))
-    trained = load_for_inference(config, run, mesh, None)
-    corpus, most = text_to_score(trained, EvaluateSettings(str(run)))
-    found = score(trained.model, eval_batches(corpus, config, mesh, max_sequences=most))
-    expected = [row for row in rows(run.parent) if "eval/loss" in row][-1]
-    assert found.loss == pytest.approx(expected["eval/loss"], rel=2e-6)
-    assert found.bits_per_byte == pytest.approx(expected["eval/bits_per_byte"], rel=2e-6)
+    assert_scored_like_training(mesh, run)
 
 
 def test_programs(run: Path, tmp_path: Path) -> None:

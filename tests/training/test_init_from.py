@@ -1,6 +1,5 @@
 """A second stage: a run that starts with the weights of another one, `run.init_from`."""
 
-import dataclasses
 import os
 import re
 import shutil
@@ -15,7 +14,7 @@ from torch.testing import assert_close
 from checkpoints.full_tensors import read_full_tensor
 from checkpoints.manifest import read_manifest
 from configs import Config, ConfigError, UserError, parse_config
-from data import BatchLoader, MicroBatch, prepare_corpus
+from data import MicroBatch, prepare_corpus
 from import_hf import Settings
 from parallel import Mesh
 from tests.configs.test_load import PROGRAM, _python
@@ -26,7 +25,17 @@ from tests.interop.test_import_hf import hf_model, import_on
 from tests.interop.test_interop_page import run as run_block
 from tests.lines import ROOT
 from tests.reference import reference_losses
-from tests.runs import finish, rows, settings, start, steps_done, train_on, wait_for, workers_of
+from tests.runs import (
+    finish,
+    global_batch,
+    rows,
+    settings,
+    start,
+    steps_done,
+    train_on,
+    wait_for,
+    workers_of,
+)
 from tests.trained_runs import Dense
 from tests.wandb_server import logs
 from train import start as start_run
@@ -86,20 +95,7 @@ def second(source: Path, directory: Path, text: Path, *overrides: str) -> list[s
 
 def first_batch(config: Config) -> MicroBatch:
     """The rows of the first step, in one piece."""
-    corpus = prepare_corpus(config.data, config.model.seq_length, 0)
-    train = dataclasses.replace(config.train, micro_batch_size=config.train.global_batch_size)
-    with BatchLoader(
-        corpus,
-        dataclasses.replace(config, train=train),
-        consumed_samples=0,
-        first_step=0,
-        dp_rank=0,
-        dp_size=1,
-        tp_size=1,
-        device_is_cuda=False,
-    ) as batches:
-        (whole,) = next(batches).micro_batches
-    return whole
+    return global_batch(config, prepare_corpus(config.data, config.model.seq_length, 0))
 
 
 def newest_state(run: Path) -> dict[str, Any]:
