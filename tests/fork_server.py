@@ -52,7 +52,7 @@ class Program:
         stdin, feed = multiprocessing.Pipe(duplex=False)
         os.write(feed.fileno(), given)
         feed.close()
-        self._process = _server().Process(
+        self._process = fork_server().Process(
             target=_run, args=(list(arguments), writer, stdin), kwargs=options
         )
         self._process.start()
@@ -94,7 +94,8 @@ class Program:
 
 
 @functools.cache
-def _server() -> Any:
+def fork_server() -> Any:
+    """The context whose processes are forks of the server."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_PRELOAD))
     os.environ["OMP_NUM_THREADS"] = "1"  # libgomp reads it when torch is imported

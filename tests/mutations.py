@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,8 @@ def _pytest(tests: Sequence[str], copy: Path, output: Path) -> None:
         del sys.modules[name]
     sys.path[:] = [str(copy), *(entry for entry in sys.path if Path(entry).resolve() != ROOT)]
     distributed: Any = importlib.import_module("tests.distributed")
-    distributed.START_METHOD = "fork"
+    distributed.start_method = partial(multiprocessing.get_context, "fork")
+    distributed.TIME_LIMIT_S = 60.0  # less than TIME_LIMIT_S of this module
     code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--color=no", *tests])
     for rank in multiprocessing.active_children():  # one that has trained does not heed SIGTERM
         rank.kill()

@@ -188,7 +188,7 @@ def launch(
 
 
 def finish(
-    process: "Program | subprocess.Popen[str]", expected: int = 0, limit_s: float = 100
+    process: "Program | subprocess.Popen[str]", expected: int = 0, limit_s: float = 300
 ) -> str:
     """Wait for the end; return the output."""
     output, _ = process.communicate(timeout=limit_s)
@@ -198,7 +198,7 @@ def finish(
 
 def wait_for(condition: Callable[[], bool], process: "Program | subprocess.Popen[str]") -> None:
     """Poll until a condition of the run folder holds."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not condition():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline

@@ -43,14 +43,14 @@ def caught_by() -> Iterator[Callable[[str], str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_named_tests_pass_without_a_mistake(caught_by: Callable[[str], str]) -> None:
     """Or they would catch anything; and a copy in which nothing is wrong is not called wrong."""
     assert caught_by("nothing") == NO_TEST
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
 def test_a_mistake_is_caught(caught_by: Callable[[str], str], mistake: Mistake) -> None:
     """One of the tests that the table names fails, and docs/mutations.md says which."""

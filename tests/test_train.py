@@ -42,7 +42,7 @@ def test_kill_9_loses_nothing(
         process.kill()
     else:
         os.kill(workers[1], signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     output = finish(start(2, arguments))
     assert "resuming from" in output
     assert rows(tmp_path) == unbroken

@@ -113,7 +113,7 @@ def start_program(ranks: int, program: str, *arguments: str, given: str = "") ->
             torchrun=["--nproc-per-node", str(ranks)] if ranks > 1 else None,
             stderr_file=errors.name,
         )
-        output, _ = process.communicate(timeout=100)
+        output, _ = process.communicate(timeout=300)
         sys.stderr.write(errors.read())
     assert process.returncode is not None
     return process.returncode, output.encode()

@@ -187,4 +187,4 @@ def records(log: Path, kind: str) -> list[Any]:
 def sync(folder: Path, *options: str) -> None:
     """Upload the files of a run folder with `wandb sync`."""
     command = [sys.executable, "-m", "wandb", "sync", "--yes", *options, str(folder / "wandb")]
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=60, cwd=folder)
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=300, cwd=folder)

@@ -68,7 +68,7 @@ def refused(asked: str, endpoint: str, message: str, monkeypatch: pytest.MonkeyP
 
 
 @ask
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(900)
 def test_a_hub_that_never_answers(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The system accepts connections for a listening socket."""
     with socket.create_server(("127.0.0.1", 0)) as server:

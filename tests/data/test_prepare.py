@@ -365,7 +365,7 @@ def test_two_runs_at_once_prepare_once(tmp_path: Path) -> None:
         runs = [start_preparing(tmp_path) for _ in range(2)]
         for run in runs:
             wait_for_line(run, "waiting for another process")
-    logs = [run.communicate(timeout=60)[1] for run in runs]
+    logs = [run.communicate(timeout=300)[1] for run in runs]
     assert [run.returncode for run in runs] == [0, 0]
     assert "".join(logs).count("tokenized data in") == 1
     assert len(entries(tmp_path)) == 3

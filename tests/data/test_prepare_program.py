@@ -64,7 +64,7 @@ def start(command: list[str], code: str | None = None) -> "subprocess.Popen[str]
 def run(command: list[str], code: str | None = None) -> tuple[int, str, str]:
     """Run it to its end; return exit code, stdout and stderr."""
     process = start(command, code)
-    output, log = process.communicate(timeout=100)
+    output, log = process.communicate(timeout=300)
     return process.returncode, output, log
 
 
@@ -117,7 +117,7 @@ def test_shards_build_the_same_bytes_at_once(tmp_path: Path, n: int) -> None:
     prepare_corpus(text_config(tmp_path, cache_directory=str(tmp_path / "b")), 16, 0)
     commands = [arguments(tmp_path, f"shard={i}/{n}", "processes=1") for i in range(1, n + 1)]
     shards = [start(command, SMALL_PIECES) for command in commands]
-    logs = [shard.communicate(timeout=100) for shard in shards]
+    logs = [shard.communicate(timeout=300) for shard in shards]
     assert [shard.returncode for shard in shards] == [0] * n, logs
     assert content(tmp_path / "cache") == content(tmp_path / "b")
 
@@ -147,7 +147,7 @@ def test_shards_of_conversations_build_the_same_bytes(tmp_path: Path) -> None:
         shard.kill()
         shard.communicate()
     shards = [start(command, SMALL_PIECES) for command in commands]
-    logs = [shard.communicate(timeout=100) for shard in shards]
+    logs = [shard.communicate(timeout=300) for shard in shards]
     assert [shard.returncode for shard in shards] == [0, 0], logs
     assert content(tmp_path / "cache") == content(tmp_path / "b")
     code, output, log = run(commands[0], NO_TORCH)

@@ -40,7 +40,7 @@ def run(language: str, text: str, folder: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_all_commands_in_order(tmp_path: Path) -> None:
     """Except make train, which is replaced by a small run of the same name."""
     for path in ROOT.glob("[!.]*"):

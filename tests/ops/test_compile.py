@@ -30,7 +30,7 @@ from tests.runs import finish, rows, settings, start
 from tests.streams import stream
 from tests.weights import gradient_shards
 
-pytestmark = pytest.mark.timeout(300)  # compiling is slow the first time on a machine
+pytestmark = pytest.mark.timeout(900)  # compiling is slow the first time on a machine
 
 CPU = torch.device("cpu")
 needs_a_compiler = pytest.mark.skipif(

@@ -63,7 +63,7 @@ def test_every_attempt_has_its_own_name() -> None:
         process.join()
     for _ in range(2):
         processes = [begin(rank, answers) for rank in range(world_size)]
-        joined = sorted(answers.get(timeout=60) for _ in processes)
+        joined = sorted(answers.get(timeout=300) for _ in processes)
         for process in processes:
             process.join()
         name = joined[0][1]
@@ -82,7 +82,7 @@ def test_ranks_meet_without_a_launcher_store() -> None:
     processes = [context.Process(target=_join, args=(r, 2, port, False, answers)) for r in (0, 1)]
     for process in processes:
         process.start()
-    joined = sorted(answers.get(timeout=60) for _ in processes)
+    joined = sorted(answers.get(timeout=300) for _ in processes)
     for process in processes:
         process.join()
     assert joined == [(rank, joined[0][1], "cpu", True) for rank in (0, 1)]

@@ -252,7 +252,7 @@ def test_online_only_with_a_key(
 
 
 @pytest.mark.drill
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_killed_run_keeps_its_id(corpus: Path, tmp_path: Path, server: WandbServer) -> None:
     """Killed before its first checkpoint and after it, then moved to DP=2: the last row counts."""
     more = ("train.train_steps=400", "evaluate.interval=100", "logging.wandb=online")
@@ -262,7 +262,7 @@ def test_a_killed_run_keeps_its_id(corpus: Path, tmp_path: Path, server: WandbSe
         wait_for(lambda: len(server.runs) == 1 and steps_done(tmp_path) >= 20, process)
         for victim in (process.pid, *workers_of(tmp_path)):
             os.kill(victim, signal.SIGKILL)
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
     more = ("train.train_steps=30", "parallel.tensor_model_parallel_size=1")
     finish(start(2, [*arguments, *more]))
     (run,) = server.runs.values()

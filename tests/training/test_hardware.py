@@ -116,7 +116,7 @@ def test_two_processes_measure_once(tmp_path: Path) -> None:
         )
         for choice in ("native", "widened")
     ]
-    printed = [process.communicate(timeout=100)[0] for process in started]
+    printed = [process.communicate(timeout=300)[0] for process in started]
     assert printed[0] == printed[1] != ""
     assert (tmp_path / "log").read_text() == "measured\n"
 

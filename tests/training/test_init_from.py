@@ -222,7 +222,7 @@ def test_a_killed_stage_resumes_bit_for_bit_without_its_source(
     process = start(2, arguments)
     wait_for(lambda: steps_done(tmp_path) >= 12, process)
     os.kill(workers_of(tmp_path)[1], signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     shutil.rmtree(copy)
     assert "resuming from" in finish(start(2, arguments))
     assert rows(tmp_path) == rows(tmp_path, "whole")
@@ -350,7 +350,7 @@ def test_a_stage_after_an_import(text: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_the_page_runs(tmp_path: Path) -> None:
     """Every command of docs/stages.md as written, in order."""
     for path in ROOT.glob("[!.]*"):

@@ -179,8 +179,8 @@ def test_ctrl_c_leaves_the_resume_command_last_on_the_terminal(
         assert process.poll() is None, b"".join(chunks)
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
-    process.wait(timeout=60)
-    thread.join(timeout=60)
+    process.wait(timeout=300)
+    thread.join(timeout=300)
     text = b"".join(chunks).decode().replace("\r\n", "\n")
     report = json.loads((tmp_path / "test" / "exit.json").read_text())
     assert report["code"] == 130
