@@ -59,12 +59,13 @@ def test_steps_and_evaluations_equal_one_process(
     assert of_one == of_layout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
         pytest.param(PACKED, id="rope, best_fit, documents"),
-        pytest.param(("data.sequence_mode=pack",), id="learned, pack", marks=pytest.mark.slow),
-        pytest.param(("data.sequence_mode=pad",), id="learned, pad", marks=pytest.mark.slow),
+        pytest.param(("data.sequence_mode=pack",), id="learned, pack"),
+        pytest.param(("data.sequence_mode=pad",), id="learned, pad"),
     ],
 )
 def test_every_layout_gives_the_same_losses(
@@ -97,6 +98,7 @@ def test_checkpoints_move_between_axes(corpus: Path, tmp_path: Path) -> None:
         assert row == pytest.approx(reference, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # three launches
 def test_kill_9_loses_nothing(corpus: Path, tmp_path: Path) -> None:
     """A killed and resumed run equals an uninterrupted one, bit for bit."""

@@ -40,6 +40,7 @@ def test_every_section_has_results(tmp_path: Path) -> None:
     assert re.search(r"^[1-9]\d* passed$", page, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_a_section_that_fails_does_not_stop_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

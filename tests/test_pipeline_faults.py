@@ -52,6 +52,7 @@ def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[s
     return rows(directory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "stage"), each_stage(3, 4))
 def test_a_killed_stage_loses_nothing(
     corpus: Path, tmp_path: Path, whole: list[dict[str, Any]], number: int, stage: int

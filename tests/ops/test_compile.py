@@ -171,7 +171,10 @@ def model_outcome(mesh: Mesh, config: ModelConfig, recompute: str) -> list[Tenso
 
 @needs_a_compiler
 @distributed(ONE_RANK, Layout(tp=2, overlap="backward"))
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    "recompute",
+    ["none", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("selective", "full"))],
+)
 def test_a_compiled_model_has_the_same_gradients(mesh: Mesh, recompute: str) -> None:
     config = dataclasses.replace(TINY, **OPTIONS["llama"])
     plain = model_outcome(mesh, config, recompute)

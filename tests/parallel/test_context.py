@@ -272,7 +272,10 @@ def planned_config(*overrides: str) -> Config:
     return parse_config(list(arguments), lambda _: 2)
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    "recompute",
+    ["none", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("selective", "full"))],
+)
 def test_a_layer_saves_its_share(recompute: str) -> None:
     """A rank saves 1/c of the bytes of one that has whole rows, of each kind and in each module."""
     recomputed = f"parallel.recompute_granularity={recompute}"

@@ -266,6 +266,7 @@ def test_any_layout_reads_weights_and_moments(
         run_on(layout, require_same_state, config=config, saved=saved)
 
 
+@pytest.mark.slow
 def test_programs_read_a_run_of_stages(corpus: Path, tmp_path: Path) -> None:
     """generate.py equals the reference, evaluate.py the run, and export.py transformers."""
     train_on(Layout(tp=2, pp=2), settings(corpus, tmp_path, "model.num_layers=3"))

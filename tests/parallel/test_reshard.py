@@ -79,7 +79,9 @@ def compare_traffic(mesh: Mesh, config: Config, expected: Counter[Collective]) -
         assert Counter(traffic) == expected
 
 
-@pytest.mark.parametrize("gradient_sync", ["step", "micro_batch"])
+@pytest.mark.parametrize(
+    "gradient_sync", ["step", pytest.param("micro_batch", marks=pytest.mark.slow)]
+)
 def test_it_is_planned(gradient_sync: str) -> None:
     """plan.py counts the collectives of a real step, and the memory of the weights that stay."""
     config = config_for(2, reshard_after_forward=False, gradient_sync=gradient_sync)

@@ -202,7 +202,7 @@ def test_a_step_is_as_planned(layout: Layout, option: str) -> None:
 
 
 @pytest.mark.parametrize("layout", PIPELINES, ids=str)
-@pytest.mark.parametrize("num_micro_batches", [2, 7])
+@pytest.mark.parametrize("num_micro_batches", [2, pytest.param(7, marks=pytest.mark.slow)])
 def test_a_step_of_each_stage_is_as_planned(layout: Layout, num_micro_batches: int) -> None:
     """Like a step without a pipeline; stage r of p keeps p - r micro-batches."""
     batch = 2 * num_micro_batches * layout.dp
@@ -361,6 +361,7 @@ def test_the_page_of_gpt_1b() -> None:
     assert max(map(len, text.splitlines())) <= PAGE_WIDTH
 
 
+@pytest.mark.slow
 def test_the_page_of_a_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
     """A row for each stage, the bubble and the messages; the rest is about the largest stage."""
     layout = Layout(tp=2, pp=2, chunks=2)
@@ -401,7 +402,7 @@ def test_gpt_7b_on_a_laptop() -> None:
         process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0
     assert used.ru_maxrss < 1.5e6  # KiB
-    assert used.ru_utime + used.ru_stime < 90  # 36 s alone and 43 s beside other tests on a Zen 3
+    assert used.ru_utime + used.ru_stime < 200  # 36 s alone and 43 s beside other tests on a Zen 3
     assert "6,729,375,744 parameters on 8 ranks: tensor parallel 8" in text
     assert re.search(r"needs 2\d\.\d GiB .* does not fit in 12 GiB", text)
 

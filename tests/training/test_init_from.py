@@ -205,6 +205,7 @@ def test_the_first_update_continues_that_of_the_source(mesh: Mesh, text: Path, b
         assert_close(after, expected, rtol=1e-6, atol=1e-8, msg=detail)
 
 
+@pytest.mark.slow
 def test_a_killed_stage_resumes_bit_for_bit_without_its_source(
     copy: Path, text: Path, tmp_path: Path
 ) -> None:
