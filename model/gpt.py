@@ -10,7 +10,6 @@ parallelism; without it, read `[s, ...]`. With context parallelism each rank has
 """
 
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import TypedDict, Unpack
 
 import torch
@@ -37,7 +36,7 @@ from parallel import (
     forward_only,
     gather_vocabulary,
     lookup,
-    row_positions,
+    prepare_masks,
     sequence_shard,
     vocab_parallel_logits,
     vocab_parallel_loss,
@@ -175,7 +174,7 @@ class GPT(nn.Module):
             width, cp = len(positions) * mesh.cp.size, mesh.cp
             key_blocks = make_key_blocks(width, None, cp.rank, cp.size)
         if stream is not None:
-            stream = replace(stream, positions=row_positions(shape[0], mesh, tokens.device))
+            stream = prepare_masks(stream, shape, mesh)
         context = make_attention_context(
             self.config, positions, key_blocks, stream, self.dtype, cache
         )

@@ -48,7 +48,7 @@ def keep_mask(shape: torch.Size, first_position: int, rate: float, keys: Tensor)
     `first_position` is the global position of row 0, `keys` are `[2, b]` int32.
     """
     positions = torch.arange(shape[0], dtype=torch.int32, device=keys.device) + first_position
-    return _hash(shape, positions, keys) >= _threshold(rate)
+    return _hash(positions, prepare_keys(keys), shape[2]) >= _threshold(rate)
 
 
 def _threshold(rate: float) -> int:
@@ -56,14 +56,30 @@ def _threshold(rate: float) -> int:
     return int(rate * 2**32) - 2**31
 
 
-def _hash(shape: torch.Size, positions: Tensor, keys: Tensor) -> Tensor:
-    _, batch, channels = shape
-    counter = positions.view(-1, 1, 1) * channels  # wraps around, as intended
-    counter = counter + torch.arange(channels, dtype=torch.int32, device=keys.device)
-    x = counter ^ keys[0].view(1, batch, 1)
-    x ^= _shift_right(x, 16)
+def mask_counters(positions: Tensor, channels: int) -> Tensor:
+    """The counters of elements, `[s/t, 1, h]` int32, after the first xorshift; positions `[s/t]`.
+
+    An xorshift of counter ^ key is that of the counter ^ that of the key, so all masks of a
+    micro-batch can share it.
+    """
+    counters = positions.view(-1, 1, 1) * channels  # wraps around, as intended
+    counters = counters + torch.arange(channels, dtype=torch.int32, device=positions.device)
+    return counters ^ _shift_right(counters, 16)
+
+
+def prepare_keys(keys: Tensor) -> Tensor:
+    """Keys `[..., 2, b]` after the first xorshift."""
+    first, second = keys.unbind(-2)
+    return torch.stack((first ^ _shift_right(first, 16), second), -2)
+
+
+def _hash(rows: Tensor, keys: Tensor, channels: int) -> Tensor:
+    """Hash the elements of rows, given as positions or `mask_counters`, with prepared keys."""
+    counters = mask_counters(rows, channels) if rows.ndim == 1 else rows
+    first, second = keys.view(2, 1, -1, 1)
+    x = counters ^ first
     x *= _MULTIPLIER_1
-    x ^= keys[1].view(1, batch, 1)
+    x ^= second
     x ^= _shift_right(x, 15)
     x *= _MULTIPLIER_2
     x ^= _shift_right(x, 16)
@@ -95,11 +111,11 @@ def _scalars(rate: float, compile: bool, device: torch.device) -> tuple[Scalar, 
     )
 
 
-def _drop(x: Tensor, keys: Tensor, positions: Tensor, threshold: Scalar, scale: Scalar) -> Tensor:
+def _drop(x: Tensor, keys: Tensor, rows: Tensor, threshold: Scalar, scale: Scalar) -> Tensor:
     """m x / (1 - p)."""
     # A bfloat16 x would round a 0-dim scale first, so multiply in the scale's dtype.
     wide = x.to(scale.dtype) if isinstance(scale, Tensor) else x
-    return (wide * scale).to(x.dtype).mul_(_hash(x.shape, positions, keys) >= threshold)
+    return (wide * scale).to(x.dtype).mul_(_hash(rows, keys, x.shape[2]) >= threshold)
 
 
 def _drop_and_add(x: Tensor, residual: Tensor, *mask: Any) -> Tensor:
@@ -117,10 +133,10 @@ class _DropoutAdd(torch.autograd.Function):
         residual: Tensor | None,
         rate: float,
         keys: Tensor,
-        positions: Tensor,
+        rows: Tensor,
         compile: bool,
     ) -> Tensor:
-        ctx.mask = (keys, positions, *_scalars(rate, compile, x.device))
+        ctx.mask = (keys, rows, *_scalars(rate, compile, x.device))
         ctx.compile, ctx.has_residual = compile, residual is not None
         if residual is None:
             return maybe_compile(_drop, compile)(x, *ctx.mask)
@@ -132,5 +148,7 @@ class _DropoutAdd(torch.autograd.Function):
         return grad_x, grad_y if ctx.has_residual else None, None, None, None, None
 
 
-# y for x `[s/t, b, h]`, a residual r or None, and the global position of each row, `[s/t]` int32.
+# y for x `[s/t, b, h]` and a residual r or None, with prepared keys `[2, b]`. Rows are their global
+# positions, `[s/t]` int32, or the `mask_counters` of these, which only a compiled kernel computes
+# for free.
 hashed_dropout_add = _DropoutAdd.apply

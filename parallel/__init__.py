@@ -42,7 +42,7 @@ from parallel.pipeline import run_pipeline as run_pipeline
 from parallel.randomness import DropoutStream as DropoutStream
 from parallel.randomness import dropout_add as dropout_add
 from parallel.randomness import fold_seed as fold_seed
-from parallel.randomness import row_positions as row_positions
+from parallel.randomness import prepare_masks as prepare_masks
 from parallel.replica_check import compare_replicas as compare_replicas
 from parallel.transport.backend import is_transport_frame as is_transport_frame
 from parallel.transport.backend import lost_connection as lost_connection

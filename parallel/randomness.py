@@ -5,14 +5,13 @@ channel). The loader hashes the first five into a key per sample and site, the d
 rest (both in `ops/dropout.py`), so every rank can compute its part of a mask alone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import torch
 import xxhash
 from torch import Tensor
 
 from ops.balance import balanced_positions
-from ops.dropout import hashed_dropout_add, site_index
+from ops.dropout import hashed_dropout_add, mask_counters, prepare_keys, site_index
 from parallel.mappings import sequence_shard
 from parallel.mesh import Mesh
 
@@ -31,18 +30,24 @@ class DropoutStream:
     step: int
     first_sample: int  # counted over the whole run and all ranks
     keys: Tensor | None  # `dropout_keys` of the samples, on the device; None: no hidden dropout
-    positions: Tensor | None = None  # `row_positions` of an activation, to compute them once
+    rows: Tensor | None = None  # of `prepare_masks`
 
     def attention_seed(self, layer: int, tp_rank: int) -> int:
         """The seed of attention dropout, the only randomness that depends on the layout."""
         return fold_seed(self.seed, "attention", self.step, layer, self.first_sample, tp_rank)
 
 
-def row_positions(num_rows: int, mesh: Mesh, device: torch.device) -> Tensor:
-    """Global positions, int32, of the rows of this rank's activations `[s/(c t), b, h]`."""
-    num_local = num_rows * mesh.tp.size if mesh.sequence_parallel else num_rows
+def prepare_masks(stream: DropoutStream, shape: tuple[int, ...], mesh: Mesh) -> DropoutStream:
+    """Compute once what all masks of activations `[s/(c t), b, h]` on this rank share."""
+    if stream.keys is None:
+        return stream
+    num_local = shape[0] * mesh.tp.size if mesh.sequence_parallel else shape[0]
+    device = stream.keys.device
     local = balanced_positions(num_local * mesh.cp.size, mesh.cp.rank, mesh.cp.size, device)
-    return sequence_shard(local.int(), mesh)
+    rows = sequence_shard(local.int(), mesh)
+    if not mesh.compile:
+        rows = mask_counters(rows, shape[2])
+    return replace(stream, keys=prepare_keys(stream.keys), rows=rows)
 
 
 def dropout_add(
@@ -57,9 +62,8 @@ def dropout_add(
     """`residual + dropout(x)` for `[s/t, b, h]`; a `stream` of None or a rate of 0: no dropout."""
     if stream is None or rate == 0.0:
         return x if residual is None else x + residual
+    if stream.rows is None:
+        stream = prepare_masks(stream, x.shape, mesh)
     assert stream.keys is not None, "hidden dropout needs dropout_keys"
     keys = stream.keys[site_index(layer, site)]  # [2, b]
-    positions = stream.positions
-    if positions is None:
-        positions = row_positions(x.shape[0], mesh, x.device)
-    return hashed_dropout_add(x, residual, rate, keys, positions, mesh.compile)
+    return hashed_dropout_add(x, residual, rate, keys, stream.rows, mesh.compile)

@@ -416,14 +416,14 @@ MISTAKES = (
         "a sequence shard is dropped by its local positions, alike on every rank",
         "parallel/randomness.py",
         "sequence_shard(local.int(), mesh)",
-        "local.int()[:num_rows]",
+        "local.int()[: shape[0]]",
         (_DROPOUT + "[tp2+sp-dp1]",),
     ),
     Mistake(
         "without sequence parallelism ranks drop differently what they all have",
         "parallel/randomness.py",
         "sequence_shard(local.int(), mesh)",
-        "local.int()[:num_rows] + mesh.tp.rank * num_rows",
+        "local.int()[: shape[0]] + mesh.tp.rank * shape[0]",
         (_DROPOUT + "[tp2-dp1]",),
     ),
     Mistake(

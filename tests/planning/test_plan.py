@@ -24,7 +24,7 @@ from model.context import make_attention_context
 from model.gpt import Block
 from ops.dropout import dropout_keys
 from ops.scratch import scratch_scope
-from parallel import DropoutStream, Mesh, initialise_parameters, local_shards
+from parallel import DropoutStream, Mesh, initialise_parameters, local_shards, prepare_masks
 from parallel.transport.traffic import record_traffic
 from plan import main as plan_main
 from plan import num_ranks, parse
@@ -223,11 +223,12 @@ def compare_layer(mesh: Mesh, config: Config, expected: int) -> None:
     initialise_parameters(block, 1, mesh)
     block.to(dtype)
     inputs = micro_batch(config)
-    stream = DropoutStream(1, 0, 0, inputs.dropout_keys)
+    s = model.seq_length // (mesh.tp.size if mesh.sequence_parallel else 1)
+    shape = (s, len(inputs.tokens), model.hidden_size)
+    stream = prepare_masks(DropoutStream(1, 0, 0, inputs.dropout_keys), shape, mesh)
     positions, key_blocks = inputs.positions.t(), inputs.key_blocks
     context = make_attention_context(model, positions, key_blocks, stream, dtype)
-    s = model.seq_length // (mesh.tp.size if mesh.sequence_parallel else 1)
-    x = torch.ones(s, len(inputs.tokens), model.hidden_size, dtype=dtype, requires_grad=True)
+    x = torch.ones(shape, dtype=dtype, requires_grad=True)
     # Often gloo's threads free something last, unseen.
     kept = []
     for _ in range(REPEATS_OF_LAYER):
