@@ -99,12 +99,12 @@ def bubble(arguments: argparse.Namespace) -> Iterator[str]:
 def network(arguments: argparse.Namespace) -> Iterator[str]:
     """A line of a table for each layout and rate."""
     times, steps = Times(), _steps(arguments)
-    cases = {}
-    for name, (layout, *overrides) in _LAYOUTS.items():
+    cases = dict[str, tuple[Workload, tuple[str, ...]]]()
+    for name, (layout, *chunks) in _LAYOUTS.items():
         rows = 1 if layout == PIPELINE else 0  # 0: all that a rank has
         shape = replace(_WORKLOAD, layout=layout, micro_batch_size=rows)
         shape = replace(shape, global_batch_size=arguments.rows)
-        cases[name] = shape, (*overrides, *arguments.overrides)
+        cases[name] = shape, (*chunks, *arguments.overrides)
     with two_hosts():
         for _ in range(arguments.rounds):
             for name, (shape, overrides) in cases.items():

@@ -84,7 +84,7 @@ def sent(one: Collective, report: StepReport, network: Network) -> Sent:
 
 
 def _over_links(
-    edges: Sequence[tuple[int, int]], num_bytes: float, network: Network, rounds: int = 1
+    edges: Sequence[tuple[int, ...]], num_bytes: float, network: Network, rounds: int = 1
 ) -> Sent:
     """Return what edges from rank to rank send that carry so many bytes each."""
     most = [0, 0]
@@ -140,8 +140,8 @@ def predict(
         by_ranks |= of_stage
     first, num_chunks = reports[0], config.parallel.virtual_pipeline_model_parallel_size or 1
     hops = _hops(first, num_chunks, network)
-    for one in itertools.chain(*hops):
-        by_ranks[first.pp] = by_ranks[first.pp].plus(one, first.num_micro_batches)
+    for message in itertools.chain(*hops):
+        by_ranks[first.pp] = by_ranks[first.pp].plus(message, first.num_micro_batches)
     if network.gbit is None or (local_step_s is None and tflops is None):
         return Prediction(by_ranks, None, None)
 
@@ -159,10 +159,12 @@ def _forward_seconds(config: Config, report: StepReport, tflops: float) -> float
     """Return the time of one micro-batch's forward through a chunk of layers of a stage."""
     model, vocab_size = config.model, config.data.padded_vocab_size
     num_chunks = config.parallel.virtual_pipeline_model_parallel_size or 1
-    layers = dataclasses.replace(model, num_layers=len(report.layers))
-    flops = flops_per_token(layers, vocab_size)
-    if report.stage < len(report.pp) - 1:
-        flops -= flops_per_token(dataclasses.replace(model, num_layers=0), vocab_size)
+    one, two = (
+        flops_per_token(dataclasses.replace(model, num_layers=n), vocab_size) for n in (1, 2)
+    )
+    flops = len(report.layers) * (two - one)
+    if report.stage == len(report.pp) - 1:
+        flops += 2 * one - two  # the head
     tokens = config.train.micro_batch_size * model.seq_length
     num_ranks = len(report.tp) * len(report.cp)
     return flops * tokens / (1 + _BACKWARD_TIME) / num_chunks / num_ranks / (tflops * 1e12)
