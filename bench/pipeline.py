@@ -56,6 +56,7 @@ class Times:
         """Add the steps of a visit."""
         if "step_s" not in report:
             sys.exit(f"no result for {case}: {report['error']}")
+        sys.stderr.write(f"{case}: {report['step_s']} s, others {report['foreign']}\n")
         self._of.setdefault(case, []).extend(report["step_s"])
         self._foreign += report["foreign"]
 
@@ -100,7 +101,8 @@ def network(arguments: argparse.Namespace) -> Iterator[str]:
     """A line of a table for each layout and rate."""
     times, steps = Times(), _steps(arguments)
     cases = dict[str, tuple[Workload, tuple[str, ...]]]()
-    for name, (layout, *chunks) in _LAYOUTS.items():
+    for name in arguments.layouts:
+        layout, *chunks = _LAYOUTS[name]
         rows = 1 if layout == PIPELINE else 0  # 0: all that a rank has
         shape = replace(_WORKLOAD, layout=layout, micro_batch_size=rows)
         shape = replace(shape, global_batch_size=arguments.rows)
@@ -138,6 +140,7 @@ def main() -> int:
     parser.add_argument("--micro_batches", type=int, nargs="*", default=[2, 4, 8, 16])
     parser.add_argument("--mbit", type=int, nargs="*", default=[1000, 4000], help="link's rates")
     parser.add_argument("--latency_us", type=float, default=50.0, help="of the link, to predict")
+    parser.add_argument("--layouts", nargs="*", default=[*_LAYOUTS], choices=_LAYOUTS)
     parser.add_argument("--rows", type=int, default=8, help="of 512 tokens in a step, for network")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--warmup", type=int, default=1, help="steps of a visit before timing")
