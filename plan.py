@@ -6,6 +6,10 @@ from functools import partial
 from typing import ClassVar
 
 from configs import Config, ConfigError, Range, load_config
+from configs.cli import HELP, exit_on_config_error
+from configs.errors import bad_setting
+from configs.fields import fields_of
+from configs.layout import multiples
 from configs.program_settings import load_settings
 
 
@@ -21,29 +25,52 @@ class Settings:
     nproc: int | None = None  # ranks on all nodes; null: as few as the parallel sizes need
     # memory of a device in GiB, for the verdict and the advice; null: this machine's GPU's, or 80
     memory_gib: float | None = None
+    hosts: int = 1  # each has an equal share of the ranks; several: report the traffic between them
+    network_gbit: float | None = None  # rate of a host's network in each direction, in Gbit/s
+    network_latency_us: float = 50.0  # from a rank to a rank of another host, in microseconds
+    # seconds of a step as measured on one host with as much work per rank; predicts the step time
+    local_step_s: float | None = None
+    tflops: float | None = None  # TFLOP/s that a rank achieves; replaces local_step_s
 
-    RANGES: ClassVar = {"nproc": Range(1), "memory_gib": Range(0, open_low=True)}
+    RANGES: ClassVar = {
+        "nproc": Range(1),
+        "memory_gib": Range(0, open_low=True),
+        "hosts": Range(1),
+        "network_gbit": Range(0, open_low=True),
+        "network_latency_us": Range(0),
+        "local_step_s": Range(0, open_low=True),
+        "tflops": Range(0, open_low=True),
+    }
 
 
-def parse(arguments: list[str]) -> tuple[Config, int, float | None]:
-    """Return the configuration, the number of ranks and a device's memory in GiB, or exit."""
-    keys = ("nproc", "memory_gib", "--help", "-h", "help")
+def parse(arguments: list[str]) -> tuple[Config, int, Settings]:
+    """Return the configuration, the number of ranks and the program's own settings, or exit."""
+    keys = {*fields_of(Settings), *HELP}
     own = [argument for argument in arguments if argument.partition("=")[0] in keys]
     settings = load_settings(Settings, own)
     ranks = partial(num_ranks, settings.nproc)
     config = load_config([argument for argument in arguments if argument not in own], ranks)
-    return config, ranks(config), settings.memory_gib
+    with exit_on_config_error():
+        _check_hosts(settings.hosts, ranks(config))
+    return config, ranks(config), settings
+
+
+def _check_hosts(hosts: int, ranks: int) -> None:
+    if ranks % hosts:
+        fix = f"choose a divisor of {ranks}, or {multiples('nproc', ranks, hosts)}"
+        raise bad_setting("hosts", hosts, f"does not divide nproc={ranks}; {fix}")
 
 
 def num_ranks(nproc: int | None, config: Config) -> int:
-    """Return nproc, by default the ranks of one replica, if that divides it."""
+    """Return nproc, by default the smallest world size of the layout, if that divides it."""
     key, parallel = "parallel.tensor_model_parallel_size", config.parallel
-    needed, n = parallel.ranks_per_replica, nproc or parallel.ranks_per_replica
+    needed, n = parallel.smallest_world_size, nproc or parallel.smallest_world_size
     if n % needed:
         nearest = n // needed * needed, -(-n // needed) * needed
         others = {
             "context_parallel_size": parallel.context_parallel_size,
             "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+            "data_parallel_replicate_size": parallel.data_parallel_replicate_size,
         }
         more = "".join(f" x parallel.{name}={n}" for name, n in others.items() if n > 1)
         raise ConfigError(
@@ -56,12 +83,13 @@ def num_ranks(nproc: int | None, config: Config) -> int:
 
 if __name__ == "__main__":
     # Importing torch takes seconds; report a mistyped key before that.
-    CONFIG, NUM_RANKS, MEMORY_GIB = parse(sys.argv[1:])
+    CONFIG, NUM_RANKS, SETTINGS = parse(sys.argv[1:])
 
 import torch
 
+from planning.cluster import Network, predict
 from planning.dry_run import dry_run
-from planning.page import page
+from planning.page import hosts_section, page
 
 _DEFAULT_GIB = 80.0
 
@@ -73,15 +101,22 @@ def gpu_memory_gib() -> float | None:
     return round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
 
 
-def main(config: Config, num_ranks: int, memory_gib: float | None) -> int:
+def main(config: Config, num_ranks: int, settings: Settings) -> int:
     """Run one step of each stage on fake tensors, and print the page."""
-    memory_gib = memory_gib or gpu_memory_gib() or _DEFAULT_GIB
+    memory_gib = settings.memory_gib or gpu_memory_gib() or _DEFAULT_GIB
     num_stages = config.parallel.pipeline_model_parallel_size
     stages = [dry_run(config, num_ranks, stage=stage) for stage in range(num_stages)]
     largest = max(stages, key=lambda report: report.peak_bytes)
-    sys.stdout.write(page(config, largest, memory_gib, stages))
+    hosts = list[str]()
+    if settings.hosts > 1:
+        network = Network(
+            num_ranks // settings.hosts, settings.network_gbit, settings.network_latency_us
+        )
+        prediction = predict(config, stages, network, settings.local_step_s, settings.tflops)
+        hosts += hosts_section(stages, network, prediction)
+    sys.stdout.write(page(config, largest, memory_gib, stages, hosts))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(CONFIG, NUM_RANKS, MEMORY_GIB))
+    sys.exit(main(CONFIG, NUM_RANKS, SETTINGS))

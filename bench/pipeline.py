@@ -1,7 +1,7 @@
 """A pipeline of two stages: its bubble, and a slow link to the other stage.
 
     python -m bench.pipeline bubble [--micro_batches 2 4 8 16] [--rounds 2 --steps 2]
-    python -m bench.pipeline network [--mbit 1000] [--rounds 2 --steps 2]
+    python -m bench.pipeline network [--mbit 1000 4000] [--rows 8] [--rounds 2 --steps 2]
 
 Eight layers of bench-gpt with rows of 512 tokens and a vocabulary of 1,024, whose output layer
 costs little, so that both stages have the same work; our trainer in bf16 on two ranks, one core
@@ -12,8 +12,9 @@ and medians are over the steps of all rounds.
 time of a micro-batch without a bubble is the slope of the step time between the least and the most
 micro-batches. "Idle" compares a step with m times that; a pipeline predicts 1 + (p - 1) / (m v).
 
-`network` times steps of 8 rows on pp=2, tp=2 with sequence parallelism, and dp=2, between two
-network namespaces (see network.py) with and without a limit of their link.
+`network` times steps on pp=2, tp=2 with sequence parallelism, and dp=2: on one host, and between
+two network namespaces (see network.py) whose link has a limited rate. The predictions are those of
+`plan.py hosts=2 network_gbit=... local_step_s=...`, given the time on one host.
 """
 
 import argparse
@@ -23,13 +24,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from bench.network import limit, two_hosts, visit
+from bench.ours import settings
 from bench.run import make_visit
 from bench.sides import OURS, Visit
 from bench.workload import PIPELINE, Workload
+from configs import parse_config
+from planning.cluster import Network, predict
+from planning.dry_run import dry_run
 
 _WORKLOAD = Workload(PIPELINE, seq_length=512, vocab_size=1024, micro_batch_size=1)
 _CHUNKS = "parallel.virtual_pipeline_model_parallel_size"
-_NUM_ROWS = 8  # of a step on the network
+_ONE_HOST = 0  # in place of a rate
 _LAYOUTS = {
     "PP=2": (PIPELINE, f"{_CHUNKS}=null"),
     "PP=2, v=2": (PIPELINE, f"{_CHUNKS}=2"),
@@ -51,6 +56,7 @@ class Times:
         """Add the steps of a visit."""
         if "step_s" not in report:
             sys.exit(f"no result for {case}: {report['error']}")
+        sys.stderr.write(f"{case}: {report['step_s']} s, others {report['foreign']}\n")
         self._of.setdefault(case, []).extend(report["step_s"])
         self._foreign += report["foreign"]
 
@@ -92,22 +98,36 @@ def bubble(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def network(arguments: argparse.Namespace) -> Iterator[str]:
-    """A line of a table for each layout."""
-    times, rates, steps = Times(), (0, *arguments.mbit), _steps(arguments)
+    """A line of a table for each layout and rate."""
+    times, steps = Times(), _steps(arguments)
+    cases = dict[str, tuple[Workload, tuple[str, ...]]]()
+    for name in arguments.layouts:
+        layout, *chunks = _LAYOUTS[name]
+        rows = 1 if layout == PIPELINE else 0  # 0: all that a rank has
+        shape = replace(_WORKLOAD, layout=layout, micro_batch_size=rows)
+        shape = replace(shape, global_batch_size=arguments.rows)
+        cases[name] = shape, (*chunks, *arguments.overrides)
     with two_hosts():
         for _ in range(arguments.rounds):
-            for mbit in rates:
-                limit(mbit)
-                for name, (layout, *overrides) in _LAYOUTS.items():
-                    rows = 1 if layout == PIPELINE else 0  # 0: all that a rank has
-                    shape = replace(_WORKLOAD, layout=layout, micro_batch_size=rows)
-                    shape = replace(shape, global_batch_size=_NUM_ROWS)
-                    times.add((name, mbit), visit(shape, [*overrides, *arguments.overrides], steps))
-    limits = " | ".join(f"{mbit} Mbit/s" for mbit in arguments.mbit)
-    yield f"| layout | no limit, s a step | {limits} |"
-    yield "|---" * (1 + len(rates)) + "|"
-    for name in _LAYOUTS:
-        yield f"| {name} | {' | '.join(f'{times[name, mbit]:.2f}' for mbit in rates)} |"
+            for name, (shape, overrides) in cases.items():
+                here = make_visit(Visit("speed", OURS, shape, overrides), steps, _LIMIT_S)
+                times.add((name, _ONE_HOST), here)
+                for mbit in arguments.mbit:
+                    limit(mbit)
+                    times.add((name, mbit), visit(shape, overrides, steps))
+    yield "| layout | one host, s a step | link, Mbit/s | measured | predicted | error |"
+    yield "|---|---|---|---|---|---|"
+    for name, (shape, overrides) in cases.items():
+        config = parse_config([*settings(shape), *overrides], lambda _: 2)
+        stages = [dry_run(config, 2, stage=stage) for stage in range(shape.pp)]
+        local_s = times[name, _ONE_HOST]
+        for mbit in arguments.mbit:
+            network = Network(1, mbit / 1000, arguments.latency_us)
+            predicted_s = predict(config, stages, network, local_s).step_s
+            assert predicted_s is not None
+            step_s = times[name, mbit]
+            cells = f"{step_s:.2f} | {predicted_s:.2f} | {predicted_s / step_s - 1:+.0%}"
+            yield f"| {name} | {local_s:.2f} | {mbit} | {cells} |"
     yield times.disturbance()
 
 
@@ -118,7 +138,10 @@ def main() -> int:
     )
     parser.add_argument("table", choices=("bubble", "network"))
     parser.add_argument("--micro_batches", type=int, nargs="*", default=[2, 4, 8, 16])
-    parser.add_argument("--mbit", type=int, nargs="*", default=[1000], help="rates of the link")
+    parser.add_argument("--mbit", type=int, nargs="*", default=[1000, 4000], help="link's rates")
+    parser.add_argument("--latency_us", type=float, default=50.0, help="of the link, to predict")
+    parser.add_argument("--layouts", nargs="*", default=[*_LAYOUTS], choices=_LAYOUTS)
+    parser.add_argument("--rows", type=int, default=8, help="of 512 tokens in a step, for network")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--warmup", type=int, default=1, help="steps of a visit before timing")
     parser.add_argument("--steps", type=int, default=2, help="timed steps of a visit")

@@ -175,6 +175,7 @@ def _local_shards(
         shard = tensor.tensor
         is_copy = tensor.tp_dim is None and mesh.tp.rank > 0  # rank 0 of the axis writes it
         is_copy |= tensor.is_tied and mesh.pp.rank > 0
+        is_copy |= mesh.replicas.rank > 0
         if is_copy or shard.numel() == 0:
             continue
         on_host = move_to(shard, "cpu").contiguous()

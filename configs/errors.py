@@ -34,6 +34,7 @@ _ALIASES = {
     "tensor_model_parallel_size": "tp tp_size",
     "pipeline_model_parallel_size": "pp pp_size",
     "context_parallel_size": "cp cp_size",
+    "data_parallel_replicate_size": "hsdp dp_replicate",
     "recompute_granularity": "gradient_checkpointing",
     "global_batch_size micro_batch_size num_samples": "batch_size",
     "global_batch_size": "gradient_accumulation_steps",

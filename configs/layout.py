@@ -1,9 +1,9 @@
 """How model and batch divide over the ranks, and which sizes would work instead.
 
 [Note: no rank without rows]
-Every tensor is split by rows over tp (or not), and each tp shard by rows over dp x cp, in chunks of
-ceil(rows / parts) with a shorter last one. Uneven chunks work; empty ones do not, because FSDP2's
-backward fails on a rank that has no row of a tensor.
+Every tensor is split by rows over tp (or not), and each tp shard by rows over dp x cp (with HSDP,
+over one group of them), in chunks of ceil(rows / parts) with a shorter last one. Uneven chunks
+work; empty ones do not, because FSDP2's backward fails on a rank that has no row of a tensor.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ _TP = "parallel.tensor_model_parallel_size"
 _PP = "parallel.pipeline_model_parallel_size"
 _VPP = "parallel.virtual_pipeline_model_parallel_size"
 _CP = "parallel.context_parallel_size"
+_REPLICAS = "parallel.data_parallel_replicate_size"
 
 
 def last_chunk(n: int, parts: int) -> int:
@@ -39,11 +40,15 @@ def check_layout(config: Config, world_size: int) -> None:
     """Raise ConfigError if the model or the batch cannot be divided over this many ranks."""
     parallel = config.parallel
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    pp = parallel.pipeline_model_parallel_size
-    if world_size % parallel.ranks_per_replica:
-        sizes = [f"{k}={size}" for k, size in ((_TP, tp), (_CP, cp), (_PP, pp)) if size > 1]
+    pp, replicas = (
+        parallel.pipeline_model_parallel_size,
+        parallel.data_parallel_replicate_size,
+    )
+    if world_size % parallel.smallest_world_size:
+        axes = {_TP: tp, _CP: cp, _PP: pp, _REPLICAS: replicas}
+        sizes = [f"{key}={size}" for key, size in axes.items() if size > 1]
         raise ConfigError(
-            f"{' x '.join(sizes)} needs {parallel.ranks_per_replica} ranks or a multiple of it, "
+            f"{' x '.join(sizes)} needs {parallel.smallest_world_size} ranks or a multiple of it, "
             f"not {world_size} (torchrun's nodes x --nproc-per-node); start another number of "
             f"ranks, or choose a product of {listed(divisors(world_size), ' or ')}",
             sizes[0].partition("=")[0],
@@ -52,7 +57,7 @@ def check_layout(config: Config, world_size: int) -> None:
         _check_context(config, tp, cp)
     _check_stages(config)
     _check_split(config, tp)
-    _check_shards(config, tp, world_size // (tp * pp))
+    _check_shards(config, tp, world_size // (tp * pp * replicas))
     _check_batch(config, world_size // parallel.ranks_per_replica)
 
 
@@ -111,10 +116,13 @@ def _groups_fit(groups: int, tp: int) -> bool:
 def _check_shards(config: Config, tp: int, dp_cp: int) -> None:
     weight, cp = _weight_with_empty_shard(config, tp, dp_cp), config.parallel.context_parallel_size
     if weight is not None:
-        others = f"data parallel size {dp_cp // cp}" + (f" x {_CP}={cp}" if cp > 1 else "")
+        replicas = config.parallel.data_parallel_replicate_size
+        others = f"data parallel size {dp_cp * replicas // cp}"
+        others += f" / {_REPLICAS}={replicas}" if replicas > 1 else ""
+        others += f" x {_CP}={cp}" if cp > 1 else ""
         raise ConfigError(
             f"{weight} has too few rows to shard over {_TP}={tp} x {others}: a rank would have "
-            f"none; choose a larger {_TP} or {_PP}, fewer ranks or a larger model",
+            f"none; choose a larger {_TP}, {_PP} or {_REPLICAS}, fewer ranks or a larger model",
             _TP,
         )
 

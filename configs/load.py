@@ -71,7 +71,7 @@ def read_config(path: Path) -> Config:
     values, places = _read(path)
     try:
         config = _build(values, path)
-        validate(config, config.parallel.ranks_per_replica)
+        validate(config, config.parallel.smallest_world_size)
     except ConfigError as error:
         raise _located(error, places, {}) from error
     return config

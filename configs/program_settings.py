@@ -76,6 +76,7 @@ def run_config(run: str, tensor_model_parallel_size: int | None = None, **train:
             config.parallel,
             tensor_model_parallel_size=t,
             context_parallel_size=1,
+            data_parallel_replicate_size=1,
             pipeline_model_parallel_size=1,
             virtual_pipeline_model_parallel_size=None,
         ),

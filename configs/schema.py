@@ -169,6 +169,9 @@ class ParallelConfig:
     """Layout of model and batch over the ranks; data parallelism uses the remaining ranks."""
 
     tensor_model_parallel_size: Count = 1  # Number of ranks that share each layer (TP)
+    # Copies of weights and optimizer state over the data-parallel ranks (HSDP): FSDP2 shards within
+    # each group of neighbouring ranks, such as those of a host, and sums gradients across groups.
+    data_parallel_replicate_size: Count = 1
     sequence_parallel: bool = True  # Split norms and dropout over the sequence among TP ranks
     context_parallel_size: Count = 1  # Number of ranks that share each sequence (CP)
     # How CP ranks exchange keys and values: gather them, or pass them around a ring (less memory).
@@ -201,6 +204,11 @@ class ParallelConfig:
             * self.context_parallel_size
             * self.tensor_model_parallel_size
         )
+
+    @property
+    def smallest_world_size(self) -> int:
+        """Number of ranks that the layout needs, of which the world size is a multiple."""
+        return self.ranks_per_replica * self.data_parallel_replicate_size
 
 
 @dataclass(frozen=True)

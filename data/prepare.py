@@ -89,7 +89,7 @@ def parse(arguments: list[str]) -> tuple[Config, Settings]:
             parse_arguments(arguments, {"config": Field("config", str, None), **KEYS, **names})
     settings = load_settings(Settings, own)
     others = [argument for argument in arguments if argument not in own]
-    config = load_config(others, lambda config: config.parallel.ranks_per_replica)
+    config = load_config(others, lambda config: config.parallel.smallest_world_size)
     with exit_on_config_error():
         if settings.output is not None and config.data.has_partial_targets:
             problem = "would lose which tokens are targets, for Megatron's files have only tokens"

@@ -1,8 +1,10 @@
 """Data parallelism: PyTorch's FSDP2 over dp and cp ranks, configured to sum gradients.
 
 Weights, gradients and optimizer state are float32 and sharded over dp x cp; forward and backward
-use gathered copies in the compute dtype. One rank needs none of this: its layers cast the weights
-they use, and autograd adds the gradients of micro-batches in float32.
+use gathered copies in the compute dtype. With HSDP they are sharded within each group of ranks, and
+FSDP2 sums the gradient shards over the groups (an all-reduce) during the last backward. One rank
+needs none of this: its layers cast the weights they use, and autograd adds the gradients of
+micro-batches in float32.
 """
 
 from collections.abc import Iterable
@@ -50,17 +52,19 @@ def shard_over_data_parallel(
 
 
 def set_gradient_sync(
-    model: nn.Module, enabled: bool, modules: Iterable[nn.Module] | None = None
+    model: nn.Module, enabled: bool, modules: Iterable[nn.Module] | None = None, *, is_last: bool
 ) -> None:
     """Set whether the next backward sums the gradients of `modules` (None: of all) over dp.
 
-    If not, they accumulate unsharded in float32: less traffic, more memory.
+    If not, they accumulate unsharded in float32: less traffic, more memory. Only the last backward
+    of a step sums them over the replicas of HSDP.
     """
     if not isinstance(model, FSDPModule):
         return
     for module in model.modules() if modules is None else modules:
         if isinstance(module, FSDPModule):
             module.set_requires_gradient_sync(enabled, recurse=False)
+            module.set_requires_all_reduce(is_last, recurse=False)
 
 
 def set_reshard_after_backward(model: nn.Module, enabled: bool) -> None:

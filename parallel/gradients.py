@@ -35,7 +35,8 @@ def sum_partial_gradients(model: nn.Module, mesh: Mesh) -> None:
 def squared_norm(model: nn.Module, mesh: Mesh) -> Tensor:
     """This rank's share of the squared global norm of the gradients, a float64 scalar.
 
-    The sum over all ranks is the squared norm: a gradient that several ranks have counts once.
+    The sum over all ranks is the squared norm: of a gradient that several ranks have, one rank
+    counts it, or each replica its part.
     """
     counted = [
         gradient.tensor
@@ -43,7 +44,7 @@ def squared_norm(model: nn.Module, mesh: Mesh) -> Tensor:
         if (gradient.tp_dim is not None or mesh.tp.rank == 0)
         and (not gradient.is_tied or mesh.pp.rank == 0)
     ]
-    return _norms(counted).square().sum()
+    return _norms(counted).square().sum() / mesh.replicas.size
 
 
 def clip_gradients(model: nn.Module, norm: float, largest_norm: float) -> None:

@@ -3,7 +3,8 @@
 tp is the fastest axis, so that the ranks that communicate most are neighbours on one node, and pp
 the slowest: rank = ((pp.rank * dp.size + dp.rank) * cp.size + cp.rank) * tp.size + tp.rank. A
 single rank is a mesh of size 1 along each axis, not a special case. FSDP2 shards over dp and cp
-together, because a gradient is a sum over both.
+together, because a gradient is a sum over both. With HSDP (Zhao et al. 2023, section 3.2.2) it
+shards within each of `replicas.size` groups of neighbouring dp ranks, and all groups hold the same.
 """
 
 import logging
@@ -46,12 +47,13 @@ class Mesh:
     """This process's place in the mesh, its groups, and how its layers use them."""
 
     device_mesh: DeviceMesh  # axes ("pp", "dp", "cp", "tp")
-    fsdp_mesh: DeviceMesh  # the ranks of dp_cp
+    fsdp_mesh: DeviceMesh  # the ranks of dp_cp; with HSDP as ("replicate", "shard")
     device: torch.device
     tp: Axis
     cp: Axis
     dp: Axis
     dp_cp: Axis  # dp and cp as one axis
+    replicas: Axis  # the ranks that hold the same shards (HSDP); otherwise size 1
     world: Axis
     local_rank: int
     pp: Axis  # the stages of the pipeline; see pipeline.py
@@ -122,7 +124,7 @@ def init_mesh(
         sequence_parallel,
         torch_device,
         local_rank,
-        overlap,
+        overlap=overlap,
         compile=compile and _all_can_compile(torch_device),
         attempt=attempt,
         is_restart=is_restart,
@@ -153,10 +155,10 @@ def make_mesh(
     sequence_parallel: bool,
     device: torch.device,
     local_rank: int,
-    overlap: Overlap = "none",
     pipeline_model_parallel_size: int = 1,
     num_chunks: int = 1,
     context_parallel_size: int = 1,
+    data_parallel_replicate_size: int = 1,
     **settings: Any,
 ) -> Mesh:
     """Create the ("pp", "dp", "cp", "tp") mesh over the existing process group.
@@ -166,18 +168,32 @@ def make_mesh(
     """
     world_size, tp_size = dist.get_world_size(), tensor_model_parallel_size
     pp_size, cp_size = pipeline_model_parallel_size, context_parallel_size
-    if world_size % (pp_size * cp_size * tp_size):
-        axes = {"pp": pp_size, "cp": cp_size, "tp": tp_size}
+    num_replicas = data_parallel_replicate_size
+    if world_size % (pp_size * num_replicas * cp_size * tp_size):
+        axes = {"pp": pp_size, "replicas": num_replicas, "cp": cp_size, "tp": tp_size}
         sizes = " x ".join(f"{n}={size}" for n, size in axes.items() if size > 1)
         raise RuntimeError(f"world size {world_size} is not divisible by {sizes}")
     shape = (pp_size, world_size // (pp_size * cp_size * tp_size), cp_size, tp_size)
     device_mesh = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp", "cp", "tp"))
     fsdp_mesh = device_mesh["dp"]
+    # Of each stage and tp rank: the ranks of dp x cp, by replica.
+    dp_cp_ranks = torch.arange(world_size).view(pp_size, num_replicas, -1, tp_size)
+    dp_cp_ranks = dp_cp_ranks.permute(0, 3, 1, 2).flatten(0, 1)
     if cp_size > 1:
-        of_stage = torch.arange(world_size).view(pp_size, -1, tp_size)
-        group = _own_group(of_stage.transpose(1, 2).flatten(0, 1).tolist())
+        group = _own_group(dp_cp_ranks.flatten(1).tolist())
         assert group is not None
         fsdp_mesh = DeviceMesh.from_group(group, device.type, mesh_dim_names=("dp_cp",))
+    dp_cp = fsdp_mesh.get_group()
+    if num_replicas > 1:
+        groups = [dp_cp_ranks.transpose(1, 2), dp_cp_ranks]
+        made = [_own_group(ranks.flatten(0, 1).tolist()) for ranks in groups]
+        own = torch.tensor(dist.get_process_group_ranks(dp_cp)).view(num_replicas, -1)
+        fsdp_mesh = DeviceMesh.from_group(
+            [group for group in made if group is not None],
+            device.type,
+            own,
+            mesh_dim_names=("replicate", "shard"),
+        )
 
     def axis(group: dist.ProcessGroup | None) -> Axis:
         assert group is not None, "make_mesh needs a process group"
@@ -198,7 +214,8 @@ def make_mesh(
         tp=axis(device_mesh.get_group("tp")),
         cp=axis(device_mesh.get_group("cp")),
         dp=axis(device_mesh.get_group("dp")),
-        dp_cp=axis(fsdp_mesh.get_group()),
+        dp_cp=axis(dp_cp),
+        replicas=axis(fsdp_mesh.get_group(0)) if num_replicas > 1 else Axis(1, 0, dp_cp),
         world=axis(dist.group.WORLD),
         pp=pp,
         tied=tied,
@@ -206,7 +223,6 @@ def make_mesh(
         num_chunks=num_chunks,
         local_rank=local_rank,
         sequence_parallel=sequence_parallel and tp_size > 1,
-        overlap=overlap,
         **settings,
     )
 

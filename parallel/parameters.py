@@ -119,7 +119,8 @@ def local_shards(
         tensor, first = of(parameter).detach(), 0
         if isinstance(tensor, DTensor):  # FSDP2 has sharded its rows over dp
             num_rows, axis = tensor.shape[0], tensor.device_mesh
-            first, _ = shard_range(num_rows, axis.size(), axis.get_local_rank())
+            dim = axis.ndim - 1  # with HSDP the first dim is that of the replicas
+            first, _ = shard_range(num_rows, axis.size(dim), axis.get_local_rank(dim))
             tensor = tensor.to_local()
         for name, one in declared.items():
             # The rows of the parameter that are of this weight and that this dp rank has.

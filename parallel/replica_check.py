@@ -5,8 +5,9 @@ Over tp, a tensor that is not sharded (a norm weight, a row-parallel bias, and t
 updated by every rank on its own. The copies stay equal because their gradients are. A partial
 gradient that is not summed, a kernel that adds in another order on one rank, or a flipped bit makes
 them diverge; nothing fails, but the loss gets worse. Over dp x cp FSDP2 shards every tensor, and
-the weights it gathers for a block are compared. Over pp the first and the last stage share a tied
-table.
+the weights it gathers for a block are compared. With HSDP each group of ranks updates the same
+shards on its own, and all of them are compared over the groups. Over pp the first and the last
+stage share a tied table.
 """
 
 from collections.abc import Mapping
@@ -25,15 +26,17 @@ from parallel.parameters import LocalShard
 
 
 def compare_replicas(model: nn.Module, shards: Mapping[str, LocalShard], mesh: Mesh) -> list[str]:
-    """Compare `shards` (by name) over tp and the gathered weights over dp x cp.
+    """Compare `shards` (by name) over tp and replicas, and the gathered weights over dp x cp.
 
     Every rank must call it and gets the same result: a phrase for each tensor that differs, with
     the global ranks of the group, and those that differ from its majority (all if it has none).
-    One small all-gather over tp; over dp the gathers of a forward pass and a small one per block;
-    then one gather of reports.
+    One small all-gather over tp and one over replicas; over dp the gathers of a forward pass and a
+    small one per block; then one gather of reports.
     """
     replicated = {name: one.tensor for name, one in shards.items() if one.tp_dim is None}
     found = _compare(replicated, "tp", mesh.tp)
+    everything = {name: one.tensor for name, one in shards.items()}
+    found += _compare(everything, "replicate", mesh.replicas)
     found += _compare({name: t.tensor for name, t in shards.items() if t.is_tied}, "pp", mesh.tied)
     if mesh.dp_cp.size > 1:
         found += _compare_gathered(model, mesh)

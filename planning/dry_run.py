@@ -58,7 +58,9 @@ class StepReport:
 
     tp: tuple[int, ...]  # the ranks on each of this rank's axes
     cp: tuple[int, ...]
-    dp_cp: tuple[int, ...]  # dp and cp together, as FSDP2 shards
+    dp_cp: tuple[int, ...]  # dp and cp together
+    shard: tuple[int, ...]  # those of dp_cp over which FSDP2 shards
+    replicas: tuple[int, ...]  # those of dp_cp with the same shards (HSDP)
     pp: tuple[int, ...]
     stage: int  # this rank's
     layers: tuple[int, ...]  # of the stage
@@ -203,6 +205,8 @@ def dry_run(
     tp = tuple(range(rank, rank + size))
     cp = tuple(range(rank, rank + per_replica // num_stages, size))
     dp_cp = tuple(range(rank, rank + per_stage, size))
+    shard = dp_cp[: len(dp_cp) // parallel.data_parallel_replicate_size]
+    replicas = dp_cp[:: len(shard)]
     pp = tuple(range(0, num_ranks, per_stage))
     num_micro_batches = train.global_batch_size // (
         train.micro_batch_size * (num_ranks // per_replica)
@@ -223,6 +227,7 @@ def dry_run(
         parallel.tp_comm_overlap,
         rank,
         context_parallel_size=parallel.context_parallel_size,
+        data_parallel_replicate_size=parallel.data_parallel_replicate_size,
         cp_comm_type=parallel.cp_comm_type,
         pipeline_model_parallel_size=num_stages,
         num_chunks=num_chunks,
@@ -253,11 +258,13 @@ def dry_run(
         is_repeated = one.phase in (FORWARD, BACKWARD) and one.micro_batch == typical
         step[one.collective] += num_micro_batches - num_traced + 1 if is_repeated else 1
     traffic = {"pp  one micro-batch": Counter(of_micro_batch)} if messages else {}
-    traffic |= _traffic(others, tp, cp, dp_cp, layer, (typical, num_traced - 1))
+    traffic |= _traffic(others, tp, cp, shard, replicas, layer, (typical, num_traced - 1))
     return StepReport(
         tp=tp,
         cp=cp,
         dp_cp=dp_cp,
+        shard=shard,
+        replicas=replicas,
         pp=pp,
         stage=stage,
         layers=layers,
@@ -367,7 +374,8 @@ def _traffic(
     sent: Iterable[_Sent],
     tp: tuple[int, ...],
     cp: tuple[int, ...],
-    dp_cp: tuple[int, ...],
+    shard: tuple[int, ...],
+    replicas: tuple[int, ...],
     layer: int,
     typical_and_last: tuple[int, int],
 ) -> dict[str, Counter[Collective]]:
@@ -395,10 +403,12 @@ def _traffic(
         for phase in (FORWARD, BACKWARD):
             parts[f"cp  one layer, {phase}"] = count(cp, phase, typical, of=(layer,))
     for phase in (FORWARD, BACKWARD):
-        usual = count(dp_cp, phase, typical, of=outside)
+        usual = count(shard, phase, typical, of=outside)
         parts[f"{fsdp}  one micro-batch, {phase}"] = usual
         for place, number in (("first", 0), ("last", last)):
-            if (unusual := count(dp_cp, phase, number, of=outside)) != usual:
+            if (unusual := count(shard, phase, number, of=outside)) != usual:
                 parts[f"{fsdp}  the {place} one, {phase}"] = unusual
+    if len(replicas) > 1:
+        parts["replicas  the last one, backward"] = count(replicas, BACKWARD, last, of=())
     once = Counter(one.collective for one in sent if one.phase in (BEFORE, AFTER))
     return parts | {"any once per step": once}

@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 
 from configs import Config
+from configs.layout import divisors, listed
 from model import flops_per_token, num_parameters
 from parallel.transport.traffic import Collective
+from planning.cluster import Network, Prediction, Sent, groups_like
 from planning.dry_run import AFTER, BEFORE, SavedTensors, StepReport
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -59,11 +61,16 @@ def paper_formula(config: Config, sequence_parallel: bool) -> Formula:
 
 
 def page(
-    config: Config, report: StepReport, memory_gib: float, stages: Sequence[StepReport] = ()
+    config: Config,
+    report: StepReport,
+    memory_gib: float,
+    stages: Sequence[StepReport] = (),
+    hosts: Sequence[str] = (),
 ) -> str:
     """Format the whole page, which ends with whether the step fits and which settings to change.
 
     `stages`: the reports of all stages of a pipeline, of which `report` is the one that needs most.
+    `hosts`: see `hosts_section`.
     """
     sections = (
         _heading(config, report),
@@ -72,6 +79,7 @@ def page(
         _peak(report),
         _saved(config, report),
         _communication(report),
+        *([hosts] if hosts else []),
         _operations(config, report),
         _answer(config, report, memory_gib),
     )
@@ -90,6 +98,8 @@ def _heading(config: Config, report: StepReport) -> Iterator[str]:
     )
     if c > 1:
         yield f"  x context parallel {c}, {parallel.cp_comm_type}"
+    if (replicas := len(report.replicas)) > 1:
+        yield f"  as {replicas} replicas, each sharded over {len(report.shard)} ranks (HSDP)"
     if p > 1:
         v = parallel.virtual_pipeline_model_parallel_size or 1
         yield f"  x pipeline parallel {p}, {v} chunk{'s' * (v > 1)} of layers per stage"
@@ -198,16 +208,55 @@ def _communication(report: StepReport) -> Iterator[str]:
         yield "  none: there is one rank"
         return
     yield f"One step, {report.num_micro_batches:,} micro-batches per rank"
-    fsdp = "dp" if len(report.cp) == 1 else "dp x cp"
-    axes = {report.tp: f"tp {len(report.tp)}", report.cp: f"cp {len(report.cp)}"}
-    axes |= {report.dp_cp: f"{fsdp} {len(report.dp_cp)}", report.pp: f"pp {len(report.pp)}"}
-    axes[report.pp[0], report.pp[-1]] = axes[report.pp]  # the sum of a tied table's gradients
-    by_axis: dict[str, Counter[Collective]] = {}
+    axes, by_axis = _axes(report), dict[str, Counter[Collective]]()
     for one, count in report.step.items():
         by_axis.setdefault(axes.get(one.ranks, "all ranks"), Counter())[one] = count
     for axis, collectives in sorted(by_axis.items(), reverse=True):
         sent = size(sum(one.sent_bytes * count for one, count in collectives.items()))
         yield _row(f"  over {axis}", f"{collectives.total():,}", "", sent)
+
+
+def _axes(report: StepReport) -> dict[tuple[int, ...], str]:
+    """Name the axes of this rank's groups."""
+    fsdp = "dp" if len(report.cp) == 1 else "dp x cp"
+    axes = {report.tp: f"tp {len(report.tp)}", report.cp: f"cp {len(report.cp)}"}
+    axes |= {report.replicas: f"replicas {len(report.replicas)}"}
+    axes |= {report.shard: f"{fsdp} {len(report.shard)}", report.pp: f"pp {len(report.pp)}"}
+    axes[report.pp[0], report.pp[-1]] = axes[report.pp]  # the sum of a tied table's gradients
+    return axes
+
+
+def hosts_section(
+    stages: Sequence[StepReport], network: Network, prediction: Prediction
+) -> Iterator[str]:
+    """Format the traffic of a step within and between hosts, its time, and what to change."""
+    n = network.ranks_per_host
+    title = f"Hosts of {n} rank{'s' * (n > 1)}, in one step: the busiest host sends"
+    yield _row(title, "within", "to others", "network s")
+    by_axis: dict[str, Sent] = {}
+    for ranks, sent in prediction.by_ranks.items():
+        name = next((a[ranks] for a in map(_axes, stages) if ranks in a), "all ranks")
+        by_axis[name] = max(by_axis.get(name, Sent()), sent, key=lambda s: (s.between, s.within))
+    for name, sent in sorted(by_axis.items(), reverse=True):
+        seconds = "" if network.gbit is None else f"{sent.seconds:.3f}"
+        yield _row(f"  over {name}", size(sent.within), size(sent.between), seconds)
+    if prediction.step_s is not None and prediction.local_s is not None:
+        extra_s = prediction.step_s - prediction.local_s
+        total = f"{prediction.local_s:.3f} s + {extra_s:.3f} s = {prediction.step_s:.3f} s"
+        yield f"Step time with the network: {total}."
+        yield "  Assumes that only a pipeline's messages overlap with computation; GPUs hide more."
+    first = stages[0]
+    for name, key in (("tp", "tensor_model"), ("cp", "context")):
+        groups = [group for one in stages for group in groups_like(getattr(one, name), one)]
+        if any(network.crosses(*group) for group in groups):
+            setting = f"parallel.{key}_parallel_size={len(groups[0])}"
+            yield f"Warning: {setting} crosses hosts; {name} communicates in each layer."
+            sizes = listed(divisors(n), " or ")
+            yield f"  Choose {sizes}; between hosts use pipeline or data parallelism."
+    if network.crosses(*first.shard) and n % (len(first.tp) * len(first.cp)) == 0:
+        setting = f"parallel.data_parallel_replicate_size={len(first.dp_cp) * len(first.tp) // n}"
+        yield f"With {setting} weights are gathered within hosts only."
+        yield "  Each host then holds all weights and optimizer state."
 
 
 def _operations(config: Config, report: StepReport) -> Iterator[str]:
@@ -248,6 +297,7 @@ def _advice(config: Config, report: StepReport, used: float) -> Iterator[str]:
     parallel, b, m = config.parallel, config.train.micro_batch_size, report.num_micro_batches
     level, several = _RECOMPUTATION.index(parallel.recompute_granularity), len(report.dp_cp) > 1
     can_reshard = several and len(report.pp) == 1
+    num_ranks = len(report.tp) * len(report.dp_cp) * len(report.pp)
     smaller = max((rows for rows in range(1, b) if b % rows == 0), default=None)
     larger = next((b * factor for factor in range(2, m + 1) if m % factor == 0), None)
     if used > 1:
@@ -268,7 +318,8 @@ def _advice(config: Config, report: StepReport, used: float) -> Iterator[str]:
             f"parallel.recompute_granularity={_RECOMPUTATION[level - 1]}": level > 0,
             "parallel.gradient_sync=step": several and parallel.gradient_sync == "micro_batch",
             "parallel.reshard_after_forward=false": can_reshard and parallel.reshard_after_forward,
-            "fewer ranks, or a larger model": True,
+            "fewer ranks, or a larger model": num_ranks > 1,
+            "a larger model": num_ranks == 1,
         }
     else:
         return

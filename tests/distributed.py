@@ -56,6 +56,7 @@ class Layout:
     pp: int = 1
     chunks: int = 1  # of each stage
     cp: int = 1
+    replicas: int = 1  # of the shards, over dp
     sp: bool = True
     overlap: Overlap = "none"
     cp_comm_type: CPCommType = "all_gather"
@@ -79,7 +80,8 @@ class Layout:
         cp = f"-cp{self.cp} {self.cp_comm_type}" if self.cp > 1 else ""
         chunks = f"x{self.chunks}" if self.chunks > 1 else ""
         pp = f"-pp{self.pp}{chunks}" if self.pp > 1 else ""
-        return f"tp{self.tp}{sp}-dp{self.dp}{cp}{pp}{overlap}{memory}"
+        replicas = f"/{self.replicas}" if self.replicas > 1 else ""
+        return f"tp{self.tp}{sp}-dp{self.dp}{replicas}{cp}{pp}{overlap}{memory}"
 
 
 ONE_RANK = Layout()
@@ -255,10 +257,11 @@ def _work(
                     layout.sp,
                     device,
                     rank,
-                    layout.overlap,
+                    overlap=layout.overlap,
                     pipeline_model_parallel_size=layout.pp,
                     num_chunks=layout.chunks,
                     context_parallel_size=layout.cp,
+                    data_parallel_replicate_size=layout.replicas,
                     cp_comm_type=layout.cp_comm_type,
                 )
             function = getattr(importlib.import_module(module), name)

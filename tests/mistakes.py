@@ -23,6 +23,7 @@ _DECODING = "tests/model/test_decoding.py::test_cached_tokens_equal_uncached"
 _PIPELINE = "tests/parallel/test_pipeline.py::"
 _PIPELINE_BITS = _PIPELINE + "test_stages_give_the_same_bits[tp1-dp1-pp2-train.precision=fp32]"
 _PIPELINE_TIED = _PIPELINE + "test_tied_stages_give_the_same_losses[tp1-dp1-pp2-step]"
+_HSDP_BITS = "tests/test_hsdp_runs.py::test_an_hsdp_run_resumes_bit_for_bit"
 _STEP = "tests/test_train_layouts.py::test_a_step_equals_the_reference"
 
 
@@ -512,6 +513,28 @@ MISTAKES = (
         "sum_over(mesh.dp_cp, nats)",
         "sum_over(mesh.dp, nats)",
         (_CP_STEPS + "[" + _CP2,),
+    ),
+    # HSDP.
+    Mistake(
+        "gradients are not summed over HSDP replicas",
+        "parallel/data_parallel.py",
+        "set_requires_all_reduce(is_last, ",
+        "set_requires_all_reduce(False, ",
+        (_STEP + "[tp1-dp2/2]",),
+    ),
+    Mistake(
+        "every HSDP replica counts its gradients in the norm",
+        "parallel/gradients.py",
+        ".square().sum() / mesh.replicas.size",
+        ".square().sum()",
+        (_STEP + "[tp1-dp2/2]",),
+    ),
+    Mistake(
+        "every HSDP replica writes its shards",
+        "checkpoints/save.py",
+        "is_copy |= mesh.replicas.rank > 0",
+        "is_copy |= False",
+        (_HSDP_BITS,),
     ),
     Mistake(
         "a rank keeps only its own part of the gradients of its keys and values",

@@ -109,6 +109,7 @@ def config_on(layout: Layout, arguments: list[str]) -> Config:
         tensor_model_parallel_size=layout.tp,
         sequence_parallel=layout.sp,
         context_parallel_size=layout.cp,
+        data_parallel_replicate_size=layout.replicas,
         cp_comm_type=layout.cp_comm_type,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.chunks if layout.chunks > 1 else None,

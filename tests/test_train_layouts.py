@@ -32,6 +32,9 @@ LLAMA = (
 )
 
 
+HSDP = (Layout(dp=4, replicas=2), Layout(dp=2, replicas=2), Layout(tp=2, dp=2, replicas=2))
+
+
 @pytest.fixture
 def config(corpus: Path, tmp_path: Path) -> Config:
     """Micro-batches of two rows with different numbers of targets; gradients are clipped."""
@@ -45,7 +48,7 @@ def config(corpus: Path, tmp_path: Path) -> Config:
     return parse_config(settings(corpus, tmp_path, *overrides))
 
 
-@distributed(*EVERY_LAYOUT)
+@distributed(*EVERY_LAYOUT, *HSDP)
 def test_a_step_equals_the_reference(mesh: Mesh, config: Config) -> None:
     """Loss, norm and every clipped gradient equal those of one dense global batch.
 

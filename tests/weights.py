@@ -22,12 +22,13 @@ def clone_tensors(shards: Mapping[str, LocalShard]) -> dict[str, Tensor]:
 def full_tensors(shards: Mapping[str, LocalShard], mesh: Mesh) -> dict[str, Tensor]:
     """The whole tensors, on every rank; of one replicated over tp, this rank's copy.
 
-    Every part must be on one rank of dp x cp, as FSDP2 has it.
+    Every part must be on one rank of dp x cp (with HSDP: of each replica), as FSDP2 has it.
     """
     full = {}
     for name, shard in shards.items():
         whole = torch.zeros(shard.global_shape, dtype=shard.tensor.dtype)
-        whole[shard.slices] = shard.tensor
+        if mesh.replicas.rank == 0:
+            whole[shard.slices] = shard.tensor
         full[name] = sum_over(mesh.dp_cp if shard.tp_dim is None else mesh.world, whole)
     return full
 

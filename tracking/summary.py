@@ -63,6 +63,8 @@ def _ranks(run: Run) -> str:
     axes = {"cp": mesh.cp.size, "dp": mesh.dp.size, "pp": mesh.pp.size}
     others = "".join(f" x {axis} {size}" for axis, size in axes.items() if size > 1)
     layout = f"{mesh.world.size} = tp {mesh.tp.size}{sp}{others}"
+    if mesh.replicas.size > 1:
+        layout += f" (HSDP with {mesh.replicas.size} replicas)"
     if mesh.pp.size > 1:
         num_layers, num_pieces = run.config.model.num_layers, mesh.pp.size * mesh.num_chunks
         sizes = [str(len(stage_layers(num_layers, num_pieces, n))) for n in range(num_pieces)]

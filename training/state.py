@@ -117,6 +117,7 @@ def mesh_from_config(config: Config, *, decoding: bool = False) -> Mesh:
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
             num_chunks=parallel.virtual_pipeline_model_parallel_size or 1,
             context_parallel_size=parallel.context_parallel_size,
+            data_parallel_replicate_size=parallel.data_parallel_replicate_size,
             cp_comm_type=parallel.cp_comm_type,
         )
     except DeviceError as error:

@@ -103,7 +103,7 @@ def forward_backward(
         # The last backward of a chunk may be long before that of the others.
         modules = model.modules_of_chunk(chunk) if is_last and mesh.num_chunks > 1 else None
         sync = is_last or config.parallel.gradient_sync == "micro_batch"
-        set_gradient_sync(model, sync, modules)
+        set_gradient_sync(model, sync, modules, is_last=is_last)
         reshards = is_last or config.parallel.reshard_after_forward
         set_reshard_after_backward(model, reshards and mesh.pp.size == 1)
 

@@ -150,7 +150,7 @@ def fake_mesh(
                 sequence_parallel,
                 torch.device("cpu"),
                 0,
-                overlap,
+                overlap=overlap,
                 **more_axes,
             )
     finally:

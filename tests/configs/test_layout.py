@@ -7,7 +7,9 @@ from configs import ConfigError, parse_config
 TP, CP = "parallel.tensor_model_parallel_size", "parallel.context_parallel_size"
 PP, VPP = "parallel.pipeline_model_parallel_size", "parallel.virtual_pipeline_model_parallel_size"
 
-FEWER = f"choose a larger {TP} or {PP}, fewer ranks or a larger model"
+REPLICAS = "parallel.data_parallel_replicate_size"
+
+FEWER = f"choose a larger {TP}, {PP} or {REPLICAS}, fewer ranks or a larger model"
 
 # Number of ranks, arguments after config=gpt_debug, and the error.
 LAYOUTS = [
@@ -115,6 +117,21 @@ LAYOUTS = [
         8,
         f"{CP}=4 train.global_batch_size=12",
         "train.global_batch_size=12 is not divisible by train.micro_batch_size=4 x data parallel size 2 = 8; choose train.global_batch_size=8 or 16, or train.micro_batch_size=3",
+    ),
+    (
+        4,
+        f"{REPLICAS}=3",
+        f"{REPLICAS}=3 needs 3 ranks or a multiple of it, not 4 (torchrun's nodes x --nproc-per-node); start another number of ranks, or choose a product of 1 or 2 or 4",
+    ),
+    (
+        4,
+        f"{TP}=2 {CP}=2 {REPLICAS}=2",
+        f"{TP}=2 x {CP}=2 x {REPLICAS}=2 needs 8 ranks or a multiple of it, not 4 (torchrun's nodes x --nproc-per-node); start another number of ranks, or choose a product of 1 or 2 or 4",
+    ),
+    (
+        8,
+        f"{REPLICAS}=2 {CP}=2 model.hidden_size=4 model.num_attention_heads=2",
+        f"blocks.0.attention_norm.weight [4] has too few rows to shard over {TP}=1 x data parallel size 4 / {REPLICAS}=2 x {CP}=2: a rank would have none; {FEWER}",
     ),
 ]
 

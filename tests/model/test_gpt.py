@@ -350,7 +350,7 @@ def test_bf16_equals_the_casts_of_fsdp(mesh: Mesh, options: str) -> None:
         fully_shard(module, mesh=mesh.device_mesh["dp"], mp_policy=policy)
     once = {}
     for number in (1, 2):
-        set_gradient_sync(wrapped, number == 2)
+        set_gradient_sync(wrapped, number == 2, is_last=number == 2)
         losses = [model(*batch(), STREAM).objective for model in (plain, rounded, wrapped)]
         assert torch.equal(losses[0], losses[1])
         assert torch.equal(losses[0], losses[2])

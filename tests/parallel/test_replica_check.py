@@ -94,6 +94,21 @@ def test_a_wrong_gathered_weight_is_found(mesh: Mesh) -> None:
     assert compare_replicas(model, tensors, mesh) == []
 
 
+@distributed(Layout(dp=2, replicas=2), Layout(dp=4, replicas=2))
+def test_a_moment_that_differs_between_hsdp_replicas_is_found(mesh: Mesh) -> None:
+    """The last rank and its counterpart hold the same shard of it."""
+    model = tiny_model(mesh)
+    tensors = update(model, mesh)
+    assert compare_replicas(model, tensors, mesh) == []
+    last, shards = mesh.world.size - 1, mesh.dp.size // 2
+    name = "exp_avg.blocks.1.mlp.down.weight"
+    if mesh.world.rank == last:
+        flip_a_bit(tensors[name].tensor)
+    pair = [last - shards, last]
+    (mismatch,) = compare_replicas(model, tensors, mesh)
+    assert mismatch == f"{name} of rank {pair[0]}, {last} among replicate ranks {pair}"
+
+
 @distributed(Layout(tp=2), Layout(tp=2, dp=2))
 def test_an_unsummed_partial_gradient_is_found_after_one_step(mesh: Mesh) -> None:
     """The gradient of a norm is partial but declared complete."""

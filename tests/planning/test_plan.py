@@ -26,8 +26,8 @@ from ops.dropout import dropout_keys
 from ops.scratch import scratch_scope
 from parallel import DropoutStream, Mesh, initialise_parameters, local_shards, prepare_masks
 from parallel.transport.traffic import record_traffic
+from plan import Settings, num_ranks, parse
 from plan import main as plan_main
-from plan import num_ranks, parse
 from planning.dry_run import StepReport, dry_run
 from planning.page import page, paper_formula, size
 from tests.distributed import ONE_RANK, Layout, close_pools, run_on
@@ -37,6 +37,7 @@ from training.state import Run, RunState
 from training.step import train_step
 
 LAYOUTS = (ONE_RANK, Layout(tp=2), Layout(tp=2, sp=False), Layout(dp=2), Layout(tp=2, dp=2))
+HSDP = (Layout(dp=4, replicas=2), Layout(dp=2, replicas=2))
 PIPELINES = (Layout(pp=2), Layout(pp=3), Layout(pp=2, chunks=2), Layout(tp=2, pp=2))
 NUM_MICRO_BATCHES = 3
 REPEATS = 4  # for measurements that vary
@@ -78,6 +79,7 @@ cases = pytest.mark.parametrize(
     [
         *((layout, "bf16") for layout in LAYOUTS),
         *((layout, option) for layout in LAYOUTS[1::3] for option in OPTIONS if option != "bf16"),
+        *((layout, option) for layout in HSDP for option in ("bf16", "recompute")),
     ],
     ids=str,
 )
@@ -90,6 +92,7 @@ def small_config(layout: Layout, *overrides: str) -> Config:
         f"parallel.tensor_model_parallel_size={layout.tp}",
         f"parallel.sequence_parallel={str(layout.sp).lower()}",
         f"parallel.tp_comm_overlap={layout.overlap}",
+        f"parallel.data_parallel_replicate_size={layout.replicas}",
         f"parallel.pipeline_model_parallel_size={layout.pp}",
         f"parallel.virtual_pipeline_model_parallel_size={virtual}",
         f"train.global_batch_size={2 * NUM_MICRO_BATCHES * layout.dp}",
@@ -367,7 +370,7 @@ def test_the_page_of_a_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
     """A row for each stage, the bubble and the messages; the rest is about the largest stage."""
     layout = Layout(tp=2, pp=2, chunks=2)
     config = small_config(layout, "model.num_layers=5", "train.global_batch_size=16")
-    assert plan_main(config, layout.num_ranks, 80.0) == 0
+    assert plan_main(config, layout.num_ranks, Settings(memory_gib=80.0)) == 0
     text = capsys.readouterr().out
     lines = [" ".join(line.split()) for line in text.splitlines()]
     plans = [dry_run(config, layout.num_ranks, stage=stage) for stage in range(2)]
@@ -431,6 +434,10 @@ def test_gpt_7b_on_a_laptop() -> None:
             ["config=gpt_7b", "memory_gib=-1"],
             "config error: memory_gib=-1.0 is out of range; it must be",
         ),
+        (
+            ["config=gpt_7b", "nproc=8", "hosts=3"],
+            "config error: hosts=3 does not divide nproc=8; choose a divisor of 8, or nproc=6 or 9",
+        ),
         (["config=gpt_7b", "nprocs=8"], "config error: nprocs=8: there is no key nprocs"),
     ],
 )
@@ -448,6 +455,14 @@ def test_missing_input_files_are_accepted() -> None:
     """The data may be on another machine."""
     config, ranks, _ = parse(["config=gpt_1b", "data.source=text", "data.path=/nowhere", "nproc=4"])
     assert (config.data.path, ranks) == ("/nowhere", 4)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_only_several_ranks_can_become_fewer(ranks: int) -> None:
+    """The last line of the advice for memory that is left over."""
+    config = small_config(Layout(tp=ranks))
+    last = page(config, dry_run(config, ranks), 80.0).splitlines()[-1].strip()
+    assert last == ("a larger model" if ranks == 1 else "fewer ranks, or a larger model")
 
 
 def test_advice() -> None:
