@@ -60,7 +60,7 @@ def test_every_layout_gives_the_same_losses(
     """Six steps in float32 with dropout and without warm-up: losses within 2e-6."""
     expected = muon_run(corpus, tmp_path / "one", ONE_RANK, *options)
     assert len(expected) == 6
-    assert expected[-1]["train/loss"] < 0.9 * expected[0]["train/loss"]
+    assert expected[-1]["train/loss"] < 0.95 * expected[0]["train/loss"]
     for layout in layouts:
         assert_near(muon_run(corpus, tmp_path / str(layout), layout, *options), expected)
 
@@ -100,7 +100,7 @@ def require_equal_state(mesh: Mesh, first: Any, second: Any) -> None:
     assert tensors[0].keys() == tensors[1].keys()
     for name, shard in tensors[0].items():
         assert shard.tensor.equal(tensors[1][name].tensor), name
-        assert shard.tensor.count_nonzero() > 0 or name.endswith("bias")
+        assert shard.tensor.count_nonzero() or not shard.tensor.numel(), name
 
 
 def test_a_later_stage_may_take_the_state(corpus: Path, tmp_path: Path) -> None:
@@ -111,6 +111,7 @@ def test_a_later_stage_may_take_the_state(corpus: Path, tmp_path: Path) -> None:
         a for a in arguments if not a.startswith(("config=", "run.name=", "model.", "data.vocab"))
     ]
     stage += [f"run.init_from={tmp_path / 'test'}", "run.name=stage", "run.init_optimizer=true"]
+    stage.append("parallel.tensor_model_parallel_size=1")
     configs = {
         "first": config_on(Layout(dp=2), arguments),
         "second": config_on(Layout(dp=2), stage),
@@ -120,4 +121,4 @@ def test_a_later_stage_may_take_the_state(corpus: Path, tmp_path: Path) -> None:
         "run.init_optimizer=true needs optimizer.name=muon, as in .*, instead of adamw; change"
     )
     with pytest.raises(ConfigError, match=message):
-        parse_config([a for a in stage if not a.startswith("optimizer.")])
+        parse_config([*stage, "optimizer.name=adamw"])

@@ -82,8 +82,8 @@ ARGUMENTS = [
     ),
     ("source=txt", "source=txt: there is no key source; did you mean data.source=text?"),
     (
-        "optimizer.name=muon",
-        f"optimizer.name=muon: there is no key optimizer.name; the keys of optimizer are: {OPTIMIZER_KEYS}",
+        "optimizer.zzzz=1",
+        f"optimizer.zzzz=1: there is no key optimizer.zzzz; the keys of optimizer are: {OPTIMIZER_KEYS}",
     ),
     (
         "run.name=${oc.env:HOME}",
