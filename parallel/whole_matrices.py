@@ -8,7 +8,7 @@ stages need no groups of their own.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -47,11 +47,12 @@ class WholeMatrices:
             names_of[owner].append(name)
             loads[owner] += costs[name]
         self.parts, self.own = parts, names_of[self.rank]
-        self.names = [name for names in names_of for name in names]
-        self._sent = [[_size(parts[name][self.rank]) for name in names] for names in names_of]
-        self._received = [
-            [_size(parts[name][rank]) for name in self.own] for rank in range(self.num_ranks)
-        ]
+        self.names = [name for names in names_of for name in names]  # in the order of their owners
+        before = [0] * (mesh.pp.rank * self.num_ranks)  # for ranks of other stages
+        after = [0] * (mesh.world.size - len(before) - self.num_ranks)
+        sent = [sum(_size(parts[name][self.rank]) for name in names) for names in names_of]
+        received = [sum(_size(parts[name][r]) for name in self.own) for r in range(self.num_ranks)]
+        self._sent, self._received = before + sent + after, before + received + after
 
     def update(
         self,
@@ -69,43 +70,27 @@ class WholeMatrices:
             for name, tensor in zip(self.names, tensors, strict=True):
                 tensor.copy_(function(tensor.to(dtype), self.specs[name]))
             return
-        sizes = [size for of_rank in self._sent for size in of_rank]
-        sent = tensors[0].new_empty(sum(sizes), dtype=dtype)
-        own_parts = [
-            flat.view(tensor.shape) for flat, tensor in zip(sent.split(sizes), tensors, strict=True)
-        ]
-        for part, tensor in zip(own_parts, tensors, strict=True):
-            part.copy_(tensor)
-        received = sent.new_empty(sum(map(sum, self._received)))
-        self._exchange(received, self._received, sent, self._sent)
-        flat = received.split([size for of_rank in self._received for size in of_rank])
+        sent = tensors[0].new_empty(sum(self._sent), dtype=dtype)
+        received = sent.new_empty(sum(self._received))
+        flat_parts = sent.split([tensor.numel() for tensor in tensors])
+        for flat, tensor in zip(flat_parts, tensors, strict=True):
+            flat.view(tensor.shape).copy_(tensor)
+        all_to_all(received, self._received, sent, self._sent, self.mesh.world)
+        ranks = range(self.num_ranks)
+        pieces = received.split([_size(self.parts[n][r]) for r in ranks for n in self.own])
         for index, name in enumerate(self.own):
-            parts, whole = self.parts[name], sent.new_empty(self.specs[name].shape)
-            pieces = flat[index :: len(self.own)]  # of all ranks; copies over tp are equal
-            for piece, slices in zip(pieces, parts, strict=True):
-                whole[slices] = piece.view(whole[slices].shape)
+            whole = sent.new_empty(self.specs[name].shape)
+            # Of all ranks; copies over tp are equal.
+            of_ranks = zip(self.parts[name], pieces[index :: len(self.own)], strict=True)
+            of_whole = [(slices, piece.view_as(whole[slices])) for slices, piece in of_ranks]
+            for slices, piece in of_whole:
+                whole[slices] = piece
             whole = function(whole, self.specs[name])
-            for piece, slices in zip(pieces, parts, strict=True):
-                piece.copy_(whole[slices].reshape(-1))
-        self._exchange(sent, self._sent, received, self._received)
-        for part, tensor in zip(own_parts, tensors, strict=True):
-            tensor.copy_(part)
-
-    def _exchange(
-        self,
-        output: Tensor,
-        output_sizes: Sequence[Sequence[int]],
-        input: Tensor,
-        input_sizes: Sequence[Sequence[int]],
-    ) -> None:
-        def of_all_ranks(sizes: Sequence[Sequence[int]]) -> list[int]:
-            before = self.mesh.pp.rank * self.num_ranks
-            after = self.mesh.world.size - before - self.num_ranks
-            return [0] * before + [sum(of_rank) for of_rank in sizes] + [0] * after
-
-        all_to_all(
-            output, of_all_ranks(output_sizes), input, of_all_ranks(input_sizes), self.mesh.world
-        )
+            for slices, piece in of_whole:
+                piece.copy_(whole[slices])
+        all_to_all(sent, self._sent, received, self._received, self.mesh.world)
+        for flat, tensor in zip(flat_parts, tensors, strict=True):
+            tensor.copy_(flat.view(tensor.shape))
 
 
 def _size(slices: Slices) -> int:
