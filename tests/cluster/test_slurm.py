@@ -1,0 +1,107 @@
+"""Runs under Slurm: srun without torchrun, and the shipped batch script through every ending."""
+
+import logging
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.hosts import exit_report, wait_until
+from tests.cluster.slurm import Slurm
+from tests.lines import ROOT
+from tests.runs import rows, settings, steps_done
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+
+logger = logging.getLogger("cluster")
+
+SCRIPT = ROOT / "docs" / "train.sbatch"
+TASKS = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--mem=3000", "--exclusive")
+FOREVER = "train.train_steps=100000"
+NUM_CYCLES = 20
+
+
+def run_settings(corpus: Path, directory: Path, *overrides: str) -> list[str]:
+    """A run over two nodes that saves only when it must."""
+    sizes = ("parallel.tensor_model_parallel_size=2", "evaluate.interval=0")
+    return settings(corpus, directory, *sizes, *overrides)
+
+
+def submit(slurm: Slurm, directory: Path, arguments: list[str], *options: str) -> str:
+    """Submit the shipped script as its first lines say; return the job's number."""
+    output = f"--output={directory}/job-%j.log"
+    return slurm.submit(*TASKS, output, *options, SCRIPT, *arguments)
+
+
+def log_of(directory: Path, job: str) -> str:
+    return (directory / f"job-{job}.log").read_text()
+
+
+def reach(slurm: Slurm, directory: Path, job: str, step: int) -> None:
+    """Wait until a job has done so many steps."""
+    deadline = time.monotonic() + 150
+    while steps_done(directory) < step:
+        state = slurm.job(job)["JobState"]
+        log = directory / f"job-{job}.log"
+        text = log.read_text() if log.exists() else ""
+        assert state in ("PENDING", "RUNNING", "COMPLETING"), (state, text)
+        assert time.monotonic() < deadline, (state, text)
+        time.sleep(0.3)
+
+
+def preempt(slurm: Slurm, job: str) -> float:
+    """Run a short job of higher priority; return the seconds until it started."""
+    started_at, restarts = time.monotonic(), int(slurm.job(job)["Restarts"])
+    short = "--wrap=sleep 1"
+    slurm.submit(*TASKS[:2], "--exclusive", "--partition=urgent", "--output=/dev/null", short)
+    wait_until(lambda: int(slurm.job(job)["Restarts"]) > restarts, 120, poll_s=0.3)
+    return time.monotonic() - started_at
+
+
+def test_srun_without_torchrun(slurm: Slurm, corpus: Path, tmp_path: Path) -> None:
+    """Each task is a rank, and the resume command works as printed."""
+    arguments = run_settings(corpus, tmp_path, "run.stop_at_step=3")
+    python = Path(sys.executable)
+    four = ("--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1")
+    slurm.run("srun", *four, python, "train.py", *arguments, limit_s=200)
+    report = exit_report(tmp_path)
+    assert (report["code"], report["step"]) == (0, 3)
+    resume = report["resume"]
+    assert resume.startswith("srun --nodes=2 --ntasks=4 --cpus-per-task=1 python train.py")
+    path = f"{python.parent}:{slurm.environment['PATH']}"
+    slurm.run("sh", "-c", resume, PATH=path, limit_s=200)
+    assert exit_report(tmp_path) == {"code": 0, "reason": "finished", "step": 6, "resume": None}
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_requeued_job_that_starts_over_does_so_once(
+    slurm: Slurm, corpus: Path, tmp_path: Path
+) -> None:
+    """run.resume=never holds for a job's first start; later ones continue its work."""
+    job = submit(slurm, tmp_path, run_settings(corpus, tmp_path, FOREVER, "run.resume=never"))
+    reach(slurm, tmp_path, job, 5)
+    preempt(slurm, job)
+    step = exit_report(tmp_path)["step"]
+    reach(slurm, tmp_path, job, step + 5)
+    slurm.run("scancel", job)
+    slurm.wait_for(job, "CANCELLED")
+    assert not list((tmp_path / "test").glob("previous_*"))
+
+
+@pytest.mark.timeout(3000)
+def test_preempted_and_requeued_again_and_again(slurm: Slurm, corpus: Path, tmp_path: Path) -> None:
+    """The curve equals that of an undisturbed job bit for bit."""
+    train_steps = "train.train_steps=8000"
+    arguments = run_settings(corpus, tmp_path, train_steps)
+    job = submit(slurm, tmp_path, arguments)
+    for cycle in range(NUM_CYCLES):
+        reach(slurm, tmp_path, job, steps_done(tmp_path) + 5)
+        seconds = preempt(slurm, job)
+        logger.warning("cycle %d: step %d, %.0f s", cycle + 1, steps_done(tmp_path), seconds)
+        assert exit_report(tmp_path)["code"] == 143
+    slurm.wait_for(job, "COMPLETED", limit_s=900)
+    assert log_of(tmp_path, job).count("resuming from") == NUM_CYCLES
+    undisturbed = submit(slurm, tmp_path, [*arguments, "run.name=undisturbed"])
+    slurm.wait_for(undisturbed, "COMPLETED", limit_s=900)
+    assert rows(tmp_path) == rows(tmp_path, "undisturbed")
