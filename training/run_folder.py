@@ -61,12 +61,13 @@ def require_same_on_all_ranks(mesh: Mesh, value: str, what: str) -> None:
     """Raise UserError on every rank if ranks differ: hosts may have other files or Pythons."""
     # One host may prepare its text for hours while another already has it.
     wait_for_all_ranks(mesh, what)
-    values = gather_json(mesh, value)
-    if len(set(values)) > 1:
-        others = [rank for rank, other in enumerate(values) if other != values[0]]
+    reports = gather_json(mesh, [value, socket.gethostname()])
+    (first, first_host), *_ = reports
+    if others := [rank for rank, (other, _) in enumerate(reports) if other != first]:
+        hosts = ", ".join(sorted({reports[rank][1] for rank in others}))
         raise UserError(
-            f"{what} of ranks {others} differs from that of rank 0; give all hosts the same "
-            "files, and for data.source=python_stdlib the same Python"
+            f"{what} of ranks {others} on {hosts} differs from that of rank 0 on {first_host}; "
+            "give all hosts the same files, and for data.source=python_stdlib the same Python"
         )
 
 

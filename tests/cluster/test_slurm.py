@@ -20,6 +20,19 @@ SCRIPT = ROOT / "docs" / "train.sbatch"
 TASKS = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--mem=3000", "--exclusive")
 FOREVER = "train.train_steps=100000"
 NUM_CYCLES = 20
+# Run by Python at its start: on the second node, take memory once a file exists.
+_LEAK = """
+import os, socket, threading, time
+
+def leak():
+    while not os.path.exists("{start}"):
+        time.sleep(0.1)
+    taken = b"x" * (1600 << 20)
+    time.sleep(60)
+
+if socket.gethostname() == "node1" and "SLURM_PROCID" in os.environ:
+    threading.Thread(target=leak, daemon=True).start()
+"""
 
 
 def run_settings(corpus: Path, directory: Path, *overrides: str) -> list[str]:
@@ -105,3 +118,78 @@ def test_preempted_and_requeued_again_and_again(slurm: Slurm, corpus: Path, tmp_
     undisturbed = submit(slurm, tmp_path, [*arguments, "run.name=undisturbed"])
     slurm.wait_for(undisturbed, "COMPLETED", limit_s=900)
     assert rows(tmp_path) == rows(tmp_path, "undisturbed")
+
+
+def test_an_abrupt_preemption(slurm: Slurm, corpus: Path, tmp_path: Path) -> None:
+    """A partition without GraceTime: Slurm's KillWait is enough to save, and Slurm requeues."""
+    arguments = run_settings(corpus, tmp_path, FOREVER)
+    job = submit(slurm, tmp_path, arguments, "--partition=abrupt")
+    reach(slurm, tmp_path, job, 5)
+    seconds = preempt(slurm, job)
+    report = exit_report(tmp_path)
+    assert report["code"] == 143
+    logger.warning("| preempted | %.1f | 0 | Slurm requeues |", seconds)
+    reach(slurm, tmp_path, job, report["step"] + 5)
+    assert f"resuming from {tmp_path}/test/checkpoints/step_" in log_of(tmp_path, job)
+
+
+def test_cancelled(slurm: Slurm, corpus: Path, tmp_path: Path) -> None:
+    """It saves, and stays cancelled."""
+    job = submit(slurm, tmp_path, run_settings(corpus, tmp_path, FOREVER))
+    reach(slurm, tmp_path, job, 5)
+    slurm.run("scancel", job)
+    seconds = slurm.wait_for(job, "CANCELLED")
+    time.sleep(8)  # a requeued job would start now
+    assert (slurm.job(job)["JobState"], slurm.job(job)["Restarts"]) == ("CANCELLED", "0")
+    report = exit_report(tmp_path)
+    assert (report["code"], report["step"]) == (143, steps_done(tmp_path))
+    logger.warning("| cancelled | %.1f | 0 | %s |", seconds, report["resume"].split(" config")[0])
+
+
+def test_out_of_time(slurm: Slurm, corpus: Path, tmp_path: Path) -> None:
+    """The signal comes before the limit; the job requeues itself and resumes."""
+    options = ("--time=2", "--signal=TERM@30")
+    job = submit(slurm, tmp_path, run_settings(corpus, tmp_path, FOREVER), *options)
+    reach(slurm, tmp_path, job, 5)
+    wait_until(lambda: int(slurm.job(job)["Restarts"]) > 0, 200, poll_s=0.5)
+    report = exit_report(tmp_path)
+    assert (report["code"], report["step"]) == (143, steps_done(tmp_path))
+    logger.warning("| out of time | - | 0 | the script requeues the job |")
+    reach(slurm, tmp_path, job, report["step"] + 5)
+
+
+def test_out_of_memory(
+    slurm: Slurm, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm kills the task that takes more than its node may have; the job is not requeued."""
+    (tmp_path / "sitecustomize.py").write_text(_LEAK.format(start=tmp_path / "leak"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    job = submit(slurm, tmp_path, run_settings(corpus, tmp_path, FOREVER), "--mem=1500")
+    reach(slurm, tmp_path, job, 5)
+    (tmp_path / "leak").touch()
+    seconds = slurm.wait_for(job, "FAILED", "OUT_OF_MEMORY", "CANCELLED", limit_s=120)
+    fields, log = slurm.job(job), log_of(tmp_path, job)
+    logger.warning("state %s, exit code %s", fields["JobState"], fields["ExitCode"])
+    logger.warning("%s", log[-2000:])
+    assert fields["Restarts"] == "0"
+    assert "memory" in log
+    report = exit_report(tmp_path)
+    logger.warning("| out of memory | %.1f | %s | sbatch again |", seconds, report)
+    assert report["code"] == 1
+
+
+def test_a_lost_node(slurm: Slurm, corpus: Path, tmp_path: Path) -> None:
+    """Slurm requeues the job, which resumes from the last save once the node is back."""
+    often = (FOREVER, "checkpoint.save_interval=5")
+    job = submit(slurm, tmp_path, run_settings(corpus, tmp_path, *often))
+    reach(slurm, tmp_path, job, 12)
+    at, killed_at = steps_done(tmp_path), time.monotonic()
+    slurm.cluster[1].kill()
+    wait_until((tmp_path / "test" / "exit.json").exists, 60)
+    detected_s = time.monotonic() - killed_at
+    report = exit_report(tmp_path)
+    assert report["code"] == 1
+    slurm.cluster[1].boot()
+    slurm.start_node(slurm.cluster[1])
+    state = slurm.job(job)["JobState"]
+    logger.warning("| lost node | %.1f | at step %d of %d, %s |", detected_s, at, at, state)
