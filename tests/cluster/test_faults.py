@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 logger = logging.getLogger("cluster")
 
-STEPS, SAVE_INTERVAL, HANG_S = 300, 20, 15
+STEPS, SAVE_INTERVAL, HANG_S = 120, 20, 15
 RESTARTS = ("--max-restarts=3",)
 # A replaced agent must learn where the store is, see docs/clusters.md.
 REPLACEABLE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -104,7 +104,7 @@ def test_killed_ranks_on_one_host_are_restarted(
 ) -> None:
     """kill -9 of every rank on one host: torchrun restarts the ranks on both."""
     processes = start(cluster, run_settings(corpus, tmp_path), *RESTARTS)
-    reach(tmp_path, 50, *processes)
+    reach(tmp_path, 30, *processes)
     at = steps_done(tmp_path)
     for pid in cluster[1].ranks():
         os.kill(pid, signal.SIGKILL)
@@ -129,7 +129,7 @@ def test_a_lost_host_is_replaced(
         cluster.torchrun_on(host, arguments, *RESTARTS, endpoint, ranks=1, **REPLACEABLE)
         for host in cluster.hosts
     )
-    reach(tmp_path, 50, first, lost)
+    reach(tmp_path, 30, first, lost)
     at, killed_at = steps_done(tmp_path), time.monotonic()
     if how == "power cut":
         cluster[1].link("down")
@@ -153,7 +153,7 @@ def test_the_first_host_is_lost(
     """The store goes with it, so torchrun ends on the other; the same command resumes."""
     arguments = run_settings(corpus, tmp_path)
     processes = start(cluster, arguments, *RESTARTS)
-    reach(tmp_path, 50, *processes)
+    reach(tmp_path, 30, *processes)
     at, killed_at = steps_done(tmp_path), time.monotonic()
     cluster[0].kill()
     wait_until((tmp_path / "test" / "exit.json").exists, 60)
@@ -183,7 +183,7 @@ def test_a_stalled_network(
     """Shorter than run.hang_timeout_s: training waits and goes on."""
     arguments = run_settings(corpus, tmp_path, f"run.hang_timeout_s={4 * seconds}")
     processes = start(cluster, arguments)
-    reach(tmp_path, 50, *processes)
+    reach(tmp_path, 30, *processes)
     cluster[1].drop(1)
     time.sleep(seconds)
     stopped_at = steps_done(tmp_path)
@@ -200,7 +200,7 @@ def test_the_network_is_down_for_a_minute(
 ) -> None:
     """Longer than run.hang_timeout_s: both hosts end with code 75; --max-restarts recovers."""
     processes = start(cluster, run_settings(corpus, tmp_path), *RESTARTS)
-    reach(tmp_path, 50, *processes)
+    reach(tmp_path, 30, *processes)
     at, down_at = steps_done(tmp_path), time.monotonic()
     cluster[1].link("down")
     wait_until(lambda: says(processes[0], "hang:"), 4 * HANG_S)
@@ -261,7 +261,7 @@ def test_a_slow_host(
 ) -> None:
     """Its ranks run for a fifth of the time: no false alarm."""
     processes = start(cluster, run_settings(corpus, tmp_path))
-    reach(tmp_path, 50, *processes)
+    reach(tmp_path, 30, *processes)
     before = steps_done(tmp_path)
     slow_until = time.monotonic() + 2 * HANG_S
     ranks = cluster[1].ranks()

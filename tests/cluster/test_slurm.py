@@ -18,7 +18,7 @@ logger = logging.getLogger("cluster")
 
 SCRIPT = ROOT / "docs" / "train.sbatch"
 TASKS = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--mem=3000", "--exclusive")
-FOREVER = "train.train_steps=100000"
+FOREVER, SAVES = "train.train_steps=100000", "checkpoint.save_interval=5"
 NUM_CYCLES = 20
 # Run by Python at its start: on the second node, take memory once a file exists.
 _LEAK = """
@@ -27,6 +27,7 @@ import os, socket, threading, time
 def leak():
     while not os.path.exists("{start}"):
         time.sleep(0.1)
+    os.remove("{start}")  # only once
     taken = b"x" * (1600 << 20)
     time.sleep(60)
 
@@ -105,18 +106,23 @@ def test_a_requeued_job_that_starts_over_does_so_once(
 @pytest.mark.timeout(3000)
 def test_preempted_and_requeued_again_and_again(slurm: Slurm, corpus: Path, tmp_path: Path) -> None:
     """The curve equals that of an undisturbed job bit for bit."""
-    train_steps = "train.train_steps=8000"
-    arguments = run_settings(corpus, tmp_path, train_steps)
+    arguments = run_settings(corpus, tmp_path, FOREVER)
     job = submit(slurm, tmp_path, arguments)
     for cycle in range(NUM_CYCLES):
-        reach(slurm, tmp_path, job, steps_done(tmp_path) + 5)
+        reach(slurm, tmp_path, job, steps_done(tmp_path) + 3)
         seconds = preempt(slurm, job)
-        logger.warning("cycle %d: step %d, %.0f s", cycle + 1, steps_done(tmp_path), seconds)
-        assert exit_report(tmp_path)["code"] == 143
-    slurm.wait_for(job, "COMPLETED", limit_s=900)
+        report = exit_report(tmp_path)
+        logger.warning("cycle %d: step %d, %.0f s", cycle + 1, report["step"], seconds)
+        assert (report["code"], report["step"]) == (143, steps_done(tmp_path))
+    reach(slurm, tmp_path, job, steps_done(tmp_path) + 3)
+    slurm.run("scancel", job)
+    slurm.wait_for(job, "CANCELLED")
     assert log_of(tmp_path, job).count("resuming from") == NUM_CYCLES
-    undisturbed = submit(slurm, tmp_path, [*arguments, "run.name=undisturbed"])
+    last = exit_report(tmp_path)["step"]
+    others = ("run.name=undisturbed", f"run.stop_at_step={last}")
+    undisturbed = submit(slurm, tmp_path, [*arguments, *others])
     slurm.wait_for(undisturbed, "COMPLETED", limit_s=900)
+    assert len(rows(tmp_path)) == last
     assert rows(tmp_path) == rows(tmp_path, "undisturbed")
 
 
@@ -161,27 +167,26 @@ def test_out_of_time(slurm: Slurm, corpus: Path, tmp_path: Path) -> None:
 def test_out_of_memory(
     slurm: Slurm, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Slurm kills the task that takes more than its node may have; the job is not requeued."""
+    """Slurm kills the ranks of the node that takes more than it may; the script requeues."""
     (tmp_path / "sitecustomize.py").write_text(_LEAK.format(start=tmp_path / "leak"))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    job = submit(slurm, tmp_path, run_settings(corpus, tmp_path, FOREVER), "--mem=1500")
+    job = submit(slurm, tmp_path, run_settings(corpus, tmp_path, FOREVER, SAVES), "--mem=1500")
     reach(slurm, tmp_path, job, 5)
     (tmp_path / "leak").touch()
-    seconds = slurm.wait_for(job, "FAILED", "OUT_OF_MEMORY", "CANCELLED", limit_s=120)
-    fields, log = slurm.job(job), log_of(tmp_path, job)
-    logger.warning("state %s, exit code %s", fields["JobState"], fields["ExitCode"])
-    logger.warning("%s", log[-2000:])
-    assert fields["Restarts"] == "0"
-    assert "memory" in log
+    leaked_at, at = time.monotonic(), steps_done(tmp_path)
+    wait_until(lambda: "memory" in log_of(tmp_path, job), 60, poll_s=0.3)
+    detected_s = time.monotonic() - leaked_at
+    wait_until(lambda: int(slurm.job(job)["Restarts"]) > 0, 120, poll_s=0.3)
     report = exit_report(tmp_path)
-    logger.warning("| out of memory | %.1f | %s | sbatch again |", seconds, report)
+    logger.warning("%s", log_of(tmp_path, job)[-3000:])
+    logger.warning("| out of memory | %.1f | %s | %s |", detected_s, at, report)
     assert report["code"] == 1
+    reach(slurm, tmp_path, job, 12)
 
 
 def test_a_lost_node(slurm: Slurm, corpus: Path, tmp_path: Path) -> None:
     """Slurm requeues the job, which resumes from the last save once the node is back."""
-    often = (FOREVER, "checkpoint.save_interval=5")
-    job = submit(slurm, tmp_path, run_settings(corpus, tmp_path, *often))
+    job = submit(slurm, tmp_path, run_settings(corpus, tmp_path, FOREVER, SAVES))
     reach(slurm, tmp_path, job, 12)
     at, killed_at = steps_done(tmp_path), time.monotonic()
     slurm.cluster[1].kill()
@@ -191,5 +196,14 @@ def test_a_lost_node(slurm: Slurm, corpus: Path, tmp_path: Path) -> None:
     assert report["code"] == 1
     slurm.cluster[1].boot()
     slurm.start_node(slurm.cluster[1])
-    state = slurm.job(job)["JobState"]
-    logger.warning("| lost node | %.1f | at step %d of %d, %s |", detected_s, at, at, state)
+    reach(slurm, tmp_path, job, at + 10)
+    lost = at - int(log_of(tmp_path, job).rpartition("/step_")[2].split()[0])
+    logger.warning("| node lost | %.1f | %d | the script requeues |", detected_s, lost)
+
+
+def test_a_refused_launch_is_not_requeued(slurm: Slurm, corpus: Path, tmp_path: Path) -> None:
+    """A setting that is found wrong before training ends the job with exit code 2."""
+    job = submit(slurm, tmp_path, run_settings(corpus, tmp_path, "model.num_attention_heads=3"))
+    slurm.wait_for(job, "FAILED")
+    assert (slurm.job(job)["ExitCode"], slurm.job(job)["Restarts"]) == ("2:0", "0")
+    assert log_of(tmp_path, job).count("config error:") == 1
