@@ -241,13 +241,17 @@ def test_lost_packets(
 def test_a_wrong_clock(
     cluster: Cluster, corpus: Path, tmp_path: Path, undisturbed: list[dict[str, Any]], offset: str
 ) -> None:
-    """On the second host, by libfaketime; monotonic clocks are right, as on a real host."""
+    """On the second host, by libfaketime; monotonic clocks are right, as on a real host.
+
+    With the static rendezvous: c10d compares the hosts' clocks, see docs/clusters.md.
+    """
     library = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
     clock = {"LD_PRELOAD": str(library), "FAKETIME": offset, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
-    arguments, endpoint = run_settings(corpus, tmp_path), "--rdzv-endpoint=node0:29400"
+    arguments = run_settings(corpus, tmp_path)
+    static = ("--rdzv-backend=static", "--rdzv-endpoint=node0:29400")
     processes = [
-        cluster.torchrun_on(host, arguments, endpoint, ranks=1, **environment)
-        for host, environment in zip(cluster.hosts, ({}, clock), strict=True)
+        cluster.torchrun_on(host, arguments, *static, f"--node-rank={n}", ranks=1, **environment)
+        for n, (host, environment) in enumerate(zip(cluster.hosts, ({}, clock), strict=True))
     ]
     started_at = time.monotonic()
     for process in processes:
