@@ -7,6 +7,7 @@ hosts.py needs.
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -64,7 +65,9 @@ class Slurm:
     """The daemons, and the commands of a user on the first host."""
 
     def __init__(self, cluster: Cluster) -> None:
-        self.cluster, self._folder = cluster, cluster.folder / "slurm"
+        self.cluster = cluster
+        # Short, because it is part of the names of sockets.
+        self._folder = Path(tempfile.mkdtemp(prefix="slurm-"))
         self.environment = {"SLURM_CONF": str(self._folder / "slurm.conf"), "PATH": _PATH}
         self._munged: subprocess.Popen[bytes] | None = None
         self._daemons: list[Process] = []
@@ -78,7 +81,7 @@ class Slurm:
         return self
 
     def _start_daemons(self) -> None:
-        (self._folder / "state").mkdir(parents=True)
+        (self._folder / "state").mkdir()
         self._start_munge()
         (self._folder / "slurm.conf").write_text(
             _CONFIGURATION.format(
@@ -98,6 +101,7 @@ class Slurm:
         if self._munged is not None:  # the other daemons end with their hosts
             self._munged.kill()
             self._munged.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start_munge(self) -> None:
         key = self._folder / "munge.key"
