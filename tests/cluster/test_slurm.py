@@ -132,6 +132,7 @@ def test_an_abrupt_preemption(slurm: Slurm, corpus: Path, tmp_path: Path) -> Non
     job = submit(slurm, tmp_path, arguments, "--partition=abrupt")
     reach(slurm, tmp_path, job, 5)
     seconds = preempt(slurm, job)
+    slurm.wait_for(job, "PENDING")
     report = exit_report(tmp_path)
     assert report["code"] == 143
     logger.warning("| preempted | %.1f | 0 | Slurm requeues |", seconds)
