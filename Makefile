@@ -6,7 +6,7 @@ PACKAGES := configs ops parallel data model checkpoints training tracking intero
 PROGRAMS := $(wildcard *.py)
 ARGS :=
 VERSION := 2.11.0
-SELECTION := not gpu and not smollm2 and not drill
+SELECTION := not gpu and not smollm2 and not drill and not cluster
 
 # Says what pyproject.toml wants installed; torch comes first and alone, so that nothing else picks it.
 WANTED = import tomllib; \
@@ -14,7 +14,7 @@ WANTED = import tomllib; \
   print(*project['dependencies'], *sum(project['optional-dependencies'].values(), []), sep='\n')
 IS_NEW_ENOUGH = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help setup train dashboard trace format lint types lines test test-all drills test-gpu gpu-check gpu-wheels test-smollm2 test-torch parity mutations bench bench-setup check clean
+.PHONY: help setup train dashboard trace format lint types lines test test-all drills test-cluster test-gpu gpu-check gpu-wheels test-smollm2 test-torch parity mutations bench bench-setup check clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,8 +68,11 @@ test-all: setup  ## run all tests that need no GPU, about half an hour on two co
 drills: setup  ## kill, hang and signal runs in every way; half an hour
 	$(BIN)/python -m pytest -m drill $(ARGS)
 
+test-cluster: setup  ## run on several hosts and under Slurm, and lose some; Linux namespaces, root, an hour
+	$(BIN)/python -m pytest -m cluster --log-cli-level=WARNING tests/cluster $(ARGS)
+
 test-gpu: setup  ## run the tests that have a GPU form on the GPUs of this machine
-	MICROTRON_TEST_DEVICE=cuda $(BIN)/python -m pytest -m "not smollm2 and not drill" $(ARGS)
+	MICROTRON_TEST_DEVICE=cuda $(BIN)/python -m pytest -m "not smollm2 and not drill and not cluster" $(ARGS)
 
 gpu-check:  ## check one GPU in eight minutes, on a bare machine with torch; writes gpu_check/gpu_check.md (OUT=DIR)
 	python3 bench/gpu_check.py $(or $(OUT),gpu_check) $(ARGS)

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from configs.errors import ConfigError, format_value
 from configs.fields import KEYS, SECTIONS, Field
-from configs.launch import exit_with_error, is_rank_zero, limit_thread_spinning
+from configs.launch import exit_with_error, is_rank_zero, set_up_environment
 from configs.load import SHIPPED, parse_config
 from configs.schema import Config
 
@@ -24,7 +24,7 @@ def load_config(arguments: list[str], num_ranks: Callable[[Config], int] | None 
     `--help` and `config=list` print and exit with 0; an error prints one line and exits with 2.
     `num_ranks`: see parse_config.
     """
-    limit_thread_spinning()
+    set_up_environment()
     if HELP & set(arguments):
         print_and_exit(usage())
     if "config=list" in arguments:

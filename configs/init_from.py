@@ -5,7 +5,6 @@ Once the run has a checkpoint of its own, they come from that, and the source is
 
 import glob
 import json
-import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError, bad_setting, format_value
+from configs.launch import num_restarts
 from configs.schema import RENAMED, Config, DataConfig, ModelConfig
 from configs.tokenizer_files import TOKENIZER_FILES, expand_path, read_tokenizer
 
@@ -102,9 +102,8 @@ def inherit(config: Config, given: Collection[str]) -> Config:
 
 def _resumes(own: Path, resume: str | None) -> bool:
     """Whether the run has a checkpoint, and does not start over."""
-    # A restart by torchrun continues the work of a launch with run.resume=never.
-    is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    return (resume != "never" or is_restart) and bool(_directories(own / "checkpoints"))
+    # A restart continues the work of a launch with run.resume=never.
+    return (resume != "never" or num_restarts() > 0) and bool(_directories(own / "checkpoints"))
 
 
 def _directories(folder: Path) -> dict[int, Path]:

@@ -8,13 +8,14 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,6 +24,7 @@ from configs.errors import ConfigError, format_value
 EXIT_BEFORE_TRAINING = 2  # exit code of every error before training
 _SPINS = "3000"  # before a waiting thread sleeps; libgomp's default is 300,000
 _WAIT_FOR_RANK_ZERO_S = 5.0  # torchrun polls its processes ten times per second
+_FIRST_PORT, _NUM_PORTS = 20000, 10000  # for the store of a Slurm step; below the ephemeral ones
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 # Poll for up to a minute; torchrun kills ranks that need longer than 30 s.
 _PRINT_AFTER = """
@@ -33,14 +35,33 @@ done
 """
 
 
-def limit_thread_spinning() -> None:
-    """Let waiting OpenMP threads sleep after a short spin; call this before importing torch.
+def set_up_environment() -> None:
+    """Let Slurm's tasks be ranks, and OpenMP threads sleep; call this before importing torch.
 
-    By default they spin for milliseconds at each barrier, which takes cores from other processes
-    (measured in docs/results.md). A policy set by the user stays.
+    By default waiting threads spin for milliseconds at each barrier, which takes cores from other
+    processes (measured in docs/results.md). A policy set by the user stays.
     """
+    use_slurm_tasks(os.environ)
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
+
+
+def use_slurm_tasks(environ: MutableMapping[str, str]) -> None:
+    """Describe the tasks of `srun python train.py` as torchrun describes its ranks."""
+    if "RANK" in environ or environ.get("SLURM_STEP_NUM_TASKS", "1") == "1":
+        return
+    environ["RANK"], environ["LOCAL_RANK"] = environ["SLURM_PROCID"], environ["SLURM_LOCALID"]
+    environ["WORLD_SIZE"] = environ["SLURM_STEP_NUM_TASKS"]
+    environ["LOCAL_WORLD_SIZE"] = str(len(environ["SLURM_GTIDS"].split(",")))
+    environ.setdefault("MASTER_ADDR", first_node(environ["SLURM_STEP_NODELIST"]))
+    step = int(environ["SLURM_JOB_ID"]) + 1000 * int(environ["SLURM_STEP_ID"])
+    environ.setdefault("MASTER_PORT", str(_FIRST_PORT + step % _NUM_PORTS))
+
+
+def first_node(nodes: str) -> str:
+    """The first name of a Slurm node list: rack[2-4]n[007-009,12],login gives rack2n007."""
+    first = re.match(r"(\[[^]]*]|[^,[])*", nodes)
+    return re.sub(r"\[(\d+)[^]]*]", r"\1", first[0] if first else nodes)
 
 
 def threads_per_rank(num_threads: int | None, environ: Mapping[str, str]) -> int:
@@ -52,9 +73,12 @@ def threads_per_rank(num_threads: int | None, environ: Mapping[str, str]) -> int
     if num_threads is not None:
         return num_threads
     slurm, omp = (environ.get(name, "") for name in ("SLURM_CPUS_PER_TASK", "OMP_NUM_THREADS"))
+    under_torchrun = "TORCHELASTIC_RUN_ID" in environ
+    if slurm.isdecimal() and "SLURM_STEP_NUM_TASKS" in environ and not under_torchrun:
+        return max(1, int(slurm))  # each rank is a task
     if slurm.isdecimal():
         cores = int(slurm)
-    elif omp.isdecimal() and not (omp == "1" and "TORCHELASTIC_RUN_ID" in environ):
+    elif omp.isdecimal() and not (omp == "1" and under_torchrun):
         return max(1, int(omp))
     else:
         cores = usable_cores()
@@ -74,7 +98,7 @@ def is_rank_zero() -> bool:
 
 
 def world_size_from_environment() -> int:
-    """Return the number of ranks that torchrun started; 1 without torchrun."""
+    """Return the number of ranks of the launch."""
     if "RANK" not in os.environ:
         return 1
     text = os.environ.get("WORLD_SIZE", "")
@@ -88,8 +112,16 @@ def world_size_from_environment() -> int:
 
 def launch_id() -> str:
     """Return an identifier that the restarts of one launch share."""
+    if "SLURM_JOB_ID" in os.environ:
+        return f"Slurm job {os.environ['SLURM_JOB_ID']}"
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return f"{socket.gethostname()}:{os.getppid()}" if run_id == "none" else run_id
+
+
+def num_restarts() -> int:
+    """How often torchrun has restarted the ranks, or Slurm has requeued the job."""
+    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return sum(int(os.environ.get(name, "0")) for name in counts)
 
 
 def exit_with_error(
@@ -125,6 +157,14 @@ def launch_command() -> str:
     ranks_here = os.environ.get("LOCAL_WORLD_SIZE")
     if ranks_here is None:
         return "python"
+    if "SLURM_STEP_NUM_TASKS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        keys = {
+            "nodes": "STEP_NUM_NODES",
+            "ntasks": "STEP_NUM_TASKS",
+            "cpus-per-task": "CPUS_PER_TASK",
+        }
+        values = {option: os.environ.get(f"SLURM_{key}") for option, key in keys.items()}
+        return " ".join(["srun", *(f"--{k}={v}" for k, v in values.items() if v), "python"])
     with contextlib.suppress(OSError):
         command = os.fsdecode(Path(f"/proc/{os.getppid()}/cmdline").read_bytes())
         options = torchrun_options(command.split("\0")[:-1], sys.argv)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from configs.cli import HELP, describe, exit_on_config_error, print_and_exit
 from configs.errors import ConfigError, bad_setting
 from configs.fields import fields_of
-from configs.launch import limit_thread_spinning, world_size_from_environment
+from configs.launch import set_up_environment, world_size_from_environment
 from configs.load import parse_arguments, read_config
 from configs.schema import Config
 from configs.validate import validate
@@ -25,7 +25,7 @@ _Settings = TypeVar("_Settings")
 
 def load_settings(settings_class: type[_Settings], arguments: list[str]) -> _Settings:
     """Return the settings of a program, or print help or one line of error and exit."""
-    limit_thread_spinning()
+    set_up_environment()
     if HELP & set(arguments):
         lines = [f"Usage: python {_program(settings_class)} key=value ...", ""]
         lines += [*(inspect.getdoc(settings_class) or "").splitlines(), ""]

@@ -33,6 +33,7 @@ MORE_LAYOUTS = (
     Layout(tp=4),
     Layout(dp=2),
     Layout(dp=4),
+    Layout(dp=4, replicas=2),
     Layout(tp=2, pp=2),
     Layout(dp=2, pp=2, chunks=2),
     Layout(tp=2, cp=2),

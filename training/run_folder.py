@@ -34,10 +34,12 @@ from configs import (
     EXIT_BEFORE_TRAINING,
     Config,
     UserError,
+    flatten,
     machine_errors_as_user_errors,
     os_error_text,
     to_yaml,
 )
+from configs.errors import format_value
 from configs.launch import launch_command
 from configs.tokenizer_files import TOKENIZER_FILES
 from parallel import Mesh, gather_json, wait_for_all_ranks
@@ -47,6 +49,9 @@ logger = logging.getLogger("microtron")
 
 _PREVIOUS, _HANDSHAKE = "previous_", ".handshake-"
 _OWN = ("checkpoints", "metrics.jsonl", "samples.jsonl", "profile", "tensorboard", "wandb", ".lock")
+# Settings that may differ between hosts: paths, and what changes no number.
+_OF_A_HOST = ("data.path", "data.sources", "data.validation_path", "data.tokenizer", "logging.")
+_OF_A_HOST += ("data.cache_directory", "run.directory", "run.init_from", "train.num_threads")
 _WAIT_FOR_FILES_S = 10.0  # for a network file system to show on one host what another has made
 _SAVING = "has not ended yet: saving step "
 
@@ -61,12 +66,13 @@ def require_same_on_all_ranks(mesh: Mesh, value: str, what: str) -> None:
     """Raise UserError on every rank if ranks differ: hosts may have other files or Pythons."""
     # One host may prepare its text for hours while another already has it.
     wait_for_all_ranks(mesh, what)
-    values = gather_json(mesh, value)
-    if len(set(values)) > 1:
-        others = [rank for rank, other in enumerate(values) if other != values[0]]
+    reports = gather_json(mesh, [value, socket.gethostname()])
+    (first, first_host), *_ = reports
+    if others := [rank for rank, (other, _) in enumerate(reports) if other != first]:
+        hosts = ", ".join(sorted({reports[rank][1] for rank in others}))
         raise UserError(
-            f"{what} of ranks {others} differs from that of rank 0; give all hosts the same "
-            "files, and for data.source=python_stdlib the same Python"
+            f"{what} of ranks {others} on {hosts} differs from that of rank 0 on {first_host}; "
+            "give all hosts the same files, and for data.source=python_stdlib the same Python"
         )
 
 
@@ -103,6 +109,7 @@ class RunFolder:
         facts = (failure, nonce, self.starts_over)
         failure, nonce, self.starts_over = gather_json(self._mesh, facts)[0]
         failure = failure or self._why_not_shared(self.path / f"{_HANDSHAKE}{nonce}")
+        failure = failure or self._why_other_settings()
         if failure is not None:
             self._unlock()
             raise UserError(failure)
@@ -157,6 +164,21 @@ class RunFolder:
             f"not see the folder {path} that rank 0 created on {host}; set run.directory to a "
             "folder that all hosts share"
         )
+
+    def _why_other_settings(self) -> str | None:
+        """Return the problem, on all ranks, if hosts were started with different settings."""
+        settings = flatten(self._config).items()
+        own = {key: value for key, value in settings if not key.startswith(_OF_A_HOST)}
+        reports = gather_json(self._mesh, [socket.gethostname(), own])
+        first = reports[0][1]
+        for rank, (host, other) in enumerate(reports):
+            key = next((key for key in first if other[key] != first[key]), None)
+            if key is not None:
+                return (
+                    f"{key}={format_value(other[key])} on rank {rank} (host {host}), but "
+                    f"{format_value(first[key])} on rank 0; start all hosts with the same settings"
+                )
+        return None
 
     def _appears(self, folder: Path) -> bool:
         """Wait a while for a folder of rank 0; return whether it is there."""

@@ -28,6 +28,8 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
+from configs.launch import num_restarts
+
 TIMEOUT_S = 1800.0  # until all ranks have arrived; imports may be slow
 _POLL_INTERVAL_S = 0.05
 
@@ -65,7 +67,7 @@ def join_attempt(device: str, num_gpus: int, gpu: int) -> tuple[str, Store | Non
         "num_gpus": num_gpus,
         # A launcher may show each rank all GPUs of its host, or only one.
         "gpu": [machine_id(), os.environ.get("CUDA_VISIBLE_DEVICES"), gpu],
-        "restarts": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        "restarts": num_restarts(),
     }
     name, store = secrets.token_hex(8), None
     if "RANK" not in os.environ:

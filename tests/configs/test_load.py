@@ -399,12 +399,17 @@ def test_files_and_arguments_are_utf8_in_the_c_locale(variables: dict[str, str])
     assert done.stderr.startswith(error) if variables else done.returncode == 0
 
 
+RANKS, ELASTIC = {"LOCAL_WORLD_SIZE": "4"}, {"TORCHELASTIC_RUN_ID": "none"}
+
+
 @pytest.mark.parametrize(
     ("setting", "environment", "expected"),
     [
         ("3", {"SLURM_CPUS_PER_TASK": "8", "OMP_NUM_THREADS": "2"}, 3),
         ("null", {"SLURM_CPUS_PER_TASK": "8", "OMP_NUM_THREADS": "2"}, 8),
         ("null", {"SLURM_CPUS_PER_TASK": "8", "LOCAL_WORLD_SIZE": "4"}, 2),
+        ("null", {"SLURM_CPUS_PER_TASK": "8", "SLURM_STEP_NUM_TASKS": "4"} | RANKS, 8),
+        ("null", {"SLURM_CPUS_PER_TASK": "8", "SLURM_STEP_NUM_TASKS": "4"} | RANKS | ELASTIC, 2),
         ("null", {"OMP_NUM_THREADS": "2", "LOCAL_WORLD_SIZE": "4"}, 2),
         ("null", {"OMP_NUM_THREADS": "1"}, 1),
         ("null", {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none"}, 12),

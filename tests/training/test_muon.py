@@ -130,7 +130,9 @@ def trained(
     return model, optimizer, first, gradients
 
 
-@distributed(*EVERY_LAYOUT, Layout(pp=2), Layout(cp=2), Layout(tp=2, pp=2))
+@distributed(
+    *EVERY_LAYOUT, Layout(pp=2), Layout(cp=2), Layout(tp=2, pp=2), Layout(tp=2, dp=2, replicas=2)
+)
 def test_updates_equal_a_float64_reference(mesh: Mesh) -> None:
     """Three updates from given gradients; each matrix is orthogonalised once, on one rank."""
     config, num_calls = muon_config(mesh), torch.zeros(1)

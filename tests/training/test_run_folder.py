@@ -43,6 +43,20 @@ def plant_finished_run(directory: Path) -> None:
     (directory / "test" / "exit.json").write_text(OLD)
 
 
+@distributed(Layout(dp=2))
+def test_ranks_with_other_settings_are_refused(mesh: Mesh, tmp_path: Path) -> None:
+    """As where one host has an old config file. Paths may differ; the rank is named."""
+    started = config(tmp_path)
+    train = dataclasses.replace(started.train, num_threads=1 + mesh.world.rank)
+    with RunFolder(dataclasses.replace(started, train=train), mesh):
+        pass
+    optimizer = dataclasses.replace(started.optimizer, lr=1e-4 if mesh.world.rank else 1e-3)
+    expected = r"^optimizer.lr=0.0001 on rank 1 \(host .*\), but 0.001 on rank 0; start all hosts"
+    other = RunFolder(dataclasses.replace(started, optimizer=optimizer), mesh)
+    with pytest.raises(UserError, match=expected):
+        other.__enter__()
+
+
 @distributed(ONE_RANK, Layout(dp=2))
 @pytest.mark.parametrize(
     "name", ["", "checkpoints", "metrics.jsonl", "samples.jsonl", "tensorboard", ".lock"]
