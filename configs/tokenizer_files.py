@@ -45,9 +45,9 @@ def resolve_tokenizer(config: Config) -> Config:
         problem = f"is less than the {file.vocab_size} ids of data.tokenizer={data.tokenizer}"
         fix = f"set data.vocab_size=null, which takes {file.vocab_size}, or a larger number"
         raise bad_setting("data.vocab_size", data.vocab_size, f"{problem}; {fix}")
-    ends = {"bos_token": file.bos_token, "eos_token": file.eos_token}
-    vocab_size = data.vocab_size or file.vocab_size
-    return replace(config, data=replace(data, vocab_size=vocab_size, **ends))
+    data = replace(data, vocab_size=data.vocab_size or file.vocab_size)
+    data = replace(data, bos_token=file.bos_token, eos_token=file.eos_token)
+    return replace(config, data=data)
 
 
 def _refuse_tokens(config: Config, why: str) -> None:

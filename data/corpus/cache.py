@@ -19,6 +19,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -53,7 +54,7 @@ def replace_durably(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
-def sync_files(files: list[IO[bytes]]) -> None:
+def sync_files(files: Sequence[IO[bytes]]) -> None:
     """Wait until everything written to open files is on disk."""
     for file in files:
         file.flush()
@@ -256,6 +257,10 @@ def share_jobs(
     todo = deque(path for path in rotated([*sizes], first) if not path.exists())
     total, num_held, looked_at = sum(sizes.values()), 0, time.monotonic()
     with show_progress(title, total or None) as reach:
+
+        def report(before: int, of_path: int) -> None:
+            reach(before + of_path)
+
         while todo:
             done_bytes = total - sum(sizes[path] for path in todo)
             reach(done_bytes)
@@ -263,7 +268,7 @@ def share_jobs(
             try:
                 with locked([path], wait=False):
                     if not path.exists():
-                        yield path, lambda job_bytes, before=done_bytes: reach(before + job_bytes)
+                        yield path, partial(report, done_bytes)
                 num_held = 0
             except BlockingIOError:
                 todo.append(path)

@@ -80,9 +80,9 @@ def open_dataset(file: Path, key: str) -> Dataset:
     if extra or d < 1 or size % dtype.itemsize:
         raise error(f"does not fit its own size or that of {file.name}; copy both files again")
     tokens = np.memmap(file, dtype, mode="r") if size else np.empty(0, dtype)
-    lengths, pointers, documents = np.split(content[_HEADER.itemsize :], [4 * n, 12 * n])
-    lengths, pointers = lengths.view("<i4"), pointers.view("<i8")
-    documents = documents.view("<i8")
+    parts = np.split(content[_HEADER.itemsize :], [4 * n, 12 * n])
+    lengths, pointers = parts[0].view(np.dtype("<i4")), parts[1].view(np.dtype("<i8"))
+    documents = parts[2].view(np.dtype("<i8"))
     starts = pointers // dtype.itemsize
     is_whole = (
         (lengths >= 0).all()

@@ -10,8 +10,7 @@
 
 Local rank 0 of each host builds what its disk lacks; the other ranks wait for the folders. A source
 in several mixtures with the same tokenizer is tokenized once, unless the other sources change what
-is held out of it (data/corpus/split.py). Each folder is filled by a `_fill_*` function, which
-resumes an interrupted attempt.
+is held out of it (data/corpus/split.py). An interrupted attempt to fill a folder is resumed.
 
 [Note: sharing work]
 Any number of processes, on one host or several, may build the same folders at once, whether they
