@@ -64,7 +64,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from checkpoints.full_tensors import TensorInfo, write_full_checkpoint
 from data import Tokenizer, load_tokenizer
-from data.huggingface_tokenizer import HuggingFaceTokenizer
+from data.tokenizer import HuggingFaceTokenizer
 from interop.huggingface import Family, from_huggingface, shapes_of, to_huggingface
 from interop.huggingface_config import ARCHITECTURES, from_huggingface_config, unknown_options
 from interop.source import Source, download, open_source

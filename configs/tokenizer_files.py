@@ -45,13 +45,9 @@ def resolve_tokenizer(config: Config) -> Config:
         problem = f"is less than the {file.vocab_size} ids of data.tokenizer={data.tokenizer}"
         fix = f"set data.vocab_size=null, which takes {file.vocab_size}, or a larger number"
         raise bad_setting("data.vocab_size", data.vocab_size, f"{problem}; {fix}")
-    resolved = replace(
-        data,
-        vocab_size=data.vocab_size or file.vocab_size,
-        bos_token=file.bos_token,
-        eos_token=file.eos_token,
-    )
-    return replace(config, data=resolved)
+    data = replace(data, vocab_size=data.vocab_size or file.vocab_size)
+    data = replace(data, bos_token=file.bos_token, eos_token=file.eos_token)
+    return replace(config, data=data)
 
 
 def _refuse_tokens(config: Config, why: str) -> None:
@@ -118,14 +114,10 @@ def read_tokenizer(
         if found is None or found not in ids:
             examples = ", ".join([token["content"] for token in added][:_MAX_EXAMPLES])
             hint = f"; its added tokens are {examples}" if added else ""
-            problem = (
-                f"{origin} has no token {found!r}"
-                if found
-                else (
-                    f"neither {origin} nor {', '.join(_TOKEN_FILES)} next to it say which token is "
-                    f"{name}"
-                )
-            )
+            problem = f"{origin} has no token {found!r}"
+            if not found:
+                files = f"{', '.join(_TOKEN_FILES)} next to it say which token is {name}"
+                problem = f"neither {origin} nor {files}"
             raise ConfigError(f"{problem}; set {setting} to one of its tokens{hint}")
         tokens.append(found)
     return TokenizerFile(file, content, vocab_size, spec, *tokens)

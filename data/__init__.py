@@ -1,21 +1,22 @@
 """Text to batches: corpus, tokenizer, token files, rows, sampler and loader.
 
-The package knows no process groups: a rank is an int. The names below are its interface; they are
-imported when they are first used, because `data.prepare` needs no torch.
+The package knows no process groups: a rank is an int. The names below are its interface. Those that
+need torch are imported when they are first used, because `data.prepare` does without it.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from data.corpus.prepare import Corpus, prepare_corpus, text_fingerprint
+from data.sampler import SampleOrder
+from data.segments import CHAT_TEMPLATE
+from data.token_file import TokenFile, encode_chat
+from data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+
 if TYPE_CHECKING:
-    from data.corpus.prepare import Corpus, prepare_corpus, text_fingerprint
     from data.evaluation import EvaluationSet, load_eval_corpus
     from data.loader import BatchLoader, StepBatch, rows_of_corpus
     from data.rows import IGNORED_TARGET, MicroBatch
-    from data.sampler import SampleOrder
-    from data.segments import CHAT_TEMPLATE
-    from data.token_file import TokenFile, encode_chat
-    from data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [
     "CHAT_TEMPLATE",
@@ -37,21 +38,10 @@ __all__ = [
     "text_fingerprint",
 ]
 
-_MODULES = (
-    "segments",
-    "corpus.prepare",
-    "tokenizer",
-    "token_file",
-    "sampler",
-    "rows",
-    "evaluation",
-    "loader",
-)
-
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        for module in _MODULES if name in __all__ else ():  # those that need no torch come first
+        for module in ("rows", "loader", "evaluation") if name in __all__ else ():
             members = vars(importlib.import_module(f"data.{module}"))
             if name in members:
                 return members[name]

@@ -67,9 +67,9 @@ class BatchLoader(Iterator[StepBatch]):
         self._rows = rows_of_corpus(corpus, config)
         elapsed_s = time.perf_counter() - started_at
         self._order = SampleOrder(corpus.weights, self._rows.rows_of_sources, config.run.seed)
-        self._corpus, self._data = corpus, config.data
-        self._micro_batch_size = config.train.micro_batch_size
-        self._assign = assign_by_length if self._data.sequence_mode == "pad" else assign_in_order
+        self._corpus, self._config = corpus, config
+        is_padded = config.data.sequence_mode == "pad"
+        self._assign = assign_by_length if is_padded else assign_in_order
         self._dp_rank, self._dp_size, self._cp = dp_rank, dp_size, cp
         self._multiple_of = width_multiple(cp.get("cp_size", 1), tp_size)
         self._pin_memory = device_is_cuda
@@ -77,8 +77,6 @@ class BatchLoader(Iterator[StepBatch]):
             self._log_padding(elapsed_s)
             if lost := self._rows.truncation.describe():
                 logger.warning("of the training documents, %s", lost)
-        model, self._seed = config.model, config.run.seed
-        self._num_layers = model.num_layers if model.hidden_dropout > 0 else None
         self._steps = self._prefetch(first_step, consumed_samples)
 
     def __enter__(self) -> "BatchLoader":
@@ -105,12 +103,12 @@ class BatchLoader(Iterator[StepBatch]):
             executor.shutdown(cancel_futures=True)
 
     def _make_step(self, step: int, first_sample: int) -> StepBatch:
+        model, masked = self._config.model, self._config.data.masks_documents
         rows = self._order.rows(first_sample, self._batch_size)
-        lengths = self._rows.lengths(rows)
-        parts = self._assign(lengths, self._micro_batch_size, self._dp_rank, self._dp_size)
-        masked = self._data.masks_documents
-        micro_batches = [
-            make_micro_batch(
+        layout = (self._config.train.micro_batch_size, self._dp_rank, self._dp_size)
+        micro_batches = []
+        for part in self._assign(self._rows.lengths(rows), *layout):
+            micro_batch = make_micro_batch(
                 self._corpus.train,
                 self._rows.spans(rows[part]),
                 first_sample + part,
@@ -118,39 +116,30 @@ class BatchLoader(Iterator[StepBatch]):
                 self._corpus.tokenizer.eos_id,
                 keep_documents_apart=masked,
             ).of_cp_rank(**self._cp)
-            for part in parts
-        ]
-        if self._num_layers is not None:
-            micro_batches = [
-                replace(
-                    micro_batch,
-                    dropout_keys=dropout_keys(
-                        self._seed, step, micro_batch.sample_indices.tolist(), self._num_layers
-                    ),
-                )
-                for micro_batch in micro_batches
-            ]
-        if self._pin_memory:
-            micro_batches = [micro_batch.pin_memory() for micro_batch in micro_batches]
-        spans = self._rows.spans(rows)
+            if model.hidden_dropout > 0:
+                seed, samples = self._config.run.seed, micro_batch.sample_indices.tolist()
+                keys = dropout_keys(seed, step, samples, model.num_layers)
+                micro_batch = replace(micro_batch, dropout_keys=keys)
+            micro_batches.append(micro_batch.pin_memory() if self._pin_memory else micro_batch)
         return StepBatch(
             micro_batches,
-            count_targets(self._corpus.train, spans, keep_documents_apart=masked),
+            count_targets(self._corpus.train, self._rows.spans(rows), keep_documents_apart=masked),
             sum(micro_batch.sum_of_lengths for micro_batch in micro_batches),
         )
 
     def _log_padding(self, elapsed_s: float) -> None:
         num_steps = max(1, min(_ESTIMATE_ROWS, len(self._rows)) // self._batch_size)
         lengths = self._rows.lengths(self._order.rows(0, num_steps * self._batch_size))
-        layout = (self._batch_size, self._micro_batch_size, self._dp_size, self._multiple_of)
+        micro_batch_size, data = self._config.train.micro_batch_size, self._config.data
+        layout = (self._batch_size, micro_batch_size, self._dp_size, self._multiple_of)
 
         def percent(assign: Assign) -> float:
             return 100 * padding_fraction(lengths, assign, *layout)
 
-        if self._data.sequence_mode == "pad":
+        if data.sequence_mode == "pad":
             message = "padding: about %.2f%% of slots; without grouping rows by length, %.2f%%"
             logger.info(message, percent(assign_by_length), percent(assign_in_order))
-        elif self._data.packing == "best_fit":
+        elif data.packing == "best_fit":
             message = "padding: about %.2f%% of slots, in %s rows packed by best fit in %.1f s"
             logger.info(message, percent(assign_in_order), f"{len(self._rows):,}", elapsed_s)
 

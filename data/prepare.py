@@ -36,7 +36,6 @@ from configs.tokenizer_files import resolve_tokenizer
 from configs.validate import check_inputs
 from data.corpus.megatron import require_new, write_dataset
 from data.corpus.prepare import Corpus, prepare_corpus
-from data.token_file import TokenFile
 
 _CORES_PER_PROCESS = 4  # more threads of one process would wait for each other
 _INTERRUPTED = 130  # exit code of shells for Ctrl-C
@@ -114,9 +113,8 @@ def outputs(config: DataConfig, output: str) -> Iterator[tuple[Path, str]]:
 
 def write_outputs(config: DataConfig, corpus: Corpus, output: str) -> None:
     """Write a corpus as datasets of Megatron."""
-    splits = {"train": list(corpus.train.parts), "validation": list(corpus.validation.parts)}
-    for prefix, split in outputs(config, output):
-        tokens: TokenFile = splits[split].pop(0)
+    parts = (*corpus.train.parts, *corpus.validation.parts)
+    for (prefix, split), tokens in zip(outputs(config, output), parts, strict=True):
         if tokens.num_documents:
             write_dataset(prefix, tokens, corpus.tokenizer)
             documents = f"{tokens.num_documents:,} documents"

@@ -12,7 +12,6 @@ The files are raw arrays; the header of their cache entry has their dtype and si
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ import numpy.typing as npt
 import xxhash
 
 from configs.errors import UserError
-from data.corpus.cache import Job, replace_durably, share_jobs, sync_files, write_durably
+from data.corpus.cache import replace_durably, share_jobs, sync_files, write_durably
 from data.corpus.spool import Spool
 from data.packing import Int64Array
 from data.segments import chat_prompt, target_bytes
@@ -195,26 +194,17 @@ def encode_pieces(
         for facts in (spool.hashes[documents], spool.sizes[documents], spool.id_spans is None):
             digest.update(np.asarray(facts).tobytes())
         pieces.append(Piece(folder / f"{split}-{digest.hexdigest()}", documents))
-    before = {piece.path for piece in pieces if piece.path.exists()}
-    jobs = [
-        Job(
-            piece.path,
-            int(spool.num_bytes(piece.documents).sum()),
-            partial(_encode_piece, piece, spool, tokenizer),
-        )
-        for piece in pieces
-    ]
-    share_jobs(f"tokenizing {split}", jobs, first)
-    new_bytes = sum(
-        piece.path.stat().st_size - piece.documents.nbytes
-        for piece in pieces
-        if piece.path not in before
-    )
+    by_path = {piece.path: piece for piece in pieces}
+    new = [piece for path, piece in by_path.items() if not path.exists()]
+    sizes = {path: int(spool.sizes[piece.documents].sum()) for path, piece in by_path.items()}
+    for path, reach in share_jobs(f"tokenizing {split}", sizes, first):
+        _encode_piece(by_path[path], spool, tokenizer, reach)
+    new_bytes = sum(piece.path.stat().st_size - piece.documents.nbytes for piece in new)
     return pieces, new_bytes // token_dtype(tokenizer.vocab_size).itemsize
 
 
 def _split_by_bytes(indices: Int64Array, spool: Spool, num_bytes: int) -> list[Int64Array]:
-    numbers = np.cumsum(spool.num_bytes(indices)) // num_bytes
+    numbers = np.cumsum(spool.sizes[indices]) // num_bytes
     return np.split(indices, np.flatnonzero(np.diff(numbers)) + 1) if len(indices) else []
 
 
@@ -232,7 +222,7 @@ def _encode_piece(
             documents = [spool.segments(int(index)) for index in batch]
             encoded += encode_segments(documents, tokenizer, dtype)
             target_sizes += map(target_bytes, documents) if spool.has_segments else ()
-        done_bytes += int(spool.num_bytes(batch).sum())
+        done_bytes += int(spool.sizes[batch].sum())
         reach(done_bytes)
     tokens, bounds = zip(*encoded, strict=True)
     lengths = np.array([*map(len, tokens)], _INDEX_DTYPE)
@@ -261,7 +251,7 @@ def write_token_file(
                 bounds.append(targets[len(piece.documents) :] + num_tokens)
             num_tokens += int(lengths[-1].sum())
         sync_files([file])
-    parts = [np.cumsum(np.concatenate(lengths)), spool.num_bytes(indices)]
+    parts = [np.cumsum(np.concatenate(lengths)), spool.sizes[indices]]
     if spool.has_segments:
         parts[1:] = [np.concatenate(target_sizes), np.concatenate(bounds)]
     for part, values in zip((*PARTS[1:], TARGETS), parts, strict=False):
@@ -277,10 +267,19 @@ def encode_segments(
     each segment, and eos after each target.
     """
     texts = [text for segments in documents for text in segments if text]
-    encoded = _checked(tokenizer.encode_batch(texts), tokenizer.vocab_size)
+    encoded = tokenizer.encode_batch(texts)
+    for ids in encoded:
+        # A model file may yield ids beyond its own piece count. Token files are verified by
+        # checksum, so the check here covers them too.
+        if ids.size and int(ids.max()) >= tokenizer.vocab_size:
+            raise UserError(
+                f"the tokenizer gives id {ids.max()}, but has {tokenizer.vocab_size} pieces; use "
+                "another data.tokenizer"
+            )
+    rest = iter(encoded)
     for segments in documents:
-        ids = [next(encoded) if text else _NO_IDS for text in segments]
-        yield _join_segments(ids, tokenizer, dtype)
+        ids_of_segments = [next(rest) if text else _NO_IDS for text in segments]
+        yield _join_segments(ids_of_segments, tokenizer, dtype)
 
 
 def _join_segments(
@@ -296,20 +295,6 @@ def _join_segments(
         document[start : start + len(part)] = part
     num_bounds = len(ids) // 2 * 2
     return document, np.array(ends[1 : 1 + num_bounds], dtype=np.int64)
-
-
-def _checked(
-    encoded: list[npt.NDArray[np.int32]], vocab_size: int
-) -> Iterator[npt.NDArray[np.int32]]:
-    for ids in encoded:
-        # A model file may yield ids beyond its own piece count. Token files are verified by
-        # checksum, so the check here covers them too.
-        if ids.size and int(ids.max()) >= vocab_size:
-            raise UserError(
-                f"the tokenizer gives id {ids.max()}, but has {vocab_size} pieces; use another "
-                "data.tokenizer"
-            )
-        yield ids
 
 
 def encode_chat(messages: list[dict[str, str]], tokenizer: Tokenizer) -> list[int]:

@@ -430,8 +430,8 @@ MISTAKES = (
     Mistake(
         "a mask goes by the place in the micro-batch, not by the global sample",
         "data/loader.py",
-        "self._seed, step, micro_batch.sample_indices.tolist(), ",
-        "self._seed, step, range(len(micro_batch.sample_indices)), ",
+        "self._config.run.seed, micro_batch.sample_indices.tolist()",
+        "self._config.run.seed, range(len(micro_batch.sample_indices))",
         (_STEP + "[tp1-dp1]",),
     ),
     Mistake(

@@ -18,9 +18,10 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import IO, Any, TypeVar
 
 import xxhash
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -53,17 +54,7 @@ def replace_durably(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
-@contextlib.contextmanager
-def open_at(path: Path, length: int) -> Iterator[IO[bytes]]:
-    """Open a file to continue writing after its first `length` bytes."""
-    path.touch()
-    with path.open("r+b") as file:
-        file.truncate(length)
-        file.seek(length)
-        yield file
-
-
-def sync_files(files: list[IO[bytes]]) -> None:
+def sync_files(files: Sequence[IO[bytes]]) -> None:
     """Wait until everything written to open files is on disk."""
     for file in files:
         file.flush()
@@ -103,9 +94,8 @@ def locked(entries: Iterable[Path], *, wait: bool = True, shared: bool = False) 
 
 
 class _LogWriter:
-    """A file whose lines go to the log."""
+    """A file whose lines go to the log; tqdm calls these names."""
 
-    # The names that tqdm calls.
     def write(self, text: str) -> None:
         if line := text.strip():
             logger.info("%s", line)
@@ -114,39 +104,37 @@ class _LogWriter:
         pass
 
 
-class Progress:
-    """Show the progress of a long job over bytes: a bar on a terminal, else lines in the log."""
+@contextlib.contextmanager
+def show_progress(title: str, total_bytes: int | None) -> Iterator[Callable[[int], None]]:
+    """Yield a function that shows the bytes done so far: a bar on a terminal, else log lines.
 
-    def __init__(self, title: str, total_bytes: int | None) -> None:
-        # In a file or a pipe, a bar would be one long line of carriage returns.
-        is_terminal = sys.stderr.isatty()
-        interval_s = 0.1 if is_terminal else _LOG_INTERVAL_S
-        self._is_first = True
-        self._bar = tqdm(
-            desc=title,
-            total=total_bytes,
-            unit="B",
-            unit_scale=True,
-            leave=False,
-            file=sys.stderr if is_terminal else _LogWriter(),
-            mininterval=interval_s,
-            delay=interval_s,
-            miniters=1,
-            smoothing=0,
-            disable=not logger.isEnabledFor(logging.INFO),
-        )
+    The bytes of its first call were done earlier and have no rate.
+    """
+    # In a file or a pipe, a bar would be one long line of carriage returns.
+    is_terminal = sys.stderr.isatty()
+    interval_s = 0.1 if is_terminal else _LOG_INTERVAL_S
+    with tqdm(
+        desc=title,
+        total=total_bytes,
+        unit="B",
+        unit_scale=True,
+        leave=False,
+        file=sys.stderr if is_terminal else _LogWriter(),
+        mininterval=interval_s,
+        delay=interval_s,
+        miniters=1,
+        smoothing=0,
+        disable=not logger.isEnabledFor(logging.INFO),
+    ) as bar:
+        is_first = True
 
-    def __enter__(self) -> "Progress":
-        return self
+        def reach(done_bytes: int) -> None:
+            nonlocal is_first
+            if is_first:
+                is_first, bar.initial = False, done_bytes
+            bar.update(done_bytes - bar.n)
 
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def reach(self, done_bytes: int) -> None:
-        """Set the bytes done so far; the first call's were done earlier and have no rate."""
-        if self._is_first:
-            self._is_first, self._bar.initial = False, done_bytes
-        self._bar.update(done_bytes - self._bar.n)
+        yield reach
 
 
 def file_digest(file: Path) -> bytes:
@@ -158,27 +146,26 @@ def file_digest(file: Path) -> bytes:
 def digests(files: Sequence[Path], cache: Path) -> list[bytes]:
     """Return the digest of each file; `cache`/digests.json remembers those of unchanged files."""
     path = cache / "digests.json"
-    known = _read_index(path)
-    stamps = [_stamp(file) for file in files]
-    if all(known.get(stamp[0], [None])[0] == stamp[1:] for stamp in stamps):
-        return [bytes.fromhex(known[stamp[0]][1]) for stamp in stamps]
+    known, stamps = _read_index(path), [_stamp(file) for file in files]
+    if all(known.get(name, [None])[0] == stamp for name, stamp in stamps):
+        return [bytes.fromhex(known[name][1]) for name, _ in stamps]
     if cache.exists() and not os.access(cache, os.W_OK):
         return [file_digest(file) for file in files]
     found, done_bytes, saved_at = [], 0, time.monotonic()
-    total_bytes = sum(file.stat().st_size for file in files)
+    total_bytes = sum(stamp[0] for _, stamp in stamps)
     # Ranks and runs take turns, so that each file is read once.
-    with locked([path]), Progress("hashing files", total_bytes) as progress:
+    with locked([path]), show_progress("hashing files", total_bytes) as reach:
         known = _read_index(path)
         for file in files:
-            progress.reach(done_bytes)
-            name, *stamp = _stamp(file)
+            reach(done_bytes)
+            name, stamp = _stamp(file)
+            entry = known.get(name, [None])
+            if entry[0] != stamp:
+                entry = [stamp, file_digest(file).hex()]
             # A file written just now may change again within the resolution of its times.
-            is_settled = time.time_ns() - stamp[1] > _SETTLED_NS
-            is_known = known.get(name, [None])[0] == stamp
-            digest = known[name][1] if is_known else file_digest(file).hex()
-            if is_settled:
-                known[name] = [stamp, digest]
-            found.append(bytes.fromhex(digest))
+            if time.time_ns() - stamp[1] > _SETTLED_NS:
+                known[name] = entry
+            found.append(bytes.fromhex(entry[1]))
             done_bytes += stamp[0]
             if time.monotonic() - saved_at > _SAVE_INTERVAL_S:
                 replace_durably(path, json.dumps(known).encode())
@@ -194,11 +181,11 @@ def _read_index(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _stamp(file: Path) -> list[Any]:
-    """Return name, size, times and inode of a file; unlike mtime, ctime cannot be set at will."""
+def _stamp(file: Path) -> tuple[str, list[int]]:
+    """Return name, and size, times and inode of a file; ctime cannot be set at will."""
     status = file.stat()
     times = [status.st_mtime_ns, status.st_ctime_ns]
-    return [str(file.absolute()), status.st_size, *times, status.st_ino]
+    return str(file.absolute()), [status.st_size, *times, status.st_ino]
 
 
 def write_header(entry: Path, names: list[str], facts: dict[str, Any]) -> None:
@@ -252,53 +239,46 @@ def build_entry(entry: Path, fill: Callable[[Path], None]) -> None:
     sync_directory(entry.parent)
 
 
-class Job(NamedTuple):
-    """A part of a larger job, which leaves a file or folder."""
-
-    path: Path
-    size: int  # bytes
-    run: Callable[[Callable[[int], None]], None]  # reports the bytes done to its argument
-
-
 def rotated(items: Sequence[T], first: float) -> list[T]:
     """Return items beginning `first` (0 to 1) of the way, followed by those before."""
     start = int(first * len(items))
     return [*items[start:], *items[:start]]
 
 
-def share_jobs(title: str, jobs: Sequence[Job], first: float) -> None:
-    """Return when all jobs are done, by this process or others that share them.
+def share_jobs(
+    title: str, sizes: Mapping[Path, int], first: float
+) -> Iterator[tuple[Path, Callable[[int], None]]]:
+    """Yield each path that no other process makes, until all exist; sizes are in bytes.
 
-    A job is done when its path exists, so it must appear by a rename. A process takes any job that
-    no other one holds, and begins `first` (0 to 1) of the way. So the jobs of a killed process are
-    done by the others.
+    The caller makes a path by a rename, and reports the bytes done to the function that comes with
+    it. Meanwhile its lock is held, so the paths of a killed process are made by the others. Begins
+    `first` (0 to 1) of the way.
     """
-    todo = deque(job for job in rotated(jobs, first) if not job.path.exists())
-    total = sum(job.size for job in jobs)
-    num_held, looked_at = 0, time.monotonic()
-    with Progress(title, total or None) as progress:
+    todo = deque(path for path in rotated([*sizes], first) if not path.exists())
+    total, num_held, looked_at = sum(sizes.values()), 0, time.monotonic()
+    with show_progress(title, total or None) as reach:
+
+        def report(before: int, of_path: int) -> None:
+            reach(before + of_path)
+
         while todo:
-            done_bytes = total - sum(job.size for job in todo)
-            progress.reach(done_bytes)
-            job = todo.popleft()
-
-            def reach(job_bytes: int, before: int = done_bytes) -> None:
-                progress.reach(before + job_bytes)
-
+            done_bytes = total - sum(sizes[path] for path in todo)
+            reach(done_bytes)
+            path = todo.popleft()
             try:
-                with locked([job.path], wait=False):
-                    if not job.path.exists():
-                        job.run(reach)
+                with locked([path], wait=False):
+                    if not path.exists():
+                        yield path, partial(report, done_bytes)
                 num_held = 0
             except BlockingIOError:
-                todo.append(job)
+                todo.append(path)
                 num_held += 1
                 if num_held < len(todo):
                     continue
                 time.sleep(_POLL_INTERVAL_S)  # others hold all that is left
                 num_held = 0
             if time.monotonic() - looked_at > _LOG_INTERVAL_S:  # for the progress shown
-                todo = deque(job for job in todo if not job.path.exists())
+                todo = deque(path for path in todo if not path.exists())
                 looked_at = time.monotonic()
 
 
@@ -314,10 +294,26 @@ def remove_abandoned(cache: Path) -> None:
                     shutil.rmtree(folder, ignore_errors=True)
 
 
-def wait_for_entry(entry: Path) -> None:
-    """Return when the entry is complete; if its builder fails, the launcher ends this rank."""
+def require_entry(
+    entry: Path,
+    prepare: Callable[[], Callable[[Path], None]],
+    texts: Iterable[Path],
+    *,
+    is_builder: bool,
+) -> None:
+    """Return when an entry is complete. The builder holds shared locks on `texts` for it.
+
+    `prepare` does what processes share, and returns the function that fills the entry, for
+    `build_entry`. If the builder fails, the launcher ends the ranks that wait for it.
+    """
+    if is_builder and not is_complete(entry):
+        with locked(texts, shared=True):
+            if not is_complete(entry):  # else another process has built it
+                fill = prepare()
+                with locked([entry]):
+                    build_entry(entry, fill)
     logged_at = time.perf_counter()
-    while not is_complete(entry):
+    while not is_builder and not is_complete(entry):
         time.sleep(_POLL_INTERVAL_S)
         if time.perf_counter() - logged_at > _WAIT_LOG_INTERVAL_S:
             logged_at = time.perf_counter()

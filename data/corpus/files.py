@@ -49,23 +49,20 @@ def source_files(config: SourceConfig, keys: SourceKeys = DATA_KEYS) -> list[Pat
         return []
     files = _matching_files(config.path, SOURCE_EXTENSIONS[config.source])
     if config.source == "megatron":  # a prefix, or a pattern that matches both of its files
-        indices = {Path(index_of(str(file))) for file in [*files, Path(config.path).expanduser()]}
-        files = sorted(index for index in indices if index.suffix == ".idx" and index.is_file())
+        found = {Path(index_of(str(file))) for file in [*files, Path(config.path).expanduser()]}
+        files = sorted(index for index in found if index.suffix == ".idx" and index.is_file())
     if not files:
         raise UserError(
             f"{keys.path}={config.path!r} matches no files for {keys.section}.source="
             f"{config.source}; give a file, a glob, or a folder with "
             f"{extensions_in_words(config.source)} files"
         )
-    return [_data_of(file, keys) for file in files] if config.source == "megatron" else files
-
-
-def _data_of(index: Path, keys: SourceKeys) -> Path:
-    """Return the .bin file of an index of Megatron."""
-    data = index.with_suffix(".bin")
-    if not data.is_file():
-        raise UserError(f"{keys.path}: {data} does not exist beside {index.name}; both are needed")
-    return data
+    if config.source == "megatron":
+        files = [index.with_suffix(".bin") for index in files]
+        if missing := [file for file in files if not file.is_file()]:
+            beside = f"beside {missing[0].stem}.idx; both are needed"
+            raise UserError(f"{keys.path}: {missing[0]} does not exist {beside}")
+    return files
 
 
 def source_fingerprint(config: SourceConfig, files: list[Path], cache: Path) -> str:

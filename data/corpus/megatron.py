@@ -53,9 +53,7 @@ class Dataset(NamedTuple):
         first, end = self.documents[number : number + 2].tolist()
         spans = zip(self.starts[first:end].tolist(), self.lengths[first:end].tolist(), strict=True)
         sequences = [self.tokens[start : start + length] for start, length in spans]
-        return (
-            sequences[0] if len(sequences) == 1 else np.concatenate([self.tokens[:0], *sequences])
-        )
+        return np.concatenate([self.tokens[:0], *sequences])
 
 
 def open_dataset(file: Path, key: str) -> Dataset:
@@ -82,14 +80,9 @@ def open_dataset(file: Path, key: str) -> Dataset:
     if extra or d < 1 or size % dtype.itemsize:
         raise error(f"does not fit its own size or that of {file.name}; copy both files again")
     tokens = np.memmap(file, dtype, mode="r") if size else np.empty(0, dtype)
-    lengths, pointers, documents = (
-        np.frombuffer(content, part_dtype, count, start)
-        for part_dtype, count, start in (
-            ("<i4", n, _HEADER.itemsize),
-            ("<i8", n, _HEADER.itemsize + 4 * n),
-            ("<i8", d, _HEADER.itemsize + 12 * n),
-        )
-    )
+    parts = np.split(content[_HEADER.itemsize :], [4 * n, 12 * n])
+    lengths, pointers = parts[0].view(np.dtype("<i4")), parts[1].view(np.dtype("<i8"))
+    documents = parts[2].view(np.dtype("<i8"))
     starts = pointers // dtype.itemsize
     is_whole = (
         (lengths >= 0).all()

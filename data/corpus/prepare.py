@@ -10,8 +10,7 @@
 
 Local rank 0 of each host builds what its disk lacks; the other ranks wait for the folders. A source
 in several mixtures with the same tokenizer is tokenized once, unless the other sources change what
-is held out of it (data/corpus/split.py). Each folder is filled by a `_fill_*` function, which
-resumes an interrupted attempt.
+is held out of it (data/corpus/split.py). An interrupted attempt to fill a folder is resumed.
 
 [Note: sharing work]
 Any number of processes, on one host or several, may build the same folders at once, whether they
@@ -27,8 +26,7 @@ import json
 import logging
 import shutil
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -40,42 +38,15 @@ from xxhash import xxh3_128_hexdigest
 
 from configs.errors import UserError
 from configs.schema import DataConfig, SourceConfig, WeightedSource
+from data import token_file
 from data.corpus import cache, report
+from data.corpus import split as splitting
+from data.corpus import spool as spools
 from data.corpus.files import SourceKeys, source_files, source_fingerprint
 from data.corpus.megatron import read_tokenized
-from data.corpus.split import (
-    DOCUMENT_FILES,
-    END_HELD_OUT,
-    HELD_OUT,
-    TRAINED_ON,
-    Division,
-    Split,
-    divide,
-    read_documents,
-    split_by_given,
-    split_by_hash,
-    write_documents,
-)
-from data.corpus.spool import (
-    ReadCursor,
-    Record,
-    Spool,
-    open_spool,
-    read_progress,
-    sample_sentences,
-    write_spool,
-)
-from data.token_file import (
-    PARTS,
-    TARGETS,
-    JoinedTokens,
-    Piece,
-    TokenFile,
-    Tokens,
-    encode_pieces,
-    open_token_file,
-    write_token_file,
-)
+from data.corpus.sources import read_records
+from data.corpus.split import END_HELD_OUT, HELD_OUT, TRAINED_ON, Division, Split
+from data.token_file import PARTS, TARGETS, JoinedTokens, Piece, Tokens, open_token_file
 from data.tokenizer import RECIPE_VERSION, Tokenizer, load_tokenizer, train_tokenizer
 
 FORMAT_VERSION = 3
@@ -85,6 +56,7 @@ _TRAINED = "tokenizer.model"
 _COMMIT = "commit.txt"
 _PART_BYTES = 64 << 20  # files that a process reads on its own, unless one is larger
 
+Fill = Callable[[Path], None]  # fills the folder of an entry
 logger = logging.getLogger("microtron")
 
 
@@ -117,6 +89,22 @@ class Source:
     tokenizer: Tokenizer | None  # of a tokenized source
     first: float  # where this process begins, see share_jobs
 
+    @property
+    def parts(self) -> dict[Path, list[Path]]:
+        """The folders of the parts of the text, each with its files."""
+        if not self.files:
+            return {self.text / "0": []}
+        groups: dict[int, list[Path]] = {}
+        starts = accumulate((file.stat().st_size for file in self.files), initial=0)
+        for file, start in zip(self.files, starts, strict=False):
+            groups.setdefault(start // _PART_BYTES, []).append(file)
+        # In numbers of files, so that the names tell the content.
+        ends = accumulate(map(len, groups.values()))
+        return {
+            self.text / f"{end - len(files)}-{end}": files
+            for end, files in zip(ends, groups.values(), strict=True)
+        }
+
 
 def prepare_corpus(
     config: DataConfig, seq_length: int, local_rank: int, first: float = 0.0
@@ -129,24 +117,29 @@ def prepare_corpus(
     folder, is_builder = Path(config.cache_directory).expanduser(), local_rank == 0
     if is_builder:
         cache.remove_abandoned(folder)
-    given = _given_tokenizer(config)
+    given = None
+    if config.tokenizer is not None:
+        path = Path(config.tokenizer).expanduser()
+        given = load_tokenizer(path, bos_token=config.bos_token, eos_token=config.eos_token)
     sources, held_out = _find_sources(config, given, first)
-    for source in cache.rotated([*sources, *held_out], first):
-        _require_documents(source, is_builder)
+    everything = [*sources, *held_out]
+    for source in cache.rotated(everything, first):
+        fill = partial(_read_documents, source)
+        cache.require_entry(source.documents, fill, [source.text], is_builder=is_builder)
     splits = _splits(config, sources, held_out)
     tokenizer = given or _trained_tokenizer(config, sources, splits, is_builder)
-    entries = []
-    for source, split in zip((*sources, *held_out), splits, strict=True):
+    jobs, num_new = [], list[int]()
+    for source, split in zip(everything, splits, strict=True):
         parts = (source.fingerprint, config.validation_fraction, tokenizer.fingerprint)
-        entries.append(folder / f"tokens-{_key(*parts, xxh3_128_hexdigest(split.tobytes()))}")
-    everything = list(zip((*sources, *held_out), splits, entries, strict=True))
-    num_new_tokens = sum(
-        _require_tokens(entry, source, split, config, tokenizer, is_builder)
-        for source, split, entry in cache.rotated(everything, first)
-    )
-    corpus = replace(_open(sources, held_out, entries, tokenizer), num_new_tokens=num_new_tokens)
+        key = _key(*parts, xxh3_128_hexdigest(split.tobytes()))
+        tokenize = partial(_tokenize, source, split, config, tokenizer, num_new)
+        jobs.append((folder / f"tokens-{key}", tokenize, [source.text]))
+    for job in cache.rotated(jobs, first):
+        cache.require_entry(*job, is_builder=is_builder)
+    entries = [entry for entry, *_ in jobs]
+    corpus = replace(_open(sources, held_out, entries, tokenizer), num_new_tokens=sum(num_new))
     if is_builder:
-        _delete_texts([*sources, *held_out])
+        _delete_texts(everything)
         more = f" and {len(entries) - 1} more" if entries[1:] else ""
         logger.info("corpus %s%s: %s", entries[0], more, report.describe(corpus.summary))
         is_evaluated = bool(held_out) or config.validation_fraction > 0
@@ -167,18 +160,6 @@ def _delete_texts(sources: list[Source]) -> None:
 def text_fingerprint(config: DataConfig) -> str:
     """Return a hash of the content of the sources, without reading it as text."""
     return _text_fingerprint(*_find_sources(config, None))
-
-
-def _require_documents(source: Source, is_builder: bool) -> None:
-    """Return when the hashes and sizes of a source's documents are in the cache."""
-    if not is_builder:
-        cache.wait_for_entry(source.documents)
-    elif not cache.is_complete(source.documents):
-        with cache.locked([source.text], shared=True):
-            if not cache.is_complete(source.documents):  # else another process has built it
-                fill = partial(_fill_documents, source, _read_text(source))
-                with cache.locked([source.documents]):
-                    cache.build_entry(source.documents, fill)
 
 
 def _text_fingerprint(sources: list[Source], held_out: list[Source]) -> str:
@@ -217,55 +198,26 @@ def _find_sources(
     return sources, held_out
 
 
-def _read_text(source: Source) -> Spool:
+def _read_text(source: Source) -> spools.Spool:
     """Open the text of a source, after reading it together with other processes if needed.
 
     The caller holds a shared lock on `source.text`.
     """
-    parts = _parts(source)
-    jobs = [
-        cache.Job(
-            part,
-            sum(file.stat().st_size for file in files),
-            partial(_build_part, source, part, files),
-        )
-        for part, files in parts.items()
-    ]
+    keys, config, parts = source.keys, source.config, source.parts
     if not all(map(Path.exists, parts)):
-        section, kind = source.keys.section, source.config.source
-        logger.info("preparing %s.source=%s: reading documents", section, kind)
-        cache.share_jobs("reading", jobs, source.first)
-    read = _read_counts(source)
-    if not read["num_documents"]:
+        logger.info("preparing %s.source=%s: reading documents", keys.section, config.source)
+        sizes = {part: sum(f.stat().st_size for f in files) for part, files in parts.items()}
+        for part, reach in cache.share_jobs("reading", sizes, source.first):
+            cache.build_entry(part, partial(_fill_part, source, parts[part], reach))
+    if not any(spools.read_progress(part).num_documents for part in parts):
+        skipped = spools.summarise_reading(parts, 0)["skipped"]
         shutil.rmtree(source.text)
-        skipped = report.describe_counts(read["skipped"]) or "nothing"
         raise UserError(
-            f"{source.keys.section}.source={source.config.source} with {source.keys.path}="
-            f"{source.config.path!r} yields no documents; skipped: {skipped}; give non-empty "
+            f"{keys.section}.source={config.source} with {keys.path}={config.path!r} yields no "
+            f"documents; skipped: {report.describe_counts(skipped) or 'nothing'}; give non-empty "
             "UTF-8 text"
         )
-    return open_spool(list(parts), has_segments=source.config.format != "text")
-
-
-def _parts(source: Source) -> dict[Path, list[Path]]:
-    """Return the folders of the parts of a source's text, each with its files."""
-    if not source.files:
-        return {source.text / "0": []}
-    groups: dict[int, list[Path]] = {}
-    starts = accumulate((file.stat().st_size for file in source.files), initial=0)
-    for file, start in zip(source.files, starts, strict=False):
-        groups.setdefault(start // _PART_BYTES, []).append(file)
-    ends = accumulate(map(len, groups.values()))  # in numbers of files, so they name the content
-    return {
-        source.text / f"{end - len(files)}-{end}": files
-        for end, files in zip(ends, groups.values(), strict=True)
-    }
-
-
-def _build_part(
-    source: Source, part: Path, files: list[Path], reach: Callable[[int], None]
-) -> None:
-    cache.build_entry(part, partial(_fill_part, source, files, reach))
+    return spools.open_spool(parts, has_segments=config.format != "text")
 
 
 def _fill_part(source: Source, files: list[Path], reach: Callable[[int], None], work: Path) -> None:
@@ -276,41 +228,25 @@ def _fill_part(source: Source, files: list[Path], reach: Callable[[int], None], 
     ends = [0, *accumulate(file.stat().st_size for file in files)]
     scratch = work / "datasets"
 
-    def on_progress(cursor: ReadCursor, text_bytes: int) -> None:
+    def on_progress(cursor: spools.ReadCursor, text_bytes: int) -> None:
         # Text and file differ in size, but what was read ends within the file of the cursor.
         if files:
             first, last = ends[cursor.file : cursor.file + 2]
             text_bytes = min(max(first, text_bytes), last)
         reach(text_bytes)
 
-    read: Callable[[ReadCursor], Iterable[Record]]
+    read: Callable[[spools.ReadCursor], Iterable[spools.Record]]
+    read = partial(read_records, config, source.keys, files, scratch)
     if source.tokenizer is not None:
         read = partial(read_tokenized, files, source.keys, source.tokenizer)
-    else:
-        # Here, not at the top: most starts read nothing, and the libraries take time to import.
-        from data.corpus.sources import read_records  # noqa: PLC0415
-
-        read = partial(read_records, config, source.keys, files, scratch)
-    write_spool(work, read, on_progress)
+    spools.write_spool(work, read, on_progress)
     shutil.rmtree(scratch, ignore_errors=True)
     cache.sync_directory(work)
 
 
-def _read_counts(source: Source) -> dict[str, Any]:
-    """Sum what reading the parts of a source counted."""
-    parts = [read_progress(part) for part in _parts(source)]
-    skipped: Counter[str] = Counter()
-    for part in parts:
-        skipped.update(part.skipped)
-    return {
-        "num_records": sum(part.num_records for part in parts),
-        "num_documents": sum(part.num_documents for part in parts),
-        "skipped": dict(skipped),
-    }
-
-
 def _pin_commit(source: Source, work: Path) -> str | None:
     """Return the commit of a hub dataset that earlier attempts read, or its current one."""
+    # Here, not at the top: other sources do not need the library, which takes time to import.
     from data.corpus.hub import commit_of  # noqa: PLC0415
 
     path = work / _COMMIT
@@ -320,52 +256,51 @@ def _pin_commit(source: Source, work: Path) -> str | None:
     return path.read_text("utf-8") or None
 
 
-def _fill_documents(source: Source, spool: Spool, work: Path) -> None:
-    """Store hashes and sizes of the documents of a source, which outlive its text."""
-    write_documents(work, spool)
-    commit = source.text / "0" / _COMMIT
-    facts = {"commit": commit.read_text("utf-8") if commit.exists() else ""}
-    cache.write_header(work, list(DOCUMENT_FILES), facts)
+def _read_documents(source: Source) -> Fill:
+    """Read a source; return what stores hashes and sizes of its documents."""
+    spool = _read_text(source)
+
+    def fill(work: Path) -> None:
+        for name in splitting.DOCUMENT_FILES:
+            cache.write_durably(work / name, getattr(spool, name).tobytes())
+        commit = source.text / "0" / _COMMIT
+        facts = {"commit": commit.read_text("utf-8") if commit.exists() else ""}
+        cache.write_header(work, list(splitting.DOCUMENT_FILES), facts)
+
+    return fill
 
 
 def _divided_text(source: Source, split: Split, config: DataConfig) -> Division:
     """Open the text of a source, divided into the splits; the lock is that of `_read_text`."""
     spool = _read_text(source)
     # The content of a hub dataset in a local folder has no fingerprint.
-    if not np.array_equal(spool.hashes, read_documents(source.documents).hashes):
+    if not np.array_equal(spool.hashes, splitting.read_documents(source.documents).hashes):
         shutil.rmtree(source.documents)
         raise UserError(
             f"{source.keys.path}={source.config.path!r} has changed since it was first read; start "
             "again to use its current documents"
         )
-    return divide(spool, split, config.validation_fraction)
+    return splitting.divide(spool, split, config.validation_fraction)
 
 
 def _splits(config: DataConfig, sources: list[Source], held_out: list[Source]) -> list[Split]:
     """Return the splits of all sources, then those of the held-out sources."""
-    documents = [read_documents(source.documents) for source in sources]
+    documents = [splitting.read_documents(s.documents) for s in (*sources, *held_out)]
     if not held_out:
-        splits = split_by_hash(documents, config.validation_fraction)
+        splits = splitting.split_by_hash(documents, config.validation_fraction)
         for source, split in zip(sources, splits, strict=True):
             if source.config.format != "text":  # a conversation has no end that could be held out
                 split[split == END_HELD_OUT] = TRAINED_ON
         return splits
-    given = [read_documents(source.documents) for source in held_out]
-    splits = split_by_given(documents, given)
-    for source, split in zip(sources, splits, strict=True):
+    given = np.concatenate([hashes for hashes, _ in documents[len(sources) :]])
+    splits = [np.isin(hashes, given).astype(np.uint8) for hashes, _ in documents]
+    for source, split in zip(sources, splits, strict=False):
         if (split == HELD_OUT).all():
             raise UserError(
                 f"every document of {source.keys.path}={source.config.path!r} is held out by "
                 "validation_path, so there is nothing to train on; give other text in one of them"
             )
-    return [*splits, *split_by_given(given, given)]
-
-
-def _given_tokenizer(config: DataConfig) -> Tokenizer | None:
-    if config.tokenizer is None:
-        return None
-    path = Path(config.tokenizer).expanduser()
-    return load_tokenizer(path, bos_token=config.bos_token, eos_token=config.eos_token)
+    return splits
 
 
 def _trained_tokenizer(
@@ -375,11 +310,11 @@ def _trained_tokenizer(
     is_mixture = len(sources) > 1  # otherwise the weight has no effect
     parts = [
         [
-            source.fingerprint,
+            s.fingerprint,
             xxh3_128_hexdigest(split.tobytes()),
-            source.config.weight if is_mixture else None,
+            s.config.weight if is_mixture else None,
         ]
-        for source, split in zip(sources, splits, strict=False)
+        for s, split in zip(sources, splits, strict=False)
     ]
     recipe = [config.padded_vocab_size, RECIPE_VERSION, SAMPLE_BYTES, config.validation_fraction]
     entry = Path(config.cache_directory).expanduser() / f"tokenizer-{_key(recipe, parts)}"
@@ -389,32 +324,25 @@ def _trained_tokenizer(
             "tokenizer: data.tokenizer=%s",
             entry / _TRAINED,
         )
-    if not is_builder:
-        cache.wait_for_entry(entry)
-    elif not cache.is_complete(entry):
-        with cache.locked([entry]):
-            cache.build_entry(entry, partial(_fill_tokenizer, config, sources, splits))
-    return load_tokenizer(entry / _TRAINED, "the cached tokenizer")
 
-
-def _fill_tokenizer(
-    config: DataConfig, sources: list[Source], splits: list[Split], work: Path
-) -> None:
-    """Train a tokenizer on lines of each source, shared by their weights."""
-    sentences: list[str] = []
-    with cache.locked([source.text for source in sources], shared=True):
+    def fill(work: Path) -> None:
+        """Train on lines of each source, shared by their weights."""
         parts = [
-            _divided_text(source, split, config)
-            for source, split in zip(sources, splits, strict=False)
+            _divided_text(*of_source, config) for of_source in zip(sources, splits, strict=False)
         ]
-        available = [int(part.spool.num_bytes(part.train).sum()) for part in parts]
+        available = [int(part.spool.sizes[part.train].sum()) for part in parts]
         shares = sample_shares([source.config.weight for source in sources], available)
+        sentences: list[str] = []
         for part, share in zip(parts, shares, strict=True):
-            sentences.extend(sample_sentences(part.spool, part.train, share))
-    logger.info("training a tokenizer of data.vocab_size=%d pieces", config.padded_vocab_size)
-    model = train_tokenizer(sentences, config.padded_vocab_size)
-    cache.write_durably(work / _TRAINED, model)
-    cache.write_header(work, [_TRAINED], {"format_version": FORMAT_VERSION})
+            sentences += spools.sample_sentences(part.spool, part.train, share)
+        logger.info("training a tokenizer of data.vocab_size=%d pieces", config.padded_vocab_size)
+        model = train_tokenizer(sentences, config.padded_vocab_size)
+        cache.write_durably(work / _TRAINED, model)
+        cache.write_header(work, [_TRAINED], {"format_version": FORMAT_VERSION})
+
+    texts = [source.text for source in sources]
+    cache.require_entry(entry, lambda: fill, texts, is_builder=is_builder)
+    return load_tokenizer(entry / _TRAINED, "the cached tokenizer")
 
 
 def sample_shares(weights: list[float], available: list[int]) -> list[int]:
@@ -429,37 +357,27 @@ def sample_shares(weights: list[float], available: list[int]) -> list[int]:
     return shares
 
 
-def _require_tokens(
-    entry: Path,
-    source: Source,
-    split: Split,
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    is_builder: bool,
-) -> int:
-    """Return when a source is tokenized, with the number of new tokens if this process helped."""
-    if not is_builder:
-        cache.wait_for_entry(entry)
-        return 0
-    if cache.is_complete(entry):
-        return 0
-    started_at, num_new_tokens = time.perf_counter(), 0
-    with cache.locked([source.text], shared=True):
-        if cache.is_complete(entry):  # another process has built it
-            return 0
-        division, pieces = _divided_text(source, split, config), {}
-        for name, documents in zip(SPLITS, (division.train, division.validation), strict=True):
-            pieces[name], num_new = encode_pieces(
-                source.text, name, division.spool, documents, tokenizer, source.first
-            )
-            num_new_tokens += num_new
-        with cache.locked([entry]):
-            if not cache.is_complete(entry):
-                fill = partial(_fill_tokens, source, division, pieces, tokenizer)
-                cache.build_entry(entry, fill)
-                elapsed_s = time.perf_counter() - started_at
-                logger.info("tokenized %s in %.1f s", source.keys.section, elapsed_s)
-    return num_new_tokens
+def _tokenize(
+    source: Source, split: Split, config: DataConfig, tokenizer: Tokenizer, num_new: list[int]
+) -> Fill:
+    """Tokenize a source together with other processes; return what joins its tokens.
+
+    Appends the numbers of new tokens to `num_new`.
+    """
+    started_at, pieces = time.perf_counter(), {}
+    division = _divided_text(source, split, config)
+    for name, documents in zip(SPLITS, (division.train, division.validation), strict=True):
+        pieces[name], new = token_file.encode_pieces(
+            source.text, name, division.spool, documents, tokenizer, source.first
+        )
+        num_new.append(new)
+
+    def fill(work: Path) -> None:
+        _fill_tokens(source, division, pieces, tokenizer, work)
+        elapsed_s = time.perf_counter() - started_at
+        logger.info("tokenized %s in %.1f s", source.keys.section, elapsed_s)
+
+    return fill
 
 
 def _fill_tokens(
@@ -470,62 +388,53 @@ def _fill_tokens(
     work: Path,
 ) -> None:
     """Write the token files and the tokenizer of a source."""
-    texts = division.spool
+    spool = division.spool
     cache.write_durably(work / tokenizer.file_name, tokenizer.content)
-    num_read = len(texts) - division.num_ends
-    summary = report.read_summary(_read_counts(source), num_read)
+    summary = spools.summarise_reading(source.parts, len(spool) - division.num_ends)
     summary["ends_held_out"] = division.num_ends
     for name, indices in zip(SPLITS, (division.train, division.validation), strict=True):
-        write_token_file(work, name, pieces[name], texts, indices)
+        token_file.write_token_file(work, name, pieces[name], spool, indices)
         tokens = open_token_file(work, name, tokenizer.vocab_size)
-        summary[name] = report.split_summary(tokens, texts, indices, tokenizer)
-    parts = (*PARTS, TARGETS) if texts.has_segments else PARTS
+        summary[name] = report.split_summary(tokens, spool, indices, tokenizer)
+    parts = (*PARTS, TARGETS) if spool.has_segments else PARTS
     names = [tokenizer.file_name, *(f"{name}.{part}" for name in SPLITS for part in parts)]
     content = b"".join(cache.file_digest(work / name) for name in names)
-    facts: dict[str, Any] = {
-        "fingerprint": xxh3_128_hexdigest(content),
-        "format_version": FORMAT_VERSION,
-    }
-    facts |= {"vocab_size": tokenizer.vocab_size, "summary": summary}
-    cache.write_header(work, names, facts)
+    facts = {"fingerprint": xxh3_128_hexdigest(content), "format_version": FORMAT_VERSION}
+    more = {"vocab_size": tokenizer.vocab_size, "summary": summary}
+    cache.write_header(work, names, {**facts, **more})
 
 
 def _open(
     sources: list[Source], held_out: list[Source], entries: list[Path], tokenizer: Tokenizer
 ) -> Corpus:
-    headers = [cache.read_header(entry) for entry in entries]
+    headers, n = [cache.read_header(entry) for entry in entries], len(sources)
     train, validation = (
         [open_token_file(entry, split, tokenizer.vocab_size) for entry in entries]
         for split in SPLITS
     )
-    num_sources = len(sources)
     summaries = [
         (source.keys.section, header["summary"])
         for source, header in zip((*sources, *held_out), headers, strict=True)
     ]
-    summary = report.joined_summary(dict(summaries[:num_sources]))
+    summary = report.joined_summary(dict(summaries[:n]))
     if held_out:
-        validation = validation[num_sources:]
+        validation = validation[n:]
         # The held-out documents of the sources are among those given.
-        given = report.joined_summary(dict(summaries[num_sources:]))["validation"]
+        given = report.joined_summary(dict(summaries[n:]))["validation"]
         excluded = summary["validation"]["documents"]
         summary = {**summary, "excluded": excluded, "validation": given}
     fingerprints = [header["fingerprint"] for header in headers]
     return Corpus(
         tokenizer=tokenizer,
         tokenizer_path=entries[0] / tokenizer.file_name,
-        train=_join_tokens(train[:num_sources]),
-        validation=_join_tokens(validation),
-        fingerprint=fingerprints[0] if len(entries) == 1 else _join_hashes(fingerprints),
+        train=JoinedTokens(train[:n]) if train[:n][1:] else train[0],
+        validation=JoinedTokens(validation) if validation[1:] else validation[0],
+        fingerprint=_join_hashes(fingerprints) if fingerprints[1:] else fingerprints[0],
         summary=summary,
         weights=tuple(source.config.weight for source in sources),
         text_fingerprint=_text_fingerprint(sources, held_out),
         validation_weights=tuple(source.config.weight for source in held_out) or None,
     )
-
-
-def _join_tokens(files: Sequence[TokenFile]) -> Tokens:
-    return files[0] if len(files) == 1 else JoinedTokens(files)
 
 
 def _check_rows(sources: list[Source], config: DataConfig, corpus: Corpus, seq_length: int) -> None:

@@ -15,21 +15,11 @@ from data.corpus.spool import Spool
 from data.token_file import TokenFile, is_lossy, target_bounds
 from data.tokenizer import Tokenizer
 
-_SHORTEST_BIN = 6  # the first bin of lengths ends at 2^6 tokens
-_LONGEST_BIN = 16
+_BIN_ENDS = [2**n for n in range(6, 17)]  # of document lengths in tokens
 _BLOCK_TOKENS = 1 << 24
 # At most so many documents, and about so many bytes of them, are compared with their text.
 _COMPARED_DOCUMENTS, _COMPARED_BYTES = 1000, 16 << 20
 _FEW_BYTES = 10_000  # of held-out text; the loss of so little is uncertain by some hundredths
-
-
-def read_summary(read: dict[str, Any], num_distinct: int) -> dict[str, Any]:
-    """Summarise reading a source, from the counts of its parts and of different documents."""
-    skipped = {**read["skipped"], "duplicate": read["num_documents"] - num_distinct}
-    return {
-        "records": read["num_records"],
-        "skipped": {reason: count for reason, count in sorted(skipped.items()) if count},
-    }
 
 
 def split_summary(
@@ -40,11 +30,7 @@ def split_summary(
     `lengths` counts documents of up to 2^6, 2^7, ... 2^16 and more tokens. Of `compared` documents,
     evenly spread, `lossy` decode to another text.
     """
-    lengths = np.diff(tokens.document_offsets)
-    bins = np.clip(np.ceil(np.log2(np.maximum(1, lengths))), _SHORTEST_BIN, _LONGEST_BIN + 1)
-    counts = np.bincount(
-        bins.astype(int) - _SHORTEST_BIN, minlength=_LONGEST_BIN + 2 - _SHORTEST_BIN
-    )
+    bins = np.searchsorted(_BIN_ENDS, np.diff(tokens.document_offsets))
     unknown = sum(
         int(np.count_nonzero(tokens.tokens[start : start + _BLOCK_TOKENS] == tokenizer.unk_id))
         for start in range(0, tokens.num_tokens, _BLOCK_TOKENS)
@@ -64,7 +50,7 @@ def split_summary(
         "documents": tokens.num_documents,
         "bytes": int(tokens.document_bytes.sum()),
         "tokens": tokens.num_tokens,
-        "lengths": counts.tolist(),
+        "lengths": np.bincount(bins, minlength=len(_BIN_ENDS) + 1).tolist(),
         "unknown": unknown,
         "lossy": lossy,
         "compared": compared,
@@ -153,8 +139,8 @@ def describe(summary: dict[str, Any]) -> str:
         nouns = dict.fromkeys(("document", "byte", "token", noun))
         counts = [_count(split[f"{noun}s"], noun) for noun in nouns]
         lines.append(f"{name}: {', '.join(counts)}, {per_token:.2f} bytes per {noun}")
-    ends = [2**n for n in range(_SHORTEST_BIN, _LONGEST_BIN + 1)]
-    names = [f"<={ends[0]}", *(f"{end // 2 + 1}-{end}" for end in ends[1:]), f">{ends[-1]}"]
+    first_end, *ends = _BIN_ENDS
+    names = [f"<={first_end}", *(f"{end // 2 + 1}-{end}" for end in ends), f">{ends[-1]}"]
     total, counted = max(1, sum(train["lengths"])), zip(names, train["lengths"], strict=True)
     fractions = [f"{name} {n / total:.0%}" for name, n in counted if n]
     return "\n  ".join([*lines, f"document lengths in tokens: {', '.join(fractions)}"])

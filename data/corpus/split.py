@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from data.corpus.cache import write_durably
 from data.corpus.spool import Spool
 
 DOCUMENT_FILES = ("hashes", "sizes")
@@ -39,12 +38,6 @@ class Documents(NamedTuple):
     sizes: npt.NDArray[np.int64]  # [n], bytes
 
 
-def write_documents(folder: Path, spool: Spool) -> None:
-    """Write hashes and sizes for `read_documents`."""
-    for name, values in zip(DOCUMENT_FILES, (spool.hashes, spool.sizes), strict=True):
-        write_durably(folder / name, values.tobytes())
-
-
 def read_documents(folder: Path) -> Documents:
     """Map hashes and sizes; there is at least one document."""
     hashes, sizes = (folder / name for name in DOCUMENT_FILES)
@@ -59,13 +52,20 @@ def split_by_hash(sources: Sequence[Documents], fraction: float) -> list[Split]:
     ]
     if fraction == 0:
         return splits
-
     for (hashes, _), split in zip(sources, splits, strict=True):
         if (split == HELD_OUT).all():
             _assign(hashes.max(), TRAINED_ON, sources, splits)
-    for source, split in zip(sources, splits, strict=True):
+    for (hashes, sizes), split in zip(sources, splits, strict=True):
         if not (split == HELD_OUT).any():
-            _hold_out_smallest(source, fraction, sources, splits)
+            needed = [
+                others[np.argmin(of_others)]
+                for (others, _), of_others in zip(sources, splits, strict=True)
+                if np.count_nonzero(of_others == TRAINED_ON) == 1
+            ]
+            is_small = sizes <= max(_SMALL_BYTES, fraction * sizes.sum())
+            spare = hashes[is_small & ~np.isin(hashes, needed)]
+            if len(spare):
+                _assign(spare.min(), HELD_OUT, sources, splits)
     if not any((split == HELD_OUT).any() for split in splits):
         splits = [np.full_like(split, END_HELD_OUT) for split in splits]
     return splits
@@ -77,27 +77,6 @@ def _assign(
     """Assign a text to the same split in every source."""
     for (hashes, _), split in zip(sources, splits, strict=True):
         split[hashes == text] = value
-
-
-def _hold_out_smallest(
-    source: Documents, fraction: float, sources: Sequence[Documents], splits: Sequence[Split]
-) -> None:
-    """Hold out the document with the smallest hash, unless it is large or needed for training."""
-    needed = [
-        other.hashes[np.argmin(split)]
-        for other, split in zip(sources, splits, strict=True)
-        if np.count_nonzero(split == TRAINED_ON) == 1
-    ]
-    is_small = source.sizes <= max(_SMALL_BYTES, fraction * source.sizes.sum())
-    spare = source.hashes[is_small & ~np.isin(source.hashes, needed)]
-    if len(spare):
-        _assign(spare.min(), HELD_OUT, sources, splits)
-
-
-def split_by_given(sources: Sequence[Documents], held_out: Sequence[Documents]) -> list[Split]:
-    """Split the documents of sources; those that are also in `held_out` are held out."""
-    given = np.concatenate([hashes for hashes, _ in held_out])
-    return [np.isin(hashes, given).astype(np.uint8) for hashes, _ in sources]
 
 
 class Division(NamedTuple):
@@ -112,25 +91,24 @@ class Division(NamedTuple):
 def divide(spool: Spool, split: Split, fraction: float) -> Division:
     """Divide the texts of a source; a held-out end is the last `fraction` of bytes, or more."""
     cut = np.flatnonzero(split == END_HELD_OUT)
-    lengths = np.array(
-        [_start_of_end(spool.content(int(i)), fraction) for i in cut], dtype=np.int64
-    )
+    lengths = np.array([_start_of_end(spool.content(i), fraction) for i in cut.tolist()], np.int64)
     cut, lengths = cut[lengths > 0], lengths[lengths > 0]
-    ends = [spool.content(int(i))[n:] for i, n in zip(cut, lengths, strict=True)]
-    hashes = np.array([xxhash.xxh3_64_intdigest(end) for end in ends], dtype=np.uint64)
-    head_sizes = spool.sizes.copy()
-    head_sizes[cut] = lengths
-    texts = replace(
+    heads, ends = spool.spans.copy(), spool.spans[cut]
+    heads[cut, 2] = lengths
+    ends[:, 1] += lengths
+    ends[:, 2] -= lengths
+    texts = [spool.content(i)[n:] for i, n in zip(cut.tolist(), lengths.tolist(), strict=True)]
+    hashes = np.array([xxhash.xxh3_64_intdigest(text) for text in texts], dtype=np.uint64)
+    divided = replace(
         spool,
-        starts=np.concatenate([spool.starts, spool.starts[cut] + lengths]),
-        sizes=np.concatenate([head_sizes, spool.sizes[cut] - lengths]),
+        spans=np.concatenate([heads, ends]),
         hashes=np.concatenate([spool.hashes, hashes]),
         # Both parts of a document that is cut are tokenized again, so that no token spans the cut.
         id_spans=None if len(cut) else spool.id_spans,
     )
     held_out = np.concatenate([np.flatnonzero(split == HELD_OUT), len(spool) + np.arange(len(cut))])
     train = np.flatnonzero(split != HELD_OUT)
-    return Division(texts, train, held_out[np.argsort(texts.hashes[held_out])], len(cut))
+    return Division(divided, train, held_out[np.argsort(divided.hashes[held_out])], len(cut))
 
 
 def _start_of_end(text: bytes, fraction: float) -> int:

@@ -16,22 +16,25 @@ Progress is made durable every 64 MiB; a killed preparation resumes from there.
 import contextlib
 import json
 import mmap
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import repeat
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from data.corpus.cache import open_at, replace_durably, sync_files
+from data.corpus.cache import replace_durably, sync_files
 from data.segments import from_document
 
 SPOOL_FILES = ("text", "sizes", "hashes", "ids", "counts")
 _PROGRESS = "spool.progress.json"
 _ITEM_BYTES = 8  # of a size, a hash and a count
 _ID_DTYPE = np.dtype("<u4")
+_NO_IDS = np.empty(0, _ID_DTYPE)
 _DURABLE_BYTES = 64 << 20  # text between two durable states
 # Characters. Longer lines are cut: sentencepiece would drop those of more than 4192 bytes.
 _SENTENCE_LENGTH = 1_000
@@ -62,9 +65,7 @@ class Spool:
     """Documents by number, in source order, without duplicates."""
 
     texts: list[mmap.mmap]  # of the parts
-    ends: npt.NDArray[np.int64]  # of the parts, in the text of all of them
-    starts: npt.NDArray[np.int64]  # [n], bytes, in the text of all parts
-    sizes: npt.NDArray[np.int64]  # [n], bytes
+    spans: npt.NDArray[np.int64]  # [n, 3]: part, first byte and number of bytes of a document
     hashes: npt.NDArray[np.uint64]  # [n], xxh3_64 of the UTF-8 text, all different
     has_segments: bool = False  # a document is a string of data/segments.py
     # Of a tokenized source: the tokens of each part, and where those of a document are.
@@ -74,11 +75,14 @@ class Spool:
     def __len__(self) -> int:
         return len(self.hashes)
 
+    @property
+    def sizes(self) -> npt.NDArray[np.int64]:
+        """UTF-8 bytes of each document, `[n]`."""
+        return self.spans[:, 2]
+
     def content(self, index: int) -> bytes:
         """Return the text of one document in UTF-8."""
-        start, size = int(self.starts[index]), int(self.sizes[index])
-        part = int(np.searchsorted(self.ends, start, side="right"))
-        start += len(self.texts[part]) - int(self.ends[part])
+        part, start, size = self.spans[index].tolist()
         return self.texts[part][start : start + size]
 
     def document(self, index: int) -> str:
@@ -95,10 +99,6 @@ class Spool:
         assert self.id_spans is not None, "the source is tokenized"
         part, start, count = self.id_spans[index].tolist()
         return self.ids[part][start : start + count]
-
-    def num_bytes(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return the UTF-8 bytes of each of the documents."""
-        return self.sizes[indices]
 
 
 @dataclass
@@ -122,20 +122,20 @@ def write_spool(
 
     Calls `on_progress(cursor, bytes of text)` at the start and after each record.
     """
-    path, done = folder / _PROGRESS, read_progress(folder)
+    done = read_progress(folder)
     durable_bytes = done.text_bytes
     item_bytes = _ITEM_BYTES * done.num_documents
     id_bytes = _ID_DTYPE.itemsize * done.num_ids
     lengths = (done.text_bytes, item_bytes, item_bytes, id_bytes, item_bytes)
     with contextlib.ExitStack() as stack:
-        files = [
-            stack.enter_context(open_at(folder / name, length))
-            for name, length in zip(SPOOL_FILES, lengths, strict=True)
-        ]
+        files = [stack.enter_context((folder / name).open("ab")) for name in SPOOL_FILES]
+        for file, length in zip(files, lengths, strict=True):
+            file.truncate(length)
+        texts, sizes, hashes, all_ids, counts = files
 
         def make_durable() -> None:
             sync_files(files)  # first: the progress must not be ahead of the files
-            replace_durably(path, json.dumps(asdict(done)).encode())
+            replace_durably(folder / _PROGRESS, json.dumps(asdict(done)).encode())
 
         done.cursor = ReadCursor(*done.cursor)
         on_progress(done.cursor, done.text_bytes)
@@ -143,17 +143,15 @@ def write_spool(
             done.num_records += 1
             if record.reason is not None:
                 done.skipped[record.reason] = done.skipped.get(record.reason, 0) + 1
-            for number, document in enumerate(record.texts):
-                content = document.encode()
+            for text, ids in zip(record.texts, record.ids or repeat(_NO_IDS), strict=False):
+                content = text.encode()
+                texts.write(content)
+                all_ids.write(ids.astype(_ID_DTYPE).tobytes())
                 content_hash = xxhash.xxh3_64_intdigest(content)
-                files[0].write(content)
-                files[1].write(len(content).to_bytes(_ITEM_BYTES, "little"))
-                files[2].write(content_hash.to_bytes(_ITEM_BYTES, "little"))
-                ids = record.ids[number].astype(_ID_DTYPE).tobytes() if record.ids else b""
-                count = len(ids) // _ID_DTYPE.itemsize
-                files[3].write(ids)
-                files[4].write(count.to_bytes(_ITEM_BYTES, "little"))
-                done.num_ids += count
+                numbers = {sizes: len(content), hashes: content_hash, counts: len(ids)}
+                for file, number in numbers.items():
+                    file.write(number.to_bytes(_ITEM_BYTES, "little"))
+                done.num_ids += len(ids)
                 done.num_documents += 1
                 done.text_bytes += len(content)
             done.cursor = record.next
@@ -170,27 +168,42 @@ def read_progress(folder: Path) -> SpoolProgress:
     return SpoolProgress(**json.loads(path.read_bytes())) if path.exists() else SpoolProgress()
 
 
-def open_spool(parts: Sequence[Path], *, has_segments: bool = False) -> Spool:
+def summarise_reading(parts: Iterable[Path], num_distinct: int) -> dict[str, Any]:
+    """Return the number of records in the parts, and of those skipped by reason."""
+    reads = [read_progress(part) for part in parts]
+    skipped = Counter(duplicate=sum(read.num_documents for read in reads) - num_distinct)
+    for read in reads:
+        skipped.update(read.skipped)
+    return {
+        "records": sum(read.num_records for read in reads),
+        "skipped": {reason: count for reason, count in sorted(skipped.items()) if count},
+    }
+
+
+def open_spool(parts: Iterable[Path], *, has_segments: bool = False) -> Spool:
     """Map the parts of a source with at least one document; of equal documents the first counts."""
     parts = [part for part in parts if (part / "sizes").stat().st_size]
     sizes, hashes, counts = (
         [np.fromfile(part / name, dtype) for part in parts]
         for name, dtype in (("sizes", "<i8"), ("hashes", "<u8"), ("counts", "<i8"))
     )
-    all_hashes, all_sizes = np.concatenate(hashes), np.concatenate(sizes)
+    all_hashes = np.concatenate(hashes)
     firsts = np.sort(np.unique(all_hashes, return_index=True)[1])
     texts = [_map_bytes(part / "text") for part in parts]
-    ends = np.cumsum([len(text) for text in texts])
-    starts = (np.cumsum(all_sizes) - all_sizes)[firsts]
-    spool = Spool(texts, ends, starts, all_sizes[firsts], all_hashes[firsts], has_segments)
+    spool = Spool(texts, _spans(sizes)[firsts], all_hashes[firsts], has_segments)
     if not counts[0].any():
         return spool
-    spans = [
-        np.stack([np.full_like(of_part, number), np.cumsum(of_part) - of_part, of_part], axis=1)
-        for number, of_part in enumerate(counts)
-    ]
     ids = [np.frombuffer(_map_bytes(part / "ids"), _ID_DTYPE) for part in parts]
-    return replace(spool, ids=ids, id_spans=np.concatenate(spans)[firsts])
+    return replace(spool, ids=ids, id_spans=_spans(counts)[firsts])
+
+
+def _spans(sizes: list[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+    """Return part, start and size of items that lie end to end in each part, `[n, 3]`."""
+    spans = [
+        np.stack([np.full_like(of_part, part), np.cumsum(of_part) - of_part, of_part], axis=1)
+        for part, of_part in enumerate(sizes)
+    ]
+    return np.concatenate(spans)
 
 
 def _map_bytes(path: Path) -> mmap.mmap:
@@ -203,10 +216,10 @@ def sample_sentences(spool: Spool, indices: npt.NDArray[np.int64], max_bytes: in
 
     Leading spaces are kept, so that indentation becomes pieces; newlines are not.
     """
-    total_bytes = max(1, int(spool.num_bytes(indices).sum()))
+    total_bytes = max(1, int(spool.sizes[indices].sum()))
     # A large corpus is scanned in part, by evenly spread documents.
     indices = indices[:: max(1, total_bytes // _SCANNED_BYTES)]
-    total_bytes = max(1, int(spool.num_bytes(indices).sum()))
+    total_bytes = max(1, int(spool.sizes[indices].sum()))
     number = 0
     for index in indices:
         for line in spool.document(int(index)).split("\n"):

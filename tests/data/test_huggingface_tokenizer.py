@@ -13,7 +13,7 @@ import transformers
 
 from configs import UserError
 from data import SentencePieceTokenizer, load_tokenizer
-from data.huggingface_tokenizer import HuggingFaceTokenizer, can_cut, cut_before_spaces
+from data.tokenizer import HuggingFaceTokenizer, can_cut, cut_before_spaces
 from interop.check import unusual_texts
 from tests.data.test_tokenizer import ODD_TEXTS, random_strings
 from tests.data_corpora import JSON_KINDS, random_text, small_tokenizer, write_json_tokenizer

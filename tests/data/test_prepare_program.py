@@ -17,7 +17,7 @@ import pytest
 
 from data import prepare_corpus
 from data.corpus import prepare as prepare_module
-from data.corpus.cache import Job, share_jobs
+from data.corpus.cache import share_jobs
 from data.prepare import Settings, outputs
 from tests.data.test_megatron import all_documents
 from tests.data_chats import messages_of, write_byte_tokenizer, write_chats
@@ -212,14 +212,11 @@ def test_every_job_is_done_once_by_processes_that_share(tmp_path: Path) -> None:
     done: list[tuple[int, str]] = []
 
     def work(worker: int) -> None:
-        def do(path: Path) -> None:
+        sizes = {tmp_path / str(i): 1 for i in range(30)}
+        for path, _ in share_jobs("working", sizes, worker / 3):
             time.sleep(0.01)
             done.append((worker, path.name))
             path.touch()
-
-        paths = [tmp_path / str(i) for i in range(30)]
-        jobs = [Job(path, 1, lambda _, path=path: do(path)) for path in paths]  # type: ignore[misc]
-        share_jobs("working", jobs, worker / 3)
 
     workers = [threading.Thread(target=work, args=(number,)) for number in range(3)]
     for worker in workers:

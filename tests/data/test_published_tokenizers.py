@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data import load_tokenizer
-from data.huggingface_tokenizer import HuggingFaceTokenizer, cut_before_spaces
+from data.tokenizer import HuggingFaceTokenizer, cut_before_spaces
 from interop.check import unusual_texts
 from tests.data.test_tokenizer import ODD_TEXTS, random_strings
 
