@@ -95,17 +95,11 @@ def _over_links(
     return Sent(within, between, network.seconds(between, rounds))
 
 
-def _hops(report: StepReport, num_chunks: int, network: Network) -> list[tuple[Sent, Sent]]:
-    """Return what one micro-batch sends after each piece of a pipeline: forward, and back."""
-    sizes = [one.full_bytes for one in report.step if one.kind in ("send", "recv")]
-    p, size = len(report.pp), max(sizes, default=0)
-    hops = []
-    for piece in range(p * num_chunks - 1):
-        ends = report.pp[piece % p], report.pp[(piece + 1) % p]
-        pairs = list(groups_like(ends, report))
-        backward = [(b, a) for a, b in pairs]
-        hops.append((_over_links(pairs, size, network), _over_links(backward, size, network)))
-    return hops
+def _hops(report: StepReport, num_chunks: int) -> list[list[tuple[int, ...]]]:
+    """Return who sends to whom after each piece of a pipeline, in the forward direction."""
+    p = len(report.pp)
+    ends = [(report.pp[n % p], report.pp[(n + 1) % p]) for n in range(p * num_chunks - 1)]
+    return [list(groups_like(pair, report)) for pair in ends]
 
 
 @dataclass(frozen=True)
@@ -139,9 +133,12 @@ def predict(
         exposed_s = max(exposed_s, sum(total.seconds for total in of_stage.values()))
         by_ranks |= of_stage
     first, num_chunks = reports[0], config.parallel.virtual_pipeline_model_parallel_size or 1
-    hops = _hops(first, num_chunks, network)
-    for message in itertools.chain(*hops):
-        by_ranks[first.pp] = by_ranks[first.pp].plus(message, first.num_micro_batches)
+    sizes = [one.full_bytes for one in first.step if one.kind in ("send", "recv")]
+    size, hops = max(sizes, default=0), _hops(first, num_chunks)
+    backs = [[edge[::-1] for edge in hop] for hop in hops]
+    if hops:
+        messages = _over_links(list(itertools.chain(*hops, *backs)), size, network)
+        by_ranks[first.pp] = by_ranks[first.pp].plus(messages, first.num_micro_batches)
     if network.gbit is None or (local_step_s is None and tflops is None):
         return Prediction(by_ranks, None, None)
 
@@ -151,7 +148,10 @@ def predict(
     if local_step_s is not None:
         forwards_s = [seconds * local_step_s / local_s for seconds in forwards_s]
         local_s = local_step_s
-    messages_s = [(forward.seconds, backward.seconds) for forward, backward in hops]
+    messages_s = [
+        (_over_links(hop, size, network).seconds, _over_links(back, size, network).seconds)
+        for hop, back in zip(hops, backs, strict=True)
+    ]
     return Prediction(by_ranks, local_s, _pipeline_seconds(m, forwards_s, messages_s) + exposed_s)
 
 
