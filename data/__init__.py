@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from data.rows import IGNORED_TARGET, MicroBatch
     from data.sampler import SampleOrder
     from data.segments import CHAT_TEMPLATE
+    from data.tasks import TaskResult, TaskSet
     from data.token_file import TokenFile, encode_chat
     from data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 
@@ -27,6 +28,8 @@ __all__ = [
     "SampleOrder",
     "SentencePieceTokenizer",
     "StepBatch",
+    "TaskResult",
+    "TaskSet",
     "TokenFile",
     "Tokenizer",
     "encode_chat",
@@ -45,6 +48,7 @@ _MODULES = (
     "sampler",
     "rows",
     "evaluation",
+    "tasks",
     "loader",
 )
 

@@ -84,6 +84,7 @@ class HuggingFaceTokenizer:
         self.unk_id = -1 if self.unk_token is None else ids.get(self.unk_token, -1)
         ends = f" bos {self.bos_id} eos {self.eos_id}"  # documents begin and end with them
         self.fingerprint = xxhash.xxh3_128_hexdigest(file.content + ends.encode())
+        self.adds_bos = backend.encode("a").ids[:1] == [self.bos_id]  # by its post-processor
         self.can_cut = can_cut(file.spec)
         self._num_threads = usable_cores()
         for token, token_id in ((self.bos_token, self.bos_id), (self.eos_token, self.eos_id)):

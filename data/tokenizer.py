@@ -66,6 +66,7 @@ class Tokenizer(Protocol):
     eos_id: int
     unk_token: str | None
     unk_id: int  # -1: there is none
+    adds_bos: bool = False  # whether other libraries put bos before a text
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without bos and eos; special tokens in it are plain text."""
