@@ -1,6 +1,6 @@
-"""Score text with the model of a run: `python evaluate.py run=runs/NAME source=text path=FILE`.
+"""Score text or tasks with the model of a run: `python evaluate.py run=runs/NAME task=FILE`.
 
-Under torchrun the model is split over tensor-parallel ranks, and the text over data-parallel ones.
+Under torchrun the model is split over tensor-parallel ranks, and rows over data-parallel ones.
 """
 
 import json
@@ -21,6 +21,7 @@ from configs import (
     machine_errors_as_user_errors,
 )
 from configs.program_settings import load_settings, run_config
+from configs.tasks import read_tasks
 from configs.validate import check_inputs, check_source
 
 _FORMAT = ("format", "prompt_field", "completion_field", "messages_field")
@@ -35,12 +36,19 @@ class Settings:
     Each document is scored from its beginning, as lm-evaluation-harness does: bos and eos are not
     scored, and text beyond model.seq_length is read in rolling windows. Of prompt-completion pairs
     and conversations the targets of training are scored, in rows of at most model.seq_length.
+
+    With task=FILE, report the accuracy in multiple-choice questions instead, also as
+    lm-evaluation-harness does: by log-likelihood (acc), per character (acc_norm) or byte
+    (acc_bytes) of a choice, or relative to that of the choice alone (acc_mutual_info).
     """
 
     run: str  # the folder of a run, such as runs/gpt_debug
     # held_out: the validation documents of the run.
     source: Literal["held_out", "text", "jsonl", "parquet", "arrow", "hub"] = "held_out"
     path: str | None = None  # file, folder, glob or hub name; required unless source=held_out
+    # Multiple-choice file, or a list [FILE, ...]: JSON lines with context, choices and answer.
+    task: tuple[str, ...] = ()
+    items: str | None = None  # JSON lines file to write the scores of each item of the tasks to
     # Kind of records, as data.format; null: as in training.
     format: Literal["text", "prompt_completion", "messages"] | None = None
     text_field: str = "text"  # name of the text column in jsonl, parquet, arrow and hub rows
@@ -58,7 +66,7 @@ class Settings:
     output: str | None = None  # JSON file to write the result to
     step: int | None = None  # step of the checkpoint; null: the newest
     micro_batch_size: int | None = None  # rows per forward pass; null: as in training
-    # Precision of computation; null: as in training for held_out, else fp32, as in an export.
+    # Precision of computation; null: as in training for held_out text, else fp32, as in an export.
     precision: Literal["fp32", "bf16"] | None = None
     tensor_model_parallel_size: int | None = None  # null: the number of ranks
 
@@ -80,22 +88,29 @@ class Settings:
         if self.source != "held_out" and self.path is None:
             what = "the name of a dataset" if self.source == "hub" else "a file, a folder or a glob"
             raise ConfigError(f"path is missing: source={self.source} needs {what}", "path")
-        if self.output is not None:
-            output = Path(self.output).expanduser()
-            if not output.parent.is_dir():
-                raise ConfigError(f"output={output}: its parent directory does not exist", "output")
-            if output.is_dir():
-                raise ConfigError(f"output={output} is a directory; give a file", "output")
+        if self.task and self.source != "held_out":
+            raise ConfigError(f"source={self.source} is not used with task; omit one", "source")
+        if self.items is not None and not self.task:
+            raise ConfigError(f"items={self.items} is not used without task=FILE", "items")
+        for key, path in (("output", self.output), ("items", self.items)):
+            file = None if path is None else Path(path).expanduser()
+            if file is not None and not file.parent.is_dir():
+                raise ConfigError(f"{key}={file}: its parent directory does not exist", key)
+            if file is not None and file.is_dir():
+                raise ConfigError(f"{key}={file} is a directory; give a file", key)
 
 
 def parse(arguments: list[str]) -> tuple[Settings, Config]:
     """Return the settings and the run's configuration, changed accordingly, or exit."""
     settings = load_settings(Settings, arguments)
-    precision = settings.precision or (None if settings.source == "held_out" else "fp32")
+    is_held_out = settings.source == "held_out" and not settings.task
+    precision = settings.precision or (None if is_held_out else "fp32")
     changes = {"precision": precision, "micro_batch_size": settings.micro_batch_size}
     train = {key: value for key, value in changes.items() if value is not None}
     with exit_on_config_error():
         config = run_config(settings.run, settings.tensor_model_parallel_size, **train)
+        read_tasks("task", settings.task)
+        config = replace(config, evaluate=replace(config.evaluate, tasks=settings.task))
         longest = config.model.seq_length
         if settings.stride is not None and settings.stride > longest:
             raise ConfigError(
@@ -120,10 +135,10 @@ if __name__ == "__main__":
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from data import Corpus, load_eval_corpus, prepare_corpus
+from data import Corpus, TaskResult, load_eval_corpus, prepare_corpus
 from parallel import close_mesh
 from tracking.console import set_up_logging
-from training.evaluation import EvalResult, eval_batches, score
+from training.evaluation import EvalResult, eval_batches, score, score_task, task_sets
 from training.inference import (
     LoadedModel,
     exit_on_error,
@@ -157,6 +172,21 @@ def text_to_score(trained: LoadedModel, settings: Settings) -> tuple[Corpus, int
     return corpus, settings.max_sequences or config.evaluate.max_sequences
 
 
+def report_tasks(results: list[TaskResult], settings: Settings) -> None:
+    """Print the accuracies, and write them and the scores of items to files."""
+    for result in results:
+        sys.stdout.write(f"{result.name}: {result}\n")
+    if settings.output is not None:
+        write_numbers(
+            {f"{r.name}/{name}": value for r in results for name, value in r.metrics.items()},
+            settings.output,
+        )
+    if settings.items is not None:
+        rows = [{"task": result.name, **item} for result in results for item in result.items]
+        lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+        Path(settings.items).expanduser().write_text(lines)
+
+
 def report(result: EvalResult, output: str | None) -> None:
     """Print the result, and write it to a JSON file in full precision."""
     numbers = {
@@ -176,34 +206,45 @@ def report(result: EvalResult, output: str | None) -> None:
         f"{result.num_bytes:,} bytes\n"
     )
     if output is not None:
-        # JSON has no infinity and no NaN.
-        row = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
-        Path(output).expanduser().write_text(json.dumps(row, indent=1) + "\n")
+        write_numbers(numbers, output)
+
+
+def write_numbers(numbers: dict[str, float], output: str) -> None:
+    """Write a JSON file, with null for what JSON does not have: infinity and NaN."""
+    row = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
+    Path(output).expanduser().write_text(json.dumps(row, indent=1) + "\n")
+
+
+def score_text(trained: LoadedModel, settings: Settings) -> EvalResult:
+    """Score the documents that the settings name; every rank gets the same result."""
+    corpus, most = text_to_score(trained, settings)
+    documents = eval_batches(
+        corpus, trained.config, trained.mesh, max_sequences=most, stride=settings.stride
+    )
+    if documents.num_targets == 0:
+        raise UserError("the text has no token to score; give more text")
+    model = trained.checkpoint.directory
+    logger.info("scoring %d documents with the model of %s", documents.num_documents, model)
+    return score(trained.model, documents)
 
 
 @record
 def main(settings: Settings, config: Config) -> int:
-    """Join the other ranks, load the model, and score the text."""
+    """Join the other ranks, load the model, and score the text or the tasks."""
     StopSignals()
     mesh = mesh_from_config(config)
     set_up_logging(mesh.world.rank)
     with exit_on_error():
         trained = load_for_inference(config, Path(settings.run).expanduser(), mesh, settings.step)
-        corpus, max_sequences = text_to_score(trained, settings)
-        documents = eval_batches(
-            corpus, config, mesh, max_sequences=max_sequences, stride=settings.stride
-        )
-        if documents.num_targets == 0:
-            raise UserError("the text has no token to score; give more text")
-        logger.info(
-            "scoring %d documents with the model of %s",
-            documents.num_documents,
-            trained.checkpoint.directory,
-        )
-        result = score(trained.model, documents)
+        tasks = task_sets(config, mesh, trained.tokenizer)
+        results = [score_task(trained.model, task) for task in tasks]
+        result = None if tasks else score_text(trained, settings)
         if mesh.world.rank == 0:
             with machine_errors_as_user_errors(f"write output={settings.output}"):
-                report(result, settings.output)
+                if result is None:
+                    report_tasks(results, settings)
+                else:
+                    report(result, settings.output)
     close_mesh()
     return 0
 

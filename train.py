@@ -33,7 +33,7 @@ from tracking.profiling import Profiler
 from tracking.summary import outcome, report_end, report_start
 from training.checkpoint_writer import CheckpointWriter
 from training.divergence import check_replicas, roll_back, too_many_skipped
-from training.evaluation import evaluate, validation_set
+from training.evaluation import evaluate, task_sets, validation_set
 from training.hardware import choose_precision, set_up_allocator, use_deterministic_kernels
 from training.optimizer import build_optimizer
 from training.resume import find_own_checkpoint, find_source, resume
@@ -91,7 +91,8 @@ def train_until_stop_or_rollback(
     """Train to the last step, a signal, or a rollback; return the state to continue from."""
     config, folder, last = run.config, run.folder, last_step(run.config)
     documents = validation_set(run)
-    evaluation_interval = config.evaluate.interval if documents.num_targets else 0
+    tasks = task_sets(config, run.mesh, run.corpus.tokenizer)
+    evaluation_interval = config.evaluate.interval if documents.num_targets or tasks else 0
     batches = training_batches(run, state)
     folder.begin(run.corpus.tokenizer_path)
     stop = signals.agree_now(run.mesh)
@@ -110,7 +111,7 @@ def train_until_stop_or_rollback(
             folder.step, stop = state.step, result.stop
             log.step(state, result)
             if due(state.step, evaluation_interval, at_end=config.train.train_steps):
-                log.evaluation(state, evaluate(run, state, documents))
+                log.evaluation(state, evaluate(run, state, documents, tasks))
             if due(state.step, config.debug.audit_interval):
                 check_replicas(run, state)
             saves.commit_if_written()

@@ -134,6 +134,7 @@ def convert(field: Field, value: object) -> Any:
     name, hint = field.name, field.hint
     if value is None and field.nullable:
         return None
+    value = [value] if hint == tuple[str, ...] and isinstance(value, str) else value
     if get_origin(hint) is tuple and isinstance(value, list):
         hints = get_args(hint)
         hints = hints[:1] * len(value) if Ellipsis in hints else hints

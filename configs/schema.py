@@ -380,6 +380,9 @@ class EvaluateConfig:
 
     interval: CountOrZero = 250  # Steps between evaluations, plus one at the end; 0: never
     max_sequences: Count = 128  # Maximum number of held-out sequences; documents are not cut
+    # Multiple-choice files to score as well, JSON lines with context, choices and answer; see
+    # docs/data.md.
+    tasks: tuple[str, ...] = ()
     sample_tokens: CountOrZero = 128  # Tokens to generate at each evaluation; 0: no sample
     # Prompt of the sample, without trailing space; null: the beginning of a held-out document.
     sample_prompt: Prompt | None = None

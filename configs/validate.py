@@ -12,6 +12,7 @@ from configs.errors import ConfigError, bad_setting, format_value
 from configs.fields import flatten
 from configs.layout import check_layout, divisors, listed, multiples
 from configs.schema import MAX_STEP, Config, DataConfig, ModelConfig, SourceConfig, WeightedSource
+from configs.tasks import read_tasks
 from configs.tokenizer_files import expand_path, find_tokenizer
 
 # A trained tokenizer begins with 256 byte pieces, three special ones and the newline.
@@ -200,6 +201,7 @@ def check_inputs(config: Config) -> None:
     if config.data.tokenizer is not None:
         path = expand_path("data.tokenizer", config.data.tokenizer)
         find_tokenizer(Path(path), "data.tokenizer")
+    read_tasks("evaluate.tasks", config.evaluate.tasks)
     for key, folder in (
         ("run.directory", config.run.directory),
         ("data.cache_directory", config.data.cache_directory),

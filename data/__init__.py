@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from data.evaluation import EvaluationSet, load_eval_corpus
     from data.loader import BatchLoader, StepBatch, rows_of_corpus
     from data.rows import IGNORED_TARGET, MicroBatch
+    from data.tasks import TaskResult, TaskSet
 
 __all__ = [
     "CHAT_TEMPLATE",
@@ -28,6 +29,8 @@ __all__ = [
     "SampleOrder",
     "SentencePieceTokenizer",
     "StepBatch",
+    "TaskResult",
+    "TaskSet",
     "TokenFile",
     "Tokenizer",
     "encode_chat",
@@ -41,7 +44,7 @@ __all__ = [
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        for module in ("rows", "loader", "evaluation") if name in __all__ else ():
+        for module in ("rows", "loader", "evaluation", "tasks") if name in __all__ else ():
             members = vars(importlib.import_module(f"data.{module}"))
             if name in members:
                 return members[name]

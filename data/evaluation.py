@@ -92,12 +92,9 @@ class EvaluationSet:
         lengths = np.minimum(seq_length, ends)
         starts = file.document_offsets[document] + ends - lengths
 
-        num_rows, batch_rows = len(document), micro_batch_size * dp_size
-        self.num_batches = -(-num_rows // batch_rows)  # of each rank
-        windows = np.zeros((4, self.num_batches * batch_rows), dtype=np.int64)
-        windows[:, :num_rows] = starts, lengths, scored, np.arange(num_rows)
-        # [4, num_batches, b]; windows without inputs fill up the last batches
-        self._windows = windows.reshape(4, -1, dp_size, micro_batch_size)[:, :, dp_rank]
+        windows = np.stack([starts, lengths, scored, np.arange(len(document))])
+        self._windows = deal_rows(windows, micro_batch_size, dp_rank, dp_size)
+        self.num_batches = self._windows.shape[1]  # of each rank
         self._corpus, self._cp = corpus, cp
         self._multiple_of = width_multiple(cp.get("cp_size", 1), tp_size)
         self.num_documents = len(chosen)
@@ -158,6 +155,13 @@ class EvaluationSet:
             targets[np.arange(targets.shape[1]) < (lengths - scored)[:, None]] = IGNORED_TARGET
             batch = replace(batch, num_targets=int((targets != IGNORED_TARGET).sum()))
             yield batch.of_cp_rank(**self._cp)
+
+
+def deal_rows(rows: Int64Array, micro_batch_size: int, dp_rank: int, dp_size: int) -> Int64Array:
+    """Return one rank's rows `[k, num_batches, b]` of all `[k, n]`, the last ones filled with 0."""
+    missing = -rows.shape[1] % (micro_batch_size * dp_size)
+    padded = np.pad(rows, ((0, 0), (0, missing)))
+    return padded.reshape(len(rows), -1, dp_size, micro_batch_size)[:, :, dp_rank]
 
 
 def _choose_documents(corpus: Corpus, num_rows: Int64Array, max_rows: int | None) -> Int64Array:

@@ -98,6 +98,7 @@ class Tokenizer(Protocol):
     eos_id: int
     unk_token: str | None
     unk_id: int  # -1: there is none
+    adds_bos: bool = False  # whether other libraries put bos before a text
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without bos and eos; special tokens in it are plain text."""
@@ -221,6 +222,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.unk_id = -1 if self.unk_token is None else ids.get(self.unk_token, -1)
         ends = f" bos {self.bos_id} eos {self.eos_id}"  # documents begin and end with them
         self.fingerprint = xxhash.xxh3_128_hexdigest(file.content + ends.encode())
+        self.adds_bos = backend.encode("a").ids[:1] == [self.bos_id]  # by its post-processor
         self.can_cut = can_cut(file.spec)
         self._num_threads = usable_cores()
         for token, token_id in ((self.bos_token, self.bos_id), (self.eos_token, self.eos_id)):

@@ -37,6 +37,7 @@ class Losses(NamedTuple):
     objective: Tensor  # cross_entropy + z_loss_coeff * log_z_squared; the differentiable one
     cross_entropy: Tensor  # -log p(target), in nats
     log_z_squared: Tensor  # log^2 of the softmax denominator
+    of_rows: Tensor | None = None  # cross_entropy of each row [b], if there are no gradients
 
 
 class _Targets(NamedTuple):
@@ -66,7 +67,7 @@ class _HeadLoss(torch.autograd.Function):
         z_loss_coeff: float,
         with_gradients: bool,
         mesh: Mesh,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         rows = all_gather(x, mesh.tp) if mesh.sequence_parallel else x  # [s, b, h]
         rows = rows.reshape(-1, x.shape[-1])  # [s b, h]
         matrix = widen(weight, "right")  # [v/t, h]
@@ -79,30 +80,36 @@ class _HeadLoss(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight, dtype=at_least_fp32)
         # From the largest shard, as this rank's may have a row less: all ranks must chunk alike.
         length = max(1, _CHUNK_ELEMENTS[x.device.type] // -(-vocab_size // mesh.tp.size))
-        flat_targets = targets.flatten()
+        flat_targets, of_positions = targets.flatten(), []
         for start in range(0, len(rows), length):
             chunk = slice(start, start + length)
             target = _find_targets(flat_targets[chunk], first_id, len(matrix))
             operand = widen(rows[chunk], "left")
             z = matmul_fp32(operand, fp32_matrix.t())  # [n, v/t]
             log_z, loss, softmax_scale = _log_sum_exp_and_loss_(z, target, mesh.tp)
-            per_position = torch.stack([loss, log_z.square()])
-            sums += per_position.masked_fill(~target.counts, 0.0).sum(dim=1)
+            per_position = torch.stack([loss, log_z.square()]).masked_fill(~target.counts, 0.0)
+            sums += per_position.sum(dim=1)
             if with_gradients:
                 softmax_scale *= 1.0 + 2.0 * z_loss_coeff * log_z
                 grad_z = _logits_grad_(z, softmax_scale, target).to(matrix.dtype)
                 grad_rows[chunk] = torch.mm(grad_z, matrix)
                 add_matmul_(grad_weight, grad_z.t(), operand)
+            else:
+                of_positions.append(per_position[0])
+        of_rows = None
         if with_gradients:
             grad_rows = grad_rows.view(-1, *x.shape[1:])
             grad_x = start_tp_reduce(grad_rows, mesh).wait()  # [s/t, b, h], as x
             ctx.gradients, ctx.weight_dtype = (grad_x, grad_weight), weight.dtype
+        else:
+            of_rows = torch.cat(of_positions).view_as(targets).sum(dim=0)
         cross_entropy, log_z_squared = sums.unbind()
         ctx.mark_non_differentiable(cross_entropy, log_z_squared)
-        return cross_entropy + z_loss_coeff * log_z_squared, cross_entropy, log_z_squared
+        objective = cross_entropy + z_loss_coeff * log_z_squared
+        return objective, cross_entropy, log_z_squared, of_rows
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         # In place, and so only once: a copy of dW in float32 is as large as the embedding.
         assert ctx.gradients is not None, "the loss has been differentiated before"
         (grad_x, grad_weight), ctx.gradients = ctx.gradients, None

@@ -28,6 +28,24 @@ def random_text(seed: int, num_lines: int) -> str:
     )
 
 
+def write_task(path: Path, num_items: int) -> Path:
+    """Write questions whose answer is a part of the context; returns the file.
+
+    Contexts may be empty, end with white space or fill several rows; lengths in characters, bytes
+    and tokens differ.
+    """
+    rng, lines = random.Random(5), []
+    for number in range(num_items):
+        words = rng.choices(_WORDS, k=rng.choice((1, 2, 5, 200)))
+        context = " ".join(words) + rng.choice(("", "", " ", ":\n    ")) if number % 9 else ""
+        choices = [" ".join(rng.choices([*_WORDS, "é", "漢字"], k=rng.randrange(1, 4)))]
+        choices += [f"{word} {rng.choice(words)}" for word in rng.sample(_WORDS, number % 4)]
+        item = {"context": context, "choices": choices, "answer": rng.randrange(len(choices))}
+        lines.append(json.dumps({**item, "id": f"item {number}"}) + "\n")
+    path.write_text("".join(lines))
+    return path
+
+
 @functools.cache
 def small_tokenizer() -> SentencePieceTokenizer:
     """Returns a lossless tokenizer of 320 pieces."""

@@ -102,6 +102,9 @@ def test_invalid_settings_are_one_line(
         (["stride=38"], "stride=38 is more than model.seq_length=37, the length of a window"),
         (["output=/nowhere/x.json"], "output=/nowhere/x.json: its parent directory does not exist"),
         (["windows=3"], "there is no key windows; "),
+        (["task=/nowhere.jsonl"], "task=/nowhere.jsonl cannot be read: No such file"),
+        (["task=x", "source=text", "path=x"], "source=text is not used with task; omit one"),
+        (["items=x.jsonl"], "items=x.jsonl is not used without task=FILE"),
     ):
         with pytest.raises(SystemExit) as ended:
             parse([run, *arguments])

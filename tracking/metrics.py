@@ -116,14 +116,16 @@ class RunLog:
 
     def evaluation(self, state: RunState, evaluation: EvalResult) -> None:
         """Log an evaluation and its sample."""
-        row = {
-            "step": state.step,
-            "eval/loss": evaluation.loss,
-            "eval/perplexity": evaluation.perplexity,
-            "eval/bits_per_byte": evaluation.bits_per_byte,
-        }
-        message = "evaluation at step %d: loss %.4f, perplexity %.2f, %.4f bits per byte"
-        logger.info(message, *row.values())
+        row: dict[str, float] = {"step": state.step}
+        if evaluation.num_targets:
+            row["eval/loss"] = evaluation.loss
+            row["eval/perplexity"] = evaluation.perplexity
+            row["eval/bits_per_byte"] = evaluation.bits_per_byte
+            message = "evaluation at step %d: loss %.4f, perplexity %.2f, %.4f bits per byte"
+            logger.info(message, *row.values())
+        for task in evaluation.tasks:
+            row |= {f"eval/{task.name}/{name}": value for name, value in task.metrics.items()}
+            logger.info("%s at step %d: %s", task.name, state.step, task)
         if evaluation.num_unknown:
             row["eval/unknown_fraction"] = evaluation.num_unknown / evaluation.num_targets
         self._write(row)

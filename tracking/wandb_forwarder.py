@@ -32,6 +32,7 @@ _MAX_ROWS = 10_000  # that wait for wandb
 INIT_TIMEOUT_S, FINISH_TIMEOUT_S, MAX_WAIT_S = 15.0, 5.0, 20.0
 # Settings that may contain local paths, which are not sent.
 _PATHS = ("path", "validation_path", "directory", "cache_directory", "tokenizer", "init_from")
+_PATHS += ("tasks",)
 
 
 class WandbForwarder:

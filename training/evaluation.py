@@ -1,16 +1,20 @@
-"""How well the model predicts held-out text, and a sample of what it writes."""
+"""How well the model predicts held-out text and chooses answers, and a sample of what it writes."""
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from configs import Config
-from data import Corpus, EvaluationSet
+from configs.tasks import read_tasks
+from data import Corpus, EvaluationSet, TaskResult, TaskSet, Tokenizer
 from model import GPT, Sampling, generate
 from ops.scratch import scratch_scope
 from parallel import Mesh, fold_seed, free_gathered_weights, move_to, sum_over
+from training.run_folder import require_same_on_all_ranks
 from training.state import Run, RunState
 
 _PROMPT_TOKENS = 16  # of a held-out document, if evaluate.sample_prompt is null
@@ -26,6 +30,7 @@ class EvalResult:
     num_unknown: int = 0  # targets whose text the tokenizer cannot represent
     warnings: tuple[str, ...] = ()  # reasons why the result looks better than it is
     sample: str | None = None  # generated text, if any
+    tasks: tuple[TaskResult, ...] = ()
 
     @property
     def loss(self) -> float:
@@ -58,18 +63,34 @@ def eval_batches(
     stride: int | None = None,
 ) -> EvaluationSet:
     """This rank's share of the held-out documents, of at most `max_sequences` rows in total."""
-    return EvaluationSet(
-        corpus,
-        seq_length=config.model.seq_length,
-        stride=stride,
-        max_sequences=max_sequences,
-        micro_batch_size=config.train.micro_batch_size,
-        dp_rank=mesh.dp.rank,
-        dp_size=mesh.dp.size,
-        tp_size=mesh.tp.size,
-        cp_rank=mesh.cp.rank,
-        cp_size=mesh.cp.size,
-    )
+    shape = _shape(config, mesh)
+    return EvaluationSet(corpus, stride=stride, max_sequences=max_sequences, **shape)
+
+
+def task_sets(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> list[TaskSet]:
+    """This rank's share of each of `evaluate.tasks`; every rank calls this.
+
+    Raises UserError if a choice does not fit in a row, or ranks have different files.
+    """
+    files = read_tasks("evaluate.tasks", config.evaluate.tasks)
+    shape = _shape(config, mesh)
+    tasks = [TaskSet(name, items, tokenizer, **shape) for name, items in files.items()]
+    for task in tasks:
+        require_same_on_all_ranks(mesh, task.fingerprint, f"the task {task.name}")
+    return tasks
+
+
+def _shape(config: Config, mesh: Mesh) -> dict[str, int]:
+    """The shape of rows, and this rank's place among those that share them."""
+    return {
+        "seq_length": config.model.seq_length,
+        "micro_batch_size": config.train.micro_batch_size,
+        "dp_rank": mesh.dp.rank,
+        "dp_size": mesh.dp.size,
+        "tp_size": mesh.tp.size,
+        "cp_rank": mesh.cp.rank,
+        "cp_size": mesh.cp.size,
+    }
 
 
 @torch.no_grad()
@@ -81,18 +102,40 @@ def score(model: GPT, documents: EvaluationSet) -> EvalResult:
         losses = model(**batch.to(mesh.device).inputs())
         if mesh.is_last_stage:
             nats += losses.cross_entropy
-    total = move_to(sum_over(mesh.pp, sum_over(mesh.dp_cp, nats)), "cpu").item()
+    total = move_to(_sum_over_ranks(mesh, nats), "cpu").item()
     counts = documents.num_targets, documents.num_bytes, documents.num_unknown
     return EvalResult(total, *counts, documents.warnings)
 
 
-def evaluate(run: Run, state: RunState, documents: EvaluationSet) -> EvalResult:
-    """Score the documents and generate a sample; every rank gets the same result."""
+@torch.no_grad()
+def score_task(model: GPT, task: TaskSet) -> TaskResult:
+    """Score the choices of a task; every rank calls this and gets the same result."""
+    mesh = model.mesh
+    nats = torch.zeros(task.num_rows, dtype=torch.float64, device=mesh.device)
+    for batch in task.batches:
+        losses = model(**batch.to(mesh.device).inputs())
+        if mesh.is_last_stage:
+            rows = move_to(batch.sample_indices, mesh.device)
+            nats.index_add_(0, rows, losses.of_rows.double())
+    return task.grade(-move_to(_sum_over_ranks(mesh, nats), "cpu").numpy())
+
+
+def _sum_over_ranks(mesh: Mesh, nats: Tensor) -> Tensor:
+    """Sum over all axes but tp, whose ranks have the same losses."""
+    return sum_over(mesh.pp, sum_over(mesh.dp_cp, nats))
+
+
+def evaluate(
+    run: Run, state: RunState, documents: EvaluationSet, tasks: Sequence[TaskSet] = ()
+) -> EvalResult:
+    """Score documents and tasks, and generate a sample; every rank gets the same result."""
     result = score(run.model, documents)
     # Weights that score NaN cannot be sampled from; the next step finds out and acts on it.
     if math.isfinite(result.nats):
-        with scratch_scope():  # full logits, whose memory training would keep
-            result = replace(result, sample=generate_sample(run, state))
+        result = replace(result, tasks=tuple(score_task(run.model, task) for task in tasks))
+        if documents.num_targets:
+            with scratch_scope():  # full logits, whose memory training would keep
+                result = replace(result, sample=generate_sample(run, state))
     free_gathered_weights(run.model)
     return result
 

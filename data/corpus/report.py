@@ -95,7 +95,7 @@ def corpus_warnings(summary: dict[str, Any], *, is_evaluated: bool) -> Iterator[
     num_bytes = summary["validation"]["bytes"]
     fix = "use more text, a larger data.validation_fraction, or data.validation_path"
     if is_evaluated and not num_bytes:
-        yield f"there is no held-out text, so there is no evaluation; {fix}"
+        yield f"there is no held-out text, so eval/loss is not computed; {fix}"
     elif is_evaluated and num_bytes < _FEW_BYTES:
         held_out = _count(num_bytes, "byte")
         yield f"held-out text is only {held_out}, so eval/* is unreliable; {fix}"

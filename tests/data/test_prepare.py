@@ -148,7 +148,7 @@ def test_text_too_short_to_be_cut_gives_a_warning(
         caplog.clear()
         corpus = prepare_corpus(config, 16, 0)
         assert corpus.validation.num_documents == 0
-        assert "there is no held-out text, so there is no evaluation; use" in caplog.text
+        assert "there is no held-out text, so eval/loss is not computed; use" in caplog.text
     caplog.clear()
     prepare_corpus(replace(config, validation_fraction=0), 16, 0)
     assert "held-out" not in caplog.text

@@ -49,7 +49,7 @@ def test_all_commands_in_order(tmp_path: Path) -> None:
     assert BLOCKS[0] == ("sh", "make train\n")
     write_run(tmp_path / "runs/gpt_laptop", GPT2, Layout(tp=2))
     printed = [run(*block, tmp_path) for block in BLOCKS[1:]]
-    generated, exported, used, measured, imported, _ = printed
+    generated, exported, used, measured, chosen, imported, _ = printed
     # Libraries differ in how many replacement characters stand for bytes that are not UTF-8.
     texts = [re.split("[\ufffd\x00-\x1f]", text)[0] for text in (generated, used)]
     assert texts[0] == texts[1] != "def main("
@@ -57,5 +57,8 @@ def test_all_commands_in_order(tmp_path: Path) -> None:
     assert re.search(r"logits differ by at most \d\.\de-0\d.* 0 of 2000 texts", exported)
     ours, theirs = re.findall(r"([\d.]+) bits/byte|bits_per_byte\D+([\d.]+)", measured)
     assert float(ours[0]) == pytest.approx(float(theirs[1]), abs=1e-4)
+    accuracy = re.search(r"choices: acc ([\d.]+) .* of 8 items", chosen)
+    assert accuracy is not None
+    assert f"|{accuracy[1]}|" in chosen.replace(" ", "")
     assert "vocab_size: 603" in imported
     assert (tmp_path / "runs/again/checkpoints/step_00000002").is_dir()
