@@ -317,7 +317,10 @@ class DataConfig(SourceConfig):
 class TrainConfig:
     """Length of the run, batch sizes, numerics and hardware."""
 
-    train_steps: Steps = 1000  # Number of optimizer steps
+    train_steps: Steps = 1000  # Number of optimizer steps; with time_limit_s: at most
+    # Seconds that the training steps may take, without evaluations and saves. The run measures a
+    # few steps when it begins, and replaces train_steps by the number that fits. null: no limit.
+    time_limit_s: Positive | None = None
     global_batch_size: Count = 32  # Sequences per step, over all ranks
     micro_batch_size: Count = 8  # Sequences per forward and backward pass of one data-parallel rank
     # Weight of the z-loss, mean(logsumexp(logits)^2) (PaLM: 1e-4); train/loss excludes it.
