@@ -85,6 +85,11 @@ def inherit(config: Config, given: Collection[str]) -> Config:
     if run.init_optimizer and not resumes and source.num_updates == 0:
         problem = f"needs optimizer state, but {source.directory} has none (no update yet)"
         raise bad_setting("run.init_optimizer", True, f"{problem}; leave it out")
+    its_optimizer = source.settings.get("optimizer.name", "adamw")
+    if run.init_optimizer and not resumes and its_optimizer != config.optimizer.name:
+        problem = f"needs optimizer.name={its_optimizer}, as in {source.directory}, instead of "
+        problem += f"{config.optimizer.name}; change that, or set run.init_optimizer=false"
+        raise bad_setting("run.init_optimizer", True, problem)
     changed = [leaf for leaf in _MAY_DIFFER if f"model.{leaf}" in given]
     source = replace(source, model=model_of_stage(source.model, config.model, changed))
     _require_equal(config, given, source)

@@ -342,9 +342,16 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, its learning rate schedule, and gradient clipping."""
+    """AdamW or Muon, the learning rate schedule, and gradient clipping."""
 
+    # muon: for the matrices of attention and MLP, with AdamW for all other weights.
+    name: Literal["adamw", "muon"] = "adamw"
     lr: NonNegative = 6e-4  # Peak learning rate
+    # Peak learning rate of Muon, scaled by sqrt(max(1, rows / columns)) of each matrix, on the
+    # schedule of lr. null: lr, scaled by 0.2 sqrt(max(rows, columns)): updates as large as AdamW's.
+    muon_lr: Positive | None = None
+    muon_momentum: Fraction = 0.95  # Decay rate of Muon's momentum (Nesterov)
+    muon_num_ns_steps: Count = 5  # Newton-Schulz iterations of Muon
     min_lr: NonNegative | None = None  # Learning rate at the end of the decay; null: lr / 10
     # Shape of the decay after warmup; WSD: constant, then linear at the end.
     lr_decay_style: Literal["constant", "linear", "cosine", "WSD"] = "cosine"

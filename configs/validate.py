@@ -27,6 +27,9 @@ _ONLY_WITH = {
     "model.rope_original_max_position": ("model.rope_scaling_type", "llama3"),
     "data.packing": ("data.sequence_mode", "pack"),
     "optimizer.lr_wsd_decay_steps": ("optimizer.lr_decay_style", "WSD"),
+    "optimizer.muon_lr": ("optimizer.name", "muon"),
+    "optimizer.muon_momentum": ("optimizer.name", "muon"),
+    "optimizer.muon_num_ns_steps": ("optimizer.name", "muon"),
 }
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # of text and JSON, one file each
 
@@ -182,6 +185,10 @@ def _check_schedule(config: Config) -> None:
         fix = f"choose optimizer.min_lr={optimizer.lr / 10:g} (a tenth) or less"
         fix += ", or optimizer.lr_decay_style=constant"
         raise bad_setting("optimizer.min_lr", optimizer.min_lr, f"{problem}; {fix}")
+    if optimizer.muon_lr is not None and optimizer.lr == 0:
+        problem = "follows the schedule of optimizer.lr=0.0, which is always 0"
+        fix = "set optimizer.lr above 0, or optimizer.muon_lr=null"
+        raise bad_setting("optimizer.muon_lr", optimizer.muon_lr, f"{problem}; {fix}")
 
 
 def check_inputs(config: Config) -> None:

@@ -20,11 +20,19 @@ class WeightSpec:
     num_row_groups: int | None = None  # groups of rows that no split may divide (GQA)
     init_std: float = 0.0
     init_mean: float = 0.0
+    # Matrices in a block, each of which Muon updates on its own; 0: AdamW updates this weight. Each
+    # row group has equal numbers of rows of all of them, one matrix after the other.
+    num_matrices: int = 0
 
     def tp_dim_at(self, tp_size: int) -> int | None:
         """The dim split over `tp_size` ranks; None if there are fewer row groups than ranks."""
         is_shared = self.num_row_groups is not None and self.num_row_groups < tp_size
         return None if is_shared else self.tp_dim
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Rows and columns of each of its `num_matrices`."""
+        return self.shape[0] // self.num_matrices, self.shape[1]
 
 
 Weights = Mapping[str, WeightSpec]
@@ -44,9 +52,12 @@ def column_weights(
     init_std: float,
     has_bias: bool = True,
     num_row_groups: int | None = None,
+    num_matrices: int = 1,
 ) -> dict[str, WeightSpec]:
     """A column-parallel linear layer, `[out/t, in]`; so is its bias."""
-    weights = {"weight": WeightSpec((out_size, in_size), 0, num_row_groups, init_std)}
+    shape = (out_size, in_size)
+    weight = WeightSpec(shape, 0, num_row_groups, init_std, num_matrices=num_matrices)
+    weights = {"weight": weight}
     if has_bias:
         weights["bias"] = WeightSpec((out_size,), 0, num_row_groups)
     return weights
@@ -56,7 +67,7 @@ def row_weights(
     out_size: int, in_size: int, init_std: float, has_bias: bool = True
 ) -> dict[str, WeightSpec]:
     """A row-parallel linear layer, `[out, in/t]`; its bias is replicated."""
-    weights = {"weight": WeightSpec((out_size, in_size), 1, init_std=init_std)}
+    weights = {"weight": WeightSpec((out_size, in_size), 1, init_std=init_std, num_matrices=1)}
     return weights | ({"bias": WeightSpec((out_size,))} if has_bias else {})
 
 
@@ -82,7 +93,7 @@ def block_weights(config: ModelConfig) -> dict[str, WeightSpec]:
         "attention_norm": _norm_weights(config, h),
         "attention.qkv.q": column_weights(q_size, h, std, has_qkv_bias),
         # Group by group: the d rows of a group's key, then the d rows of its value.
-        "attention.qkv.kv": column_weights(2 * g * d, h, std, has_qkv_bias, num_row_groups=g),
+        "attention.qkv.kv": column_weights(2 * g * d, h, std, has_qkv_bias, g, num_matrices=2),
         "attention.q_norm": head_norm,
         "attention.k_norm": head_norm,
         "attention.proj": row_weights(h, q_size, residual_std, has_bias),

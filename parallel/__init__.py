@@ -33,6 +33,7 @@ from parallel.mesh import close_mesh as close_mesh
 from parallel.mesh import init_mesh as init_mesh
 from parallel.mesh import wait_for_all_ranks as wait_for_all_ranks
 from parallel.parameters import LocalShard as LocalShard
+from parallel.parameters import declarations as declarations
 from parallel.parameters import declare_parameter as declare_parameter
 from parallel.parameters import initialise_parameters as initialise_parameters
 from parallel.parameters import local_shards as local_shards
@@ -49,3 +50,4 @@ from parallel.transport.backend import lost_connection as lost_connection
 from parallel.transport.heartbeats import Heartbeats as Heartbeats
 from parallel.transport.rendezvous import DeviceError as DeviceError
 from parallel.transport.rendezvous import machine_id as machine_id
+from parallel.whole_matrices import WholeMatrices as WholeMatrices

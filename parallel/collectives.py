@@ -134,6 +134,20 @@ def local_sequence_chunk(x: Tensor, axis: Axis) -> Tensor:
     return x.chunk(axis.size)[axis.rank].clone(memory_format=torch.contiguous_format)
 
 
+def all_to_all(
+    output: Tensor,
+    output_sizes: list[int],
+    input: Tensor,
+    input_sizes: list[int],
+    axis: Axis,
+) -> None:
+    """Send consecutive parts of `input` to the ranks of an axis, and receive theirs."""
+    sizes = output_sizes, input_sizes
+    work = dist.all_to_all_single(output, input, *sizes, group=axis.group, async_op=True)
+    assert work is not None
+    await_work(work)
+
+
 def sum_over(axis: Axis, values: Tensor) -> Tensor:
     """Sum `values` over the ranks of an axis, in place; one all-reduce."""
     if axis.size > 1:

@@ -19,7 +19,7 @@ by rows. Shards are those of torch.chunk: ceil(size / parts) rows each, the last
 is padded: a vocabulary of 603 rows over two ranks is 302 + 301.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,8 @@ from configs.weights import Weights, WeightSpec
 from parallel.mesh import Mesh
 from parallel.randomness import fold_seed
 
+Slices = tuple[slice, ...]
+
 
 def shard_range(size: int, parts: int, index: int) -> tuple[int, int]:
     """Start and end of shard `index` of `size` rows split into `parts`."""
@@ -37,20 +39,36 @@ def shard_range(size: int, parts: int, index: int) -> tuple[int, int]:
     return min(index * chunk, size), min((index + 1) * chunk, size)
 
 
+def tp_slices(spec: WeightSpec, tp_size: int, tp_rank: int) -> Slices:
+    """The part of a weight that a tp rank has."""
+    slices = [slice(0, size) for size in spec.shape]
+    if (tp_dim := spec.tp_dim_at(tp_size)) is not None:
+        slices[tp_dim] = slice(*shard_range(spec.shape[tp_dim], tp_size, tp_rank))
+    return tuple(slices)
+
+
+def dp_slices(of_tp_rank: Sequence[Slices], dp_size: int, dp_rank: int) -> list[Slices]:
+    """The parts of a parameter's weights that one dp rank has, of those that its tp rank has."""
+    num_rows = sum(rows.stop - rows.start for rows, *_ in of_tp_rank)
+    first, end = shard_range(num_rows, dp_size, dp_rank)  # relative to the first row of a weight
+    parts = []
+    for rows, *others in of_tp_rank:
+        size, start = rows.stop - rows.start, max(0, first)
+        stop = max(start, min(size, end))
+        parts.append((slice(rows.start + start, rows.start + stop), *others))
+        first, end = first - size, end - size
+    return parts
+
+
 @dataclass(frozen=True)
-class _Declared:
+class Declared:
     """What a layer declares about one weight in a parameter."""
 
     spec: WeightSpec
-    first_row: int  # in the parameter
-    slices: tuple[slice, ...]  # this tp rank's part of the whole
+    slices: Slices  # this tp rank's part of the whole
     grad_is_partial: bool  # over the tp axis, see [Note: partial gradients]
     is_tied: bool
     mesh: Mesh
-
-    @property
-    def num_rows(self) -> int:
-        return self.slices[0].stop - self.slices[0].start
 
 
 @dataclass(frozen=True)
@@ -58,11 +76,16 @@ class LocalShard:
     """This rank's part of a weight, or of its gradient or moment, and its place in the whole."""
 
     tensor: Tensor  # shares the memory of the parameter, gradient or moment
-    global_shape: tuple[int, ...]
-    slices: tuple[slice, ...]  # of the whole
+    spec: WeightSpec
+    slices: Slices  # of the whole
     tp_dim: int | None  # the dim sharded over tp; None: every tp rank has the same
     grad_is_partial: bool  # over the tp axis, see [Note: partial gradients]
     is_tied: bool  # held by the first and the last stage, with a part of its gradient each
+
+    @property
+    def global_shape(self) -> tuple[int, ...]:
+        """The shape of the whole weight."""
+        return self.spec.shape
 
 
 def declare_parameter(
@@ -82,24 +105,20 @@ def declare_parameter(
         weights = {name: weights}
     declared, num_rows = {}, 0
     for weight_name, spec in weights.items():
-        tp_dim = spec.tp_dim_at(mesh.tp.size)
-        slices = [slice(0, size) for size in spec.shape]
-        if tp_dim is not None:
-            slices[tp_dim] = slice(*shard_range(spec.shape[tp_dim], mesh.tp.size, mesh.tp.rank))
+        slices = tp_slices(spec, mesh.tp.size, mesh.tp.rank)
         # A rank that uses some rows of a weight that all have only sees the gradient of those.
-        is_partial = grad_is_partial or tp_dim != spec.tp_dim
-        one = _Declared(spec, num_rows, tuple(slices), is_partial, is_tied, mesh)
-        declared[weight_name] = one
-        num_rows += one.num_rows
+        is_partial = grad_is_partial or spec.tp_dim_at(mesh.tp.size) != spec.tp_dim
+        declared[weight_name] = Declared(spec, slices, is_partial, is_tied, mesh)
+        num_rows += slices[0].stop - slices[0].start
     row_shape = [part.stop - part.start for part in slices[1:]]
     empty = torch.empty(num_rows, *row_shape, dtype=torch.float32, device="meta")
     module.register_parameter(name, nn.Parameter(empty))
     module.__dict__.setdefault("declared", {})[name] = declared
 
 
-def _declarations(
+def declarations(
     model: nn.Module,
-) -> Iterator[tuple[str, nn.Parameter, dict[str, _Declared]]]:
+) -> Iterator[tuple[str, nn.Parameter, dict[str, Declared]]]:
     """The prefix of the names, the parameter and its weights, for each parameter of a model."""
     for path, module in model.named_modules():
         for name, declared in module.__dict__.get("declared", {}).items():
@@ -107,34 +126,33 @@ def _declarations(
 
 
 def local_shards(
-    model: nn.Module, of: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter
+    model: nn.Module, of: Callable[[nn.Parameter], Tensor | None] = lambda parameter: parameter
 ) -> dict[str, LocalShard]:
     """This rank's part of every weight of a model, by name.
 
-    `of` maps a parameter to a tensor of its layout, such as its gradient. On several dp ranks the
-    parameters must not be gathered at the moment.
+    `of` maps a parameter to a tensor of its layout, such as its gradient, or to None to leave it
+    out. On several dp ranks the parameters must not be gathered at the moment.
     """
     shards = {}
-    for prefix, parameter, declared in _declarations(model):
-        tensor, first = of(parameter).detach(), 0
+    for prefix, parameter, declared in declarations(model):
+        if (whole := of(parameter)) is None:
+            continue
+        tensor, parts = whole.detach(), [one.slices for one in declared.values()]
         if isinstance(tensor, DTensor):  # FSDP2 has sharded its rows over dp
-            num_rows, axis = tensor.shape[0], tensor.device_mesh
-            first, _ = shard_range(num_rows, axis.size(), axis.get_local_rank())
-            tensor = tensor.to_local()
-        for name, one in declared.items():
-            # The rows of the parameter that are of this weight and that this dp rank has.
-            start = max(one.first_row, first)
-            stop = max(start, min(one.first_row + one.num_rows, first + tensor.shape[0]))
-            start_in_whole = one.slices[0].start + start - one.first_row
-            rows = slice(start_in_whole, start_in_whole + stop - start)
+            axis, tensor = tensor.device_mesh, tensor.to_local()
+            parts = dp_slices(parts, axis.size(), axis.get_local_rank())
+        row = 0
+        for (name, one), slices in zip(declared.items(), parts, strict=True):
+            stop = row + slices[0].stop - slices[0].start
             shards[prefix + name] = LocalShard(
-                tensor if len(declared) == 1 else tensor[start - first : stop - first],
-                one.spec.shape,
-                (rows, *one.slices[1:]),
+                tensor if len(declared) == 1 else tensor[row:stop],
+                one.spec,
+                slices,
                 one.spec.tp_dim_at(one.mesh.tp.size),
                 one.grad_is_partial,
                 one.is_tied,
             )
+            row = stop
     return shards
 
 
@@ -146,18 +164,16 @@ def initialise_parameters(model: nn.Module, seed: int, mesh: Mesh) -> None:
     Raises RuntimeError if a layer was created for another mesh, as layers cannot mix sequence
     parallelism on and off.
     """
-    specs = {}
-    for prefix, _, declared in _declarations(model):
+    for prefix, _, declared in declarations(model):
         for name, one in declared.items():
-            specs[prefix + name], of_layer = one.spec, one.mesh
-            if of_layer is not mesh:
+            if (of_layer := one.mesh) is not mesh:
                 raise RuntimeError(
                     f"{prefix}{name} was created with tp={of_layer.tp.size}, sequence_parallel="
                     f"{of_layer.sequence_parallel}, but the model has tp={mesh.tp.size}, "
                     f"sequence_parallel={mesh.sequence_parallel}; give all layers the same mesh"
                 )
     for name, shard in local_shards(model).items():
-        spec = specs[name]
+        spec = shard.spec
         if spec.init_std == 0.0:
             shard.tensor.fill_(spec.init_mean)
             continue

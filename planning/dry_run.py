@@ -296,7 +296,7 @@ def _trace_step(
             memory.allocation_of(shard.tensor).is_weight = True
 
         def note_gradients(*_: Any) -> None:
-            tensors["gradients"] |= local_shards(model, lambda p: cast(Tensor, p.grad))
+            tensors["gradients"] |= local_shards(model, lambda p: p.grad)
 
         optimizer.register_step_pre_hook(note_gradients)
         tracer = StepTracer(model, memory, traffic)

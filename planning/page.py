@@ -7,9 +7,11 @@ from typing import NamedTuple
 import torch
 
 from configs import Config
+from configs.weights import model_weights
 from model import flops_per_token, num_parameters
 from parallel.transport.traffic import Collective
 from planning.dry_run import AFTER, BEFORE, SavedTensors, StepReport
+from training.optimizer import muon_flops
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _NAME_WIDTH, _CELL_WIDTH = 55, 14
@@ -17,7 +19,7 @@ _SMALL_FRACTION = 0.005  # saved tensors that are smaller share a row
 _MIN_BYTES = 1024  # kinds of memory that take less have no row; a loss is a scalar
 _KINDS = {
     "weights": "weights",
-    "moments": "AdamW's moments",
+    "moments": "optimizer state",
     "gradients": "gradients, summed and sharded",
     "unsharded gradients": "gradients, unsharded, until the last micro-batch",
     "weight copies": "weights to compute with, cast or gathered",
@@ -218,9 +220,14 @@ def _operations(config: Config, report: StepReport) -> Iterator[str]:
     weights = (per_token - attention) // 6
     tokens = config.train.global_batch_size * model.seq_length
     num_ranks = len(report.tp) * len(report.dp_cp) * len(report.pp)
+    specs = model_weights(model, config.data.padded_vocab_size).values()
+    of_muon = sum(muon_flops(spec, config.optimizer) for spec in specs)
     yield "Floating-point operations, forward and backward"
     yield f"  per token: {per_token:.4g} = 6 x {weights:,} (weights of matrices) + {product}"
     yield f"  per step:  {per_token * tokens:.4g} = that x {tokens:,} tokens"
+    if of_muon:
+        share = of_muon / (per_token * tokens)
+        yield f"  Muon:      {of_muon:.4g} per step, {share:.2g} of that; a matrix is on one rank"
     yield f"  MFU = tokens/s x {per_token:.4g} / ({num_ranks} x peak FLOP/s of a device)"
     yield f"  The causal mask does not halve {product}, and recomputation is not counted."
 

@@ -70,7 +70,7 @@ MISTAKES = (
     Mistake(
         "gradients of keys and values that ranks share are not summed over tp",
         "parallel/parameters.py",
-        "is_partial = grad_is_partial or tp_dim != spec.tp_dim",
+        "is_partial = grad_is_partial or spec.tp_dim_at(mesh.tp.size) != spec.tp_dim",
         "is_partial = grad_is_partial",
         (_LAYERS + "test_shared_row_groups_equal_dense[False-1-tp2-dp1]",),
     ),
@@ -450,8 +450,8 @@ MISTAKES = (
     Mistake(
         "every rank takes the first rank's part of a weight",
         "parallel/parameters.py",
-        "shard_range(spec.shape[tp_dim], mesh.tp.size, mesh.tp.rank)",
-        "shard_range(spec.shape[tp_dim], mesh.tp.size, 0)",
+        "shard_range(spec.shape[tp_dim], tp_size, tp_rank)",
+        "shard_range(spec.shape[tp_dim], tp_size, 0)",
         (_WEIGHTS + "[tp2+sp-dp1]",),
     ),
     Mistake(

@@ -40,23 +40,25 @@ _INPUT_NAMES = ("input_tensor", "input_tensors", "input", "inputs", "tensor", "t
 _GROUP_NAMES = ("process_group", "group_name")
 # Bytes sent, in units of (t - 1) / t M: see [Note: bytes on a ring].
 _PASSES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2}
-_POINT_TO_POINT = {"send": 1, "recv": 0}  # bytes sent, in units of the tensor
+_ALL_SENT = {"send": 1, "recv": 0, "all_to_all": 1}  # bytes sent, in units of the tensor
 
 
 @dataclass(frozen=True)
 class Collective:
     """One collective, as one of its ranks issued it."""
 
-    kind: str  # all_gather, reduce_scatter, all_reduce, send, recv, or torch's name for any other
+    # all_gather, reduce_scatter, all_reduce, all_to_all, send, recv, or torch's name for any other
+    kind: str
     ranks: tuple[int, ...]  # of the group, as global ranks
     dtype: torch.dtype
-    full_bytes: int  # M of [Note: bytes on a ring]; for other kinds, this rank's input
+    # M of [Note: bytes on a ring]; for other kinds, this rank's input, without what it keeps
+    full_bytes: int
 
     @property
     def sent_bytes(self) -> float:
         """Bytes that this rank sends on a ring; raises ValueError for kinds without a formula."""
-        if self.kind in _POINT_TO_POINT:
-            return _POINT_TO_POINT[self.kind] * self.full_bytes
+        if self.kind in _ALL_SENT:
+            return _ALL_SENT[self.kind] * self.full_bytes
         if self.kind not in _PASSES:
             raise ValueError(f"kind={self.kind} has no formula; these have: {', '.join(_PASSES)}")
         t = len(self.ranks)
@@ -99,13 +101,17 @@ def _collective(name: str, arguments: dict[str, Any]) -> Collective:
     num_bytes = sum(tensor.nbytes for tensor in inputs)
     if kind == "all_gather":  # whose input is a shard
         num_bytes *= len(ranks)
+    if kind == "all_to_all":
+        kept = arguments["input_split_sizes"][ranks.index(dist.get_rank())]
+        num_bytes -= kept * inputs[0].itemsize
     return Collective(kind, ranks, inputs[0].dtype, num_bytes)
 
 
 def _kind(name: str) -> str:
     """Map torch's variants to one name: _allgather_base_, allgather_, all_gather_into_tensor..."""
     joined = name.replace("_", "")
-    return next((k for k in _PASSES if joined.startswith(k.replace("_", ""))), name.strip("_"))
+    kinds = (*_PASSES, *_ALL_SENT)
+    return next((k for k in kinds if joined.startswith(k.replace("_", ""))), name.strip("_"))
 
 
 def _group(argument: Any) -> dist.ProcessGroup:

@@ -15,7 +15,7 @@ SECTIONS = (
 )
 NO_FOLDER = "cannot be the name of a folder; use 1 to 64 of the characters A-Z a-z 0-9 . _ - and begin with a letter, a digit or _"
 GIVE_FILES = "give an existing file, a glob, or a folder with .txt (or compressed) files"
-OPTIMIZER_KEYS = "lr, min_lr, lr_decay_style, lr_warmup_steps, lr_wsd_decay_steps, weight_decay, adam_beta1, adam_beta2, adam_eps, clip_grad"
+OPTIMIZER_KEYS = "name, lr, muon_lr, muon_momentum, muon_num_ns_steps, min_lr, lr_decay_style, lr_warmup_steps, lr_wsd_decay_steps, weight_decay, adam_beta1, adam_beta2, adam_eps, clip_grad"
 TP = "parallel.tensor_model_parallel_size"
 
 # Arguments after config=gpt_debug (4 heads, hidden size 128, batch 16 = 4 x 4), and the error.
@@ -163,6 +163,15 @@ ARGUMENTS = [
     (
         "optimizer.lr_wsd_decay_steps=10",
         "optimizer.lr_wsd_decay_steps=10 has no effect with optimizer.lr_decay_style=cosine; set optimizer.lr_wsd_decay_steps=null, or optimizer.lr_decay_style=WSD",
+    ),
+    ("optimizer.name=sgd", "optimizer.name=sgd is not one of adamw, muon"),
+    (
+        "optimizer.muon_momentum=0.9",
+        "optimizer.muon_momentum=0.9 has no effect with optimizer.name=adamw; set optimizer.muon_momentum=0.95, or optimizer.name=muon",
+    ),
+    (
+        "optimizer.name=muon optimizer.lr=0 optimizer.min_lr=0 optimizer.muon_lr=0.02",
+        "optimizer.muon_lr=0.02 follows the schedule of optimizer.lr=0.0, which is always 0; set optimizer.lr above 0, or optimizer.muon_lr=null",
     ),
     (
         "data.vocab_size=256",

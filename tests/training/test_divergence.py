@@ -109,6 +109,15 @@ def forced_skip(step: int) -> Iterator[None]:
 @distributed(*LAYOUTS)
 def test_all_ranks_skip_one_bad_update(mesh: Mesh, config: Config) -> None:
     """NaN on one rank at step 3 gives the curve of a run that skips this step on purpose."""
+    require_one_skip(mesh, config)
+
+
+@distributed(Layout(tp=2, dp=2))
+def test_a_skipped_update_leaves_the_momentum_of_muon(mesh: Mesh, config: Config) -> None:
+    require_one_skip(mesh, changed(config, optimizer={"name": "muon"}))
+
+
+def require_one_skip(mesh: Mesh, config: Config) -> None:
     with poisoned(mesh, range(17, 18)):
         curve = run(mesh, config, name="bad")
     with forced_skip(3):

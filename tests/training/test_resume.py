@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from checkpoints import Checkpoint, CheckpointError
-from configs import Config, DataConfig, WeightedSource, flatten
+from configs import Config, DataConfig, OptimizerConfig, WeightedSource, flatten
 from tests.data_corpora import small_tokenizer
 from training import resume as module
 from training.resume import find_own_checkpoint
@@ -51,6 +51,17 @@ def test_the_weights_of_a_mixture_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointError, match=r"data\.sources=\[1\.0, 3\.0\] \(was \[3\.0, 1\.0\]"):
         resume(monkeypatch, mixture("a", "b"), mixture("a", "b", weights=(1.0, 3.0)))
     resume(monkeypatch, Config(data=DataConfig("text", "a")), mixture("a", weights=(7.0,)))
+
+
+@pytest.mark.parametrize("more", [{}, {"data_fingerprint": None}], ids=["trained", "imported"])
+def test_another_optimizer_is_refused(monkeypatch: pytest.MonkeyPatch, more: Any) -> None:
+    """It has other moments; its other settings may change."""
+    adamw, muon = (Config(optimizer=OptimizerConfig(name)) for name in ("adamw", "muon"))
+    message = r"optimizer\.name=muon \(was adamw\); change it back, or choose another run\.name"
+    with pytest.raises(CheckpointError, match=message):
+        resume(monkeypatch, adamw, muon, **more)
+    faster = Config(optimizer=OptimizerConfig("muon", muon_lr=0.1, muon_momentum=0.9))
+    resume(monkeypatch, muon, faster, **more)
 
 
 def test_another_tokenizer_is_refused_before_the_text_is_tokenized(

@@ -127,8 +127,9 @@ def simulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedGpu]:
         ("config=llama_debug.yaml", "parallel.recompute_granularity=selective"),
         ("data.inter_document_masking=true", "parallel.recompute_granularity=full"),
         ("model.attention_dropout=0.1", "train.z_loss_coeff=1e-4"),
+        ("optimizer.name=muon",),
     ],
-    ids=["gpt", "llama", "documents", "attention dropout"],
+    ids=["gpt", "llama", "documents", "attention dropout", "muon"],
 )
 @pytest.mark.parametrize("tp", [1, 2])
 def test_a_step_waits_once(

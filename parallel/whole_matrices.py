@@ -1,0 +1,112 @@
+"""Functions of whole matrices that are sharded over tp, dp and cp.
+
+A matrix is gathered on one rank of its pipeline stage, which alone computes the function, and the
+result is scattered. So it is computed once, and in the same way on every layout. The matrices are
+divided among the ranks of a stage by their cost. One all-to-all gathers all matrices and one
+scatters all results. Both are over all ranks, and the ranks of other stages exchange nothing: so
+stages need no groups of their own.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from configs.weights import WeightSpec
+from parallel.collectives import all_to_all
+from parallel.mesh import Mesh
+from parallel.parameters import LocalShard, Slices, declarations, dp_slices, tp_slices
+
+
+class WholeMatrices:
+    """The weights with `num_matrices`: which rank computes a function of which, and the messages.
+
+    `cost` is that of the function.
+    """
+
+    def __init__(self, model: nn.Module, mesh: Mesh, cost: Callable[[WeightSpec], float]) -> None:
+        self.mesh, tp_size, dp_size = mesh, mesh.tp.size, mesh.dp_cp.size
+        self.num_ranks = tp_size * dp_size  # of this stage, tp fastest
+        self.rank = mesh.dp_cp.rank * tp_size + mesh.tp.rank
+        self.specs: dict[str, WeightSpec] = {}
+        parts: dict[str, list[Slices]] = {}  # of each rank
+        for prefix, _, declared in declarations(model):
+            specs = [one.spec for one in declared.values()]
+            of_tp_ranks = [[tp_slices(spec, tp_size, r) for spec in specs] for r in range(tp_size)]
+            of_ranks = [dp_slices(of, dp_size, r) for r in range(dp_size) for of in of_tp_ranks]
+            for index, (name, one) in enumerate(declared.items()):
+                if one.spec.num_matrices:
+                    self.specs[prefix + name] = one.spec
+                    parts[prefix + name] = [of_rank[index] for of_rank in of_ranks]
+        costs = {name: cost(spec) for name, spec in self.specs.items()}
+        names_of: list[list[str]] = [[] for _ in range(self.num_ranks)]  # by owner
+        loads = [0.0] * self.num_ranks
+        for name in sorted(costs, key=costs.__getitem__, reverse=True):  # the largest first
+            owner = loads.index(min(loads))
+            names_of[owner].append(name)
+            loads[owner] += costs[name]
+        self.parts, self.own = parts, names_of[self.rank]
+        self.names = [name for names in names_of for name in names]
+        self._sent = [[_size(parts[name][self.rank]) for name in names] for names in names_of]
+        self._received = [
+            [_size(parts[name][rank]) for name in self.own] for rank in range(self.num_ranks)
+        ]
+
+    def update(
+        self,
+        shards: Mapping[str, LocalShard],
+        dtype: torch.dtype,
+        function: Callable[[Tensor, WeightSpec], Tensor],
+    ) -> None:
+        """Replace every matrix by a function of it, in place; `shards` are this rank's parts.
+
+        `function` gets a matrix rounded to `dtype`, in which it is sent, and returns its like.
+        Every rank of the mesh must call this.
+        """
+        tensors = [shards[name].tensor for name in self.names]
+        if self.num_ranks == 1:
+            for name, tensor in zip(self.names, tensors, strict=True):
+                tensor.copy_(function(tensor.to(dtype), self.specs[name]))
+            return
+        sizes = [size for of_rank in self._sent for size in of_rank]
+        sent = tensors[0].new_empty(sum(sizes), dtype=dtype)
+        own_parts = [
+            flat.view(tensor.shape) for flat, tensor in zip(sent.split(sizes), tensors, strict=True)
+        ]
+        for part, tensor in zip(own_parts, tensors, strict=True):
+            part.copy_(tensor)
+        received = sent.new_empty(sum(map(sum, self._received)))
+        self._exchange(received, self._received, sent, self._sent)
+        flat = received.split([size for of_rank in self._received for size in of_rank])
+        for index, name in enumerate(self.own):
+            parts, whole = self.parts[name], sent.new_empty(self.specs[name].shape)
+            pieces = flat[index :: len(self.own)]  # of all ranks; copies over tp are equal
+            for piece, slices in zip(pieces, parts, strict=True):
+                whole[slices] = piece.view(whole[slices].shape)
+            whole = function(whole, self.specs[name])
+            for piece, slices in zip(pieces, parts, strict=True):
+                piece.copy_(whole[slices].reshape(-1))
+        self._exchange(sent, self._sent, received, self._received)
+        for part, tensor in zip(own_parts, tensors, strict=True):
+            tensor.copy_(part)
+
+    def _exchange(
+        self,
+        output: Tensor,
+        output_sizes: Sequence[Sequence[int]],
+        input: Tensor,
+        input_sizes: Sequence[Sequence[int]],
+    ) -> None:
+        def of_all_ranks(sizes: Sequence[Sequence[int]]) -> list[int]:
+            before = self.mesh.pp.rank * self.num_ranks
+            after = self.mesh.world.size - before - self.num_ranks
+            return [0] * before + [sum(of_rank) for of_rank in sizes] + [0] * after
+
+        all_to_all(
+            output, of_all_ranks(output_sizes), input, of_all_ranks(input_sizes), self.mesh.world
+        )
+
+
+def _size(slices: Slices) -> int:
+    return math.prod(part.stop - part.start for part in slices)
