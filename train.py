@@ -8,6 +8,7 @@ import logging
 import signal
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 
 from configs import (
     Config,
@@ -36,11 +37,11 @@ from training.divergence import check_replicas, roll_back, too_many_skipped
 from training.evaluation import evaluate, task_sets, validation_set
 from training.hardware import choose_precision, set_up_allocator, use_deterministic_kernels
 from training.optimizer import build_optimizer
-from training.resume import find_own_checkpoint, find_source, resume
+from training.resume import chosen_steps, find_own_checkpoint, find_source, limit_steps, resume
 from training.run_folder import FatalError, RunFolder, require_same_on_all_ranks
 from training.signals import StopSignals
 from training.state import Run, RunState, mesh_from_config, training_batches
-from training.step import train_step
+from training.step import steps_that_fit, train_step
 from training.watchdog import Watchdog
 
 logger = logging.getLogger("microtron")
@@ -49,6 +50,7 @@ logger = logging.getLogger("microtron")
 def train(config: Config, mesh: Mesh, folder: RunFolder, signals: StopSignals) -> int:
     """Train from the newest checkpoint, or from scratch, to the last step; return the exit code."""
     run, state = start(config, mesh, folder)
+    config = run.config  # train.time_limit_s may have reduced the number of steps
     began, last, stop = state, last_step(config), None
     folder.step = state.step
     check_replicas(run, state)
@@ -82,6 +84,10 @@ def start(config: Config, mesh: Mesh, folder: RunFolder) -> tuple[Run, RunState]
         model = build_model(config, mesh)
         optimizer = build_optimizer(model, config.optimizer)
         run = Run(config, mesh, folder, corpus, model, optimizer, precision)
+        steps = chosen_steps(checkpoint)
+        if steps is None and config.train.time_limit_s is not None:
+            steps = steps_that_fit(run, config.train.time_limit_s)
+        run = replace(run, config=limit_steps(config, steps))
         return run, resume(run, checkpoint, source)
 
 

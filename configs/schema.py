@@ -325,7 +325,11 @@ class DataConfig(SourceConfig):
 class TrainConfig:
     """Length of the run, batch sizes, numerics and hardware."""
 
-    train_steps: Steps = 1000  # Number of optimizer steps
+    train_steps: Steps = 1000  # Number of optimizer steps; with time_limit_s: the maximum
+    # Seconds for all training steps, compilation included, evaluations and saves excluded. When it
+    # begins, the run times a few steps, and sets train_steps to the number that fits; a resume
+    # keeps that number on any layout. null: no limit.
+    time_limit_s: Positive | None = None
     global_batch_size: Count = 32  # Sequences per step, over all ranks
     micro_batch_size: Count = 8  # Sequences per forward and backward pass of one data-parallel rank
     # Weight of the z-loss, mean(logsumexp(logits)^2) (PaLM: 1e-4); train/loss excludes it.

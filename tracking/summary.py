@@ -95,9 +95,11 @@ def report_end(run: Run, began: RunState, state: RunState, stop: signal.Signals 
     code, reason = outcome(run.config, state, stop)
     status, next_task, command = reason, "resume with", folder.resume_command()
     if reason == "finished":
-        longer = f"train.train_steps={2 * max(num_steps, state.step) or 1}"
+        longer = [f"train.train_steps={2 * max(num_steps, state.step) or 1}"]
+        if run.config.train.time_limit_s is not None:
+            longer.insert(0, "train.time_limit_s=null")
         status, next_task = "is finished", "to train longer:"
-        command = folder.resume_command(longer)
+        command = folder.resume_command(*longer)
     # Loaded or committed by this launch, so it is whole; a newer directory may be damaged.
     saved = step_directory(folder.checkpoints, state.step) if state.step else None
     tasks = {}

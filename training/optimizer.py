@@ -177,6 +177,13 @@ def set_num_updates(optimizer: AdamW, num_updates: int) -> None:
             state["step"].fill_(num_updates)
 
 
+def reset_optimizer(optimizer: AdamW) -> None:
+    """Set its state to that before the first update."""
+    for state in optimizer.state.values():
+        for tensor in state.values():
+            tensor.zero_()
+
+
 def apply_update(optimizer: AdamW, lr: float) -> None:
     """Update all weights from their gradients, and free those."""
     for group in optimizer.param_groups:

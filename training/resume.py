@@ -91,6 +91,7 @@ def find_own_checkpoint(
             )
         return None
     is_imported = checkpoint.state["data_fingerprint"] is None
+    config = limit_steps(config, chosen_steps(checkpoint))
     _require_same_settings(checkpoint, config, is_imported=is_imported)
     if not is_imported:
         _require_same_recipes(checkpoint)
@@ -99,6 +100,20 @@ def find_own_checkpoint(
         found["tokenizer_fingerprint"] = _given_tokenizer(config.data).fingerprint
     _require_same_fingerprints(checkpoint, found)
     return checkpoint
+
+
+def chosen_steps(checkpoint: Checkpoint | None) -> int | None:
+    """The number of steps that the run chose for `train.time_limit_s` when it began, if any."""
+    stored = {} if checkpoint is None else checkpoint.state["config"]
+    return stored["train.train_steps"] if stored.get("train.time_limit_s") else None
+
+
+def limit_steps(config: Config, steps: int | None) -> Config:
+    """With at most `steps` steps, if they are known and `train.time_limit_s` is set."""
+    if steps is None or config.train.time_limit_s is None:
+        return config
+    train = replace(config.train, train_steps=min(steps, config.train.train_steps))
+    return replace(config, train=train)
 
 
 def find_source(config: Config, mesh: Mesh, stack: ExitStack) -> Checkpoint | None:
@@ -197,6 +212,8 @@ def _require_same_settings(checkpoint: Checkpoint, config: Config, *, is_importe
         sources = settings["data.sources"]
         settings["data.sources"] = [s["weight"] for s in sources] if len(sources) > 1 else []
     changed = [key for key in sorted(stored.keys() | now.keys()) if stored.get(key) != now.get(key)]
+    if config.train.time_limit_s is None:  # another limit would need another number of steps
+        changed = [key for key in changed if key != "train.time_limit_s"]
     refused = [key for key in changed if not _may_change(key, is_imported)]
     if refused:
         differences = ", ".join(

@@ -271,8 +271,7 @@ class RunFolder:
         if step is None:
             saved = checkpoint_directories(self.checkpoints)
             step = int(saved[-1].name.removeprefix("step_")) if saved else 0
-        finished = code == 0 and step >= self._config.train.train_steps
-        resume = None if finished else self.resume_command()
+        resume = None if (code, reason) == (0, "finished") else self.resume_command()
         report = {"code": code, "reason": reason, "step": step, "resume": resume}
         with self._reporting():
             self._write("exit.json", (json.dumps(report, indent=1) + "\n").encode())

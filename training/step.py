@@ -1,6 +1,8 @@
-"""One training step: forward, backward, clipping, AdamW."""
+"""One training step: forward, backward, clipping, AdamW; and how many fit in a time."""
 
+import logging
 import math
+import statistics
 import time
 from collections.abc import Sequence
 
@@ -12,6 +14,8 @@ from data import BatchLoader, MicroBatch
 from parallel import (
     DropoutStream,
     clip_gradients,
+    gather_json,
+    initialise_parameters,
     run_pipeline,
     set_gradient_sync,
     set_reshard_after_backward,
@@ -20,9 +24,13 @@ from parallel import (
     sum_partial_gradients,
 )
 from training.divergence import skip_reason
-from training.optimizer import apply_update, learning_rate
+from training.optimizer import apply_update, learning_rate, reset_optimizer
 from training.signals import StopSignals
-from training.state import Run, RunState, StepResult
+from training.state import Run, RunState, StepResult, training_batches
+
+logger = logging.getLogger("microtron")
+
+_UNSTEADY_STEPS, _MEASURED_STEPS = 3, 7  # the first compile kernels and allocate memory
 
 
 def train_step(
@@ -110,3 +118,22 @@ def forward_backward(
     shapes = [model.activation_shape(micro_batch.tokens.t()) for micro_batch in micro_batches]
     run_pipeline(mesh, shapes, model.dtype, forward, before_backward)
     return losses
+
+
+def steps_that_fit(run: Run, limit_s: float) -> int:
+    """Measure a few steps, and return how many fit in `limit_s` seconds, those included.
+
+    All ranks return the number of rank 0. Resets weights and optimizer, so that the run equals one
+    with this `train.train_steps`.
+    """
+    began_at, state = time.perf_counter(), RunState(wandb_id="")
+    with training_batches(run, state) as batches:
+        steps = [train_step(run, state, batches) for _ in range(_UNSTEADY_STEPS + _MEASURED_STEPS)]
+    initialise_parameters(run.model, run.config.run.seed, run.mesh)
+    reset_optimizer(run.optimizer)
+    step_s = statistics.median(step.elapsed_s for step in steps[_UNSTEADY_STEPS:])
+    left_s = limit_s - (time.perf_counter() - began_at)
+    number, step_s = gather_json(run.mesh, [max(1, int(left_s / step_s)), step_s])[0]
+    message = "train.time_limit_s=%g: a step takes %.3g s, so the run has up to %d steps"
+    logger.info(message, limit_s, step_s, number)
+    return number
