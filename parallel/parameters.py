@@ -1,12 +1,11 @@
 """Parameters, the facts about them that layers declare, and which slice of each weight a rank has.
 
 [Note: parameters]
-A parameter is a plain float32 tensor: this rank's shard over tp of one weight, or of several that
-are multiplied at once, stacked by rows. Layers cast it to the dtype of their input; where FSDP2
-gathers it, that has happened. What a plain tensor cannot say is declared where the parameter is
-created and kept on its module, because FSDP2 replaces the parameter object. Checkpoints, clipping
-and initialisation see weights, not parameters: `local_shards` gives this rank's part of each weight
-and its place in the whole.
+A parameter is a plain float32 tensor: this rank's tp shard of one weight, or of several that share
+a matmul, stacked by rows. Layers cast it to the dtype of their input, unless FSDP2 has. Facts that
+a plain tensor cannot hold are declared where the parameter is created, and kept on its module
+because FSDP2 replaces the parameter object. Checkpoints, clipping and initialisation see weights,
+not parameters: `local_shards` gives this rank's part of each weight and its place in the whole.
 
 [Note: partial gradients]
 With sequence parallelism a tp rank sees s/t of the positions. A replicated weight used there (a
@@ -76,7 +75,7 @@ def declare_parameter(
 ) -> None:
     """Register `module.name` on the meta device: it has no memory and no values yet.
 
-    It holds one weight, or several with equal rows, which checkpoints know by their own names.
+    It holds one weight, or several with rows of one shape that keep their names in checkpoints.
     """
     if isinstance(weights, WeightSpec):
         weights = {name: weights}
@@ -86,7 +85,7 @@ def declare_parameter(
         slices = [slice(0, size) for size in spec.shape]
         if tp_dim is not None:
             slices[tp_dim] = slice(*shard_range(spec.shape[tp_dim], mesh.tp.size, mesh.tp.rank))
-        # A rank that uses some rows of a weight that all have only sees the gradient of those.
+        # A rank that uses only some rows of a replicated weight has no gradient of the others.
         is_partial = grad_is_partial or tp_dim != spec.tp_dim
         one = _Declared(spec, num_rows, tuple(slices), is_partial, is_tied, mesh)
         declared[weight_name] = one
@@ -100,7 +99,7 @@ def declare_parameter(
 def _declarations(
     model: nn.Module,
 ) -> Iterator[tuple[str, nn.Parameter, dict[str, _Declared]]]:
-    """The prefix of the names, the parameter and its weights, for each parameter of a model."""
+    """Yield the prefix of its names, the parameter, and its weights, for each parameter."""
     for path, module in model.named_modules():
         for name, declared in module.__dict__.get("declared", {}).items():
             yield f"{path}." if path else "", getattr(module, name), declared
@@ -111,8 +110,8 @@ def local_shards(
 ) -> dict[str, LocalShard]:
     """This rank's part of every weight of a model, by name.
 
-    `of` maps a parameter to a tensor of its layout, such as its gradient. On several dp ranks the
-    parameters must not be gathered at the moment.
+    `of` maps a parameter to a tensor of the same layout, such as its gradient. FSDP2's parameters
+    must be sharded.
     """
     shards = {}
     for prefix, parameter, declared in _declarations(model):
@@ -122,7 +121,7 @@ def local_shards(
             first, _ = shard_range(num_rows, axis.size(), axis.get_local_rank())
             tensor = tensor.to_local()
         for name, one in declared.items():
-            # The rows of the parameter that are of this weight and that this dp rank has.
+            # The rows of this weight that this dp rank holds, counted in the parameter.
             start = max(one.first_row, first)
             stop = max(start, min(one.first_row + one.num_rows, first + tensor.shape[0]))
             start_in_whole = one.slices[0].start + start - one.first_row
@@ -143,8 +142,7 @@ def initialise_parameters(model: nn.Module, seed: int, mesh: Mesh) -> None:
     """Set initial values, a function of the seed and the weight's name on every layout.
 
     A weight is drawn in full on the CPU, then sliced; only one full weight is in memory at a time.
-    Raises RuntimeError if a layer was created for another mesh, as layers cannot mix sequence
-    parallelism on and off.
+    Raises RuntimeError if a layer was created for another mesh.
     """
     specs = {}
     for prefix, _, declared in _declarations(model):

@@ -1,12 +1,11 @@
-"""Comparison, by hash, of tensors that several ranks should hold bit for bit alike.
+"""Compare, by hash, tensors that several ranks must hold bit for bit.
 
 [Note: replicas]
 Over tp, a tensor that is not sharded (a norm weight, a row-parallel bias, and their moments) is
 updated by every rank on its own. The copies stay equal because their gradients are. A partial
-gradient that is not summed, a kernel that adds in another order on one rank, or a flipped bit makes
-them diverge; nothing fails, but the loss gets worse. Over dp x cp FSDP2 shards every tensor, and
-the weights it gathers for a block are compared. Over pp the first and the last stage share a tied
-table.
+gradient that is not summed, another order of additions on one rank, or a flipped bit makes them
+diverge without an error, and the loss gets worse. Over dp x cp FSDP2 shards every tensor, so the
+gathered weights are compared. Over pp the first and the last stage share a tied table.
 """
 
 from collections.abc import Mapping
@@ -27,10 +26,9 @@ from parallel.parameters import LocalShard
 def compare_replicas(model: nn.Module, shards: Mapping[str, LocalShard], mesh: Mesh) -> list[str]:
     """Compare `shards` (by name) over tp and the gathered weights over dp x cp.
 
-    Every rank must call it and gets the same result: a phrase for each tensor that differs, with
-    the global ranks of the group, and those that differ from its majority (all if it has none).
-    One small all-gather over tp; over dp the gathers of a forward pass and a small one per block;
-    then one gather of reports.
+    Every rank must call it and gets the same result: for each tensor that differs a phrase with the
+    global ranks of the group, and those outside its majority (all if there is none). Communicates
+    hashes, reports and, over dp, the gathers of a forward pass.
     """
     replicated = {name: one.tensor for name, one in shards.items() if one.tp_dim is None}
     found = _compare(replicated, "tp", mesh.tp)
@@ -50,7 +48,7 @@ def _compare_gathered(model: nn.Module, mesh: Mesh) -> list[str]:
         gathered = {
             f"gathered {name}": parameter
             for name, parameter in module.named_parameters(prefix)
-            if not isinstance(parameter, DTensor)  # that is one of a submodule, still sharded
+            if not isinstance(parameter, DTensor)  # a submodule's, still sharded
         }
         found += _compare(gathered, "dp x cp" if mesh.cp.size > 1 else "dp", mesh.dp_cp)
         module.reshard()

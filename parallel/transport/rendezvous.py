@@ -55,7 +55,7 @@ def _connect() -> Store:
 def join_attempt(device: str, num_gpus: int, gpu: int) -> tuple[str, Store | None, str, bool]:
     """Meet all ranks; return the attempt's name, its store, the device type, if it is a restart.
 
-    The caller must keep the store: without one of the launcher, rank 0 serves it while it exists.
+    The caller must keep the store, which rank 0 serves if the launcher does not.
     `device` is train.device; `gpu` is this rank's choice among the `num_gpus` that it sees. Raises
     DeviceError on all ranks if they cannot agree, DistError if a rank does not arrive in time.
     """
