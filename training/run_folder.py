@@ -1,4 +1,4 @@
-"""The folder of a run: what it holds, one writer at a time, and how the run ended.
+"""The folder of a run: its contents, its lock, and the record of how the run ended.
 
     runs/<run.name>/
         config.yaml  tokenizer.model or tokenizer.json  metrics.jsonl  samples.jsonl  exit.json
@@ -6,8 +6,8 @@
         .lock            see training/lock.py
         previous_1/ ...  what was there before run.resume=never
 
-Opening the folder proves that all ranks share it. Nothing inside holds an absolute path, so it can
-be moved. A launch that is refused before its first step changes nothing.
+Opening the folder proves that all ranks share it. It can be moved, as no file in it holds an
+absolute path. A launch that is refused before its first step changes nothing.
 
 [Note: exit.json]
 Rank 0 writes how the launch ended before it waits for anything else; during the last save it writes
@@ -47,7 +47,7 @@ logger = logging.getLogger("microtron")
 
 _PREVIOUS, _HANDSHAKE = "previous_", ".handshake-"
 _OWN = ("checkpoints", "metrics.jsonl", "samples.jsonl", "profile", "tensorboard", "wandb", ".lock")
-_WAIT_FOR_FILES_S = 10.0  # for a network file system to show on one host what another has made
+_WAIT_FOR_FILES_S = 10.0  # for a network file system to show another host's new files
 _SAVING = "has not ended yet: saving step "
 
 
@@ -58,7 +58,7 @@ class FatalError(RuntimeError):
 
 
 def require_same_on_all_ranks(mesh: Mesh, value: str, what: str) -> None:
-    """Raise UserError on every rank if ranks differ: hosts may have other files or Pythons."""
+    """Raise UserError on every rank if ranks differ, as hosts may have other files or Pythons."""
     # One host may prepare its text for hours while another already has it.
     wait_for_all_ranks(mesh, what)
     values = gather_json(mesh, value)
@@ -71,7 +71,7 @@ def require_same_on_all_ranks(mesh: Mesh, value: str, what: str) -> None:
 
 
 class RunFolder:
-    """`runs/<run.name>`, locked while this is entered."""
+    """`runs/<run.name>`, locked inside a `with`."""
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         assert config.run.name is not None, "load_config names every run"
@@ -135,7 +135,7 @@ class RunFolder:
             self._lock = None
 
     def _why_not_shared(self, handshake: Path) -> str | None:
-        """Return the problem, on all ranks, if one does not see rank 0's new folder `handshake`."""
+        """Return the problem, on all ranks, if a rank does not see rank 0's new folder."""
         rank, host, sees, problem = self._mesh.world.rank, socket.gethostname(), True, None
         try:
             if rank > 0 and (sees := self._appears(handshake)):
@@ -159,7 +159,7 @@ class RunFolder:
         )
 
     def _appears(self, folder: Path) -> bool:
-        """Wait a while for a folder of rank 0; return whether it is there."""
+        """Wait for a folder of rank 0; return whether it appears."""
         deadline = time.monotonic() + _WAIT_FOR_FILES_S
         while not (found := folder.is_dir()) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -169,10 +169,9 @@ class RunFolder:
         return found
 
     def begin(self, tokenizer: Path) -> None:
-        """Start training: from here on the folder belongs to this launch.
+        """Claim the folder for this launch; with run.resume=never, move an earlier run aside.
 
-        With run.resume=never, moves an earlier run of this name aside. Writes the configuration
-        and the tokenizer, and removes the exit.json of the previous launch.
+        Writes the configuration and the tokenizer, and removes the previous exit.json.
         """
         self._has_begun = True
         if self._lock is not None:
@@ -189,7 +188,7 @@ class RunFolder:
         self.starts_over = False  # a rollback comes here again
 
     def _set_aside(self) -> None:
-        """Move an earlier run of this name into a folder of its own: `never` loses nothing."""
+        """Move an earlier run of this name into a folder of its own."""
         entries = [
             path
             for path in self.path.iterdir()
@@ -206,7 +205,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def recording_failure(self) -> Iterator[None]:
-        """Write exit.json for an error at once, before the contexts outside this one clean up."""
+        """Write exit.json for an error before the contexts outside this one clean up."""
         try:
             yield
         except BaseException as error:
@@ -239,7 +238,7 @@ class RunFolder:
             self._write_report(code, reason)
 
     def write_hang(self, code: int, reason: str, *, speaks: bool) -> None:
-        """Write exit.json on the rank that speaks for a hung run, and nothing after it."""
+        """Write exit.json if this rank `speaks` for the hung run; no later call replaces it."""
         self._is_writer = speaks
         self.write_exit(code, reason)
         self._is_writer = False
@@ -257,7 +256,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def _reporting(self) -> Iterator[None]:
-        """Log OSError: on a full disk the launch must end as reported, not by failing to report."""
+        """Log an OSError, such as a full disk, instead of ending the launch with it."""
         try:
             yield
         except OSError as error:
@@ -287,7 +286,7 @@ class RunFolder:
         return f"{self._launch_command} {shlex.join([*arguments, *settings])}"
 
     def _write(self, name: str, content: bytes) -> None:
-        """Replace a file atomically; several ranks may do that at the same time."""
+        """Replace a file atomically, even if several ranks do so at once."""
         temporary = self.path / f".{name}.tmp{self._mesh.world.rank}"
         temporary.write_bytes(content)
         temporary.rename(self.path / name)

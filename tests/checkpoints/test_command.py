@@ -93,7 +93,7 @@ def test_a_checkpoint_is_described(run: Path, capsys: pytest.CaptureFixture[str]
         (("run={run}", "step=-1"), "step=-1 is out of range; it must be at least 0"),
         (("run={run}", "step=5"), "step=5 has no checkpoint; there are checkpoints of steps 3, 4"),
         (("run={run}", "stop=5"), "stop=5: there is no key stop; did you mean step?"),
-        (("run=/nowhere",), "run=/nowhere has no checkpoints: there are none in /nowhere/check"),
+        (("run=/nowhere",), "run=/nowhere has no checkpoints in /nowhere/check"),
     ],
 )
 def test_invalid_arguments_are_explained(

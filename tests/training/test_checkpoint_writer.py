@@ -187,9 +187,9 @@ def test_a_run_whose_saves_all_fail_ends(mesh: Mesh, config: Config) -> None:
                 saving.begin(at(state, 4), background=background)
                 saving.commit_if_written(wait=True)
             text = str(caught.value)
-            assert "step 4 is not saved, 2 failed saves in a row" in text
+            assert "step 4 is not saved after 2 consecutive failed saves" in text
             assert "(checkpoint.max_failed_saves=2): cannot save step 4: " in text
-            assert text.endswith("fix that and resume, which continues from step 2")
+            assert text.endswith("fix the cause, then resume from step 2")
 
 
 @distributed(Layout(tp=2))
