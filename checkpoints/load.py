@@ -119,7 +119,7 @@ def _list(folder: Path, mesh: Mesh, step: int | None, up_to: int | None) -> list
 def _verify(
     directory: Path, mesh: Mesh, prefix: str, stack: ExitStack | None
 ) -> tuple[Checkpoint | None, str | None]:
-    """Return the intact checkpoint, or else the problem; neither if it vanished. Same on all ranks."""
+    """Return an intact checkpoint or a problem, on all ranks; neither if it has vanished."""
     checkpoint, problem = None, None
     try:
         checkpoint = read_manifest(directory)

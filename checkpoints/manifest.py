@@ -214,7 +214,7 @@ def read_manifest(directory: Path) -> Checkpoint:
 
 
 def verify_file(checkpoint: Checkpoint, name: str, prefix: str = "") -> None:
-    """Raise CheckpointError if the header or a tensor whose name begins with `prefix` is damaged."""
+    """Raise CheckpointError if the header, or a tensor with this prefix, is damaged."""
     expected = checkpoint.files[name]
     with _read_errors(name), checkpoint.open(name) as file:
         size = os.fstat(file.fileno()).st_size

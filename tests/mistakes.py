@@ -323,7 +323,7 @@ MISTAKES = (
         """\
     sum_partial_gradients(model, mesh)
 
-    # All tp ranks have the losses of the same samples, and only the last stage has any.
+    # tp ranks have the same losses, and only the last stage has any.
     counts = float(mesh.tp.rank == 0 and mesh.is_last_stage)
     values = torch.cat([losses * counts, squared_norm(model, mesh).view(1)])
 """,

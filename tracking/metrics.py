@@ -1,8 +1,7 @@
 """Log a run: metrics.jsonl, samples.jsonl, the console, TensorBoard and wandb.
 
 metrics.jsonl is the source of truth: one JSON object per line, in full precision, flushed at every
-step. Resuming truncates it and samples.jsonl at the checkpoint, so that no step is there twice.
-Only rank 0 writes files.
+step. A resume truncates it and samples.jsonl at the checkpoint. Only rank 0 writes files.
 """
 
 import contextlib
@@ -28,7 +27,7 @@ from training.state import Run, RunState, StepResult
 
 logger = logging.getLogger("microtron")
 
-_SMOOTHING = 0.9  # of the step time from which the time left is estimated
+_SMOOTHING = 0.9  # of the step time, to estimate the time left
 
 
 class RunLog:
@@ -67,7 +66,7 @@ class RunLog:
 
     @contextlib.contextmanager
     def _tolerating_a_full_disk(self, name: str) -> Iterator[None]:
-        """Warn of an error of the file system; metrics.jsonl has everything a view has."""
+        """Log an OSError of a view as a warning; metrics.jsonl has all rows."""
         try:
             yield
         except OSError as error:

@@ -96,7 +96,7 @@ def report_end(run: Run, began: RunState, state: RunState, stop: signal.Signals 
         longer = f"train.train_steps={2 * max(num_steps, state.step) or 1}"
         status, next_task = "is finished", "to train longer:"
         command = folder.resume_command(longer)
-    # Loaded or committed by this launch, so it is whole; a newer directory may be damaged.
+    # Loaded or committed by this launch, so it is intact; a newer one may be damaged.
     saved = step_directory(folder.checkpoints, state.step) if state.step else None
     tasks = {}
     if saved is not None:
@@ -111,7 +111,7 @@ def report_end(run: Run, began: RunState, state: RunState, stop: signal.Signals 
 
 
 def pipeline_problem(run: Run) -> str | None:
-    """Why the stages of a pipeline are idle for most of a step, or None."""
+    """Describe a pipeline with too few micro-batches; None otherwise."""
     p, train = run.mesh.pp.size, run.config.train
     m = train.global_batch_size // (train.micro_batch_size * run.mesh.dp.size)
     if m >= p:
