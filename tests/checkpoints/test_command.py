@@ -99,7 +99,7 @@ def test_a_checkpoint_is_described(run: Path, capsys: pytest.CaptureFixture[str]
 def test_invalid_arguments_are_explained(
     run: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
 ) -> None:
-    """In one line, with exit code 2."""
+    """Each is one line, with exit code 2."""
     with pytest.raises(SystemExit, match="2"):
         main([argument.format(run=run) for argument in arguments])
     captured = capsys.readouterr()
@@ -155,8 +155,7 @@ def test_if_all_are_deleted_the_newer_one_is_read(
     assert lines[1].endswith("verified")
 
 
-def test_it_only_reads(run: Path) -> None:
-    """No file in the folder changes."""
+def test_the_command_changes_no_file(run: Path) -> None:
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert main([f"run={run}", "verify=true"]) == 0
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

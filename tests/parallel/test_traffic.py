@@ -222,7 +222,6 @@ def test_gradient_traffic(mesh: Mesh, options: str) -> None:
 @distributed(ONE_RANK)
 @every_option
 def test_one_rank_has_no_traffic(mesh: Mesh, options: str) -> None:
-    """In forward, backward and gradient sums, with any recomputation."""
     for recompute in ("none", "selective", "full"):
         model = tiny_model(mesh, dataclasses.replace(WITH_DROPOUT, **OPTIONS[options]), recompute)
         with record_traffic() as traffic:
@@ -266,7 +265,7 @@ def test_fsdp_traffic(mesh: Mesh) -> None:
 
 @distributed(Layout(tp=2), Layout(tp=4), Layout(tp=2, dp=2))
 def test_control_and_dtensor_collectives_are_recorded(mesh: Mesh) -> None:
-    """Those of flags and JSON, and the functional ones that DTensor issues."""
+    """Collectives of flags and JSON, and DTensor's functional ones."""
     world = mesh.world.size
     with record_traffic() as agreement:
         any_rank(mesh, False)
@@ -293,7 +292,7 @@ def test_control_and_dtensor_collectives_are_recorded(mesh: Mesh) -> None:
 @distributed(ONE_RANK, Layout(tp=2), Layout(tp=2, sp=False), Layout(tp=2, dp=2))
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_recording_changes_nothing(mesh: Mesh, recompute: str) -> None:
-    """The loss and every gradient are bit for bit equal."""
+    """The loss and every gradient are bit-identical."""
     seen, unseen = (tiny_model(mesh, WITH_DROPOUT, recompute) for _ in range(2))
     with record_traffic():
         loss = seen(*batch(), STREAM).objective

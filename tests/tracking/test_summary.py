@@ -1,4 +1,4 @@
-"""The summaries of a run of two ranks that stops early, resumes, and is trained longer."""
+"""The console of a run that stops early, resumes, and is trained longer."""
 
 import gzip
 import json
@@ -146,7 +146,7 @@ def test_rows_have_the_promised_keys(outputs: Outputs) -> None:
 
 @pytest.mark.slow
 def test_every_rank_leaves_a_trace(outputs: Outputs) -> None:
-    """Of the requested steps of each launch; rank 0 logs a table of operators."""
+    """Traces have the requested steps of each launch; rank 0 logs a table."""
     expected = {
         f"steps_{steps}.rank_{rank}.json.gz": launch
         for steps, launch in (("2_to_3", outputs.stopped), ("4_to_5", outputs.finished))

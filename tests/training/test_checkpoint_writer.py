@@ -1,4 +1,4 @@
-"""Background saves: one at a time, what they hold, and how they fail."""
+"""Background saves: their order, contents and failures."""
 
 import dataclasses
 import json
@@ -83,7 +83,7 @@ def test_one_save_at_a_time(mesh: Mesh, config: Config) -> None:
 
 @distributed(ONE_RANK, Layout(tp=2))
 def test_a_failed_save_is_reported_and_the_next_one_works(mesh: Mesh, config: Config) -> None:
-    """A disk that is full for a while costs one checkpoint."""
+    """A temporarily full disk loses one checkpoint."""
     config = on_layout(config, mesh)
     original = save_module.save_file
 
@@ -194,7 +194,7 @@ def test_a_run_whose_saves_all_fail_ends(mesh: Mesh, config: Config) -> None:
 
 @distributed(Layout(tp=2))
 def test_without_memory_for_a_copy_training_waits(mesh: Mesh, config: Config) -> None:
-    """One rank without memory is enough, because all must do the same."""
+    """If one rank has no memory for a copy, all ranks save synchronously."""
     config = on_layout(config, mesh)
     with RunFolder(config, mesh) as folder, pytest.MonkeyPatch.context() as patch:
         run, state = start_run(config, mesh, folder)
@@ -208,7 +208,7 @@ def test_without_memory_for_a_copy_training_waits(mesh: Mesh, config: Config) ->
 
 @distributed(ONE_RANK, Layout(tp=2))
 def test_no_writer_outlives_the_lock(mesh: Mesh, config: Config) -> None:
-    """After an error a pending save is not committed, and no thread writes any more."""
+    """After an error no pending save is committed, and no thread still writes."""
     config = on_layout(config, mesh)
     original = save_module.save_file
 
@@ -229,7 +229,7 @@ def test_no_writer_outlives_the_lock(mesh: Mesh, config: Config) -> None:
 
 
 def test_a_full_disk_costs_only_the_save(corpus: Path, tmp_path: Path) -> None:
-    """The run continues for a while, says what is not saved, and resumes from the save before."""
+    """The run continues, reports the failed save, and resumes from the one before."""
     whole, parts = "run.name=whole", "run.name=parts"
     often = "checkpoint.save_interval=1"
     finish(start(1, settings(corpus, tmp_path, whole, often)))

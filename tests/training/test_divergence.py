@@ -108,7 +108,7 @@ def forced_skip(step: int) -> Iterator[None]:
 
 @distributed(*LAYOUTS)
 def test_all_ranks_skip_one_bad_update(mesh: Mesh, config: Config) -> None:
-    """NaN on one rank at step 3 gives the curve of a run that skips this step on purpose."""
+    """NaN on one rank at step 3 gives the curve of a run that deliberately skips this step."""
     with poisoned(mesh, range(17, 18)):
         curve = run(mesh, config, name="bad")
     with forced_skip(3):
@@ -136,9 +136,7 @@ def test_a_resume_remembers_skipped_steps(mesh: Mesh, config: Config, stop_at_st
 
 @pytest.mark.slow
 @distributed(ONE_RANK, Layout(tp=2))
-def test_a_rollback_after_a_stop_within_a_row_returns_to_before_it(
-    mesh: Mesh, config: Config
-) -> None:
+def test_a_rollback_ignores_a_checkpoint_between_skipped_steps(mesh: Mesh, config: Config) -> None:
     """Steps 3 and 4 are bad and the run is stopped between them: it rolls back to 2, not to 3.
 
     The state saved at step 3 does not count for checkpoint.keep, and is deleted with the row.
@@ -159,8 +157,8 @@ def test_a_rollback_after_a_stop_within_a_row_returns_to_before_it(
 
 
 @distributed(ONE_RANK)
-def test_a_checkpoint_within_the_row_is_no_rollback_target(mesh: Mesh, config: Config) -> None:
-    """The only checkpoint is from the row of bad steps: its weights may be to blame."""
+def test_a_checkpoint_of_a_skipped_step_is_no_rollback_target(mesh: Mesh, config: Config) -> None:
+    """The only checkpoint was saved after a skipped step, so its weights may be the cause."""
     with poisoned(mesh, range(8, 10**6)):
         run(mesh, changed(config, checkpoint={"save_interval": 0}), stop_at_step=2)
         with pytest.raises(NonFiniteError, match="there is no checkpoint to roll back to"):
@@ -241,7 +239,7 @@ def test_a_loss_spike_is_skipped(mesh: Mesh, config: Config) -> None:
 
 @distributed(ONE_RANK, Layout(tp=2))
 def test_weights_that_are_not_finite_are_never_saved(mesh: Mesh, config: Config) -> None:
-    """Nothing could resume from such a checkpoint."""
+    """No run could resume from such a checkpoint."""
     config = changed(
         config,
         checkpoint={"save_interval": 1},

@@ -177,7 +177,7 @@ def test_a_step_waits_once(
         lambda x: torch.empty(2).copy_(x, non_blocking=True),
     ],
 )
-def test_what_waits_is_found(monkeypatch: pytest.MonkeyPatch, wait: Any) -> None:
-    """Values that the host reads, shapes that depend on values, and copies of pageable memory."""
+def test_implicit_waits_are_detected(monkeypatch: pytest.MonkeyPatch, wait: Any) -> None:
+    """Host reads, data-dependent shapes, and copies from pageable memory are detected."""
     with simulated_gpu(monkeypatch), pytest.raises(Synchronization):
         wait(torch.ones(2, device=GPU))
