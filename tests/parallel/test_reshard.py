@@ -57,7 +57,7 @@ def gathers(traffic: Counter[Collective]) -> int:
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("gradient_sync", ["step", "micro_batch"])
 def test_results_are_bit_identical(mesh: Mesh, precision: str, gradient_sync: str) -> None:
-    """Losses, norms, weights; blocks gather once per step, or twice per micro-batch (root: once)."""
+    """Losses, norms, weights; blocks gather once per step or twice per micro-batch (root: once)."""
     results, counts = [], []
     for reshard in (True, False):
         config = config_for(
