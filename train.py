@@ -126,7 +126,7 @@ def train_until_stop_or_rollback(
 
 
 def due(step: int, interval: int, at_end: int | None = None) -> bool:
-    """Whether `step` is a multiple of `interval` (0: never) or, if positive, equals `at_end`."""
+    """Whether `step` is a multiple of `interval`, or `at_end`; an interval of 0 means never."""
     return interval > 0 and (step % interval == 0 or step == at_end)
 
 

@@ -131,7 +131,7 @@ def init_mesh(
 
 
 def _all_can_compile(device: torch.device) -> bool:
-    """Whether every rank can compile, as compiled code rounds differently and replicas may not."""
+    """Whether every rank can compile; otherwise none may, as compiled code rounds differently."""
     problem, rank = compiler_problem(device), dist.get_rank()
     first = torch.tensor([dist.get_world_size() if problem is None else rank], device=device)
     dist.all_reduce(first, dist.ReduceOp.MIN)
@@ -220,9 +220,9 @@ def _own_group(groups: list[list[int]]) -> dist.ProcessGroup | None:
 
 
 def _connect_stages(pp: Axis, groups: list[dist.ProcessGroup], device: torch.device) -> None:
-    """Send a number over each connection, as NCCL's first message blocks both ranks of one.
+    """Open each connection with a message, as NCCL's first message blocks both of its ranks.
 
-    During a schedule, two ranks could then wait for each other.
+    Otherwise two ranks could wait for each other during a schedule.
     """
     number = torch.zeros(1, device=device)
     for index, group in enumerate(groups):

@@ -75,7 +75,7 @@ def declare_parameter(
 ) -> None:
     """Register `module.name` on the meta device: it has no memory and no values yet.
 
-    It holds one weight, or several with rows of one shape that keep their names in checkpoints.
+    It holds one weight, or several with rows of equal shape; checkpoints store each by its name.
     """
     if isinstance(weights, WeightSpec):
         weights = {name: weights}

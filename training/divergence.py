@@ -1,4 +1,4 @@
-"""Bad steps, whose loss or gradient norm is not finite or spikes, and ranks that disagree.
+"""Handle bad steps (loss spikes, losses or gradients that are not finite) and replica mismatches.
 
 All ranks skip the update of a bad step. After too many consecutive ones the run reloads its newest
 checkpoint and skips the samples since then, a few times from one checkpoint; then it ends.
@@ -41,7 +41,7 @@ class ReplicaMismatchError(FatalError):
 
 
 def skip_reason(loss: float, grad_norm: float, state: RunState, config: TrainConfig) -> str | None:
-    """Return why to skip the update of a step, or None; the same on all ranks.
+    """Return the reason to skip the update of a step, or None; the same on all ranks.
 
     The arguments are sums over ranks, so NaN or infinity on one rank reaches all.
     """

@@ -33,7 +33,7 @@ def load_for_inference(config: Config, folder: Path, mesh: Mesh, step: int | Non
     with held_checkpoint(folder / "checkpoints", mesh, step, prefix=WEIGHTS) as checkpoint:
         if checkpoint is None:
             raise UserError(
-                f"run={folder} has no checkpoint yet: there is none in {folder / 'checkpoints'}; "
+                f"run={folder} has no checkpoint yet in {folder / 'checkpoints'}; "
                 "train.py saves every checkpoint.save_interval steps and at the end"
             )
         tokenizer = load_run_tokenizer(folder, config)

@@ -33,7 +33,7 @@ class StepResult:
     grad_norm: float  # before clipping
     learning_rate: float
     num_targets: int  # target tokens of the global batch
-    mean_row_length: float  # averaged over targets; of their document if masked
+    mean_row_length: float  # of rows (documents, if masked), averaged over targets
     elapsed_s: float
     why_skipped: str | None  # None: the update was made
     stop: signal.Signals | None = None  # all ranks stop after this step
