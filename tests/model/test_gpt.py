@@ -335,9 +335,9 @@ def bf16_model(mesh: Mesh, config: ModelConfig) -> GPT:
 @distributed(ONE_RANK)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_bf16_equals_fsdp_casts(mesh: Mesh, options: str) -> None:
-    """Without FSDP2 layers cast float32 weights: loss and gradients are those of its gathers.
+    """Layers that cast float32 weights give the loss and gradients of FSDP2's casts.
 
-    The gradients of two micro-batches add up in float32. Those of tables are rounded less often.
+    Gradients of two micro-batches are summed in float32; those of tables are rounded less often.
     """
     config = dataclasses.replace(TINY, **OPTIONS[options])
     plain, rounded, wrapped = (bf16_model(mesh, config) for _ in range(3))

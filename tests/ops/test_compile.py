@@ -81,10 +81,7 @@ def test_compiled_equals_eager(name: str, dtype: torch.dtype) -> None:
 def test_compiled_dropout_has_the_same_mask(
     mesh: Mesh, dtype: torch.dtype, has_residual: bool, rate: float
 ) -> None:
-    """Also at a second rate, for which torch might reuse the first kernel.
-
-    The sum may be rounded once less.
-    """
+    """Compiled sums may be rounded once less; at the second rate, torch might reuse a kernel."""
     x, residual = torch.randn(2, 6, 2, 32).to(dtype).unbind()
     results = [
         outcome(

@@ -326,7 +326,7 @@ def test_a_later_fake_rank_has_its_own_mesh() -> None:
 
 
 def test_fake_collectives_return_at_once() -> None:
-    """DTensor's operations on global tensors are told from those on local ones."""
+    """DTensor's operations on global tensors are distinguished from those on local ones."""
     init_fake_process_group(8)
     try:
         assert (dist.get_rank(), dist.get_world_size()) == (0, 8)

@@ -217,9 +217,9 @@ def test_every_rank_has_equal_work(size: int) -> None:
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("groups", [4, 1])
 def test_traffic_equals_the_formula(mesh: Mesh, recompute: Recompute, groups: int) -> None:
-    """With M = 2 s b max(1, g / t) d numbers, a rank sends (c - 1) / c M in forward, 2 in backward.
+    """A rank sends (c - 1) / c M in forward and twice that in backward; M = 2 s b max(1, g / t) d.
 
-    Full recomputation repeats the forward. A ring sends as much, in c - 1 shifts each time.
+    Full recomputation repeats the forward. A ring sends the same bytes, in c - 1 shifts.
     """
     config = dataclasses.replace(TINY, num_query_groups=groups)
     block = Block(config, 0, mesh, recompute)

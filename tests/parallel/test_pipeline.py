@@ -60,11 +60,10 @@ def test_schedules(num_micro_batches: int, p: int, v: int) -> None:
 
 
 def _replay(stages: tuple[tuple[Action, ...], ...], v: int) -> None:
-    """Run the stages against each other: messages are received in the order they were sent.
+    """Simulate the stages: messages must be received in the order in which they were sent.
 
-    A send waits if MAX_PENDING messages before it are not received; a stage receives one message
-    ahead of its use. The order in which stages get to run makes no difference, as each only reads
-    and writes queues.
+    A send waits while MAX_PENDING earlier messages are unreceived; a stage receives one message
+    ahead. The order in which stages run does not matter, as each only reads and writes queues.
     """
     p, to_do = len(stages), [deque(actions) for actions in stages]
     queues: dict[tuple[int, bool], deque[tuple[int, int]]] = defaultdict(deque)  # of receivers

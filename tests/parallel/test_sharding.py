@@ -50,9 +50,9 @@ def test_slices_equal_fsdp_shards(mesh: Mesh, shape: tuple[int, ...], tp_dim: in
 
 @distributed(*EVERY_LAYOUT)
 def test_weights_of_one_parameter_are_separated(mesh: Mesh) -> None:
-    """Wherever FSDP2 cuts their rows; one is sharded over tp, the other is on all tp ranks.
+    """Weights that share a parameter have the values they would have in parameters of their own.
 
-    Each has the values it would have as a parameter of its own.
+    One is sharded over tp, the other replicated; FSDP2 may cut the rows anywhere.
     """
     specs = {
         "a": WeightSpec((13, 3), 0, init_std=1.0),

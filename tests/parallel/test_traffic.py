@@ -83,13 +83,13 @@ def test_block_traffic(mesh: Mesh, options: str, dtype: torch.dtype) -> None:
 
     The paper counts 4 AG + 2 RS in backward: it saves the shard of a column-parallel layer's input
     and gathers it again for dW. Without overlap we save the gathered input. So each direction sends
-    4 (t - 1) / t M, whatever the options.
+    4 (t - 1) / t M with any options.
     """
     config = dataclasses.replace(WITH_DROPOUT, **OPTIONS[options])
     forward, backward = block_traffic(mesh, config, dtype=dtype)
 
     kinds = (GATHER, SCATTER) * 2 if mesh.sequence_parallel else (REDUCE,) * 2
-    # Backward undoes reduce-scatters by gathers and comes to the last layer first: same order.
+    # Backward reverses the order and swaps gathers and reduce-scatters: the same sequence.
     assert forward == backward == activations(mesh, *kinds, dtype=dtype)
     t, full_bytes = mesh.tp.size, S * B * H * dtype.itemsize
     assert total_sent(forward) == total_sent(backward) == 4 * (t - 1) * full_bytes / t
@@ -146,7 +146,7 @@ def test_recomputed_block_traffic(mesh: Mesh, options: str) -> None:
 @distributed(*(layout for layout in OVERLAPPED if layout.tp > 1))
 @every_option
 def test_overlapped_and_recomputed_block_traffic(mesh: Mesh, options: str) -> None:
-    """As without overlap: the forward's collectives are repeated except the MLP's last sum."""
+    """Backward repeats the forward's collectives except the MLP's last sum, as without overlap."""
     config = dataclasses.replace(WITH_DROPOUT, **OPTIONS[options])
     _, plain_backward = block_traffic(mesh, config, s=16)
     forward, backward = block_traffic(mesh, config, recompute="full", s=16)

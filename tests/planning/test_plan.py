@@ -112,7 +112,7 @@ def micro_batch(config: Config) -> MicroBatch:
 class Allocations:
     """Measure what torch's CPU allocator allocates and frees inside a `with`, in this thread.
 
-    Memory that gloo's threads free, as the last users of a buffer, still seems to be allocated.
+    Memory that gloo's threads free last still counts as allocated.
     """
 
     def __enter__(self) -> "Allocations":
@@ -255,10 +255,10 @@ def test_a_layer_saves_what_plan_reports(layout: Layout, option: str) -> None:
 def test_a_layer_saves_what_the_formulas_need(
     layout: Layout, recompute: str, bytes_per_sbh: float
 ) -> None:
-    """In units of s b h / t; the paper's 34 include two dropout masks, which we recompute.
+    """Bytes in units of s b h / t; the paper's 34 include two dropout masks, which we recompute.
 
-    "selective" saves neither the outputs of two norms (4) nor that of GELU (8). A few float32
-    numbers per position and head add less than 1 % at this size.
+    "selective" saves neither the outputs of two norms (4) nor of GELU (8). A few float32 numbers
+    per position and head add less than 1 % at this size.
     """
     config = small_config(
         layout,

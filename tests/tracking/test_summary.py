@@ -42,7 +42,7 @@ class Outputs:
 def outputs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Outputs:
     """Stop after step 3 of 6 while profiling 2 to 5; finish; train to step 12 on one rank.
 
-    The second and the third launch use the commands that the one before has printed.
+    The second and the third launch use the command that the previous one printed.
     """
     directory = tmp_path_factory.mktemp("runs")
     profile = "logging.profile_steps=[2, 5]"

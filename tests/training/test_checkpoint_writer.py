@@ -51,7 +51,7 @@ def steps_saved(folder: RunFolder) -> list[str]:
 def test_one_save_at_a_time(mesh: Mesh, config: Config) -> None:
     """A save is committed when the slowest rank has written it; a second save waits for the first.
 
-    The end does not save a state again that is already saved.
+    The last save is left out if the state is already saved.
     """
     config, writing = on_layout(config, mesh), threading.Event()
     original = save_module.save_file
@@ -92,9 +92,9 @@ def test_a_failed_save_is_reported_and_the_next_one_works(mesh: Mesh, config: Co
             raise OSError(28, "No space left on device")
         original(tensors, path)
 
-    said: list[str] = []
+    logged: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("microtron").addHandler(handler)
     with RunFolder(config, mesh) as folder, pytest.MonkeyPatch.context() as patch:
         run, state = start_run(config, mesh, folder)
@@ -107,9 +107,9 @@ def test_a_failed_save_is_reported_and_the_next_one_works(mesh: Mesh, config: Co
         assert steps_saved(folder) == ["step_00000001"]
         assert not list(folder.checkpoints.glob(".tmp-*"))
         if mesh.world.rank == 0:
-            (message,) = [text for text in said if "cannot save step 2" in text]
+            (message,) = [text for text in logged if "cannot save step 2" in text]
             assert f"rank {mesh.world.size - 1} cannot write" in message
-        with pytest.raises(SaveError, match=r"step 3 is not saved.*continues from step 1"):
+        with pytest.raises(SaveError, match=r"step 3 is not saved.*resume from step 1"):
             saving.end(at(state, 3))
         patch.undo()
         saving = CheckpointWriter(run, at(state, 1))
@@ -123,9 +123,9 @@ def test_a_failed_save_is_reported_and_the_next_one_works(mesh: Mesh, config: Co
 
 @distributed(ONE_RANK, Layout(tp=2))
 def test_a_stop_after_a_skipped_step_saves_it(mesh: Mesh, config: Config) -> None:
-    """But while training continues, no state within a row of skipped steps is saved.
+    """While training continues, no state after a skipped step is saved.
 
-    With checkpoint.keep=1 the newest checkpoint from before the row is also kept, for a rollback.
+    With checkpoint.keep=1 the newest checkpoint from before the skips is kept too, for a rollback.
     """
     checkpoint = dataclasses.replace(config.checkpoint, keep=1)
     config = dataclasses.replace(on_layout(config, mesh), checkpoint=checkpoint)
@@ -154,7 +154,7 @@ def test_a_stop_after_a_skipped_step_saves_it(mesh: Mesh, config: Config) -> Non
 def test_a_run_whose_saves_all_fail_ends(mesh: Mesh, config: Config) -> None:
     """All ranks raise after checkpoint.max_failed_saves consecutive failures.
 
-    The save at the end is tried in any case.
+    The last save is always tried.
     """
     config = on_layout(config, mesh)
     original, failing, may_fail = save_module.save_file, {1, 3, 4}, threading.Event()

@@ -1,7 +1,6 @@
-"""A non-finite loss or gradient skips its own update, and costs nothing else.
+"""A loss or gradient that is not finite skips its update and changes nothing else.
 
-Samples are poisoned by their number: the last tensor-parallel rank of the dp rank that has one of
-them finds NaN in a gradient.
+Samples are poisoned by number: the last tp rank of the dp rank that has one gets a NaN gradient.
 """
 
 import dataclasses
@@ -137,9 +136,9 @@ def test_a_resume_remembers_skipped_steps(mesh: Mesh, config: Config, stop_at_st
 @pytest.mark.slow
 @distributed(ONE_RANK, Layout(tp=2))
 def test_a_rollback_ignores_a_checkpoint_between_skipped_steps(mesh: Mesh, config: Config) -> None:
-    """Steps 3 and 4 are bad and the run is stopped between them: it rolls back to 2, not to 3.
+    """Steps 3 and 4 are bad and the run stops between them: it rolls back to 2, not to 3.
 
-    The state saved at step 3 does not count for checkpoint.keep, and is deleted with the row.
+    The checkpoint of step 3 does not count towards checkpoint.keep, and the rollback deletes it.
     """
     config = changed(config, checkpoint={"keep": 1})
     checkpoints = Path(config.run.directory, "parts", "checkpoints")
@@ -167,7 +166,7 @@ def test_a_checkpoint_of_a_skipped_step_is_no_rollback_target(mesh: Mesh, config
 
 @distributed(*LAYOUTS)
 def test_too_many_consecutive_skips_roll_back(mesh: Mesh, config: Config) -> None:
-    """Steps 3 and 4 are bad: back to step 2 with later samples, of which one step is bad again.
+    """Steps 3 and 4 are bad: the run rolls back to step 2, and its next step 3 is bad again.
 
     Each step is in metrics.jsonl once.
     """

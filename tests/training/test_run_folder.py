@@ -167,7 +167,7 @@ def test_a_refused_launch_changes_nothing(
 
 @distributed(ONE_RANK)
 def test_a_launch_replaces_the_exit_json_of_the_previous_one(mesh: Mesh, tmp_path: Path) -> None:
-    """Training removes the old exit.json, so none is there after kill -9; a later end is written.
+    """Training removes the old exit.json, so there is none after kill -9.
 
     A stop or crash before the first step records the step of the newest checkpoint.
     """
@@ -189,9 +189,9 @@ def test_a_launch_replaces_the_exit_json_of_the_previous_one(mesh: Mesh, tmp_pat
 
 @distributed(Layout(tp=2, dp=2))
 def test_the_rank_that_crashes_first_writes_exit_json(mesh: Mesh, tmp_path: Path) -> None:
-    """Rank 0 may be blocked in a collective; its error when that breaks does not count.
+    """Rank 0 may be blocked in a collective; its later error does not replace exit.json.
 
-    The same during the last save, while exit.json says that the run has not ended yet.
+    The same holds during the last save, when exit.json says that the run has not ended yet.
     """
     exit_file = tmp_path / "test" / "exit.json"
     if mesh.world.rank == 0:
@@ -206,10 +206,10 @@ def test_the_rank_that_crashes_first_writes_exit_json(mesh: Mesh, tmp_path: Path
                 folder.announce_last_save()
             any_rank(mesh, False)
             if in_last_save:
-                said = report(tmp_path)
-                assert (said["code"], said["step"]) == (1, 3)
-                assert said["reason"] == "has not ended yet: saving step 3"
-                assert said["resume"] is not None
+                written = report(tmp_path)
+                assert (written["code"], written["step"]) == (1, 3)
+                assert written["reason"] == "has not ended yet: saving step 3"
+                assert written["resume"] is not None
             else:
                 assert not exit_file.exists()
             any_rank(mesh, False)

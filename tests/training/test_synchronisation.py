@@ -1,8 +1,7 @@
-"""A step on a GPU has no implicit host-device synchronization. Shown without a GPU.
+"""A step on a GPU has no implicit host-device synchronization; tested without a GPU.
 
-The step runs on meta tensors in place of the GPU's; tensors on the CPU are real.
-A dispatch mode sees every operation and refuses those for which CUDA would make the host wait.
-`make gpu-check` counts the same on a real GPU.
+The step runs on meta tensors instead of the GPU's; CPU tensors are real. A dispatch mode refuses
+operations for which CUDA would make the host wait. `make gpu-check` counts them on a real GPU.
 """
 
 import sys
