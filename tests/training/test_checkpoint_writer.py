@@ -243,7 +243,7 @@ def test_a_full_disk_costs_only_the_save(corpus: Path, tmp_path: Path) -> None:
         assert (report["code"], report["step"]) == (1, last)
         assert report["reason"].startswith(f"step {last} is not saved")
         assert f"cannot save step {last}: rank 0 cannot write" in report["reason"]
-        assert report["reason"].endswith("continues from step 3")
+        assert report["reason"].endswith("resume from step 3")
         assert "train.py" in report["resume"]
     assert "resuming from" in finish(start(1, arguments))
     assert rows(tmp_path, "parts") == rows(tmp_path, "whole")
