@@ -105,7 +105,7 @@ def _merge_(y: Tensor, log_sum_exp: Tensor, other_y: Tensor, other_log_sum_exp: 
 def _keys_of_ranks(k: Tensor, v: Tensor, mesh: Mesh) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield each cp rank with its keys and values: this rank, then those before it on the ring."""
     cp, own = mesh.cp, torch.stack((k, v), dim=1)  # [s/c, 2, b, g/t, d]
-    pairs = _gather(own, cp) if mesh.cp_comm_type == "all_gather" else _pass_around(own, cp)
+    pairs = _gather(own, cp) if mesh.cp_comm_type == "all_gather" else _ring(own, cp)
     for step, pair in enumerate(pairs):
         keys, values = pair.unbind(1)
         yield (cp.rank - step) % cp.size, keys, values
@@ -119,7 +119,7 @@ def _gather(pair: Tensor, cp: Axis) -> Iterator[Tensor]:
         yield by_rank[cp.rank - step]  # from the end where negative
 
 
-def _pass_around(pair: Tensor, cp: Axis) -> Iterator[Tensor]:
+def _ring(pair: Tensor, cp: Axis) -> Iterator[Tensor]:
     spare = torch.empty_like(pair)
     for _ in range(cp.size - 1):
         receiving = start_shift(pair, spare, cp)

@@ -66,12 +66,12 @@ class MemoryLog(TorchDispatchMode):
     ) -> Any:
         if any(issubclass(of_argument, DTensor) for of_argument in types):
             return NotImplemented  # DTensor then calls operations on plain tensors, seen here
-        if func is ITEM and self._is_ours(args[0]):
+        if func is ITEM and self._is_fake(args[0]):
             return 0.0 if args[0].is_floating_point() else 0
         self._update_resized()
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, list | tuple) else [result]:
-            if self._is_ours(tensor):
+            if self._is_fake(tensor):
                 self._add(tensor, func is torch.ops.aten.empty.memory_format)
                 if func in _COPIES:
                     source = args[0][0] if func is torch.ops.aten.cat.default else args[0]
@@ -100,7 +100,7 @@ class MemoryLog(TorchDispatchMode):
         totals = [0, *itertools.accumulate(change for _, change in self.changes)]
         return max(range(len(totals)), key=totals.__getitem__)
 
-    def _is_ours(self, value: Any) -> bool:
+    def _is_fake(self, value: Any) -> bool:
         return isinstance(value, FakeTensor) and value.fake_mode is self.fake
 
     def _add(self, tensor: Tensor, is_resizable: bool) -> None:

@@ -26,7 +26,7 @@ _KINDS = {
     "temporary": "temporary: loss, activation gradients, buffers",
 }
 _RECOMPUTATION = ("none", "selective", "full")
-_MUCH_LEFT = 0.7  # memory in use; below this, suggest using more
+_LOW_FRACTION = 0.7  # memory in use; below this, suggest using more
 _PHASES = {BEFORE: "before the first micro-batch", AFTER: "during the optimizer step"}
 
 
@@ -261,7 +261,7 @@ def _advice(config: Config, report: StepReport, used: float) -> Iterator[str]:
             "parallel.gradient_sync=micro_batch": several and parallel.gradient_sync == "step",
             "more ranks, or a larger parallel.tensor_model_parallel_size": True,
         }
-    elif used < _MUCH_LEFT:
+    elif used < _LOW_FRACTION:
         yield f"Only {100 * used:.2g}% of the memory is used. To use more of it, for speed:"
         changes = {
             f"train.micro_batch_size={larger}": larger is not None,

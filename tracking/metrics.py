@@ -48,7 +48,7 @@ class RunLog:
             self.file = run.folder.metrics.open("a")
             folder, sent_config = run.folder.path, wandb_config(run.config, run.mesh)
             sent_config["origin"] = state.origin
-            with self._tolerating_a_full_disk("TensorBoard"):
+            with self._os_errors_as_warnings("TensorBoard"):
                 self.views.append(TensorBoardWriter(folder / "tensorboard", state.step + 1))
             self.views.append(
                 WandbForwarder(run.config.logging, folder, state.wandb_id, sent_config)
@@ -61,11 +61,11 @@ class RunLog:
         if self.file is not None:
             self.file.close()
         for view in self.views:
-            with self._tolerating_a_full_disk(type(view).__name__):
+            with self._os_errors_as_warnings(type(view).__name__):
                 view.finish(failed=kind is not None)
 
     @contextlib.contextmanager
-    def _tolerating_a_full_disk(self, name: str) -> Iterator[None]:
+    def _os_errors_as_warnings(self, name: str) -> Iterator[None]:
         """Log an OSError of a view as a warning; metrics.jsonl has all rows."""
         try:
             yield
@@ -76,7 +76,7 @@ class RunLog:
         """Pass a row to the views, and drop a view that fails."""
         views, self.views = self.views, []
         for view in views:
-            with self._tolerating_a_full_disk(type(view).__name__):
+            with self._os_errors_as_warnings(type(view).__name__):
                 view.log(row)
                 self.views.append(view)
 

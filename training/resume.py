@@ -60,9 +60,9 @@ _MAY_CHANGE = (
 )
 _MAY_CHANGE_SECTIONS = tuple(key for key in _MAY_CHANGE if key.endswith("."))
 # What an imported model fixes; it has no text yet.
-_OF_THE_MODEL = ("model.", "data.vocab_size")
-_OF_THE_START = ("run.init_from", "run.init_optimizer")
-_DECIDE_THE_NEXT_STEP = ("dropout_masks", "sample_order")
+_MODEL_KEYS = ("model.", "data.vocab_size")
+_INIT_KEYS = ("run.init_from", "run.init_optimizer")
+_RESUME_RECIPES = ("dropout_masks", "sample_order")
 _CONTENTS = {
     "text_fingerprint": "the text of data.path or data.sources",
     "tokenizer_fingerprint": "the tokenizer",
@@ -213,8 +213,8 @@ def _require_same_settings(checkpoint: Checkpoint, config: Config, *, is_importe
 
 def _may_change(key: str, is_imported: bool) -> bool:
     if is_imported:
-        return not key.startswith((*_OF_THE_MODEL, *_OF_THE_START))
-    return key not in ("run.seed", *_OF_THE_START) and (
+        return not key.startswith((*_MODEL_KEYS, *_INIT_KEYS))
+    return key not in ("run.seed", *_INIT_KEYS) and (
         key in _MAY_CHANGE or key.startswith(_MAY_CHANGE_SECTIONS)
     )
 
@@ -240,7 +240,7 @@ def _report_learning_rate(step: int, config: Config, stored: dict[str, Any]) -> 
 def _require_same_recipes(checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint of a Microtron that orders samples or draws masks differently."""
     stored = checkpoint.state.get("recipe_versions", {})
-    for name in _DECIDE_THE_NEXT_STEP:
+    for name in _RESUME_RECIPES:
         theirs, ours = stored.get(name, 1), RECIPE_VERSIONS[name]
         if theirs != ours:
             raise CheckpointError(

@@ -102,7 +102,7 @@ class RunFolder:
         # All ranks raise what rank 0 found, or they would wait for it in a collective.
         facts = (failure, nonce, self.starts_over)
         failure, nonce, self.starts_over = gather_json(self._mesh, facts)[0]
-        failure = failure or self._why_not_shared(self.path / f"{_HANDSHAKE}{nonce}")
+        failure = failure or self._sharing_problem(self.path / f"{_HANDSHAKE}{nonce}")
         if failure is not None:
             self._unlock()
             raise UserError(failure)
@@ -134,11 +134,11 @@ class RunFolder:
             self._lock.release()
             self._lock = None
 
-    def _why_not_shared(self, handshake: Path) -> str | None:
+    def _sharing_problem(self, handshake: Path) -> str | None:
         """Return the problem, on all ranks, if a rank does not see rank 0's new folder."""
         rank, host, sees, problem = self._mesh.world.rank, socket.gethostname(), True, None
         try:
-            if rank > 0 and (sees := self._appears(handshake)):
+            if rank > 0 and (sees := self._wait_for_folder(handshake)):
                 (handshake / str(rank)).touch()
         except OSError as error:
             problem = f"rank {rank} on host {host} cannot write in {self.path}: "
@@ -158,7 +158,7 @@ class RunFolder:
             "folder that all hosts share"
         )
 
-    def _appears(self, folder: Path) -> bool:
+    def _wait_for_folder(self, folder: Path) -> bool:
         """Wait for a folder of rank 0; return whether it appears."""
         deadline = time.monotonic() + _WAIT_FOR_FILES_S
         while not (found := folder.is_dir()) and time.monotonic() < deadline:

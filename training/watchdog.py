@@ -96,7 +96,7 @@ class Watchdog:
                 # Do not count time during which this process was stopped.
                 seen_s = min(now - sampled_at, 2 * self._interval_s)
                 sampled_at = now
-                self._look(seen_s)
+                self._sample(seen_s)
                 self._heartbeats.publish(asdict(self._beat))
                 self._read_board(seen_s)
                 beats = {rank: beat for rank, beat in self._beats.items() if not beat.has_ended}
@@ -107,7 +107,7 @@ class Watchdog:
         finally:
             faulthandler.cancel_dump_traceback_later()
 
-    def _look(self, seen_s: float) -> None:
+    def _sample(self, seen_s: float) -> None:
         """Sample the main thread into this rank's next beat."""
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         frames: list[FrameType] = []

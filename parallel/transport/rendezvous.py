@@ -73,7 +73,7 @@ def join_attempt(device: str, num_gpus: int, gpu: int) -> tuple[str, Store | Non
     else:
         store, rank = _connect(), int(os.environ["RANK"])
         if rank == 0:
-            others = _welcome(store, name, int(os.environ["WORLD_SIZE"]))
+            others = _gather_facts(store, name, int(os.environ["WORLD_SIZE"]))
             store.set(f"{name}/decision", json.dumps(_decide([facts, *others])))
         else:
             nonce = name
@@ -86,7 +86,7 @@ def join_attempt(device: str, num_gpus: int, gpu: int) -> tuple[str, Store | Non
     return name, store, decision["device"], decision["restarts"] > 0
 
 
-def _welcome(store: Store, name: str, world_size: int) -> list[Any]:
+def _gather_facts(store: Store, name: str, world_size: int) -> list[Any]:
     """Give all other ranks the name of the attempt; return their facts."""
     missing, started_at = list(range(1, world_size)), time.monotonic()
     while missing:

@@ -152,7 +152,7 @@ class SharedMemory:
         while waiting := [p for p in waiting if _libc.sem_trywait(self._semaphores[p][self.rank])]:
             # Polled once more after a peer's end, as it may have posted before.
             if lost := [peer for peer in waiting if peer in ended]:
-                self._lose(lost[0])
+                self._raise_peer_lost(lost[0])
             num_polls += 1
             if num_polls < _NUM_POLLS:
                 continue
@@ -168,7 +168,7 @@ class SharedMemory:
                 late = [self._global_ranks[peer] for peer in waiting]
                 self._fail(f"no answer from ranks {late} in {self._timeout_s:g} s")
 
-    def _lose(self, peer: int) -> NoReturn:
+    def _raise_peer_lost(self, peer: int) -> NoReturn:
         ended = self._global_ranks[peer]
         first = int(self._lost[peer].value or ended)  # it may have ended because of another
         for memory in list(self._all):

@@ -95,7 +95,7 @@ def beat_during(blocks: Callable[[], object], tmp_path: Path) -> Beat:
 
     def sample() -> None:
         time.sleep(0.4)
-        watchdog._look(1.0)
+        watchdog._sample(1.0)
 
     sampler = threading.Thread(target=sample)
     sampler.start()
