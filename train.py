@@ -1,7 +1,6 @@
 """Train a GPT: `torchrun train.py config=NAME.yaml section.key=value ...`.
 
-This file tells the story of a run. One step is in `training/step.py`, all communication in
-`parallel/`.
+One step is in `training/step.py`, all communication in `parallel/`.
 """
 
 import logging
@@ -134,7 +133,7 @@ def train_until_stop_or_rollback(
 
 
 def due(step: int, interval: int, at_end: int | None = None) -> bool:
-    """Whether something is due that happens every `interval` steps (0: never) and at the end."""
+    """Whether `step` is a multiple of `interval`, or `at_end`; an interval of 0 means never."""
     return interval > 0 and (step % interval == 0 or step == at_end)
 
 

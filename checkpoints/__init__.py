@@ -1,4 +1,4 @@
-"""Sharded tensors to files and back: on any layout, atomic, and with damage always detected.
+"""Save and load sharded tensors atomically, on any layout, detecting all damage.
 
 Programs that convert full tensors without a model import `checkpoints.full_tensors`.
 """
@@ -21,5 +21,5 @@ from checkpoints.save import sweep_leftovers as sweep_leftovers
 
 
 def is_file_access(code: CodeType) -> bool:
-    """Whether a function belongs to this package, so that it may be waiting for the file system."""
+    """Whether a function is of this package, and so may be waiting for the file system."""
     return Path(code.co_filename).parent == Path(__file__).parent

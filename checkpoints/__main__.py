@@ -59,7 +59,7 @@ def find(settings: Settings) -> list[Path]:
     folder = Path(settings.run).expanduser() / "checkpoints"
     found = {step_of(path): path for path in checkpoint_directories(folder)}
     if not found:
-        exit_with_error(f"run={settings.run} has no checkpoints: there are none in {folder}")
+        exit_with_error(f"run={settings.run} has no checkpoints in {folder}; check the path")
     if settings.step is None:
         return [*found.values()]
     if settings.step not in found:

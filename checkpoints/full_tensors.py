@@ -46,7 +46,7 @@ def write_tensors(
 ) -> None:
     """Write and fsync a safetensors file, calling `make` for each tensor in turn.
 
-    If it returns None the tensor is all zeros, and takes no space on disk (a sparse file).
+    If `make` returns None the tensor is all zeros and takes no disk space (a sparse file).
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -82,7 +82,7 @@ def write_full_checkpoint(
 ) -> None:
     """Write the checkpoint that a single rank with these tensors would save.
 
-    This is not atomic: use it in a folder that nobody reads yet.
+    Not atomic: use a folder that nobody reads yet.
     """
     directory = step_directory(folder, step)
     directory.mkdir(parents=True)

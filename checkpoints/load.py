@@ -1,9 +1,8 @@
 """Finding the newest intact checkpoint, and reading it on any layout.
 
 [Note: concurrent pruning]
-A run deletes its old checkpoints. Programs that read one meanwhile hold it: they open its files at
-once, and open files stay readable. A checkpoint that vanishes before that is not damaged; the
-search continues with those that are there now.
+A run deletes its old checkpoints. Programs that read one meanwhile hold it: they open all its files
+at once, and open files stay readable. If a checkpoint vanishes before that, the search starts over.
 
 Each rank reads the parts of the stored shards that overlap its own shards, so loading on another
 number of ranks is no special case.
@@ -36,7 +35,7 @@ from checkpoints.manifest import (
 from parallel import LocalShard, Mesh, gather_json
 
 _CHUNK_BYTES = 16 << 20
-# A network file system may list for a while what another host has deleted.
+# A network file system may still list what another host has deleted.
 _MAX_RETRIES, _RETRY_INTERVAL_S = 300, 0.1
 
 Slices = tuple[slice, ...]
@@ -53,13 +52,12 @@ def find_checkpoint(
     prefix: str = "",
     hold_until: ExitStack | None = None,
 ) -> Checkpoint | None:
-    """The newest intact checkpoint of a folder, or that of `step`; None if there is none at all.
+    """Find the newest intact checkpoint up to step `up_to`, or that of `step`; None if none exists.
 
-    Every rank calls this and verifies its share of the files: of their tensors those whose names
-    begin with `prefix`. Checkpoints after step `up_to` are ignored. Files stay open until
-    `hold_until` closes, if given. A damaged checkpoint is reported and skipped. Raises
-    CheckpointError if all are damaged, because only a person should decide to start from scratch,
-    and if the checkpoint of `step` is damaged or missing.
+    Every rank calls this and verifies a share of the files, but only tensors whose names begin with
+    `prefix`. Files stay open until `hold_until` closes, if given. Damaged checkpoints are skipped
+    with a warning. Raises CheckpointError if all are damaged, because starting from scratch is the
+    user's decision, or if the checkpoint of `step` is damaged or missing.
     """
     damaged: set[str] = set()
     retries: Counter[str] = Counter()
@@ -93,13 +91,13 @@ def find_checkpoint(
 def held_checkpoint(
     folder: Path, mesh: Mesh, step: int | None = None, *, prefix: str = ""
 ) -> Iterator[Checkpoint | None]:
-    """`find_checkpoint`, readable until the end of the block even if the run deletes it."""
+    """`find_checkpoint`, readable inside the block even if the run deletes it."""
     with ExitStack() as stack:
         yield find_checkpoint(folder, mesh, step, prefix=prefix, hold_until=stack)
 
 
 def _list(folder: Path, mesh: Mesh, step: int | None, up_to: int | None) -> list[str]:
-    """The names of the checkpoints to try, newest first: those that rank 0 sees, on every rank."""
+    """The names of the checkpoints that rank 0 sees, newest first, on every rank."""
     found = checkpoint_directories(folder)
     if mesh.world.rank == 0:
         for path in sorted({*step_entries(folder)} - {*found}):
@@ -121,10 +119,7 @@ def _list(folder: Path, mesh: Mesh, step: int | None, up_to: int | None) -> list
 def _verify(
     directory: Path, mesh: Mesh, prefix: str, stack: ExitStack | None
 ) -> tuple[Checkpoint | None, str | None]:
-    """The checkpoint if it is intact, otherwise the problem; neither if it has vanished.
-
-    Every rank verifies a share of the files and gets the same result.
-    """
+    """Return an intact checkpoint or a problem, on all ranks; neither if it has vanished."""
     checkpoint, problem = None, None
     try:
         checkpoint = read_manifest(directory)
@@ -152,9 +147,9 @@ def load_tensors(
 ) -> None:
     """Fill the local shards of `tensors` from a verified checkpoint.
 
-    `names` are those of the tensors of all ranks, if a rank has only some of them. Raises
-    CheckpointError unless they are the names of all stored tensors that begin with `prefix`, and
-    `tensors` has their shapes and (unless it `converts`) dtypes.
+    `names`: the tensors of all ranks, if a rank has only some. Raises CheckpointError unless the
+    stored tensors that begin with `prefix` have exactly these names, the same shapes and (unless it
+    `converts`) dtypes.
     """
     stored_names = {name for name in checkpoint.tensors if name.startswith(prefix)}
     names = set(tensors if names is None else names)
@@ -218,7 +213,7 @@ def _read_piece(
 
 
 def _overlap(wanted: Slices, offsets: list[int], shape: list[int]) -> tuple[Slices, Slices] | None:
-    """The overlap of `wanted` and a stored shard: as slices of the shard, and of the target."""
+    """The overlap of `wanted` and a stored shard, as slices of the shard and of the target."""
     in_shard, in_target = [], []
     for want, offset, size in zip(wanted, offsets, shape, strict=True):
         start, stop = max(want.start, offset), min(want.stop, offset + size)

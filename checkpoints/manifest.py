@@ -1,15 +1,14 @@
-"""The on-disk format, and how damage is found.
+"""The on-disk format, and the detection of damage.
 
     step_00001000/
         rank_00000.safetensors ...   the shards of each rank; replicated tensors are stored once
-        manifest.json                of each tensor its global shape, dtype and shards (file,
-                                     offsets, shape, checksum); of each file its size and the
-                                     checksum of its header; the state of the run; the checksum of
-                                     the manifest itself
+        manifest.json                for each tensor: global shape, dtype, and shards (file,
+                                     offsets, shape, checksum); for each file: size, and checksum
+                                     of its header; the state of the run; its own checksum
 
-The manifest is written last and the directory is renamed into place afterwards, so a directory with
-such a name but no valid manifest is damaged. The layout of the ranks only shows in where tensors
-are cut. Nothing is pickled. Checksums (xxh3_128) detect damage; they do not stop an attacker.
+The manifest is written last and the directory then renamed into place, so a directory with such a
+name but no valid manifest is damaged. The layout of the ranks only decides where tensors are cut.
+Nothing is pickled. Checksums (xxh3_128) detect damage; they do not stop an attacker.
 
 Version 1 has one checksum per file and none per tensor.
 """
@@ -35,7 +34,7 @@ _CHUNK_BYTES = 1 << 20
 
 
 class CheckpointError(UserError):
-    """A checkpoint cannot be written, or cannot be read as asked."""
+    """A checkpoint cannot be written or read."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +43,14 @@ class Checkpoint:
 
     directory: Path
     step: int
-    state: dict[str, Any]  # all that determines the next step besides tensors, as the run gave it
+    state: dict[str, Any]  # what the run stores besides tensors, to determine its next step
     tensors: dict[str, dict[str, Any]]  # name -> shape, dtype, shards
     files: dict[str, dict[str, Any]]  # name -> size in bytes, checksum of the header
     held: Mapping[str, BinaryIO] = field(default_factory=dict)  # open files, see `hold`
 
     @cached_property
     def checksums(self) -> dict[str, dict[str, str]]:
-        """For each file, the checksums of its tensors by name, and of its header by ""."""
+        """For each file, the checksums of its tensors by name; the header has the name ""."""
         checksums = {name: {"": file["header"]} for name, file in self.files.items()}
         for name, entry in self.tensors.items():
             for shard in entry["shards"]:
@@ -97,7 +96,7 @@ def step_of(directory: Path) -> int:
 
 
 def step_entries(folder: Path) -> list[Path]:
-    """All entries that are named like a checkpoint, whatever they are, oldest step first."""
+    """All entries named like a checkpoint, directories or not, oldest step first."""
     return sorted(folder.glob(f"step_{'[0-9]' * 8}"))
 
 
@@ -151,10 +150,7 @@ def _digest(file: BinaryIO, num_bytes: int) -> str:
 
 
 def describe_file(path: Path, shards: Mapping[str, Any]) -> dict[str, Any]:
-    """All that the manifest records of a safetensors file.
-
-    `shards` has offsets, shape, global_shape and dtype of each tensor in the file.
-    """
+    """Describe a file for the manifest; `shards`: offsets, shapes and dtype of its tensors."""
     with path.open("rb") as file:
         checksums = dict(_checksums(file))
     return {
@@ -194,10 +190,7 @@ def _manifest_checksum(content: dict[str, Any]) -> str:
 
 
 def read_manifest(directory: Path) -> Checkpoint:
-    """Read and check a manifest, without looking at the other files.
-
-    Raises CheckpointError if it is missing, damaged, or of another version or step.
-    """
+    """Read a manifest; raise CheckpointError if it is missing, damaged, or of another version."""
     with _read_errors(MANIFEST):
         data = (directory / MANIFEST).read_bytes()
     try:
@@ -221,10 +214,7 @@ def read_manifest(directory: Path) -> Checkpoint:
 
 
 def verify_file(checkpoint: Checkpoint, name: str, prefix: str = "") -> None:
-    """Raise CheckpointError if a file is not as it was written.
-
-    Only tensors whose names begin with `prefix` are read.
-    """
+    """Raise CheckpointError if the header, or a tensor with this prefix, is damaged."""
     expected = checkpoint.files[name]
     with _read_errors(name), checkpoint.open(name) as file:
         size = os.fstat(file.fileno()).st_size

@@ -3,10 +3,9 @@
 [Note: commit]
 Each rank writes and fsyncs its file in a hidden temporary directory. When all have reported
 success, rank 0 adds the manifest. One rename turns the directory into a checkpoint, and only then
-are older checkpoints deleted. They are renamed first, so that a half-deleted one does not look like
-a checkpoint. So a kill at any moment leaves intact checkpoints and hidden directories, which the
-next start removes. Only real directories with a manifest are deleted, never links or other entries
-with such a name. A failed deletion is a warning.
+are older checkpoints deleted; each is first renamed, so that a half-deleted one does not look like
+a checkpoint. A kill at any moment leaves only intact checkpoints, and hidden directories that the
+next start removes. Only real directories with a manifest are deleted, never links.
 
 [Note: background saves]
 Training continues while files are written: the tensors are copied first, and a thread on each rank
@@ -80,10 +79,10 @@ def begin_save(
     *,
     background: bool,
 ) -> Save:
-    """Begin the checkpoint of `step` with these tensors and this state (JSON), on every rank.
+    """Begin the checkpoint of `step` on every rank; `state` is JSON.
 
-    Returns once the tensors are copied if in the background, otherwise once they are written.
-    Raises CheckpointError on all ranks if rank 0 cannot create the directory.
+    Returns when the tensors are copied (`background`) or written. Raises CheckpointError on all
+    ranks if rank 0 cannot create the directory.
     """
     temporary = folder / f"{_TEMPORARY}{step_directory(folder, step).name}"
     problem = _make_empty(temporary) if mesh.world.rank == 0 else None
@@ -125,7 +124,7 @@ def commit_save(save: Save, mesh: Mesh) -> Path:
 def prune_checkpoints(folder: Path, *, keep: int, up_to: int) -> None:
     """Delete all but the `keep` newest (0: keep all) of the checkpoints up to a step; rank 0 only.
 
-    Later ones are damaged or lie within skipped steps; they are neither counted nor deleted.
+    Later ones are damaged or follow a skipped step; they are neither counted nor deleted.
     """
     if keep > 0:
         _delete(_own_checkpoints(folder, 0, up_to)[:-keep])
@@ -169,7 +168,7 @@ def _delete(directories: list[Path]) -> None:
 def _local_shards(
     tensors: Mapping[str, LocalShard], mesh: Mesh, *, copy: bool
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors that this rank writes, in host memory, and their entries in the manifest."""
+    """The tensors that this rank writes, in host memory, and their manifest entries."""
     local, shards = {}, {}
     for name, tensor in tensors.items():
         shard = tensor.tensor
@@ -191,7 +190,7 @@ def _local_shards(
 
 
 def _make_empty(directory: Path) -> str | None:
-    """Create an empty directory; returns the problem, if any. A link is one."""
+    """Create an empty directory; return the problem, such as a link of that name."""
     try:
         if os.path.lexists(directory):
             shutil.rmtree(directory)

@@ -1,14 +1,10 @@
-"""One block, one forward and one backward: what every rank holds, and what crosses the wire.
+"""Trace one block: what every rank holds and sends in one forward and one backward pass.
 
     torchrun --nproc-per-node 2 -m docs.trace_layer
 
 Prints the tables of docs/tutorial.md: tensor parallelism with sequence parallelism and without, and
-context parallelism. Hooks read the shapes of the tensors. Collectives and bytes are recorded as
-they are issued, and tensors kept for backward are counted as autograd saves them. Only the names of
-the steps are written down here.
-
-A tensor has a line when it is there, its gradient one when that is there, so the lines of backward
-come out in reverse. Collectives stand between the two tensors between which they were issued.
+context parallelism. Hooks read shapes, collectives are recorded as they are issued, and saved
+tensors are counted as autograd saves them. Only the names of the lines are written by hand.
 """
 
 import dataclasses
@@ -57,17 +53,17 @@ CONFIG = ModelConfig(
 )
 SEED = 1
 
-# The tensors that get a line: inputs and outputs of modules, and what a matrix multiplies.
+# The tensors that get a line: inputs and outputs of modules, and inputs of matmuls.
 STEPS = {
     ("attention_norm", "in"): "x, the block's input",
     ("attention_norm", "out"): "norm",
-    ("attention.qkv", "operand"): "what q and kv read",
+    ("attention.qkv", "operand"): "input of q and kv",
     ("attention.qkv", "out"): "q and kv",
     ("attention.proj", "in"): "attention",
     ("attention.proj", "out"): "proj + bias",
     ("mlp_norm", "in"): "dropout + residual",
     ("mlp_norm", "out"): "norm",
-    ("mlp.expand", "operand"): "what up reads",
+    ("mlp.expand", "operand"): "input of up",
     ("mlp.expand", "out"): "up",
     ("mlp.down", "in"): "gelu",
     ("mlp.down", "out"): "down + bias",
@@ -165,7 +161,7 @@ def trace(mesh: Mesh) -> Iterator[str]:
     yield ""
     yield row("forward", "on each rank", "on the wire", "full B", "sent B")
     yield from table(tracer.forward, mesh)
-    yield row(f"  kept for backward: {sum(saved_bytes.values())} B")
+    yield row(f"  saved for backward: {sum(saved_bytes.values())} B")
     yield ""
     yield row("backward: the gradient of")
     yield from table(tracer.backward, mesh)
@@ -190,7 +186,7 @@ def table(lines: list[Line], mesh: Mesh) -> Iterator[str]:
         shapes = dict.fromkeys(str(shapes[number]) for shapes in of_ranks)
         yield row("  " + line.step, " / ".join(shapes))
     sent = sum(collective.sent_bytes for line in lines for collective in line.traffic)
-    yield row("  in all", "", "", "", f"{sent:.0f}")
+    yield row("  total", "", "", "", f"{sent:.0f}")
 
 
 def wire(traffic: Sequence[Collective]) -> Iterator[str]:

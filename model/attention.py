@@ -23,9 +23,9 @@ class SelfAttention(nn.Module):
     """y = proj(softmax(q k^T / sqrt(d)) v) for each head; `[s/t, b, h]` in and out.
 
     Each of g groups of a/g heads shares a key and a value (Ainslie et al. 2023). The weights q and
-    kv share one gather and one matmul. The rows of kv go group by group, so that a tp shard is one
+    kv share one gather and one matmul. The rows of kv are ordered by group, so a tp shard is one
     contiguous slice. With g < t, every rank holds kv in full and computes the group it needs. With
-    context parallelism, read s/c for s: this rank has the queries of its positions only.
+    context parallelism, s stands for this rank's s/c positions.
     """
 
     def __init__(
@@ -70,10 +70,7 @@ class SelfAttention(nn.Module):
             return self.proj(joined)  # [s/t, b, h]
 
     def seed_attention_dropout(self, stream: DropoutStream | None) -> float:
-        """Seed the default generator, from which SDPA draws its mask; returns the dropout rate.
-
-        Nothing else in the project uses that generator, and recomputation seeds it the same way.
-        """
+        """Seed the default generator for SDPA's mask, its only use; return the dropout rate."""
         if stream is None or self.dropout == 0.0:
             return 0.0
         torch.manual_seed(stream.attention_seed(self.layer, self.mesh.tp.rank))

@@ -25,7 +25,7 @@ def build_meta_model(config: Config, mesh: Mesh) -> GPT:
 
 
 def build_model(config: Config, mesh: Mesh) -> GPT:
-    """Build the model for training; a rank holds its shard and at most one full tensor."""
+    """Build the sharded model and initialise it, with at most one full weight in memory."""
     model = build_meta_model(config, mesh)
     model.to_empty(device=mesh.device)
     initialise_parameters(model, config.run.seed, mesh)
@@ -33,10 +33,7 @@ def build_model(config: Config, mesh: Mesh) -> GPT:
 
 
 def build_inference_model(config: Config, mesh: Mesh) -> GPT:
-    """Build the model for inference, with unset weights in the compute dtype.
-
-    Every rank has its tensor-parallel shard; nothing is sharded over dp, gathered or kept twice.
-    """
+    """Build a tp shard of the model without FSDP2; weights are unset, in the compute dtype."""
     dtype = COMPUTE_DTYPE[config.train.precision]
     model = GPT(config.model, config.data.padded_vocab_size, mesh, dtype=dtype)
     model.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What attention needs besides activations, the same in all blocks, and rotary positions."""
+"""The inputs of attention that all blocks share, and rotary position embedding."""
 
 import math
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ Rotation = tuple[Tensor, Tensor]  # cosines and sines of the angles, each [s/c, 
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """Of one micro-batch. The same on all tp ranks, because attention sees all their positions."""
+    """What attention reads besides activations; the same on all tp ranks."""
 
     rotation: Rotation | None  # None: learned positions
-    key_blocks: KeyBlocks  # the keys that queries see; with a cache, they see all earlier ones
+    key_blocks: KeyBlocks  # the keys that queries see; ignored with a cache
     stream: DropoutStream | None  # None: no dropout
     cache: KeyValueCache | None = None  # None: no earlier positions
 
@@ -34,7 +34,7 @@ def make_attention_context(
 ) -> AttentionContext:
     """Build the context; `positions` `[s, b]` count from the beginning of their document.
 
-    Without `key_blocks`, rows are not split over cp, and tokens see all earlier ones.
+    `key_blocks` None: rows are not split over cp, and a token sees all earlier ones.
     """
     if key_blocks is None:
         key_blocks = make_key_blocks(len(positions))
@@ -45,10 +45,7 @@ def make_attention_context(
 
 
 def rotary_cos_sin(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> Rotation:
-    """Angles of rotary position embedding (Su et al. 2021): pair i turns by p / base^(2i/r) at p.
-
-    `positions` `[s/c, b]`, not split over tp, as heads have all positions of a cp rank.
-    """
+    """Cosines and sines of p / base^(2i/r) for pair i at each of `positions` (Su et al. 2021)."""
     r = config.rotary_dim
     pairs = torch.arange(0, r, 2, dtype=torch.float32, device=positions.device)
     frequencies = config.rotary_base ** (-pairs / r)

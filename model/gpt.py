@@ -42,7 +42,7 @@ from parallel import (
     vocab_parallel_loss,
 )
 
-# Sites of hidden dropout inside a layer; layer and site are part of a mask's name.
+# Where hidden dropout is applied; a mask is a function of layer and site, among others.
 AFTER_EMBEDDING, AFTER_ATTENTION, AFTER_MLP = range(3)
 
 
@@ -61,7 +61,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         if self.recompute == "full":
-            # Saves only x. Dropout masks are pure functions, so no RNG state must be restored.
+            # Saves only x. Dropout masks are pure functions, so no RNG state is saved.
             return checkpoint(
                 self.residuals, x, context, use_reentrant=False, preserve_rng_state=False
             )
@@ -91,7 +91,7 @@ class Block(nn.Module):
 
 
 class ChunkInput(TypedDict, total=False):
-    """A chunk of this stage of a pipeline, and the activations it gets; None: the tokens."""
+    """Which chunk of this pipeline stage to run, and its input (None: embed the tokens)."""
 
     chunk: int
     x: Tensor | None
@@ -101,7 +101,7 @@ class GPT(nn.Module):
     """A decoder-only transformer: pre-norm, learned or rotary positions, a tied or separate head.
 
     tokens -> embedding (+ position), dropout -> L blocks -> norm -> logits. Activations have
-    `dtype`. In a pipeline, a rank has only what its stage needs, see parallel/pipeline.py.
+    `dtype`. In a pipeline, a rank has only the modules of its stage.
     """
 
     positions: Tensor  # [s, h], where they are learned
@@ -136,7 +136,7 @@ class GPT(nn.Module):
             chunk = []
             for layer in stage_layers(config.num_layers, num_pieces, piece):
                 chunk.append(Block(config, layer, mesh, recompute))
-                # The number in the whole model is part of the names of weights.
+                # Weights are named by the layer's number in the whole model.
                 self.blocks.add_module(str(layer), chunk[-1])
             self.chunks.append(chunk)
         if mesh.is_last_stage:
@@ -158,14 +158,13 @@ class GPT(nn.Module):
     ) -> Losses | Tensor:
         """Return the losses over all targets, or without targets the logits `[b, s, v]` in float32.
 
-        In a pipeline only the last stage has those; the others return their activations.
-
+        Pipeline stages before the last return activations instead.
         `tokens`, `positions`, `targets` `[b, s]`; s a multiple of t. Negative targets are ignored.
-        `stream` names the dropout masks; None: no dropout.
-        `key_blocks`: the tokens that tokens see; None: all earlier ones of their row.
-        `cache`: tokens follow and see the cached ones; no backward.
+        `stream` selects the dropout masks; None: no dropout.
+        `key_blocks`: the keys that each token sees; None: all earlier tokens of its row.
+        `cache`: keys and values of earlier tokens; no backward.
         `logits_to_keep`: the positions to compute logits for.
-        `piece`: run only one chunk of this stage. Nothing: all, without gradients in a pipeline.
+        `piece`: the only chunk of this stage to run. By default all run, with p > 1 forward only.
         """
         # The only transpose: data is batch first, the model sequence first.
         tokens, positions = tokens.t(), positions.t()
@@ -193,10 +192,7 @@ class GPT(nn.Module):
         return forward_only(mesh, shape, self.dtype, run_chunk)
 
     def modules_of_chunk(self, chunk: int) -> list[nn.Module]:
-        """The FSDP units whose gradients are complete after the last backward of a chunk.
-
-        Backward reaches chunk 0 last, and only then are those of the root complete.
-        """
+        """The FSDP units whose gradients the last backward of a chunk completes."""
         return [*self.chunks[chunk], *([self] if chunk == 0 else [])]
 
     def activation_shape(self, tokens: Tensor) -> tuple[int, int, int]:

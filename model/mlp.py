@@ -13,7 +13,7 @@ from parallel import MergedColumnParallelLinear, Mesh, RowParallelLinear
 
 
 def gelu(x: Tensor) -> Tensor:
-    """x times the normal distribution function of x (Hendrycks and Gimpel 2016)."""
+    """x Phi(x), with Phi the CDF of the standard normal (Hendrycks and Gimpel 2016)."""
     return F.gelu(x)
 
 

@@ -50,17 +50,13 @@ _NORMS = {"LayerNorm": LayerNorm, "RMSNorm": RMSNorm}
 
 
 def make_norm(config: ModelConfig, weights: Weights, mesh: Mesh) -> nn.Module:
-    """Create the norm of a token's h channels; `[s/t, b, h]` in and out.
-
-    It works per token, so it needs no communication. With sequence parallelism its gradients are
-    sums over s/t positions: partial.
-    """
+    """Create a norm over h channels, `[s/t, b, h]`: its gradients are sums over s/t positions."""
     return _NORMS[config.normalization](weights, config.norm_epsilon, mesh, mesh.sequence_parallel)
 
 
 def make_head_norm(config: ModelConfig, weights: Weights, mesh: Mesh) -> nn.Module:
-    """Create the norm of a head's d channels (Henry et al. 2020); `[s, b, a/t, d]` in and out.
+    """Create a norm over a head's d channels, `[s, b, a/t, d]` (Henry et al. 2020).
 
-    All heads share its weights and a rank has some of the heads: partial on every layout.
+    All heads share its weights, so a rank's gradients are partial sums on every layout.
     """
     return _NORMS[config.normalization](weights, config.norm_epsilon, mesh, mesh.tp.size > 1)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class CPRank(TypedDict, total=False):
-    """A rank on the context-parallel axis; without it, there is one."""
+    """Arguments that name a rank on the context-parallel axis; omitted without that axis."""
 
     cp_rank: int
     cp_size: int
@@ -29,5 +29,5 @@ def balanced_positions(
 
 
 def width_multiple(cp_size: int, tp_size: int) -> int:
-    """The number of which the width of a row is a multiple: of equal chunks, each split over tp."""
+    """Rows are padded to a multiple of this: equal chunks, each of which tp splits evenly."""
     return tp_size if cp_size == 1 else 2 * cp_size * tp_size

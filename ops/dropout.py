@@ -1,8 +1,8 @@
 """Dropout whose mask is a hash, recomputed in backward instead of stored.
 
-Each sample has a 64-bit key for each place in the model with dropout, and each of its elements a
-32-bit counter: position x channels + channel. Two rounds of multiplication and xorshift mix counter
-and key, so any part of a mask can be computed by itself.
+A sample has a 64-bit key per dropout site, an element a 32-bit counter: position x channels +
+channel. Two rounds of multiplication and xorshift mix them, so any part of a mask can be computed
+by itself.
 """
 
 import functools
@@ -98,9 +98,8 @@ Scalar = float | Tensor
 def _scalars(rate: float, compile: bool, device: torch.device) -> tuple[Scalar, Scalar]:
     """Threshold and scale of a rate: numbers, or tensors for a compiled kernel.
 
-    A kernel must not get the rate itself: depending on a setting of the calling thread the compiler
-    makes it a constant, and torch 2.13 then reuses the kernel (from its disk cache too) for other
-    rates.
+    Never pass the rate itself to a kernel: torch 2.13 may compile it in as a constant and then
+    reuse that kernel, also from its disk cache, for other rates.
     """
     threshold, scale = _threshold(rate), 1.0 / (1.0 - rate)
     if not compile:

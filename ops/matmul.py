@@ -3,7 +3,7 @@
 [Note: widening]
 A bfloat16 matmul adds products of bfloat16 numbers in float32 and rounds the sum once. GPUs, CPUs
 with AMX and AMD's Zen 4 and 5 do that faster than float32. Other CPUs do it slower, some by far
-(measured: ops/processor.py). There operands are widened to float32, multiplied, and the result is
+(measured: ops/processor.py). On those, operands are widened to float32, multiplied, and the result
 rounded. The product of two bfloat16 numbers is exact in float32, so only the order of the sum
 differs. Tensors that are saved or communicated stay bfloat16. All ranks of a run use the same
 `Precision`, which its checkpoints record (training/hardware.py).
@@ -72,10 +72,7 @@ def use_full_precision() -> None:
 
 
 def widen(x: Tensor, use: str) -> Tensor:
-    """Return x in its matmul dtype, in the same order of dims.
-
-    A copy is in scratch memory, valid until the next call with the same `use`.
-    """
+    """Return x in its matmul dtype; a copy is valid until the next call with the same `use`."""
     return x if matmul_dtype(x) == x.dtype else _to_float32(x, use)
 
 

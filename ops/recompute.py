@@ -26,10 +26,9 @@ def recompute_in_backward(
     if not when:
         yield
         return
-    # torch runs only the innermost hooks. Ours pass other tensors on to the hooks around them,
-    # which may be those of full recomputation.
+    # torch runs only the innermost hooks, so ours call the outer ones (of full recomputation).
     outer_pack, outer_unpack = current_saved_tensors_hooks()
-    # The closures must not hold the output itself: autograd keeps them until backward.
+    # The closures live until backward, so they must not hold the output itself.
     storage, shape = storage_id(output), output.shape
 
     def pack(tensor: Tensor) -> Any:
@@ -52,12 +51,10 @@ class _Recomputed:
 
 
 def save_early(*tensors: Tensor) -> Callable[[], list[Tensor]]:
-    """Save tensors for backward now; returns a function that gives them back.
+    """Save tensors for backward now; return a function that unpacks them and keeps them alive.
 
-    Release that function after use: it keeps the tensors alive.
-
-    `save_for_backward` saves them when forward ends. Recomputation of a block stops once the last
-    tensor is saved, so saving before a forward communicates spares recomputing that communication.
+    `save_for_backward` saves when forward ends. Recomputation stops at the last saved tensor, so
+    what a forward communicates after saving is not communicated again.
     """
     pack, unpack = current_saved_tensors_hooks()
     saved = [pack(tensor) for tensor in tensors]

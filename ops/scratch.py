@@ -1,8 +1,7 @@
 """Reusable float32 memory for operands and products that live for one matmul.
 
-Allocated normally, they would leave holes between the tensors saved for backward, which the next
-saved tensor, of half their size, makes useless for the next matmul: half of a step's memory was
-holes. Only used on CPUs.
+Allocated normally, they fragment the heap: a saved tensor of half the size takes the place of a
+freed one, which the next matmul then cannot use. Half of a step's memory was such holes. CPUs only.
 """
 
 import math

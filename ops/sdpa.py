@@ -1,12 +1,12 @@
 """Scaled dot-product attention, softmax(q k^T / sqrt(d)) v, and what it saves for backward.
 
-torch's function takes `[b, a, s, d]` and saves q, k, v and its output. The output must be copied to
-become `[s, b, h]`, and the projection that reads the copy saves it too: 2 bytes of `sbh` wasted. So
-on a CPU its forward and backward are called here as one autograd function, which saves only the
-copy; elsewhere the copy is recomputed (model/attention.py).
+torch's function takes `[b, a, s, d]` and saves q, k, v and its output. The output is then copied to
+`[s, b, h]`, and the projection saves that copy too, which wastes 2 `sbh` bytes. So on a CPU one
+autograd function calls torch's kernels and saves only the copy; elsewhere the copy is recomputed
+(model/attention.py).
 
-With several documents in a row (ops/segments.py), flash attention on CUDA is one call for sequences
-of any lengths. Every other kernel is called once for each segment.
+With several documents in a row (ops/segments.py), flash attention on CUDA is one variable-length
+call. Every other kernel is called once per segment.
 """
 
 import math
@@ -41,8 +41,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, dropout: fl
     `q` `[s, b, a/t, d]`; `k`, `v` `[s, b, g/t, d]`, each shared by a/g neighbouring query heads.
     `segments` has every query; None: a query sees all earlier keys of its row.
 
-    With dropout, a CPU stores all probabilities `[b, a/t, s, s]` (of a segment, if there are any)
-    instead of flash attention's blocks.
+    With dropout, a CPU stores all probabilities `[b, a/t, s, s]`, or those of each segment.
     """
     is_on_cpu = q.device.type == "cpu"
     has_segment_kernel = segments is not None and q.shape[-1] % _HEAD_ALIGNMENT == 0
@@ -134,8 +133,8 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v through `attend`, in the dtype of the kernel.
 
-    With `y` and `log_sum_exp` over all keys and the `k` and `v` of some, these are exactly the
-    parts of the whole gradients that pass through these keys.
+    With `y` and `log_sum_exp` over all keys but only some of `k` and `v`, these are exactly the
+    parts of the gradients that pass through those keys.
     """
     groups = k.shape[2]
     q, k, v = _operands(q, k, v)
@@ -158,7 +157,7 @@ def attend_backward(
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
-    """`attend` with all keys, of operands."""
+    """`attend` without segments, on the result of `_operands`."""
     operands, n = [_batch_first(heads) for heads in (q, k, v)], len(q)
     if q.device.type == "cpu":
         y, log_sum_exp = flash_attention_on_cpu(*operands, 0.0, is_causal)
@@ -178,7 +177,6 @@ def _attend_backward(
     log_sum_exp: Tensor,
     is_causal: bool,
 ) -> tuple[Tensor, ...]:
-    """`attend_backward` with all keys, of operands."""
     grad_y, *operands, y = (_batch_first(heads) for heads in (grad_y, q, k, v, y))
     common: tuple[Any, ...]
     if q.device.type == "cpu":
@@ -198,7 +196,7 @@ def _attend_backward(
 def _attend_varlen(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """`attend` in one call, of operands."""
+    """`attend` to all segments in one call, on the result of `_operands`."""
     queries, keys = segments.queries, segments.keys
     packed = _pack(q, queries), _pack(k, keys), _pack(v, keys)
     y, log_sum_exp = flash_varlen_on_cuda(*packed, *_lengths(segments), 0.0, is_causal, False)[:2]
@@ -216,7 +214,6 @@ def _attend_varlen_backward(
     segments: Segments,
     is_causal: bool,
 ) -> tuple[Tensor, ...]:
-    """`attend_backward` in one call, of operands."""
     queries, keys = segments.queries, segments.keys
     packed = [_pack(x, of) for x, of in ((grad_y, queries), (q, queries), (k, keys), (v, keys))]
     lse = _pack(log_sum_exp.permute(2, 0, 1), queries).t().contiguous()
@@ -248,7 +245,7 @@ def _repeat_groups(heads: Tensor, q: Tensor) -> Tensor:
 
 
 def _has_varlen(q: Tensor) -> bool:
-    """Whether one kernel takes sequences of any lengths; that for float32 on CUDA does not."""
+    """Whether there is a variable-length kernel; on CUDA there is none for float32."""
     return q.device.type != "cpu" and q.dtype != torch.float32
 
 
@@ -270,7 +267,7 @@ def _lengths(segments: Segments) -> tuple[Tensor, Tensor, int, int]:
 
 
 def _no_seed(q: Tensor) -> Tensor:
-    """A random state that a kernel takes but does not read without dropout."""
+    """A random state, which kernels ignore without dropout."""
     return torch.empty(0, dtype=torch.int64, device=q.device)
 
 

@@ -14,12 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# For each row, the columns where its documents begin: 0, and that of the padding at its end.
+# For each row, the columns where its documents, and the padding at its end, begin; the first is 0.
 Documents = Sequence[Sequence[int]]
 
 
 class Segment(NamedTuple):
-    """The queries of a document and the keys they see, in neighbouring rows with equal ones."""
+    """The queries of one document and the keys they see; `rows` are neighbours that share both."""
 
     rows: slice
     queries: slice
@@ -27,7 +27,7 @@ class Segment(NamedTuple):
 
 
 class PackedSequences(NamedTuple):
-    """Positions of sequences of any lengths, one sequence after the other."""
+    """Positions of sequences of different lengths, concatenated."""
 
     indices: Tensor  # [n] int64, of the positions in `[s, b]` flattened
     offsets: Tensor  # [sequences + 1] int32, of the first position of each sequence, and n
@@ -39,7 +39,7 @@ class Segments:
     """All segments of some queries and keys; a query outside them sees no key."""
 
     parts: tuple[Segment, ...]  # by row, then by query
-    # One sequence for each segment and row, for kernels that take sequences of any lengths.
+    # One sequence per segment and row, for variable-length kernels.
     queries: PackedSequences
     keys: PackedSequences
 

@@ -38,7 +38,7 @@ flash_attention_on_cuda = torch.ops.aten._scaled_dot_product_flash_attention.def
 flash_attention_on_cuda_backward = (
     torch.ops.aten._scaled_dot_product_flash_attention_backward.default
 )
-# The same for sequences of any lengths: `[positions, a, d]`, and where each sequence begins.
+# Variable length: `[positions, a, d]`, and where each sequence begins.
 flash_varlen_on_cuda = torch.ops.aten._flash_attention_forward.default
 flash_varlen_on_cuda_backward = torch.ops.aten._flash_attention_backward.default
 efficient_attention_on_cuda = torch.ops.aten._scaled_dot_product_efficient_attention.default
@@ -81,10 +81,7 @@ def call_after_backward(function: Callable[[], None]) -> None:
 
 
 def current_saved_tensors_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:
-    """The innermost pack and unpack hooks, identities if there are none.
-
-    torch runs only the innermost hooks, so ours pass on to these the tensors they do not handle.
-    """
+    """The innermost pack and unpack hooks, the only ones that torch runs; else identities."""
     hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks or ((lambda tensor: tensor), (lambda saved: saved))
 
@@ -97,8 +94,8 @@ def storage_id(tensor: Tensor) -> int:
 def compile_with_limit(function: Callable[..., Tensor], limit: int) -> Callable[..., Tensor]:
     """Compile for dynamic shapes, without graph breaks, and recompile up to `limit` times.
 
-    Settings of torch 2.13 are per thread, and autograd has its own threads; but there the limit is
-    also an argument. In torch 2.11 it is a setting of the process.
+    Settings of torch 2.13 do not reach autograd's threads, so the limit is an argument; torch 2.11
+    has only a setting, which all threads share.
     """
     options: dict[str, Any] = {"dynamic": True, "fullgraph": True}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
@@ -118,7 +115,7 @@ def kernel_cache_dir() -> str:
 
 
 def register_backend(group: dist.ProcessGroup, backend: Any, name: str | None = None) -> None:
-    """Make a gloo backend that of a group for CPU tensors; `name` is that of the group."""
+    """Let a group use a gloo backend for CPU tensors, and set the name of the group."""
     group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
     group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
     if name is not None:
@@ -150,7 +147,7 @@ def forget_sharding_rules() -> None:
 
 
 def arguments_by_name(operator: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """The arguments that a dispatch mode gets, positional ones too, by their names."""
+    """Map the arguments of a dispatch mode, positional ones too, to their names."""
     names = (argument.name for argument in operator._schema.arguments)
     return {**dict(zip(names, args, strict=False)), **(kwargs or {})}
 
@@ -161,7 +158,7 @@ def operator_name(operator: Any) -> str:
 
 
 def is_sharding_rule() -> bool:
-    """Whether DTensor is computing shapes, on global tensors that it makes for that."""
+    """Whether DTensor is propagating shapes, for which it creates global tensors."""
     frame = sys._getframe().f_back
     while frame is not None and frame.f_globals is not vars(_sharding_prop):
         frame = frame.f_back

@@ -48,27 +48,23 @@ def await_work(work: dist.Work) -> None:
 def move_to(tensor: Tensor, device: torch.device | str) -> Tensor:
     """Copy between host and device memory; returns the tensor itself if it is there already.
 
-    A copy waits for all work queued on the device. On a GPU, collectives return at once and the
-    host waits for other ranks here. Training makes every such copy through this function, so that
-    the watchdog can tell waiting from hanging.
+    A copy waits for all work queued on the device, on a GPU for collectives too. Training makes
+    every such copy through this function, so that the watchdog can tell waiting from hanging.
     """
     return tensor.to(device)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the work queued on a device.
-
-    Waiting for an event is explicit; `torch.cuda.set_sync_debug_mode` counts waiting for a stream
-    among the implicit synchronizations that it warns of.
-    """
+    """Wait for the work queued on a device."""
     if device.type == "cuda":
+        # `torch.cuda.set_sync_debug_mode` would warn of a stream's synchronize, not of an event's.
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(device))
         event.synchronize()
 
 
 def is_blocking_frame(code: CodeType) -> bool:
-    """Whether a function only waits: for other ranks, or for a device that may wait for them."""
+    """Whether a function only waits for other ranks, or for a device that may wait for them."""
     return code in {function.__code__ for function in (await_work, move_to, synchronize)}
 
 
@@ -94,7 +90,7 @@ def start_all_reduce(x: Tensor, axis: Axis) -> Pending:
 
 
 def start_shift(x: Tensor, received: Tensor, axis: Axis) -> Pending:
-    """Start a ring shift: send x to the next rank, and receive its like from the one before."""
+    """Start a ring shift: send x to the next rank, and fill `received` from the previous one."""
     ranks = dist.get_process_group_ranks(axis.group)
     following, before = (ranks[(axis.rank + step) % axis.size] for step in (1, -1))
     both = [
@@ -157,10 +153,9 @@ def sum_over(axis: Axis, values: Tensor) -> Tensor:
 
 
 def sum_on_host(mesh: Mesh, values: Tensor, flags: Sequence[float]) -> list[float]:
-    """Sum float64 `values` `[n]` of the device, and `flags`, over all ranks: the wait of a step.
+    """Sum float64 `values` `[n]` on the device, and `flags`, over all ranks.
 
-    Waits for the device once and makes one all-reduce, on the host even if the device is a GPU.
-    Every rank gets the same sums.
+    The only wait of a step: for the device, then for one all-reduce on the host, even with a GPU.
     """
     on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=mesh.device.type != "cpu")
     on_host.copy_(values, non_blocking=True)
@@ -175,10 +170,7 @@ def any_rank(mesh: Mesh, flag: bool) -> bool:
 
 
 def gather_json(mesh: Mesh, report: Any) -> list[Any]:
-    """Gather every rank's report, in rank order, on every rank.
-
-    As JSON, because torch's own object collectives send pickle.
-    """
+    """Gather all ranks' reports, in rank order, as JSON; torch's object collectives use pickle."""
     if mesh.world.size == 1:
         return [json.loads(json.dumps(report))]
     encoded = torch.frombuffer(bytearray(json.dumps(report).encode()), dtype=torch.uint8)

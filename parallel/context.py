@@ -12,11 +12,11 @@ kept apart (ops/segments.py). The outputs for the keys of each rank are merged b
 Their backward takes the merged output and log-sum-exp, which makes each result an exact part of the
 gradient.
 
-Only this rank's keys and values are saved. In forward, and again in backward, the others come
+Only this rank's keys and values are saved. In forward, and again in backward, the others arrive
 
     all_gather    all at once; a reduce-scatter sums the gradients
-    p2p           around a ring, the next rank's while these are in use, so a rank holds two shards;
-                  the gradients follow in backward
+    p2p           around a ring, each shard while the previous one is in use, so a rank holds two;
+                  in backward the gradients follow their shards
 
 Each way sends (c - 1) / c of the full K and V in forward, and twice that in backward.
 
@@ -41,8 +41,8 @@ def context_parallel_attention(
     """Causal attention to the keys of all cp ranks; the result is `[s/c, b, a/t, d]`.
 
     `q` `[s/c, b, a/t, d]`; `k`, `v` `[s/c, b, g/t, d]`.
-    Forward: all-gather of K and V, or c - 1 shifts. Backward: the same, and a reduce-scatter of
-    their gradients, or c - 1 shifts of them.
+    Forward: all-gather of K and V, or c - 1 shifts. Backward: again, and for their gradients a
+    reduce-scatter or c - 1 shifts.
     """
     return _ContextAttention.apply(q, k, v, blocks, mesh)
 
@@ -105,7 +105,7 @@ def _merge_(y: Tensor, log_sum_exp: Tensor, other_y: Tensor, other_log_sum_exp: 
 def _keys_of_ranks(k: Tensor, v: Tensor, mesh: Mesh) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield each cp rank with its keys and values: this rank, then those before it on the ring."""
     cp, own = mesh.cp, torch.stack((k, v), dim=1)  # [s/c, 2, b, g/t, d]
-    pairs = _gather(own, cp) if mesh.cp_comm_type == "all_gather" else _pass_around(own, cp)
+    pairs = _gather(own, cp) if mesh.cp_comm_type == "all_gather" else _ring(own, cp)
     for step, pair in enumerate(pairs):
         keys, values = pair.unbind(1)
         yield (cp.rank - step) % cp.size, keys, values
@@ -119,7 +119,7 @@ def _gather(pair: Tensor, cp: Axis) -> Iterator[Tensor]:
         yield by_rank[cp.rank - step]  # from the end where negative
 
 
-def _pass_around(pair: Tensor, cp: Axis) -> Iterator[Tensor]:
+def _ring(pair: Tensor, cp: Axis) -> Iterator[Tensor]:
     spare = torch.empty_like(pair)
     for _ in range(cp.size - 1):
         receiving = start_shift(pair, spare, cp)

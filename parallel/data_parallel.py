@@ -26,10 +26,9 @@ def shard_over_data_parallel(
 ) -> None:
     """Wrap each block, and the rest of the model as the root, in FSDP2 unless dp x cp is one rank.
 
-    Embedding, positions, final norm and head stay together in the root: FSDP2 would free a tied
-    embedding of its own between its two uses. `reshard_after_forward`: free a block's gathered
-    weights after its forward and gather them again for its backward. Those of the root stay until
-    its backward.
+    Embedding, positions, final norm and head stay together in the root, as a tied embedding is used
+    twice. `reshard_after_forward`: free a block's gathered weights after its forward and gather
+    them again for its backward. The root keeps its own.
     """
     if mesh.dp_cp.size == 1:
         return
@@ -40,7 +39,7 @@ def shard_over_data_parallel(
         fully_shard(
             module,
             mesh=mesh.fsdp_mesh,
-            # None: all but the root
+            # None: FSDP2 reshards all but the root
             reshard_after_forward=None if reshard_after_forward else False,
             mp_policy=policy,
         )
@@ -74,7 +73,7 @@ def set_reshard_after_backward(model: nn.Module, enabled: bool) -> None:
 
 
 def free_gathered_weights(model: nn.Module) -> None:
-    """Free the gathered weights that a forward without backward leaves behind."""
+    """Free weights that are still gathered, for example after a forward without backward."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -17,11 +17,8 @@ from parallel.parameters import LocalShard, local_shards
 
 
 def sum_partial_gradients(model: nn.Module, mesh: Mesh) -> None:
-    """Sum the gradients that are partial (see parameters.py); one all-reduce over tp for all.
-
-    A tied table has one part of its gradient on the first stage and one on the last.
-    """
-    free_gathered_weights(model)  # which stages of a pipeline keep until here
+    """Sum partial gradients in one all-reduce over tp, and a tied table's over its two stages."""
+    free_gathered_weights(model)  # pipeline stages keep them until now
     gradients = _gradient_shards(model)
     partial = [gradient.tensor.view(-1) for gradient in gradients if gradient.grad_is_partial]
     if partial:
@@ -66,7 +63,7 @@ def are_finite(tensors: Sequence[Tensor]) -> bool:
 def _norms(tensors: Sequence[Tensor]) -> Tensor:
     """The norm of each float32 tensor, in float64.
 
-    In float32, squares of large elements overflow, and torch 2.13 sums sequentially on a CPU: the
-    norm of 4 million elements is off by 8e-5, which makes it depend on the layout.
+    In float32, squares of large elements overflow, and torch 2.13 sums sequentially on a CPU: an
+    error of 8e-5 for 4 million elements, which depends on the layout.
     """
     return torch.stack(foreach_norm(list(tensors), 2, dtype=torch.float64))

@@ -25,14 +25,12 @@ class MergedColumnParallelLinear(nn.Module):
 
         A = [A_1; ...; A_t]      Y = [Y_1 ... Y_t]      Y_i = X A_i^T + b_i
 
-    Input `[s/t, b, in]`. Output: `[s, b, out/t]` for each weight, in the order of `weights`, as
-    views of one tensor.
+    Input `[s/t, b, in]`. Output: views `[s, b, out/t]` of one tensor, in the order of `weights`.
     Forward: all-gather of X (or nothing). Backward: reduce-scatter (or all-reduce) of dX; with
     overlap also another all-gather of X, of which only the shard is kept.
-    The weights share one gather and one matmul: a rank's rows of all of them are one parameter.
-
-    A weight with fewer row groups than ranks is on every rank in full, and t / groups ranks use the
-    same group: the output is `[s, b, out/groups]`, and its gradient is partial over tp.
+    A rank's rows of all weights are one parameter, so they share one gather and one matmul.
+    A weight with fewer row groups than ranks is replicated, and t / groups ranks use the same
+    group: the output is `[s, b, out/groups]`, and the weight's gradient is partial over tp.
     """
 
     weight: Tensor
@@ -45,7 +43,7 @@ class MergedColumnParallelLinear(nn.Module):
         biases = {name: spec for name, spec in weights.items() if name.endswith("bias")}
         declare_parameter(self, "weight", matrices, mesh)
         if biases:
-            # It sees every position, as the weight does: sharded, its gradient is complete.
+            # Sharded like the weight and used at every position, so its gradient is complete.
             declare_parameter(self, "bias", biases, mesh)
         else:
             self.bias = None
@@ -69,14 +67,14 @@ class MergedColumnParallelLinear(nn.Module):
         return y.split(self.sizes, dim=-1) if len(self.sizes) > 1 else (y,)
 
     def _used(self, parameter: Tensor) -> Tensor:
-        """The rows of a parameter that this rank computes with."""
+        """The rows of a parameter that this rank uses."""
         if self.rows is None:
             return parameter
         return torch.cat([parameter[start:stop] for start, stop in self.rows])
 
 
 def _used_rows(spec: WeightSpec, mesh: Mesh) -> tuple[int, int, int]:
-    """Start and end of the rows of its part of a weight that a rank uses, and how many it has."""
+    """Start and end of the rows that this rank uses among those it holds, and their number."""
     num_rows, t = spec.shape[0], mesh.tp.size
     if spec.tp_dim_at(t) is not None:
         start, stop = shard_range(num_rows, t, mesh.tp.rank)
@@ -151,7 +149,7 @@ def lookup(table: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Rows of a table that is sharded by vocabulary over tp.
+    """Embedding lookup in a table that is sharded by vocabulary over tp.
 
     Input: token ids `[s, b]`, the same on all tp ranks. Output `[s/t, b, h]` in `dtype`.
     A rank looks up its own ids and writes zeros for the others; the sum over tp is the lookup.

@@ -10,10 +10,10 @@ For one position with hidden state x, logits z = W x and target k:
 
 c log_z^2 is the z-loss, which keeps log_z near 0 (Chowdhery et al. 2022, section 5). Each rank has
 some of the j. For a chunk of positions it computes its logits and gathers two float32 numbers per
-position: the log of its part of the sum, and z_k if k is one of its j. From those of all ranks
-follow log_z, the loss, the gradient of its logits, dX and its part of dW. The objective is a sum
-over positions, so forward can compute all of this, and backward only scales by the upstream
-gradient. The full logits `[s, b, v/t]`, the largest tensor of a small model, are never stored.
+position: the log of its part of the sum, and z_k if k is one of its j. These give it log_z, the
+loss, the gradient of its logits, its term of dX and its part of dW. The objective is a sum over
+positions, so forward can compute all of this, and backward only scales by the upstream gradient.
+The full logits `[s, b, v/t]`, the largest tensor of a small model, are never stored.
 (Shoeybi et al. 2019, section 3, describe the vocab-parallel loss; the fused gradient is ours.)
 """
 
@@ -78,7 +78,7 @@ class _HeadLoss(torch.autograd.Function):
         if with_gradients:
             grad_rows = torch.empty_like(rows)
             grad_weight = torch.zeros_like(weight, dtype=at_least_fp32)
-        # From the largest shard, as this rank's may have a row less: all ranks must chunk alike.
+        # From the largest shard, so that all ranks use the same chunks.
         length = max(1, _CHUNK_ELEMENTS[x.device.type] // -(-vocab_size // mesh.tp.size))
         flat_targets, of_positions = targets.flatten(), []
         for start in range(0, len(rows), length):
@@ -120,10 +120,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _log_sum_exp_and_loss_(z: Tensor, target: _Targets, tp: Axis) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute log_z, the loss and a factor, `[n]` each, and overwrite the logits z `[n, v/t]`.
-
-    z becomes exp(z - max); times the factor, that is the softmax. Ignored targets are included.
-    """
+    """Compute log_z, the loss and a factor, `[n]` each; z `[n, v/t]` becomes softmax / factor."""
     target_logit = z.gather(1, target.column).squeeze(1).masked_fill(~target.is_ours, 0.0)
     maximum = z.amax(dim=1)
     local_log_z = z.sub_(maximum.unsqueeze(1)).exp_().sum(dim=1).log() + maximum
@@ -134,7 +131,7 @@ def _log_sum_exp_and_loss_(z: Tensor, target: _Targets, tp: Axis) -> tuple[Tenso
 
 
 def _logits_grad_(z: Tensor, softmax_scale: Tensor, target: _Targets) -> Tensor:
-    """Turn z, which is exp(logits - max), into d objective / dz; the first term is a scaled z."""
+    """Turn z, now exp(logits - max), into d objective / dz in place."""
     z.mul_(softmax_scale.masked_fill(~target.counts, 0.0).unsqueeze(1))
     at_target = -(target.is_ours & target.counts).to(z.dtype)
     return z.scatter_add_(1, target.column, at_target.unsqueeze(1))

@@ -8,15 +8,14 @@
     replicate_sequence       all-gather       local chunk      shards to duplicated compute
     split_sequence           local chunk      all-gather       duplicated compute to shards
 
-The two of a pair are each other's backward: as matrices on the inputs of all ranks, they are each
-other's transpose. All act on dim 0, the sequence, of `[s, b, h]`. An all-reduce is a reduce-scatter
-followed by an all-gather, so the first two pairs move the same bytes in forward.
+The two of a pair are each other's backward: as matrices on the inputs of all ranks, they are
+transposes. All act on dim 0, the sequence, of `[s, b, h]`.
 
 [Note: two gathers]
-`gather_sequence` and `replicate_sequence` have the same forward. What follows decides the backward.
-Before tensor-parallel compute, each rank uses the result differently (its own columns), so a
-position's gradient is the sum over ranks: a reduce-scatter. Before duplicated compute, every rank
-already has the full gradient and keeps that of its own positions; a sum would be t times too large.
+`gather_sequence` and `replicate_sequence` have the same forward; the compute that follows decides
+the backward. In tensor-parallel compute, each rank uses the result differently (its own columns),
+so the gradient is a sum over ranks: a reduce-scatter. In duplicated compute, every rank already has
+the full gradient and keeps its own positions; a sum would be t times too large.
 
 Sources: Shoeybi et al. 2019, section 3; Korthikanti et al. 2022, section 4.2.2.
 """
@@ -55,7 +54,7 @@ def _identity(x: Tensor, axis: Axis) -> Tensor:
 
 
 def copy_to_ranks(x: Tensor, axis: Axis) -> Tensor:
-    """Pass on x, the same on every rank; backward sums the gradients over ranks."""
+    """Return x, which every rank has; backward sums the gradients over ranks."""
     return _Mapping.apply(x, axis, _identity, all_reduce)
 
 
@@ -82,9 +81,6 @@ def replicate_sequence(x: Tensor, axis: Axis) -> Tensor:
 def split_sequence(x: Tensor, axis: Axis) -> Tensor:
     """Keep this rank's positions of a duplicated tensor, `[s, ...]` to `[s/t, ...]`."""
     return _Mapping.apply(x, axis, local_sequence_chunk, all_gather)
-
-
-# These two are the only activation code that checks whether sequence parallelism is on.
 
 
 def enter_tensor_parallel_region(x: Tensor, mesh: Mesh) -> Tensor:

@@ -133,12 +133,14 @@ def init_mesh(
 
 
 def _all_can_compile(device: torch.device) -> bool:
-    """Whether every rank can; compiled code rounds differently, and replicas must stay equal."""
+    """Whether every rank can compile; otherwise none may, as compiled code rounds differently."""
     problem, rank = compiler_problem(device), dist.get_rank()
     first = torch.tensor([dist.get_world_size() if problem is None else rank], device=device)
     dist.all_reduce(first, dist.ReduceOp.MIN)
     if rank == first.item():
-        logger.warning("train.compile has no effect on any rank: rank %d: %s", rank, problem)
+        logger.warning(
+            "train.compile is off on all ranks: rank %d cannot compile: %s", rank, problem
+        )
     return first.item() == dist.get_world_size()
 
 
@@ -228,16 +230,15 @@ def make_mesh(
 
 
 def _own_group(groups: list[list[int]]) -> dist.ProcessGroup | None:
-    """Create groups of ranks; returns this rank's, if it is in one. All ranks must call this."""
+    """Create groups of ranks on all ranks; return this rank's, or None."""
     own, _ = dist.new_subgroups_by_enumeration(groups)
     return own
 
 
 def _connect_stages(pp: Axis, groups: list[dist.ProcessGroup], device: torch.device) -> None:
-    """Send a number along each connection of a pipeline, see [Note: messages] in pipeline.py.
+    """Open each connection with a message, as NCCL's first message blocks both of its ranks.
 
-    NCCL creates a connection at its first message, which blocks both ranks. In a schedule two ranks
-    could then wait for each other.
+    Otherwise two ranks could wait for each other during a schedule.
     """
     number = torch.zeros(1, device=device)
     for index, group in enumerate(groups):

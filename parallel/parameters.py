@@ -1,12 +1,11 @@
 """Parameters, the facts about them that layers declare, and which slice of each weight a rank has.
 
 [Note: parameters]
-A parameter is a plain float32 tensor: this rank's shard over tp of one weight, or of several that
-are multiplied at once, stacked by rows. Layers cast it to the dtype of their input; where FSDP2
-gathers it, that has happened. What a plain tensor cannot say is declared where the parameter is
-created and kept on its module, because FSDP2 replaces the parameter object. Checkpoints, clipping
-and initialisation see weights, not parameters: `local_shards` gives this rank's part of each weight
-and its place in the whole.
+A parameter is a plain float32 tensor: this rank's tp shard of one weight, or of several that share
+a matmul, stacked by rows. Layers cast it to the dtype of their input, unless FSDP2 has. Facts that
+a plain tensor cannot hold are declared where the parameter is created, and kept on its module
+because FSDP2 replaces the parameter object. Checkpoints, clipping and initialisation see weights,
+not parameters: `local_shards` gives this rank's part of each weight and its place in the whole.
 
 [Note: partial gradients]
 With sequence parallelism a tp rank sees s/t of the positions. A replicated weight used there (a
@@ -99,7 +98,7 @@ def declare_parameter(
 ) -> None:
     """Register `module.name` on the meta device: it has no memory and no values yet.
 
-    It holds one weight, or several with equal rows, which checkpoints know by their own names.
+    It holds one weight, or several with rows of equal shape; checkpoints store each by its name.
     """
     if isinstance(weights, WeightSpec):
         weights = {name: weights}
@@ -162,8 +161,7 @@ def initialise_parameters(model: nn.Module, seed: int, mesh: Mesh) -> None:
     """Set initial values, a function of the seed and the weight's name on every layout.
 
     A weight is drawn in full on the CPU, then sliced; only one full weight is in memory at a time.
-    Raises RuntimeError if a layer was created for another mesh, as layers cannot mix sequence
-    parallelism on and off.
+    Raises RuntimeError if a layer was created for another mesh.
     """
     for prefix, _, declared in declarations(model):
         for name, one in declared.items():

@@ -10,13 +10,13 @@ A stage alternates between forward and backward (1F1B; Narayanan et al. 2021, se
 stage r keeps the activations of p - r micro-batches at most, however many there are. It is idle
 for (p - 1) / (m v + p - 1) of a step of m micro-batches: the bubble.
 
-Every chunk runs backward in the order of the micro-batches. So each gradient is the same sum in the
-same order as on one stage, and has the same bits (that of a tied table, in two parts, has not).
+Every chunk runs backward in the order of the micro-batches, so each gradient is the same sum as on
+one stage, bit for bit. Only a tied table's, summed in two parts, rounds differently.
 
 [Note: messages]
 Sends do not block, and a stage receives its next input while it computes. Each of the four kinds of
-message (activation or gradient, between neighbours or from the last stage to the first and back)
-has a process group, in which it flows one way, in the order in which both sides need it. So no two
+message (activation or gradient, between neighbours or between the last stage and the first) has its
+own process group, where it flows one way and in the order in which both sides need it. So no two
 operations can wait for each other. Every stage reads the same batch and knows the shapes.
 """
 
@@ -35,9 +35,8 @@ from parallel.mesh import Mesh
 
 Output = TypeVar("Output")
 
-_BACKWARD_TIME = 2  # of a backward, in forwards; only decides the order
-# Sends to one stage that may be unreceived. Each keeps its tensor; one would do while no stage is
-# ahead of the others.
+_BACKWARD_TIME = 2  # in forwards; only affects the order
+# Sends to one stage that may be outstanding; each keeps its tensor alive.
 MAX_PENDING = 2
 
 
@@ -50,7 +49,7 @@ class Action(NamedTuple):
 
 
 def max_alive(num_stages: int, num_chunks: int, stage: int) -> int:
-    """How many forwards a stage may be ahead of its backwards: p - r, or as Megatron if v > 1."""
+    """The most forwards that a stage may be ahead of its backwards; Megatron-LM's number."""
     after = num_stages - stage - 1
     return after + 1 if num_chunks == 1 else 2 * after + (num_chunks - 1) * num_stages + 1
 
@@ -62,8 +61,8 @@ def schedule(
     """The actions of each stage, in order; a function of the arguments, so all ranks agree.
 
     Forwards go through chunk 0 with p micro-batches, then through chunk 1, and so on; backwards
-    through the last chunk first. A simulation decides how they alternate: a stage prefers a
-    backward whose input is there, and then a forward, unless too many micro-batches are alive.
+    through the last chunk first. A simulation decides how they alternate: a stage runs a backward
+    if its input has arrived, else a forward unless `max_alive` micro-batches are alive.
     """
     p = num_stages
     pairs = [(n, chunk) for n in range(num_micro_batches) for chunk in range(num_chunks)]
@@ -115,10 +114,9 @@ def run_pipeline(
 ) -> None:
     """Run forward and backward of all micro-batches on this stage.
 
-    `shapes` are those of the activations of each micro-batch, on this rank.
-    `forward(micro_batch, chunk, x)` returns the activations for the next piece of the model, and on
-    the last one the scalar to differentiate. x is None on the first one.
-    `before_backward(micro_batch, chunk)` is called before each backward.
+    `shapes` has the shape of each micro-batch's activations on this rank. `forward(micro_batch,
+    chunk, x)` returns the activations for the next piece of the model, or on the last piece the
+    scalar to differentiate; x is None on the first piece.
     """
     actions = schedule(len(shapes), mesh.pp.size, mesh.num_chunks)[mesh.pp.rank]
     links = _Links(mesh, actions, shapes, dtype)
@@ -181,7 +179,7 @@ def _started(work: dist.Work | None) -> list[dist.Work]:
 
 
 class _Inbox:
-    """Tensors from another stage; the next one arrives while the last one is used."""
+    """Receives tensors from another stage, the next one while the current one is in use."""
 
     def __init__(self, group: dist.ProcessGroup, source: int, buffers: Iterator[Tensor]) -> None:
         self._group, self._source, self._buffers = group, source, buffers
@@ -203,7 +201,7 @@ class _Inbox:
 
 
 class _Outbox:
-    """Tensors to another stage."""
+    """Sends tensors to another stage."""
 
     def __init__(self, group: dist.ProcessGroup, target: int) -> None:
         self._group, self._target = group, target
@@ -216,7 +214,7 @@ class _Outbox:
         self._pending.append(Pending(tensor, _started(work)))
 
     def wait(self, max_pending: int = 0) -> None:
-        """Wait, oldest first, until at most `max_pending` are not received."""
+        """Wait until at most `max_pending` sends are outstanding."""
         while len(self._pending) > max_pending:
             self._pending.popleft().wait()
 

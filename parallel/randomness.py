@@ -1,8 +1,7 @@
 """Randomness as a pure function: nothing depends on the layout or on earlier draws.
 
 A dropout mask is a function of (seed, step, layer, site, global sample index, global position,
-channel). The loader hashes the first five into a key per sample and site, the device hashes the
-rest (both in `ops/dropout.py`), so every rank can compute its part of a mask alone.
+channel). The loader hashes the first five into keys, the device adds the rest (ops/dropout.py).
 """
 
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ def fold_seed(seed: int, *parts: int | str) -> int:
 
 @dataclass(frozen=True)
 class DropoutStream:
-    """Names all dropout masks of one micro-batch."""
+    """Identifies the dropout masks of one micro-batch."""
 
     seed: int
     step: int

@@ -1,4 +1,4 @@
-"""Comparison, by hash, of tensors that several ranks should hold bit for bit alike.
+"""Compare, by hash, tensors that several ranks must hold bit for bit.
 
 [Note: replicas]
 Over tp, a tensor that is not sharded (a norm weight, a row-parallel bias, and their moments) is
@@ -53,7 +53,7 @@ def _compare_gathered(model: nn.Module, mesh: Mesh) -> list[str]:
         gathered = {
             f"gathered {name}": parameter
             for name, parameter in module.named_parameters(prefix)
-            if not isinstance(parameter, DTensor)  # that is one of a submodule, still sharded
+            if not isinstance(parameter, DTensor)  # a submodule's, still sharded
         }
         found += _compare(gathered, "dp x cp" if mesh.cp.size > 1 else "dp", mesh.dp_cp)
         module.reshard()

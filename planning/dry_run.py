@@ -1,8 +1,8 @@
 """One training step as one rank would run it, without the other ranks and without memory.
 
-The code is train.py's own: model, FSDP2, loss, gradients, optimizer. Its tensors have shapes but no
-contents (torch's FakeTensorMode on a CPU), and its collectives return at once. The memory that the
-step takes and the collectives that it issues are recorded, not derived.
+It runs train.py's own code: model, FSDP2, loss, gradients, optimizer. Tensors have shapes but no
+contents (torch's FakeTensorMode on a CPU), and collectives return at once. Memory and collectives
+are recorded, not derived from formulas.
 
 M is the bytes of a full tensor, see [Note: bytes on a ring] in parallel/transport/traffic.py.
 """
@@ -54,7 +54,7 @@ class SavedTensors(NamedTuple):
 
 @dataclass(frozen=True)
 class StepReport:
-    """Memory and traffic in one step, of the rank of a pipeline stage that has the most of both."""
+    """Memory and traffic in one step, of the rank of a stage that has the most of both."""
 
     tp: tuple[int, ...]  # the ranks on each of this rank's axes
     cp: tuple[int, ...]
@@ -65,16 +65,16 @@ class StepReport:
     stage: int  # this rank's
     layers: tuple[int, ...]  # of the stage
     num_parameters: int  # of the stage, on all its ranks
-    max_alive: int  # micro-batches (per chunk of layers) that wait for their backward, at most
+    max_alive: int  # the most micro-batches, per chunk of layers, that await their backward
     sequence_parallel: bool
     num_micro_batches: int
     state: dict[str, StateSize]  # of weights, gradients (as the optimizer gets them), moments
     saved_in_layer: list[SavedTensors]
     saved_elsewhere: list[SavedTensors]
     saved_bytes: int  # of one micro-batch, in all
-    peak: dict[str, int]  # bytes of each kind when most memory is allocated
+    peak: dict[str, int]  # bytes of each kind at the peak
     peak_phase: str
-    traffic: dict[str, Counter[Collective]]  # by axis and part of a step, in its order
+    traffic: dict[str, Counter[Collective]]  # by axis and part of a step, in order
     step: Counter[Collective]  # the whole step
 
     @property
@@ -179,7 +179,7 @@ class StepTracer:
 
 
 class _TracedList(list[MicroBatch]):
-    """Micro-batches of which a tracer learns when a step begins one."""
+    """Micro-batches that tell a tracer when a step begins one."""
 
     tracer: StepTracer
 
@@ -193,8 +193,8 @@ def dry_run(
 ) -> StepReport:
     """Run one step as the first rank of a stage of `num_ranks` ranks.
 
-    `num_traced` micro-batches; None: as few as will do. Raises RuntimeError if this process has
-    joined a process group.
+    `num_traced`: micro-batches to run; None: as few as represent all. Raises RuntimeError if this
+    process has joined a process group.
     """
     parallel, train = config.parallel, config.train
     size, per_replica = parallel.tensor_model_parallel_size, parallel.ranks_per_replica
@@ -287,7 +287,7 @@ def _trace_step(
     config: Config, mesh: Mesh, num_traced: int
 ) -> tuple[StepTracer, tuple[int, ...], dict[str, dict[str, Any]]]:
     """Run the step; return its tracer, its layers, and the tensors of each kind, by name."""
-    model = build_meta_model(config, mesh)  # not on fake tensors, of which FSDP2 cannot read a mesh
+    model = build_meta_model(config, mesh)  # outside the fake mode, where FSDP2 cannot read a mesh
     with (
         torch.compiler.set_stance("force_eager"),
         FakeTensorMode(allow_non_fake_inputs=True) as fake,
@@ -322,7 +322,7 @@ def _layers(model: GPT) -> tuple[int, ...]:
 
 
 def _full_micro_batch(config: Config) -> MicroBatch:
-    """Make rows as long as the data's, of one document, with a target at every position."""
+    """Make full rows of one document, with a target at every position."""
     parallel, b = config.parallel, config.train.micro_batch_size
     multiple = width_multiple(parallel.context_parallel_size, parallel.tensor_model_parallel_size)
     width = config.model.seq_length + -config.model.seq_length % multiple
@@ -379,7 +379,7 @@ def _traffic(
     layer: int,
     typical_and_last: tuple[int, int],
 ) -> dict[str, Counter[Collective]]:
-    """Split the traffic into what one micro-batch sends over each axis, and the rest."""
+    """Split the traffic by axis and part of a micro-batch, and into what is sent once per step."""
 
     def count(
         ranks: tuple[int, ...], *place: str | int, of: tuple[Any, ...]

@@ -1,7 +1,7 @@
-"""A log of the memory that tensors take, as it is allocated and freed.
+"""A log of the allocations and frees of fake tensors.
 
 A dispatch mode sees every operation, in forward and backward, and the tensors that it returns. It
-logs fake tensors only, so no memory is really allocated. Scratch memory of kernels is not seen.
+does not see the scratch memory of kernels.
 """
 
 import itertools
@@ -39,12 +39,12 @@ class Allocation:
     num_bytes: int = 0  # now
     is_weight: bool = False  # of a parameter
     is_message: bool = False  # from or to another stage of a pipeline
-    was_resized: bool = False  # freed while tensors refer to it: weights that FSDP2 has gathered
-    source: "Allocation | None" = None  # of which it is a cast or some rows
+    was_resized: bool = False  # freed while still referenced: weights gathered by FSDP2
+    source: "Allocation | None" = None  # it is a cast of it, or some of its rows
 
     @property
     def is_weight_copy(self) -> bool:
-        """Whether it holds weights to compute with, cast from a parameter or gathered by FSDP2."""
+        """Whether it holds weights that were cast from a parameter or gathered by FSDP2."""
         of = self.source
         return self.was_resized or (of is not None and (of.is_weight or of.is_weight_copy))
 
@@ -58,7 +58,7 @@ class MemoryLog(TorchDispatchMode):
         self.modules = [""]  # the modules whose forward is running, innermost last
         self.changes: list[tuple[Allocation, int]] = []  # in bytes
         self._known: dict[int, tuple[weakref.ref[UntypedStorage], Allocation]] = {}  # by address
-        # No operation shows when a storage that torch.empty made is emptied and filled again.
+        # Storages made by torch.empty: no operation shows when one is freed and filled again.
         self._resizable: dict[int, tuple[weakref.ref[UntypedStorage], Allocation]] = {}
 
     def __torch_dispatch__(
@@ -66,12 +66,12 @@ class MemoryLog(TorchDispatchMode):
     ) -> Any:
         if any(issubclass(of_argument, DTensor) for of_argument in types):
             return NotImplemented  # DTensor then calls operations on plain tensors, seen here
-        if func is ITEM and self._is_ours(args[0]):
+        if func is ITEM and self._is_fake(args[0]):
             return 0.0 if args[0].is_floating_point() else 0
         self._update_resized()
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, list | tuple) else [result]:
-            if self._is_ours(tensor):
+            if self._is_fake(tensor):
                 self._add(tensor, func is torch.ops.aten.empty.memory_format)
                 if func in _COPIES:
                     source = args[0][0] if func is torch.ops.aten.cat.default else args[0]
@@ -100,7 +100,7 @@ class MemoryLog(TorchDispatchMode):
         totals = [0, *itertools.accumulate(change for _, change in self.changes)]
         return max(range(len(totals)), key=totals.__getitem__)
 
-    def _is_ours(self, value: Any) -> bool:
+    def _is_fake(self, value: Any) -> bool:
         return isinstance(value, FakeTensor) and value.fake_mode is self.fake
 
     def _add(self, tensor: Tensor, is_resizable: bool) -> None:

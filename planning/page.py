@@ -17,8 +17,8 @@ from training.optimizer import muon_flops
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _NAME_WIDTH, _CELL_WIDTH = 55, 14
-_SMALL_FRACTION = 0.005  # saved tensors that are smaller share a row
-_MIN_BYTES = 1024  # kinds of memory that take less have no row; a loss is a scalar
+_SMALL_FRACTION = 0.005  # smaller saved tensors share a row
+_MIN_BYTES = 1024  # smaller kinds of memory, such as a loss, have no row
 _KINDS = {
     "weights": "weights",
     "moments": "optimizer state",
@@ -30,7 +30,7 @@ _KINDS = {
     "temporary": "temporary: loss, activation gradients, buffers",
 }
 _RECOMPUTATION = ("none", "selective", "full")
-_MUCH_LEFT = 0.7  # of the memory in use; the rest of a device also holds what is not counted
+_LOW_FRACTION = 0.7  # memory in use; below this, suggest using more
 _PHASES = {BEFORE: "before the first micro-batch", AFTER: "during the optimizer step"}
 
 
@@ -69,7 +69,7 @@ def page(
     stages: Sequence[StepReport] = (),
     hosts: Sequence[str] = (),
 ) -> str:
-    """Format the whole page, which ends with whether the step fits and which settings to change.
+    """Format the page; it ends with whether the step fits, and which settings to change.
 
     `stages`: the reports of all stages of a pipeline, of which `report` is the one that needs most.
     `hosts`: see `hosts_section`.
@@ -122,7 +122,7 @@ def _stages(config: Config, report: StepReport, stages: Sequence[StepReport]) ->
     yield _row("Stages of the pipeline", "parameters", "micro-batches", "peak memory")
     for stage in stages:
         name = f"  stage {stage.stage}, layers {_ranges(stage.layers)}"
-        # One that waits for its backward in one of v chunks of layers counts as 1/v.
+        # In one of v chunks of layers, a micro-batch counts as 1/v.
         alive = f"{stage.max_alive / v:g} alive"
         yield _row(name, f"{stage.num_parameters:,}", alive, size(stage.peak_bytes))
     if not config.model.untie_embeddings_and_output_weights:
@@ -318,7 +318,7 @@ def _advice(config: Config, report: StepReport, used: float) -> Iterator[str]:
             "parallel.gradient_sync=micro_batch": several and parallel.gradient_sync == "step",
             "more ranks, or a larger parallel.tensor_model_parallel_size": True,
         }
-    elif used < _MUCH_LEFT:
+    elif used < _LOW_FRACTION:
         yield f"Only {100 * used:.2g}% of the memory is used. To use more of it, for speed:"
         changes = {
             f"train.micro_batch_size={larger}": larger is not None,

@@ -1,9 +1,8 @@
 """The classic mistakes of tensor and sequence parallelism, and the tests that catch each.
 
-What is done with this table is in mutations.py. Choose the smallest edit that makes the mistake as
-people make it, a program that runs and is wrong; and the quickest tests that fail for it: two ranks
-are quicker than four, a layer quicker than a step. The text that is replaced must be in its file
-exactly once, so that whoever changes that code is told that the table has to follow.
+tests/mutations.py plants them. Choose the smallest edit that makes the mistake as people make it, a
+program that runs and is wrong; and the fastest tests that catch it: two ranks are faster than four,
+a layer faster than a step. The replaced text must occur exactly once in its file.
 """
 
 from dataclasses import dataclass
@@ -29,13 +28,13 @@ _STEP = "tests/test_train_layouts.py::test_a_step_equals_the_reference"
 
 @dataclass(frozen=True)
 class Mistake:
-    """One way to get it wrong: the edit that makes it, and the tests of which one must fail."""
+    """An edit that introduces a mistake, and the tests of which at least one must fail."""
 
     name: str
     file: str
     right: str  # in the file exactly once
     wrong: str
-    tests: tuple[str, ...]  # node ids, the quickest that catch it
+    tests: tuple[str, ...]  # node ids, the fastest that catch it
 
 
 MISTAKES = (
@@ -324,7 +323,7 @@ MISTAKES = (
         """\
     sum_partial_gradients(model, mesh)
 
-    # All tp ranks have the losses of the same samples, and only the last stage has any.
+    # tp ranks have the same losses, and only the last stage has any.
     counts = float(mesh.tp.rank == 0 and mesh.is_last_stage)
     values = torch.cat([losses * counts, squared_norm(model, mesh).view(1)])
 """,

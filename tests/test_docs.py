@@ -1,4 +1,4 @@
-"""The pages in docs/ are true: what they quote is what a program prints, what they name exists."""
+"""Pages in docs/ quote what programs print, and name files and tests that exist."""
 
 import os
 import re
@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text("utf-8")
 
 
 def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a program of the virtual environment from the root, on processors."""
+    """Run a program of the virtual environment from the root, on CPUs."""
     return subprocess.run(
         [Path(sys.executable).with_name(str(command[0])), *command[1:]],
         cwd=ROOT,
@@ -33,13 +33,13 @@ def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess
 
 @pytest.mark.slow
 def test_the_page_quotes_the_trace() -> None:
-    """Word for word: shapes, collectives, bytes. If the program is right, paste what it prints."""
+    """Word for word. If the program is right, paste its output into the page."""
     ended = run("torchrun", "--nproc-per-node", "2", "-m", "docs.trace_layer")
     assert ended.returncode == 0, ended.stderr
     assert f"```\n{ended.stdout}```\n" in PAGE.read_text("utf-8")
 
 
-def test_a_wrong_number_of_ranks_is_told() -> None:
+def test_a_wrong_number_of_ranks_is_an_error() -> None:
     """Four heads cannot be shared by three ranks."""
     ended = run("python", "-m", "docs.trace_layer", RANK="0", WORLD_SIZE="3", LOCAL_RANK="0")
     assert ended.returncode == 2
@@ -48,7 +48,7 @@ def test_a_wrong_number_of_ranks_is_told() -> None:
 
 @distributed(*TENSOR_PARALLEL)
 def test_the_trace_follows_the_layout(mesh: Mesh) -> None:
-    """Shapes and bytes, by formula: s/t positions outside the matrices, h/t channels inside."""
+    """There are s/t positions outside the matrices and h/t channels inside."""
     t, h = mesh.tp.size, CONFIG.hidden_size
     lines = [line.split() for line in trace(mesh)]
     outside = S // t if mesh.sequence_parallel else S
@@ -63,7 +63,7 @@ def test_the_trace_follows_the_layout(mesh: Mesh) -> None:
         assert ["all-reduce", str(6 * h * 4), str(2 * (t - 1) * 6 * h * 4 // t)] in lines
     else:
         assert lines.count(["all-reduce", str(full), str(2 * (t - 1) * full // t)]) == 4
-    assert lines.count(["in", "all", str(4 * (t - 1) * full // t)]) == 2
+    assert lines.count(["total", str(4 * (t - 1) * full // t)]) == 2
 
 
 @distributed(Layout(cp=2), Layout(cp=4))
@@ -71,7 +71,7 @@ def test_the_trace_of_context_parallelism(mesh: Mesh) -> None:
     """Only attention sees other positions: a gather of K and V, again in backward, and a sum."""
     c, h = mesh.cp.size, CONFIG.hidden_size
     lines = [line.split() for line in trace(mesh)]
-    for step in (["q"], ["attention"], ["proj", "+", "bias"], ["what", "q", "and", "kv", "read"]):
+    for step in (["q"], ["attention"], ["proj", "+", "bias"], ["input", "of", "q", "and", "kv"]):
         assert lines.count([*step, f"[{S // c},", f"{B},", f"{h}]"]) == 2
     full = 2 * S * B * h * 4  # K and V
     sent = str((c - 1) * full // c)
@@ -81,24 +81,24 @@ def test_the_trace_of_context_parallelism(mesh: Mesh) -> None:
 
 
 @distributed(*TENSOR_PARALLEL)
-def test_what_is_kept_for_backward(mesh: Mesh) -> None:
-    """The page's formula, sbh (4 + 28/t) or (8 + 24/t), with what it leaves out, in float32.
+def test_saved_bytes_equal_the_formula(mesh: Mesh) -> None:
+    """The page's formula, sbh (4 + 28/t) or (8 + 24/t), in float32 with the small terms it omits.
 
-    Cut by sequence parallelism: the inputs of two norms, with a mean and a deviation of each token.
-    By nobody: two gathered inputs. By tensor parallelism: q, k, v, what attention gives and its
-    sum of each query, and both sides of gelu. No masks.
+    Split by sequence parallelism: the inputs of two norms, with mean and deviation per token. Not
+    split: two gathered inputs. Split by tensor parallelism: q, k, v, the output and log-sum-exp of
+    attention, and both sides of gelu.
     """
     t, h, a, f = mesh.tp.size, CONFIG.hidden_size, CONFIG.num_attention_heads, CONFIG.ffn_size
     outside = S // t if mesh.sequence_parallel else S
     norms = 2 * outside * B * (h + 2)
     matrices = S * B * (4 * h + a + 2 * f) // t
-    kept_bytes = 4 * (norms + 2 * S * B * h + matrices)
-    assert f"  kept for backward: {kept_bytes} B" in list(trace(mesh))
+    saved_bytes = 4 * (norms + 2 * S * B * h + matrices)
+    assert f"  saved for backward: {saved_bytes} B" in list(trace(mesh))
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
-def test_what_a_page_names_exists(page: Path) -> None:
-    """Files linked to, tests pointed to; and lines are short enough to read in a terminal."""
+def test_links_and_tests_of_a_page_exist(page: Path) -> None:
+    """Linked files and named tests exist, and lines fit a terminal."""
     text = page.read_text("utf-8")
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         assert link.startswith("https://") or (page.parent / link).is_file(), link
@@ -122,8 +122,8 @@ def test_the_readme_quotes_an_error() -> None:
 
 
 @pytest.mark.parametrize("page", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"])
-def test_what_a_root_page_names_exists(page: str) -> None:
-    """Links, modules and tests; ARCHITECTURE.md names tests relative to tests/."""
+def test_names_in_a_root_page_exist(page: str) -> None:
+    """Links, modules and tests exist; ARCHITECTURE.md names tests relative to tests/."""
     text = (ROOT / page).read_text("utf-8")
     for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
         assert (ROOT / link).is_file(), link

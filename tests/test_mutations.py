@@ -19,7 +19,7 @@ from tests.mutations import DOCUMENT, NO_TEST, TableError, document_row, plant
 
 @pytest.fixture(scope="module")
 def caught_by() -> Iterator[Callable[[str], str]]:
-    """What the program says of a mistake, by its name; it goes through the table in order."""
+    """Return the verdict on a mistake by name; the program goes through the table in order."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.mutations"],
         cwd=ROOT,
@@ -45,7 +45,7 @@ def caught_by() -> Iterator[Callable[[str], str]]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_named_tests_pass_without_a_mistake(caught_by: Callable[[str], str]) -> None:
-    """Or they would catch anything; and a copy in which nothing is wrong is not called wrong."""
+    """Otherwise they would catch anything."""
     assert caught_by("nothing") == NO_TEST
 
 
@@ -60,20 +60,20 @@ def test_a_mistake_is_caught(caught_by: Callable[[str], str], mistake: Mistake) 
 
 
 def test_the_document_has_no_other_mistakes() -> None:
-    """A mistake that has left the table leaves docs/mutations.md too."""
+    """docs/mutations.md lists exactly the mistakes of the table."""
     rows = [line for line in DOCUMENT.read_text("utf-8").splitlines() if "::" in line]
     assert len(rows) == len(MISTAKES) == len({mistake.name for mistake in MISTAKES})
 
 
 def test_the_table_quotes_the_code() -> None:
-    """Once each: where the code has moved, tests/mistakes.py follows."""
+    """Each text occurs once in its file."""
     times = {m.name: (ROOT / m.file).read_text("utf-8").count(m.right) for m in MISTAKES}
     assert {name: number for name, number in times.items() if number != 1} == {}
 
 
 @pytest.mark.parametrize(("text", "times"), [("a = 1\n", 0), ("a = 2\na = 2\n", 2)])
 def test_a_text_that_has_moved_is_an_error(tmp_path: Path, text: str, times: int) -> None:
-    """The table cannot fall behind the code in silence."""
+    """A text that does not occur exactly once is an error."""
     (tmp_path / "code.py").write_text(text)
     with pytest.raises(TableError, match=f"its text is in code.py {times} times, not once"):
         plant(Mistake("two", "code.py", "a = 2", "a = 3", ()), tmp_path)
@@ -102,7 +102,7 @@ print(verdict("while True: pass", time_limit_s=3))
 
 @pytest.mark.slow
 def test_only_a_failed_test_catches() -> None:
-    """Not: text that does not compile, a name that nobody has, a lost test, no answer in time."""
+    """Syntax errors, undefined names, missing tests and timeouts are not failures of a test."""
     result = subprocess.run(
         [sys.executable, "-c", SLIPS], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -1,8 +1,7 @@
 """Log a run: metrics.jsonl, samples.jsonl, the console, TensorBoard and wandb.
 
 metrics.jsonl is the source of truth: one JSON object per line, in full precision, flushed at every
-step. Resuming truncates it and samples.jsonl at the checkpoint, so that no step is there twice.
-Only rank 0 writes files.
+step. A resume truncates it and samples.jsonl at the checkpoint. Only rank 0 writes files.
 """
 
 import contextlib
@@ -28,7 +27,7 @@ from training.state import Run, RunState, StepResult
 
 logger = logging.getLogger("microtron")
 
-_SMOOTHING = 0.9  # of the step time from which the time left is estimated
+_SMOOTHING = 0.9  # of the step time, to estimate the time left
 
 
 class RunLog:
@@ -49,7 +48,7 @@ class RunLog:
             self.file = run.folder.metrics.open("a")
             folder, sent_config = run.folder.path, wandb_config(run.config, run.mesh)
             sent_config["origin"] = state.origin
-            with self._tolerating_a_full_disk("TensorBoard"):
+            with self._os_errors_as_warnings("TensorBoard"):
                 self.views.append(TensorBoardWriter(folder / "tensorboard", state.step + 1))
             self.views.append(
                 WandbForwarder(run.config.logging, folder, state.wandb_id, sent_config)
@@ -62,12 +61,12 @@ class RunLog:
         if self.file is not None:
             self.file.close()
         for view in self.views:
-            with self._tolerating_a_full_disk(type(view).__name__):
+            with self._os_errors_as_warnings(type(view).__name__):
                 view.finish(failed=kind is not None)
 
     @contextlib.contextmanager
-    def _tolerating_a_full_disk(self, name: str) -> Iterator[None]:
-        """Warn of an error of the file system; metrics.jsonl has everything a view has."""
+    def _os_errors_as_warnings(self, name: str) -> Iterator[None]:
+        """Log an OSError of a view as a warning; metrics.jsonl has all rows."""
         try:
             yield
         except OSError as error:
@@ -77,7 +76,7 @@ class RunLog:
         """Pass a row to the views, and drop a view that fails."""
         views, self.views = self.views, []
         for view in views:
-            with self._tolerating_a_full_disk(type(view).__name__):
+            with self._os_errors_as_warnings(type(view).__name__):
                 view.log(row)
                 self.views.append(view)
 

@@ -1,7 +1,7 @@
 """Profile a few steps with torch.profiler (`logging.profile_steps`).
 
-Every rank records the same steps in its own file, because the cause of a wait on one rank is in the
-trace of another. Rank 0 logs a table of its own operators.
+Every rank writes its own trace, because the cause of a wait on one rank is in the trace of another.
+Rank 0 logs a table of its own operators.
 """
 
 import logging
@@ -20,11 +20,7 @@ _NUM_OPERATORS = 12  # in the table
 
 
 class Profiler:
-    """Records the first to the last of `steps` (none if null).
-
-    Writes them in Chrome's trace format as `steps_A_to_B.rank_R.json.gz`, also if training ends
-    before the last one.
-    """
+    """Records steps A to B in `steps_A_to_B.rank_R.json.gz`, or fewer if training ends early."""
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path, mesh: Mesh) -> None:
         first, last = steps or (0, -1)
@@ -43,7 +39,7 @@ class Profiler:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Record the step with this number, counted from 1, if it is one of `steps`."""
+        """Record the step with this number, counted from 1, if it was requested."""
         if number not in self._steps:
             yield
             return

@@ -115,7 +115,7 @@ def report_end(run: Run, began: RunState, state: RunState, stop: signal.Signals 
 
 
 def pipeline_problem(run: Run) -> str | None:
-    """Why the stages of a pipeline are idle for most of a step, or None."""
+    """Describe a pipeline with too few micro-batches; None otherwise."""
     p, train = run.mesh.pp.size, run.config.train
     m = train.global_batch_size // (train.micro_batch_size * run.mesh.dp.size)
     if m >= p:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# The only tab whose order we choose is Custom Scalars; the others sort metrics by name.
+# For the Custom Scalars tab; the other tabs sort metrics by name.
 _LAYOUT = {
     "main": {
         "loss": ["Multiline", ["train/loss", "eval/loss"]],
@@ -16,8 +16,8 @@ _LAYOUT = {
 class TensorBoardWriter:
     """Writes rows through the background thread of torch's SummaryWriter.
 
-    TensorBoard hides events of earlier launches from `first_step` on, so a resumed run is one
-    curve. A kill loses at most the last second.
+    TensorBoard hides earlier launches' events from `first_step` on, so a resumed run is one curve.
+    A kill loses at most the last second.
     """
 
     def __init__(self, directory: Path, first_step: int) -> None:

@@ -1,8 +1,8 @@
 """Forward metrics and samples to wandb (Weights & Biases) without delaying or stopping training.
 
-Only a thread of rank 0 waits for wandb and its server; training puts rows in a queue. One wandb
-run serves the whole life of a run, and every metric is plotted against `step`. Steps repeated
-after a crash or a rollback are sent again, and the later row counts.
+Training puts rows in a queue; a thread of rank 0 sends them. All launches of a run share one wandb
+run, and every metric is plotted against `step`. Steps repeated after a crash or a rollback are sent
+again, and the later row counts.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from training.state import recorded_wandb_id, wandb_id_file
 
 logger = logging.getLogger("microtron")
 
-_MAX_ROWS = 10_000  # that wait for wandb
+_MAX_ROWS = 10_000  # in the queue
 # torchrun kills a process 30 s after a signal, and wandb may need some seconds at process exit.
 INIT_TIMEOUT_S, FINISH_TIMEOUT_S, MAX_WAIT_S = 15.0, 5.0, 20.0
 # Settings that may contain local paths, which are not sent.
@@ -55,7 +55,7 @@ class WandbForwarder:
             self._rows.put_nowait(dict(row))
         except queue.Full:
             if self._num_dropped == 0:
-                logger.warning("wandb: %d rows wait for it; dropping later ones", _MAX_ROWS)
+                logger.warning("wandb: %d rows are waiting; dropping new rows", _MAX_ROWS)
             self._num_dropped += 1
 
     def finish(self, *, failed: bool) -> None:
@@ -111,7 +111,7 @@ class WandbForwarder:
             init_timeout=INIT_TIMEOUT_S,
             finish_timeout=FINISH_TIMEOUT_S,
             finish_timeout_raises=True,
-            x_transaction_log_flush_interval=1.0,  # seconds that a crash of the machine loses
+            x_transaction_log_flush_interval=1.0,  # seconds that a machine crash loses
             host="",
             program="",
             x_disable_meta=True,

@@ -1,4 +1,4 @@
-"""When a run saves, and what a failed save costs.
+"""The saves of a run.
 
 A save begins at a step boundary and is committed at a later one. Meanwhile a thread of each rank
 writes a copy of the weights and moments, and training continues. There is one save at a time. A
@@ -6,11 +6,9 @@ failed save is logged and dropped, and the previous checkpoint remains valid; th
 `checkpoint.max_failed_saves` consecutive failures.
 
 [Note: saves and skipped steps]
-A skipped step leaves the weights as they were, so a stop saves them like any others. But those
-weights may be the reason for skipping, and a rollback must return to before the first step of the
-row. So nothing is saved within a row while training continues, and a checkpoint that a stop left
-there does not count towards `checkpoint.keep`: the one from before the row stays. A rollback loads
-that one and deletes those within the row.
+A skipped step leaves the weights unchanged, but they may be the reason for skipping. So only a stop
+saves after a skipped step; that checkpoint does not count towards `checkpoint.keep`, and a rollback
+deletes it and loads the one from before the skipped steps.
 """
 
 import logging
@@ -31,7 +29,7 @@ logger = logging.getLogger("microtron")
 
 
 class SaveError(FatalError):
-    """The last save, or several in a row, failed."""
+    """The last save, or several consecutive ones, failed."""
 
     exit_code = 1
 
@@ -56,12 +54,12 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # After an error too, no thread may write into the folder once it is unlocked.
+        # Even after an error, no thread may write into the folder once it is unlocked.
         if self.pending is not None:
             self.pending.wait()
 
     def begin(self, state: RunState, *, background: bool) -> None:
-        """Begin a checkpoint of this state, after the previous save; none within skipped steps."""
+        """Save this state, after the previous save; do nothing after a skipped step."""
         if state.skipped_in_a_row == 0:
             self.commit_if_written(wait=True)
             self._begin(state, background=background)
@@ -79,7 +77,7 @@ class CheckpointWriter:
             self.prune()
         limit = self.run.config.checkpoint.max_failed_saves
         if self._consecutive_failures >= limit:
-            after = f", {limit} failed saves in a row (checkpoint.max_failed_saves={limit})"
+            after = f" after {limit} consecutive failed saves (checkpoint.max_failed_saves={limit})"
             raise self._save_error(self._failed_step, after)
 
     def end(self, state: RunState) -> None:
@@ -163,6 +161,6 @@ class CheckpointWriter:
 
     def _save_error(self, step: int, after: str = "") -> SaveError:
         return SaveError(
-            f"step {step} is not saved{after}: {self._failure}; fix that and resume, which "
-            f"continues from step {self.saved_step}"
+            f"step {step} is not saved{after}: {self._failure}; fix the cause, then resume from "
+            f"step {self.saved_step}"
         )

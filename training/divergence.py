@@ -1,8 +1,7 @@
-"""Bad steps, whose loss or gradient norm is not finite or spikes, and ranks that disagree.
+"""Handle bad steps (loss spikes, losses or gradients that are not finite) and replica mismatches.
 
-All ranks skip the update of a bad step and try the next samples. If too many consecutive steps are
-bad, the samples are not to blame: the run reloads its newest checkpoint and skips the samples since
-then. It does that a few times from one checkpoint, then ends.
+All ranks skip the update of a bad step. After too many consecutive ones the run reloads its newest
+checkpoint and skips the samples since then, a few times from one checkpoint; then it ends.
 """
 
 import logging
@@ -42,10 +41,9 @@ class ReplicaMismatchError(FatalError):
 
 
 def skip_reason(loss: float, grad_norm: float, state: RunState, config: TrainConfig) -> str | None:
-    """Why the update of a step must be skipped, or None; the same on all ranks, as its inputs are.
+    """Return the reason to skip the update of a step, or None; the same on all ranks.
 
-    A value that is not finite on one rank makes the sum over ranks not finite. Of gradients that tp
-    ranks have alike, only those of the first count.
+    The arguments are sums over ranks, so NaN or infinity on one rank reaches all.
     """
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         return f"the loss is {loss}, the gradient norm {grad_norm}"
@@ -60,15 +58,15 @@ def skip_reason(loss: float, grad_norm: float, state: RunState, config: TrainCon
 
 
 def too_many_skipped(state: RunState, config: TrainConfig) -> bool:
-    """Whether skipping updates does not help."""
+    """Whether the run must roll back."""
     return state.skipped_in_a_row > config.max_consecutive_skips
 
 
 def roll_back(run: Run, state: RunState) -> RunState:
     """Load the newest checkpoint from before the skipped steps, and skip the samples since then.
 
-    Deletes checkpoints within the row of skipped steps: see [Note: saves and skipped steps].
-    Raises NonFiniteError on all ranks if there is no checkpoint, or too many rollbacks to it.
+    Deletes newer checkpoints: [Note: saves and skipped steps]. Raises NonFiniteError on all ranks
+    if there is no checkpoint, or after `train.max_rollbacks` rollbacks to it.
     """
     max_rollbacks = run.config.train.max_rollbacks
     skipped = f"{state.skipped_in_a_row} consecutive updates skipped"
@@ -105,7 +103,7 @@ def roll_back(run: Run, state: RunState) -> RunState:
 def check_replicas(run: Run, state: RunState) -> None:
     """Compare the copies of weights and moments that ranks share.
 
-    Raises ReplicaMismatchError on all ranks, naming the tensors and the ranks, if any differ.
+    Raises ReplicaMismatchError on all ranks if any differ.
     """
     found = compare_replicas(run.model, training_tensors(run.model, run.optimizer), run.mesh)
     if found:

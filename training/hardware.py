@@ -1,4 +1,4 @@
-"""The device and memory of this rank: peak rate, names, allocator; the precision of all ranks."""
+"""The device, memory and allocator of this rank, and the bf16 precision of all ranks."""
 
 import contextlib
 import ctypes
@@ -50,9 +50,8 @@ _CGROUP = Path("/sys/fs/cgroup")
 def peak_flops_per_second(device: torch.device, precision: str) -> float:
     """The peak matmul rate of this rank, which MFU is relative to.
 
-    On a known GPU in bf16, the data sheet's. Otherwise the best measured rate of a square matmul in
-    the dtype that this device multiplies in, by all ranks at once. Other load lowers it, so a
-    measured rate is a lower bound.
+    On a known GPU in bf16, the data sheet's. Otherwise the best measured rate of a square matmul,
+    on all ranks at once; other load lowers it.
     """
     if device.type == "cuda" and precision == "bf16":
         name = torch.cuda.get_device_name(device)
@@ -82,10 +81,9 @@ def device_name(device: torch.device) -> str:
 def choose_precision(
     config: Config, mesh: Mesh, checkpoint: Checkpoint | None = None
 ) -> Precision | None:
-    """Set the precision of bf16 on CPUs, alike on all ranks; None while no rank needs one.
+    """Set and return how all ranks compute bf16 on CPUs; None if they do not.
 
-    A checkpoint keeps its precision, so that a resume repeats bit for bit. Otherwise it is the
-    fastest of rank 0's processor.
+    A resume keeps its checkpoint's precision, to repeat bit for bit; otherwise rank 0's fastest.
     """
     chosen = _recorded_precision(checkpoint) if checkpoint else None
     if chosen is None and mesh.device.type == "cpu" and config.train.precision == "bf16":
@@ -103,10 +101,7 @@ def choose_precision(
 
 
 def fastest_precision(cache_directory: str) -> Precision:
-    """The fastest precision of this processor.
-
-    If it must be measured, `cache_directory`/processors.json stores the result.
-    """
+    """The fastest precision of this processor; processors.json in the cache stores measurements."""
     cpu = processor()
     if (choice := known_choice(cpu)) is not None:
         return Precision(choice, choice)
@@ -165,11 +160,10 @@ def report_other_hardware(mesh: Mesh, checkpoint: Checkpoint) -> None:
 
 
 def set_up_allocator(mesh: Mesh, num_parameters: int) -> None:
-    """Let glibc keep the memory of freed tensors for the next ones, unless memory is short.
+    """Let glibc keep the memory of freed tensors, unless the run needs most of the machine's.
 
-    By default it returns blocks above 32 MiB to the system, and each of their pages then costs a
-    fault when it is needed again: 8 % of a step (docs/results.md). A run that needs most of the
-    machine's memory returns all large blocks instead.
+    By default it returns blocks above 32 MiB to the system, and page faults at their next use cost
+    8 % of a step (docs/results.md).
     """
     if mesh.device.type != "cpu" or sys.platform != "linux":
         return

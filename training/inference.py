@@ -1,4 +1,4 @@
-"""The model of a run for programs that use it: only the weights, of any checkpoint."""
+"""Load the model of a run for inference: the weights of any checkpoint."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from training.optimizer import WEIGHTS, weight_tensors
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A trained model and what belongs to it."""
+    """A trained model with its run's configuration and tokenizer."""
 
     config: Config
     mesh: Mesh
@@ -26,14 +26,14 @@ class LoadedModel:
 
 
 def load_for_inference(config: Config, folder: Path, mesh: Mesh, step: int | None) -> LoadedModel:
-    """Load the newest checkpoint of a run folder, or that of a step, on any layout.
+    """Load the newest checkpoint of a run folder, or that of a step; all ranks call this.
 
-    Every rank calls this. Raises UserError if there is no whole checkpoint or another tokenizer.
+    Raises UserError if there is no intact checkpoint or another tokenizer.
     """
     with held_checkpoint(folder / "checkpoints", mesh, step, prefix=WEIGHTS) as checkpoint:
         if checkpoint is None:
             raise UserError(
-                f"run={folder} has no checkpoint yet: there is none in {folder / 'checkpoints'}; "
+                f"run={folder} has no checkpoint yet in {folder / 'checkpoints'}; "
                 "train.py saves every checkpoint.save_interval steps and at the end"
             )
         tokenizer = load_run_tokenizer(folder, config)
@@ -52,7 +52,7 @@ def load_run_tokenizer(folder: Path, config: Config) -> Tokenizer:
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Exit with one line instead of a traceback on a UserError, or if another rank has ended."""
+    """Exit with one line, not a traceback, on a UserError or if another rank has ended."""
     try:
         yield
     except UserError as error:

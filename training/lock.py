@@ -1,9 +1,8 @@
 """The lock of a run folder: one launch at a time writes there.
 
-The kernel releases an flock when its holder dies, but some file systems (Lustre with localflock)
-apply it within one host only. So the holder also touches the file every few seconds, and records in
-it when it releases the lock. If the last holder ran on another host and recorded no release, a new
-launch first watches whether the file is still touched.
+Some file systems (Lustre with localflock) apply an flock within one host only. So the holder also
+touches the file every few seconds and records its release there. If the last holder ran on another
+host and recorded no release, a new launch first watches whether the file is still touched.
 """
 
 import contextlib
@@ -61,9 +60,9 @@ class FolderLock:
         self._file.flush()
 
     def release(self) -> None:
-        """Let the next launch have the folder."""
+        """Release the lock and record that."""
         self._released.set()
-        # On a full disk the kernel still releases the lock; the next holder watches the file first.
+        # On a full disk closing still releases the lock; the next holder watches the file first.
         with contextlib.suppress(OSError), self._file:
             self.write_lock_owner(ending=True, released=True)
 

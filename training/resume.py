@@ -1,7 +1,4 @@
-"""Resume a run from its newest checkpoint, or refuse it if that would make it another run.
-
-A run without a checkpoint may start with that of another run, `run.init_from`.
-"""
+"""Resume a run from its newest checkpoint, or start it from another run's (`run.init_from`)."""
 
 import logging
 import uuid
@@ -30,7 +27,7 @@ from training.state import RECIPE_VERSIONS, Run, RunState, recorded_wandb_id
 
 logger = logging.getLogger("microtron")
 
-# Settings, and sections of them, that a resume may change. Any other would make it another run.
+# Settings and sections that a resume may change; any other change would make it another run.
 _MAY_CHANGE = (
     "parallel.",
     "run.",
@@ -49,7 +46,7 @@ _MAY_CHANGE = (
     "train.max_rollbacks",
     "train.loss_spike_threshold_nats",
     "data.cache_directory",
-    # Where text and tokenizer come from; their fingerprints are compared instead.
+    # Locations of text and tokenizer, whose fingerprints are compared instead.
     "data.tokenizer",
     "data.bos_token",
     "data.eos_token",
@@ -77,10 +74,10 @@ _CONTENTS = {
 def find_own_checkpoint(
     config: Config, text_fingerprint: str, mesh: Mesh, folder: RunFolder
 ) -> Checkpoint | None:
-    """The newest whole checkpoint of the run folder, or None.
+    """The newest intact checkpoint of the run folder, or None.
 
-    Raises CheckpointError if there is none and `run.resume=must`, or if it belongs to another run:
-    other settings, text or tokenizer, as far as is known before the text is tokenized.
+    Raises CheckpointError if there is none with `run.resume=must`, or if its settings, text or
+    tokenizer differ, as far as known before tokenizing.
     """
     checkpoint = None if folder.starts_over else find_checkpoint(folder.checkpoints, mesh)
     if checkpoint is None:
@@ -145,7 +142,7 @@ def resume(run: Run, checkpoint: Checkpoint | None, source: Checkpoint | None = 
     """Load the checkpoint that `find_own_checkpoint` found, or begin at step 0.
 
     The first weights are those of `source`, or random. Raises CheckpointError if the checkpoint has
-    other tokens or another tokenizer than the run.
+    other tokens or another tokenizer.
     """
     corpus = run.corpus
     if checkpoint is None:
@@ -205,7 +202,7 @@ def _load_source(run: Run, state: RunState, source: Checkpoint) -> RunState:
 
 def _require_same_settings(checkpoint: Checkpoint, config: Config, *, is_imported: bool) -> None:
     """Refuse settings that would make this another run; report changes of the learning rate."""
-    # A key that is newer than the checkpoint had its default.
+    # Keys that are newer than the checkpoint had their defaults.
     saved = {RENAMED.get(key, key): value for key, value in checkpoint.state["config"].items()}
     stored, now = flatten(Config()) | saved, flatten(config)
     for settings in (stored, now):  # fingerprints cover a mixture, except for its weights
@@ -259,9 +256,9 @@ def _report_learning_rate(step: int, config: Config, stored: dict[str, Any]) -> 
 
 
 def _require_same_recipes(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint whose next steps would take other samples or masks."""
+    """Refuse a checkpoint of a Microtron that orders samples or draws masks differently."""
     stored = checkpoint.state.get("recipe_versions", {})
-    for name in _DECIDE_THE_NEXT_STEP:
+    for name in _RESUME_RECIPES:
         theirs, ours = stored.get(name, 1), RECIPE_VERSIONS[name]
         if theirs != ours:
             raise CheckpointError(

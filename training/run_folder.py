@@ -1,4 +1,4 @@
-"""The folder of a run: what it holds, one writer at a time, and how the run ended.
+"""The folder of a run: its contents, its lock, and the record of how the run ended.
 
     runs/<run.name>/
         config.yaml  tokenizer.model or tokenizer.json  metrics.jsonl  samples.jsonl  exit.json
@@ -6,8 +6,8 @@
         .lock            see training/lock.py
         previous_1/ ...  what was there before run.resume=never
 
-Opening the folder proves that all ranks share it. Nothing inside holds an absolute path, so it can
-be moved. A launch that is refused before its first step changes nothing.
+Opening the folder proves that all ranks share it. It can be moved, as no file in it holds an
+absolute path. A launch that is refused before its first step changes nothing.
 
 [Note: exit.json]
 Rank 0 writes how the launch ended before it waits for anything else; during the last save it writes
@@ -63,7 +63,7 @@ class FatalError(RuntimeError):
 
 
 def require_same_on_all_ranks(mesh: Mesh, value: str, what: str) -> None:
-    """Raise UserError on every rank if ranks differ: hosts may have other files or Pythons."""
+    """Raise UserError on every rank if ranks differ, as hosts may have other files or Pythons."""
     # One host may prepare its text for hours while another already has it.
     wait_for_all_ranks(mesh, what)
     reports = gather_json(mesh, [value, socket.gethostname()])
@@ -77,7 +77,7 @@ def require_same_on_all_ranks(mesh: Mesh, value: str, what: str) -> None:
 
 
 class RunFolder:
-    """`runs/<run.name>`, locked while this is entered."""
+    """`runs/<run.name>`, locked inside a `with`."""
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         assert config.run.name is not None, "load_config names every run"
@@ -141,11 +141,11 @@ class RunFolder:
             self._lock.release()
             self._lock = None
 
-    def _why_not_shared(self, handshake: Path) -> str | None:
-        """Return the problem, on all ranks, if one does not see rank 0's new folder `handshake`."""
+    def _sharing_problem(self, handshake: Path) -> str | None:
+        """Return the problem, on all ranks, if a rank does not see rank 0's new folder."""
         rank, host, sees, problem = self._mesh.world.rank, socket.gethostname(), True, None
         try:
-            if rank > 0 and (sees := self._appears(handshake)):
+            if rank > 0 and (sees := self._wait_for_folder(handshake)):
                 (handshake / str(rank)).touch()
         except OSError as error:
             problem = f"rank {rank} on host {host} cannot write in {self.path}: "
@@ -191,10 +191,9 @@ class RunFolder:
         return found
 
     def begin(self, tokenizer: Path) -> None:
-        """Start training: from here on the folder belongs to this launch.
+        """Claim the folder for this launch; with run.resume=never, move an earlier run aside.
 
-        With run.resume=never, moves an earlier run of this name aside. Writes the configuration
-        and the tokenizer, and removes the exit.json of the previous launch.
+        Writes the configuration and the tokenizer, and removes the previous exit.json.
         """
         self._has_begun = True
         if self._lock is not None:
@@ -211,7 +210,7 @@ class RunFolder:
         self.starts_over = False  # a rollback comes here again
 
     def _set_aside(self) -> None:
-        """Move an earlier run of this name into a folder of its own: `never` loses nothing."""
+        """Move an earlier run of this name into a folder of its own."""
         entries = [
             path
             for path in self.path.iterdir()
@@ -228,7 +227,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def recording_failure(self) -> Iterator[None]:
-        """Write exit.json for an error at once, before the contexts outside this one clean up."""
+        """Write exit.json for an error before the contexts outside this one clean up."""
         try:
             yield
         except BaseException as error:
@@ -261,7 +260,7 @@ class RunFolder:
             self._write_report(code, reason)
 
     def write_hang(self, code: int, reason: str, *, speaks: bool) -> None:
-        """Write exit.json on the rank that speaks for a hung run, and nothing after it."""
+        """Write exit.json if this rank `speaks` for the hung run; no later call replaces it."""
         self._is_writer = speaks
         self.write_exit(code, reason)
         self._is_writer = False
@@ -278,7 +277,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def _reporting(self) -> Iterator[None]:
-        """Log OSError: on a full disk the launch must end as reported, not by failing to report."""
+        """Log an OSError, such as a full disk, instead of ending the launch with it."""
         try:
             yield
         except OSError as error:
@@ -308,7 +307,7 @@ class RunFolder:
         return f"{self._launch_command} {shlex.join([*arguments, *settings])}"
 
     def _write(self, name: str, content: bytes) -> None:
-        """Replace a file atomically; several ranks may do that at the same time."""
+        """Replace a file atomically, even if several ranks do so at once."""
         temporary = self.path / f".{name}.tmp{self._mesh.world.rank}"
         temporary.write_bytes(content)
         temporary.rename(self.path / name)

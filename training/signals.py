@@ -21,8 +21,8 @@ _STDERR = 2
 class StopSignals:
     """The signal that this process has received, if any.
 
-    The handler interrupts any line, even one that writes a file, so it only sets a flag and writes
-    one line. Before `training` there is nothing to save, and a signal raises SystemExit.
+    The handler may interrupt any line, so it only sets a flag and writes one line. Before
+    `training` there is nothing to save, and a signal raises SystemExit.
     """
 
     NONE = (0.0,) * len(_SIGNALS)  # `flags` without a signal
@@ -39,7 +39,7 @@ class StopSignals:
         stop_when_launcher_dies()
 
     def training(self) -> None:
-        """From now on, let a signal request a save at the next step boundary."""
+        """Let signals request a save at the next step boundary from now on."""
         self._training = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -59,9 +59,9 @@ class StopSignals:
         return [float(self.received == number) for number in _SIGNALS]
 
     def agreed(self, sums: Sequence[float]) -> signal.Signals | None:
-        """The signal for which all ranks stop, from the sums over ranks of their flags, or None."""
+        """The signal that any rank has received, from the flags summed over ranks, or None."""
         return next((number for number, n in zip(_SIGNALS, sums, strict=True) if n), None)
 
     def agree_now(self, mesh: Mesh) -> signal.Signals | None:
-        """The signal for which all ranks stop, or None; every rank calls this, between steps."""
+        """Sum the flags over ranks and return `agreed`; every rank calls this."""
         return self.agreed(sum_on_host(mesh, torch.empty(0, dtype=torch.float64), self.flags()))

@@ -1,4 +1,4 @@
-"""Where a run is: the numbers that, with weights and moments, decide its next step."""
+"""The progress of a run, which with weights and moments determines its next step."""
 
 import signal
 from dataclasses import dataclass, replace
@@ -14,8 +14,8 @@ from ops.matmul import Precision
 from parallel import DeviceError, Mesh, init_mesh
 from training.run_folder import RunFolder
 
-# Versions of the functions that define a run; tests/test_golden.py pins their values. Raise one if
-# its function changes by more than rounding: older checkpoints are then refused.
+# Versions of functions that tests/test_golden.py pins. Raise one if its function changes by more
+# than rounding; older checkpoints are then refused.
 RECIPE_VERSIONS = {
     "initial_weights": 1,
     "dropout_masks": 1,
@@ -33,10 +33,10 @@ class StepResult:
     grad_norm: float  # before clipping
     learning_rate: float
     num_targets: int  # target tokens of the global batch
-    mean_row_length: float  # over targets: length of their row, or of their document if masked
+    mean_row_length: float  # of rows (documents, if masked), averaged over targets
     elapsed_s: float
-    why_skipped: str | None  # why its update was skipped, or None
-    stop: signal.Signals | None = None  # the signal for which all ranks stop after it
+    why_skipped: str | None  # None: the update was made
+    stop: signal.Signals | None = None  # all ranks stop after this step
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,9 @@ class RunState:
     skipped_steps: int = 0  # those of `step` whose update was skipped
     skipped_in_a_row: int = 0
     recent_losses: tuple[float, ...] = ()  # of the last NUM_RECENT updates
-    # Of each rollback: the step of its checkpoint, and the samples skipped, from .. before.
+    # For each rollback: step of the checkpoint, first skipped sample, first sample after those.
     skipped_windows: tuple[tuple[int, int, int], ...] = ()
-    # Of a run that began with run.init_from: the run, step and tokens of its initial weights, and
-    # the updates that its initial moments have seen.
+    # With run.init_from: run, step and tokens of the initial weights; updates of initial moments.
     origin: dict[str, Any] | None = None
     initial_updates: int = 0
 
@@ -86,7 +85,7 @@ class RunState:
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of a run, from start to end."""
+    """The objects that live as long as a launch."""
 
     config: Config
     mesh: Mesh
@@ -94,7 +93,7 @@ class Run:
     corpus: Corpus
     model: GPT
     optimizer: AdamW
-    precision: Precision | None = None  # of bf16 on CPUs, see `choose_precision`
+    precision: Precision | None = None  # see `choose_precision`
 
 
 def mesh_from_config(config: Config, *, decoding: bool = False) -> Mesh:
@@ -110,7 +109,7 @@ def mesh_from_config(config: Config, *, decoding: bool = False) -> Mesh:
             "none" if decoding else parallel.tp_comm_overlap,
             config.train.compile and config.model.has_chains and not decoding,
             parallel.shared_memory,
-            # While one rank waits for a file, the others wait for it; the watchdog acts first.
+            # Longer than the watchdog lets a rank wait for a file.
             timeout_s=1.25 * config.run.file_timeout_s,
             device=config.train.device,
             num_threads=config.train.num_threads,

@@ -39,10 +39,8 @@ def train_step(
     """Update the weights from the next global batch.
 
     The loss is the sum over the target tokens of all micro-batches and dp ranks, divided by their
-    number. That number is known before the first backward, so gradients are plain sums.
-
-    The host waits for the device and for the other ranks once, after the last backward, for all
-    that decides the update: loss, gradient norm and signals.
+    number. That number is known before the first backward, so gradients are plain sums. The host
+    waits once, after the last backward, for loss, gradient norm and signals of all ranks.
     """
     started_at = time.perf_counter()
     config, mesh, model = run.config, run.mesh, run.model
@@ -51,7 +49,7 @@ def train_step(
     losses = forward_backward(run, state, batch.micro_batches, num_targets)
     sum_partial_gradients(model, mesh)
 
-    # All tp ranks have the losses of the same samples, and only the last stage has any.
+    # tp ranks have the same losses, and only the last stage has any.
     counts = float(mesh.tp.rank == 0 and mesh.is_last_stage)
     values = torch.cat([losses * counts, squared_norm(model, mesh).view(1)])
     flags = [batch.sum_of_lengths * counts, *(signals.flags() if signals else StopSignals.NONE)]
@@ -82,9 +80,9 @@ def train_step(
 def forward_backward(
     run: Run, state: RunState, micro_batches: Sequence[MicroBatch], num_targets: float
 ) -> Tensor:
-    """Add the gradients of all micro-batches; returns their cross-entropy and squared log z, `[2]`.
+    """Accumulate gradients; return the sums of cross-entropy and squared log z, `[2]`.
 
-    The losses are 0 except on the last stage of a pipeline.
+    The sums are 0 except on the last stage of a pipeline.
     """
     config, mesh, model = run.config, run.mesh, run.model
     losses = torch.zeros(2, dtype=torch.float64, device=mesh.device)
@@ -108,7 +106,7 @@ def forward_backward(
 
     def before_backward(number: int, chunk: int) -> None:
         is_last = number == len(micro_batches) - 1
-        # The last backward of a chunk may be long before that of the others.
+        # The last backward of one chunk may come long before that of another.
         modules = model.modules_of_chunk(chunk) if is_last and mesh.num_chunks > 1 else None
         sync = is_last or config.parallel.gradient_sync == "micro_batch"
         set_gradient_sync(model, sync, modules, is_last=is_last)

@@ -1,12 +1,9 @@
 """The watchdog: detects a hung run, names the stuck rank, and ends all ranks with exit code 75.
 
-The main thread does nothing for it. A thread samples the main thread's stack; an unchanged stack in
-the same step means no progress. Ranks exchange what they see through `parallel.Heartbeats`. The run
-hangs when none of the ranks that still answer has made progress for `run.hang_timeout_s`; waiting
-for a rank that works is no hang. Each rank finds that out by itself, prints one line, and
-exits. The lowest rank that answers writes exit.json; it and the blamed ranks leave their stacks in
-`stacks/` of the run folder.
-
+A thread samples the main thread's stack; an unchanged stack in the same step means no progress.
+Ranks exchange this through `parallel.Heartbeats`. The run hangs when none of the ranks that still
+answer has made progress for `run.hang_timeout_s`. Each rank then prints one line and exits. The
+lowest rank that answers writes exit.json; it and the blamed ranks write their stacks to `stacks/`.
 Waiting for checkpoint files may take `run.file_timeout_s`, with a warning per hang timeout.
 
 No thread can sample while C code holds the GIL. Then faulthandler's timer, restarted at each
@@ -50,9 +47,9 @@ class Beat:
     host: str
     machine: str
     pid: int
-    samples: int = 0  # so far: a beat that does not change is from a process that does not run
+    samples: int = 0  # so far, so that every beat of a running process differs
     step: int = 0  # finished steps
-    phase: str = ""  # the function that the training loop is in
+    phase: str = ""  # the function that train.py's loop is in
     line: str = ""  # the innermost line of ours, outside the functions that wait
     is_waiting: bool = False  # for other ranks, or a device that may wait for them
     is_in_file: bool = False  # waiting for a file of a checkpoint
@@ -61,7 +58,7 @@ class Beat:
 
 
 class Watchdog:
-    """Watches a run while this is entered."""
+    """Watches a run inside a `with`."""
 
     def __init__(self, run: Run) -> None:
         self._folder, self._mesh = run.folder, run.mesh
@@ -96,10 +93,10 @@ class Watchdog:
             while not self._left.wait(self._interval_s):
                 faulthandler.dump_traceback_later(_BACKSTOP_AFTER * self._limit_s, exit=True)
                 now = time.monotonic()
-                # Time in which this process was stopped does not count: all may have been.
+                # Do not count time during which this process was stopped.
                 seen_s = min(now - sampled_at, 2 * self._interval_s)
                 sampled_at = now
-                self._look(seen_s)
+                self._sample(seen_s)
                 self._heartbeats.publish(asdict(self._beat))
                 self._read_board(seen_s)
                 beats = {rank: beat for rank, beat in self._beats.items() if not beat.has_ended}
@@ -110,14 +107,14 @@ class Watchdog:
         finally:
             faulthandler.cancel_dump_traceback_later()
 
-    def _look(self, seen_s: float) -> None:
+    def _sample(self, seen_s: float) -> None:
         """Sample the main thread into this rank's next beat."""
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         frames: list[FrameType] = []
         while frame is not None:
             frames.append(frame)
             frame = frame.f_back
-        # A transport in Python waits on several lines: any of them means no progress.
+        # The shared-memory transport polls on several lines; treat them as one.
         inside = [number for number, frame in enumerate(frames) if is_transport_frame(frame.f_code)]
         del frames[: max(inside, default=-1) + 1]
         before, step = self._beat, self._folder.step or 0
@@ -189,10 +186,10 @@ class Watchdog:
 
 
 def blame(beats: Mapping[int, Beat], answering: Mapping[int, Beat]) -> list[int]:
-    """The ranks that the others wait for, or all of them if none stands out."""
+    """The ranks that the others wait for, or all if none stands out."""
     silent = [rank for rank in beats if rank not in answering]
     working = [rank for rank, beat in answering.items() if not beat.is_waiting]
-    # A GPU can make the host wait at any line. A line that most ranks are at is such a line.
+    # A GPU can make the host wait at any line; so probably at one that most ranks are at.
     line, count = Counter(beat.line for beat in beats.values()).most_common(1)[0]
     apart = [rank for rank in working if 2 * count > len(beats) and beats[rank].line != line]
     first_step = min(beat.step for beat in beats.values())
@@ -214,7 +211,7 @@ def _describe(rank: int, beat: Beat, answers: bool) -> str:
 
 
 def _own_line(frame: FrameType) -> str | None:
-    """Where a frame is in our own code; None elsewhere."""
+    """The file and line of a frame in this repository; None elsewhere."""
     path = Path(os.path.normpath(frame.f_code.co_filename))  # a program's path may contain ".."
     if path.is_relative_to(_ROOT) and "site-packages" not in path.parts:
         return f"{path.relative_to(_ROOT)}:{frame.f_lineno}"
@@ -222,7 +219,7 @@ def _own_line(frame: FrameType) -> str | None:
 
 
 def _kill_if_stopped(beat: Beat) -> None:
-    """Kill a stopped process of our own launcher: it cannot exit, and torchrun would wait 30 s."""
+    """Kill a suspended process of our launcher, for which torchrun would wait 30 s."""
     if beat.machine != machine_id():
         return
     with contextlib.suppress(OSError):  # it has ended

@@ -19,7 +19,7 @@ class Continuation:
     ) -> None:
         self.ended = False
         self._tokenizer, self._end_ids, self._stop = tokenizer, end_ids, stop
-        # Decoded together with what follows, because a token's text depends on the one before it.
+        # Decoded again with each new token, whose text depends on the token before it.
         self._context = list(prompt)
         self._undecoded: list[int] = []
         self._held = ""

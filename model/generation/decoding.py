@@ -31,13 +31,13 @@ def generate_tokens(
     positions, so the whole context is computed again for each token.
     """
     mesh, max_context = model.mesh, model.config.seq_length
-    # The first rank with logits: the last of the p stages has the last ranks.
+    # The first rank of the last stage, which alone has logits.
     sampler = mesh.world.size - mesh.world.size // mesh.pp.size
     # With sequence parallelism the prefill is padded to a multiple of t.
     capacity = min(len(prompt) + num_tokens, max_context) + mesh.tp.size - 1
     cache = KeyValueCache(capacity, num_samples)
     texts = [list(prompt) for _ in range(num_samples)]
-    pending = [list(prompt)[-max_context:]]  # not in the cache; one row while all rows are equal
+    pending = [list(prompt)[-max_context:]]  # not yet cached; one row while all rows are equal
     for number in range(num_tokens):
         logits = _prefill_or_decode(model, pending, cache)
         chosen = torch.zeros(num_samples, dtype=torch.int64)
@@ -65,10 +65,7 @@ def generate(
     num_ids: int,
     end_id: int | None = None,
 ) -> list[int]:
-    """Continue the prompt by up to `num_tokens` tokens, or until after `end_id`.
-
-    Returns prompt and continuation. Every rank must call this with the same arguments.
-    """
+    """Return the prompt and up to `num_tokens` more, ending with `end_id`; all ranks call this."""
     tokens = list(prompt)
     for (token,) in generate_tokens(model, prompt, num_tokens, sampling, num_ids=num_ids):
         tokens.append(token)
@@ -78,10 +75,7 @@ def generate(
 
 
 def _prefill_or_decode(model: GPT, rows: list[list[int]], cache: KeyValueCache) -> Tensor:
-    """Run rows of equal length that follow the cache; returns the last token's logits `[b, v]`.
-
-    Only the last stage of a pipeline has them.
-    """
+    """Append rows of equal length to the cache; return their last tokens' logits, `[b, v]`."""
     n, t = len(rows[0]), model.mesh.tp.size if model.mesh.sequence_parallel else 1
     # At the end, where causal attention does not see it; the next tokens overwrite it.
     padding = [0] * (-n % t)

@@ -24,8 +24,8 @@ class Sampling:
 def sample_tokens(logits: Tensor, sampling: Sampling, draws: list[float]) -> Tensor:
     """Sample a token for each row of logits `[b, v]` from one uniform draw in [0, 1) each; `[b]`.
 
-    Inverts the cumulative distribution in order of ids, so that a difference in the last bits of
-    the logits rarely changes the token.
+    Inverts the cumulative distribution over ids in order, so that rounding differences in the
+    logits rarely change the token.
     """
     if sampling.temperature == 0.0:
         return logits.argmax(dim=-1)

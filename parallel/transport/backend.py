@@ -88,7 +88,7 @@ def _make_backend(options: Any, _: object) -> dist.ProcessGroup | ProcessGroupGl
 def _share_memory(
     store: Store, rank: int, global_ranks: Sequence[int], timeout: timedelta
 ) -> tuple[SharedMemory | None, str]:
-    """Return the group's memory; or, on all ranks, None and why a rank does not have it."""
+    """Return the group's memory; or, on all ranks, None and the problem of one rank."""
 
     def share(name: str, value: Any) -> list[Any]:
         store.set(f"{name}_{rank}", json.dumps(value))
@@ -102,7 +102,7 @@ def _share_memory(
         memory = SharedMemory(store, rank, pids, timeout, global_ranks)
     except OSError as error:
         problem = f"rank {global_ranks[rank]}: {error}"
-        if rank == 0:  # the others wait for its name, and fail to open one that is empty
+        if rank == 0:  # the others wait for its name; an empty one fails
             store.set("memory", "")
     problem = next(filter(None, share("problem", problem)), "")
     return (None if problem else memory), problem
@@ -111,8 +111,7 @@ def _share_memory(
 class _SharedMemoryGroup(dist.ProcessGroup):
     """A process group that shares memory, around gloo's `inner` one.
 
-    Its own collectives are operators, so that torch's dispatcher, and with it record_traffic, sees
-    them like those of any other backend.
+    Its collectives are operators, so that torch's dispatcher, and thus record_traffic, sees them.
     """
 
     def __init__(self, inner: dist.ProcessGroup, memory: SharedMemory) -> None:
@@ -180,7 +179,7 @@ def _all_gather(output: Tensor, input_tensor: Tensor, group_name: str) -> None:
 
 
 def _reduce_scatter(output: Tensor, input_tensor: Tensor, group_name: str) -> None:
-    """Sum over ranks the piece of the input that has this rank's number."""
+    """Sum this rank's piece of the input over ranks."""
     memory = _memory_of(group_name)
     result, rows = output.view(-1), input_tensor.view(memory.ranks, output.numel())
     width = SLOT_BYTES // output.itemsize // memory.ranks
@@ -213,7 +212,7 @@ def _all_reduce(tensor: Tensor, group_name: str) -> None:
 def _sum_own_piece(
     memory: SharedMemory, call: str, pieces: Sequence[Tensor], result: Tensor
 ) -> None:
-    """One step: sum over ranks the piece with this rank's number; `result` may be that piece."""
+    """Sum this rank's piece over ranks in one step; `result` may be that piece."""
     me, slots = memory.rank, memory.next_slots(result.dtype)
     ends = [*itertools.accumulate(map(len, pieces), initial=0)]
     for peer in memory.peers:

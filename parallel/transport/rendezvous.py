@@ -57,7 +57,7 @@ def _connect() -> Store:
 def join_attempt(device: str, num_gpus: int, gpu: int) -> tuple[str, Store | None, str, bool]:
     """Meet all ranks; return the attempt's name, its store, the device type, if it is a restart.
 
-    The caller must keep the store: without one of the launcher, rank 0 serves it while it exists.
+    The caller must keep the store, which rank 0 serves if the launcher does not.
     `device` is train.device; `gpu` is this rank's choice among the `num_gpus` that it sees. Raises
     DeviceError on all ranks if they cannot agree, DistError if a rank does not arrive in time.
     """
@@ -75,7 +75,7 @@ def join_attempt(device: str, num_gpus: int, gpu: int) -> tuple[str, Store | Non
     else:
         store, rank = _connect(), int(os.environ["RANK"])
         if rank == 0:
-            others = _welcome(store, name, int(os.environ["WORLD_SIZE"]))
+            others = _gather_facts(store, name, int(os.environ["WORLD_SIZE"]))
             store.set(f"{name}/decision", json.dumps(_decide([facts, *others])))
         else:
             nonce = name
@@ -88,7 +88,7 @@ def join_attempt(device: str, num_gpus: int, gpu: int) -> tuple[str, Store | Non
     return name, store, decision["device"], decision["restarts"] > 0
 
 
-def _welcome(store: Store, name: str, world_size: int) -> list[Any]:
+def _gather_facts(store: Store, name: str, world_size: int) -> list[Any]:
     """Give all other ranks the name of the attempt; return their facts."""
     missing, started_at = list(range(1, world_size)), time.monotonic()
     while missing:

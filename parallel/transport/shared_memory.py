@@ -16,8 +16,8 @@ The memory has no name in any file system and does not use /dev/shm, which is sm
 containers: rank 0 creates it with memfd_create, the others open it through rank 0's /proc entry,
 and the kernel frees it with the last process that maps it. Each rank reserves its slots first, so
 that a lack of memory is an error then and not a fault later. A waiting rank checks every few
-milliseconds through pidfds whether a peer has ended. Before it ends too, it leaves that peer's
-number in all its groups, so that ranks which share no group with that peer can name it.
+milliseconds through pidfds whether a peer has ended. It records that peer's number in all its
+groups before it ends too, so that ranks of other groups can name the first one.
 """
 
 import ctypes
@@ -92,7 +92,7 @@ class SharedMemory:
         self._all.add(self)
 
     def _map(self, store: Store) -> mmap.mmap:
-        """Map the memory and reserve the own part of it."""
+        """Map the memory and reserve this rank's part."""
         own_bytes = 2 * SLOT_BYTES
         own_at = self._slots_at + self.rank * own_bytes
         if self.rank == 0:
@@ -113,7 +113,7 @@ class SharedMemory:
         return memory
 
     def next_slots(self, dtype: torch.dtype) -> list[Tensor]:
-        """Begin a step; return the slot of each rank, of which this rank may write its own."""
+        """Begin a step; return the slots of all ranks. This rank may write its own."""
         if self._failure:
             raise dist.DistBackendError(f"an earlier collective has failed: {self._failure}")
         self._step += 1
@@ -127,7 +127,7 @@ class SharedMemory:
         return self._slots[key]
 
     def exchange(self, call: str) -> None:
-        """Declare the own slot written, and wait until the slots of all ranks may be read.
+        """Announce that this rank's slot is written, and wait until all slots may be read.
 
         `call` describes the collective. Raises DistBackendError if a peer's differs, if a peer has
         ended, and after the timeout.
@@ -150,9 +150,9 @@ class SharedMemory:
         waiting, ended, num_polls = self.peers, list[int](), 0
         began, check_after_s = time.monotonic(), 0.0
         while waiting := [p for p in waiting if _libc.sem_trywait(self._semaphores[p][self.rank])]:
-            # Tried once more after the end, as the peer may have posted before it.
+            # Polled once more after a peer's end, as it may have posted before.
             if lost := [peer for peer in waiting if peer in ended]:
-                self._lose(lost[0])
+                self._raise_peer_lost(lost[0])
             num_polls += 1
             if num_polls < _NUM_POLLS:
                 continue
@@ -168,9 +168,9 @@ class SharedMemory:
                 late = [self._global_ranks[peer] for peer in waiting]
                 self._fail(f"no answer from ranks {late} in {self._timeout_s:g} s")
 
-    def _lose(self, peer: int) -> NoReturn:
+    def _raise_peer_lost(self, peer: int) -> NoReturn:
         ended = self._global_ranks[peer]
-        first = int(self._lost[peer].value or ended)  # that peer may have ended because of another
+        first = int(self._lost[peer].value or ended)  # it may have ended because of another
         for memory in list(self._all):
             memory._lost[memory.rank].value = str(first).encode()
         cause = f", after rank {first} had" if first != ended else ""

@@ -82,7 +82,7 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         if any(issubclass(argument_type, DTensor) for argument_type in types):
-            # Makes the DTensor run the operation on plain tensors, which come here again.
+            # DTensor then calls operations on plain tensors, which come here again.
             return NotImplemented
         kwargs = kwargs or {}
         if func.namespace in _NAMESPACES:

@@ -1,4 +1,4 @@
-"""Checkpoints are exact on any layout and atomic, and damage is always detected."""
+"""Checkpoints are exact on any layout and atomic, and all damage is detected."""
 
 import json
 import math
@@ -207,7 +207,7 @@ def swap(path: Path) -> None:
 
 
 def link(path: Path) -> None:
-    """Replace it with a symbolic link to itself elsewhere: right content, but not a real file."""
+    """Move it and leave a symbolic link: right content, but not a real file."""
     elsewhere = path.parent.parent / "elsewhere"
     path.rename(elsewhere)
     path.symlink_to(elsewhere)
@@ -219,7 +219,7 @@ DAMAGES = {"flip": flip, "truncate": truncate, "remove": Path.unlink, "swap": sw
 @distributed(ONE_RANK, Layout(tp=2))
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_reported_and_skipped(mesh: Mesh, tmp_path: Path, damage: str) -> None:
-    """Whichever file is damaged, it is named and the previous checkpoint is used."""
+    """The damaged file is named and the previous checkpoint is used."""
     save(mesh, tmp_path, 1)
     newest = save(mesh, tmp_path, 2)
     names = sorted(path.name for path in newest.iterdir())
@@ -243,7 +243,7 @@ def test_damage_is_reported_and_skipped(mesh: Mesh, tmp_path: Path, damage: str)
             text, *values = warnings.pop()
             assert f"checkpoint {newest} is damaged, skipped: {name} " in text % tuple(values)
         barrier(mesh)
-    # The damaged step can be saved again; the damaged directory is kept aside.
+    # The damaged step can be saved again; the damaged directory is renamed.
     save(mesh, tmp_path, 2)
     assert_loads(mesh, tmp_path, 2)
     assert (tmp_path / "damaged_step_00000002_1").is_dir()
@@ -251,7 +251,7 @@ def test_damage_is_reported_and_skipped(mesh: Mesh, tmp_path: Path, damage: str)
 
 @distributed(ONE_RANK)
 def test_a_file_truncated_after_its_verification_is_an_error(mesh: Mesh, tmp_path: Path) -> None:
-    """Rather than a crash, or tensors that are partly zero."""
+    """The error prevents a crash, or tensors that are partly zero."""
     directory = save(mesh, tmp_path, 1)
     checkpoint = find_checkpoint(tmp_path, mesh)
     assert checkpoint is not None
@@ -262,7 +262,7 @@ def test_a_file_truncated_after_its_verification_is_an_error(mesh: Mesh, tmp_pat
 
 @distributed(ONE_RANK, Layout(tp=2))
 def test_all_damaged_is_an_error(mesh: Mesh, tmp_path: Path) -> None:
-    """A run never starts from scratch silently."""
+    """A run never silently starts from scratch."""
     directory = save(mesh, tmp_path, 1)
     if mesh.world.rank == 0:
         flip(directory / "rank_00000.safetensors")
@@ -332,7 +332,7 @@ def test_a_failed_commit_leaves_nothing(mesh: Mesh, tmp_path: Path) -> None:
 
 @distributed(Layout(tp=2))
 def test_any_exception_in_a_writer_is_reported(mesh: Mesh, tmp_path: Path) -> None:
-    """If one rank raised instead, the others would wait forever."""
+    """If one rank raised, the others would wait forever."""
     original = save_module.save_file
 
     def failing(tensors: Any, path: Path) -> None:
@@ -376,7 +376,7 @@ def plant_foreign_entries(folder: Path) -> list[Path]:
 
 @distributed(ONE_RANK, Layout(tp=2))
 def test_foreign_entries_are_left_alone(mesh: Mesh, tmp_path: Path) -> None:
-    """Saving, pruning and sweeping neither touch nor count them; a start logs a warning."""
+    """Saves, pruning and sweeps neither change nor count them; a start logs a warning."""
     folder, warnings = tmp_path / "checkpoints", []
     if mesh.world.rank == 0:
         folder.mkdir()
@@ -419,7 +419,7 @@ def test_a_step_is_saved_even_if_its_name_is_taken(mesh: Mesh, tmp_path: Path) -
 
 @distributed(ONE_RANK)
 def test_a_failed_cleanup_is_logged_with_its_reason(mesh: Mesh, tmp_path: Path) -> None:
-    """The OSErrors that Python raises itself have no strerror; their text is logged, not "None"."""
+    """OSErrors raised by Python have no strerror; their text is logged, not "None"."""
     save(mesh, tmp_path, 1)
     (tmp_path / ".del-step_00000000").mkdir()
     warnings: list[str] = []
@@ -439,7 +439,7 @@ def test_a_failed_cleanup_is_logged_with_its_reason(mesh: Mesh, tmp_path: Path) 
 
 @distributed(ONE_RANK, Layout(tp=2))
 def test_a_requested_step_is_never_replaced_by_another(mesh: Mesh, tmp_path: Path) -> None:
-    """A damaged or missing one is an error, because another step is another model."""
+    """A damaged or missing one is an error."""
     for step in (1, 2):
         save(mesh, tmp_path, step)
     found = find_checkpoint(tmp_path, mesh, step=1)
@@ -456,7 +456,7 @@ def test_a_requested_step_is_never_replaced_by_another(mesh: Mesh, tmp_path: Pat
 
 @distributed(ONE_RANK, Layout(tp=2))
 def test_a_held_checkpoint_is_readable_after_it_is_deleted(mesh: Mesh, tmp_path: Path) -> None:
-    """On every rank, as shards and as full tensors."""
+    """Every rank can read it, as shards and as full tensors."""
     save(mesh, tmp_path, 1)
     with held_checkpoint(tmp_path, mesh) as checkpoint:
         assert checkpoint is not None
@@ -544,7 +544,7 @@ def test_a_checkpoint_that_one_host_never_sees_is_skipped(mesh: Mesh, tmp_path: 
 
 @distributed(ONE_RANK, Layout(tp=2))
 def test_only_the_needed_tensors_are_verified(mesh: Mesh, tmp_path: Path) -> None:
-    """Damaged optimizer state matters to training, not to a program that reads weights."""
+    """Damaged optimizer state fails training, not a program that reads only weights."""
     tensors = make_tensors(mesh, 1)
     weights = {f"parameters.{name}": tensor for name, tensor in tensors.items()}
     moments = {f"exp_avg.{name}": tensor for name, tensor in make_tensors(mesh, 2).items()}
@@ -613,7 +613,7 @@ def test_version_1_is_read(mesh: Mesh, tmp_path: Path) -> None:
 
 @distributed(ONE_RANK, Layout(tp=2))
 def test_another_model_is_refused(mesh: Mesh, tmp_path: Path) -> None:
-    """Names and shapes must match those of the checkpoint, so that nothing keeps old values."""
+    """Names and shapes must match the checkpoint's, so that no tensor keeps old values."""
     save(mesh, tmp_path, 1)
     checkpoint = find_checkpoint(tmp_path, mesh)
     assert checkpoint is not None

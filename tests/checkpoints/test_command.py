@@ -93,13 +93,13 @@ def test_a_checkpoint_is_described(run: Path, capsys: pytest.CaptureFixture[str]
         (("run={run}", "step=-1"), "step=-1 is out of range; it must be at least 0"),
         (("run={run}", "step=5"), "step=5 has no checkpoint; there are checkpoints of steps 3, 4"),
         (("run={run}", "stop=5"), "stop=5: there is no key stop; did you mean step?"),
-        (("run=/nowhere",), "run=/nowhere has no checkpoints: there are none in /nowhere/check"),
+        (("run=/nowhere",), "run=/nowhere has no checkpoints in /nowhere/check"),
     ],
 )
 def test_invalid_arguments_are_explained(
     run: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
 ) -> None:
-    """In one line, with exit code 2."""
+    """Each is one line, with exit code 2."""
     with pytest.raises(SystemExit, match="2"):
         main([argument.format(run=run) for argument in arguments])
     captured = capsys.readouterr()
@@ -155,8 +155,7 @@ def test_if_all_are_deleted_the_newer_one_is_read(
     assert lines[1].endswith("verified")
 
 
-def test_it_only_reads(run: Path) -> None:
-    """No file in the folder changes."""
+def test_the_command_changes_no_file(run: Path) -> None:
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert main([f"run={run}", "verify=true"]) == 0
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

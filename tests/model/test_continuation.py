@@ -1,4 +1,4 @@
-"""Incremental detokenization: whole characters, and an end at the right place."""
+"""Incremental detokenization releases whole characters and stops at the right place."""
 
 import pytest
 
@@ -22,7 +22,7 @@ def add_all(text: Continuation, tokens: list[int]) -> list[str]:
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("cut", [0, 1, 5, 20])
 def test_pieces_are_the_text(text: str, cut: int) -> None:
-    """Joined they are the text, wherever the prompt ends; none ends inside a character."""
+    """The pieces add up to the text, wherever the prompt ends; none ends inside a character."""
     tokenizer = small_tokenizer()
     prompt = tokenizer.encode(text[:cut]) or [tokenizer.bos_id]
     pieces = add_all(Continuation(tokenizer, prompt, set(), None), tokenizer.encode(text[cut:]))
@@ -33,7 +33,6 @@ def test_pieces_are_the_text(text: str, cut: int) -> None:
 
 
 def test_incomplete_characters_become_replacements() -> None:
-    """When another token follows, and at the end."""
     tokenizer = small_tokenizer()
     three_bytes = tokenizer.encode("漢")
     assert len(three_bytes) == 3
@@ -48,7 +47,7 @@ def test_incomplete_characters_become_replacements() -> None:
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_spaces_between_words_are_kept(kind: str) -> None:
-    """sentencepiece adds a space before a text and removes it; inside a text it stays."""
+    """sentencepiece adds and removes a space only at the beginning of a text."""
     tokenizer = SentencePieceTokenizer(train_any(model_type=kind), "default")
     prompt, following = tokenizer.encode("def self"), tokenizer.encode("return value")
     pieces = add_all(Continuation(tokenizer, prompt, set(), None), following)
@@ -57,7 +56,7 @@ def test_spaces_between_words_are_kept(kind: str) -> None:
 
 @pytest.mark.parametrize("stop", ["\n", "return", "urn '", "n 'é"])
 def test_text_ends_before_the_stop(stop: str) -> None:
-    """However it is tokenized; neither it nor anything after it is released."""
+    """The stop string and the text after it are never released, however they are tokenized."""
     tokenizer, whole = small_tokenizer(), "a r ret\treturn 'é' return\n"
     text = Continuation(tokenizer, [tokenizer.bos_id], set(), stop)
     assert "".join(add_all(text, tokenizer.encode(whole))) == whole[: whole.index(stop)]
@@ -65,14 +64,13 @@ def test_text_ends_before_the_stop(stop: str) -> None:
 
 
 def test_the_beginning_of_an_incomplete_stop_is_released() -> None:
-    """At the end."""
     tokenizer = small_tokenizer()
     text = Continuation(tokenizer, [tokenizer.bos_id], set(), "returned")
     assert "".join(add_all(text, tokenizer.encode("we return"))) == "we return"
 
 
 def test_an_end_token_ends_it() -> None:
-    """Neither it nor the tokens after it have text."""
+    """An end token and the tokens after it add no text."""
     tokenizer = small_tokenizer()
     tokens = [*tokenizer.encode("so é"), tokenizer.eos_id, *tokenizer.encode("more")]
     text = Continuation(tokenizer, [tokenizer.bos_id], {tokenizer.eos_id}, None)

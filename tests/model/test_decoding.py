@@ -50,10 +50,7 @@ def uncached_tokens(
 @distributed(ONE_RANK, Layout(tp=2), Layout(tp=2, sp=False), Layout(tp=4), Layout(tp=2, dp=2))
 @pytest.mark.parametrize("options", OPTIONS)
 def test_cached_tokens_equal_uncached(mesh: Mesh, options: str) -> None:
-    """Greedy and sampled, three samples at once, beyond the context length.
-
-    There are fewer ids than rows of the vocabulary; the others are never sampled.
-    """
+    """Greedy and sampled, three samples at once, beyond the context length; spare rows unused."""
     config = dataclasses.replace(TINY, **OPTIONS[options])
     model = tiny_model(mesh, config)
     weights = {name: weight.detach() for name, weight in dense_weights(model).items()}
@@ -69,7 +66,7 @@ def test_cached_tokens_equal_uncached(mesh: Mesh, options: str) -> None:
 @distributed(ONE_RANK, Layout(tp=2), Layout(tp=4, sp=False))
 @pytest.mark.parametrize("options", OPTIONS)
 def test_cached_logits_equal_uncached(mesh: Mesh, options: str) -> None:
-    """In pieces of 4 positions, up to rounding."""
+    """Decoding 4 positions at a time gives the same logits up to rounding."""
     model = tiny_model(mesh, dataclasses.replace(TINY, **OPTIONS[options]))
     tokens = torch.randint(VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(12).repeat(2, 1)
@@ -86,7 +83,7 @@ def test_cached_logits_equal_uncached(mesh: Mesh, options: str) -> None:
 
 @distributed(ONE_RANK, Layout(tp=2), Layout(tp=2, dp=2))
 def test_samples_are_reproducible(mesh: Mesh) -> None:
-    """A sample depends on its seed and number, and not on the number of samples."""
+    """A sample depends on its seed and its number, not on how many samples there are."""
     model = tiny_model(mesh)
 
     def sampled(seed: int, num_samples: int) -> list[tuple[int, ...]]:
@@ -116,7 +113,7 @@ def test_generation_ends_after_the_end_id(mesh: Mesh) -> None:
 @distributed(ONE_RANK, Layout(tp=2), Layout(tp=4))
 @pytest.mark.parametrize("options", ["gpt2", "llama"])
 def test_cache_size(mesh: Mesh, options: str) -> None:
-    """Float32 keys and values of every position, for the groups that this rank computes."""
+    """The cache holds float32 keys and values of all positions, for this rank's groups only."""
     config = dataclasses.replace(TINY, **OPTIONS[options])
     model = tiny_model(mesh, config)
     cache = KeyValueCache(capacity=12, batch=3)
@@ -129,7 +126,7 @@ def test_cache_size(mesh: Mesh, options: str) -> None:
 
 @distributed(Layout(tp=2), Layout(tp=2, dp=2))
 def test_an_inference_model_holds_only_its_shard(mesh: Mesh) -> None:
-    """In the compute dtype, without gradients, to be filled by load_tensors."""
+    """Weights have the compute dtype and no gradients; load_tensors fills them."""
     trained = tiny_model(mesh)
     config = Config(model=TINY, data=DataConfig(vocab_size=VOCAB), train=TrainConfig())
     bare = build_inference_model(config, mesh)
@@ -143,7 +140,7 @@ def test_an_inference_model_holds_only_its_shard(mesh: Mesh) -> None:
 
 
 def naive_probs(row: list[float], sampling: Sampling) -> list[float]:
-    """From the definitions, token by token, likeliest first."""
+    """Apply the definitions token by token, most likely token first."""
     weights = [2.718281828459045 ** (logit / sampling.temperature) for logit in row]
     order = sorted(range(len(row)), key=lambda token: (-weights[token], token))
     kept = order[: sampling.top_k]
@@ -159,7 +156,7 @@ def naive_probs(row: list[float], sampling: Sampling) -> list[float]:
 @pytest.mark.parametrize("top_k", [None, 1, 3, 8, 50])
 @pytest.mark.parametrize("top_p", [None, 1e-9, 0.3, 0.77, 1.0])
 def test_filtered_probs_follow_the_definitions(top_k: int | None, top_p: float | None) -> None:
-    """Of top-k, top-p and temperature, also with equal logits."""
+    """Top-k, top-p and temperature, also with equal logits."""
     rng = random.Random(3)
     rows = [[rng.gauss(0, 2) for _ in range(8)] for _ in range(5)]
     rows.append([1.0, 2.0, 2.0, 2.0, 0.0, 0.0, -1.0, 2.0])
@@ -171,7 +168,7 @@ def test_filtered_probs_follow_the_definitions(top_k: int | None, top_p: float |
 
 
 def test_token_frequencies_equal_their_probabilities() -> None:
-    """For draws spread evenly over [0, 1); a removed token is never sampled."""
+    """With evenly spaced draws in [0, 1), frequencies equal probabilities."""
     logits = torch.tensor([[0.5, -1.0, 2.0, 0.0]])
     sampling = Sampling(top_k=3)
     draws = [number / 4000 for number in range(4000)]

@@ -89,7 +89,7 @@ STREAM = stream(seed=1, step=3, samples=(7, 8))
 
 
 def tiny_model(mesh: Mesh, config: ModelConfig = TINY, recompute: str = "none") -> GPT:
-    """A float32 GPT with random biases and norms too, as zeros and ones would hide mistakes."""
+    """A float32 GPT with random weights, biases and norms: zeros and ones would hide mistakes."""
     model = build_model(
         Config(
             model=config,
@@ -146,7 +146,7 @@ def dropout_mask(
 def test_loss_and_gradients_equal_the_reference(
     mesh: Mesh, options: str, several_documents: bool
 ) -> None:
-    """With dropout, padding, an uneven vocabulary and random biases; within 2e-5 in float32."""
+    """Within 2e-5 in float32, with dropout, padding, an uneven vocabulary and random biases."""
     config = dataclasses.replace(TINY, **OPTIONS[options])
     model = tiny_model(mesh, config)
     dense = dense_weights(model)
@@ -183,10 +183,10 @@ def test_loss_and_gradients_equal_the_reference(
 @distributed(ONE_RANK, Layout(tp=2), Layout(dp=2))
 @pytest.mark.parametrize("largest", [1e-30, 3e19, 2e38])
 def test_gradients_of_any_size_have_a_norm(mesh: Mesh, largest: float) -> None:
-    """Finite elements whose squares, or whose norm, overflow float32."""
+    """The norm is right even if the squares, or the norm itself, overflow float32."""
     model = tiny_model(mesh)
     for parameter in model.parameters():
-        parameter.grad = parameter.detach().clone()  # on several dp ranks, of the same placement
+        parameter.grad = parameter.detach().clone()  # with dp > 1, with the same placement
     shards = gradient_shards(model)
     dense = {
         name: (largest * seeded(number, *shard.global_shape).clamp(-1, 1)).float().double()
@@ -199,7 +199,7 @@ def test_gradients_of_any_size_have_a_norm(mesh: Mesh, largest: float) -> None:
     assert clip(model, 0.5, mesh) == pytest.approx(norm, rel=1e-6)
     scale = min(1.0, 0.5 / (norm + 1e-6))
     for name, clipped in full_tensors(shards, mesh).items():
-        # A factor near 1e-41 has few bits left.
+        # A factor near 1e-41 is subnormal and has few bits.
         assert_close(clipped.double(), scale * dense[name], rtol=1e-3, atol=0)
 
     shards["norm.weight"].tensor.view(-1)[0] = float("inf")
@@ -210,7 +210,7 @@ def test_gradients_of_any_size_have_a_norm(mesh: Mesh, largest: float) -> None:
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recompute_changes_nothing(mesh: Mesh, options: str, recompute: str) -> None:
-    """Every gradient is bit for bit equal, with dropout."""
+    """Every gradient is bit-identical, with dropout."""
     config = dataclasses.replace(TINY, **OPTIONS[options])
     plain, recomputed = tiny_model(mesh, config), tiny_model(mesh, config, recompute=recompute)
     for model in (plain, recomputed):
@@ -223,7 +223,7 @@ def test_recompute_changes_nothing(mesh: Mesh, options: str, recompute: str) -> 
 
 @distributed(ONE_RANK, Layout(tp=2), Layout(tp=4), Layout(tp=2, sp=False))
 def test_logits_equal_the_reference(mesh: Mesh) -> None:
-    """Without targets the model returns full rows of logits, without dropout."""
+    """Without targets the model returns the logits of the whole vocabulary."""
     model = tiny_model(mesh)
     tokens, positions, _ = batch()
     with torch.no_grad():
@@ -234,7 +234,7 @@ def test_logits_equal_the_reference(mesh: Mesh) -> None:
 
 @distributed(ONE_RANK, Layout(tp=2))
 def test_padding_never_reaches_the_loss(mesh: Mesh) -> None:
-    """Tokens in padded slots change neither the loss nor any gradient, bit for bit."""
+    """Changing padding tokens changes no bit of the loss or of any gradient."""
     gradients = []
     for filler in (0, 11):
         model = tiny_model(mesh)
@@ -247,7 +247,7 @@ def test_padding_never_reaches_the_loss(mesh: Mesh) -> None:
 
 @distributed(ONE_RANK, Layout(tp=2), Layout(tp=4))
 def test_attention_dropout_is_repeatable(mesh: Mesh) -> None:
-    """Masks follow from the stream: equal when recomputed, different at another step."""
+    """Masks are equal when recomputed and different at another step."""
     config = dataclasses.replace(TINY, attention_dropout=0.2, hidden_dropout=0.0)
     plain, recomputed = tiny_model(mesh, config), tiny_model(mesh, config, recompute="full")
     for model in (plain, recomputed):
@@ -262,7 +262,7 @@ def test_attention_dropout_is_repeatable(mesh: Mesh) -> None:
 
 @distributed(Layout(tp=2), Layout(tp=2, sp=False))
 def test_attention_dropout_differs_between_ranks(mesh: Mesh) -> None:
-    """Heads of different ranks are different heads, so their masks must differ."""
+    """Ranks hold different heads, so their masks must differ."""
     attention = (
         tiny_model(mesh, dataclasses.replace(TINY, attention_dropout=0.2)).blocks[0].attention
     )
@@ -275,7 +275,7 @@ def test_attention_dropout_differs_between_ranks(mesh: Mesh) -> None:
 @distributed(*EVERY_LAYOUT)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_every_parameter_is_declared_and_trained(mesh: Mesh, options: str) -> None:
-    """Weights are those of `model_weights`, parameters hold no more, and each has a gradient."""
+    """Parameters hold exactly the weights of `model_weights`, and each has a gradient."""
     config = dataclasses.replace(TINY, **OPTIONS[options])
     model = tiny_model(mesh, config)
     model(*batch(), STREAM).objective.backward()
@@ -291,7 +291,7 @@ def test_every_parameter_is_declared_and_trained(mesh: Mesh, options: str) -> No
 
 
 class _CountMatmuls(TorchDispatchMode):
-    """Counts matrix products; attention's are one fused operation."""
+    """Counts matmuls; attention is one fused operation."""
 
     num_matmuls = 0
 
@@ -304,8 +304,8 @@ class _CountMatmuls(TorchDispatchMode):
 
 @distributed(ONE_RANK, Layout(tp=2), Layout(tp=2, sp=False), Layout(tp=2, overlap="backward"))
 @pytest.mark.parametrize("options", OPTIONS)
-def test_a_layer_has_four_matrices(mesh: Mesh, options: str) -> None:
-    """q and kv are rows of one plain parameter, up and gate of another: four matmuls forward."""
+def test_a_layer_has_four_matmuls(mesh: Mesh, options: str) -> None:
+    """A layer has four forward matmuls: q and kv share one parameter, up and gate another."""
     model = tiny_model(mesh, dataclasses.replace(TINY, **OPTIONS[options]))
     assert {type(parameter) for parameter in model.parameters()} == {nn.Parameter}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
@@ -334,10 +334,10 @@ def bf16_model(mesh: Mesh, config: ModelConfig) -> GPT:
 
 @distributed(ONE_RANK)
 @pytest.mark.parametrize("options", OPTIONS)
-def test_bf16_equals_the_casts_of_fsdp(mesh: Mesh, options: str) -> None:
-    """Without FSDP2 layers cast float32 weights: loss and gradients are those of its gathers.
+def test_bf16_equals_fsdp_casts(mesh: Mesh, options: str) -> None:
+    """Layers that cast float32 weights give the loss and gradients of FSDP2's casts.
 
-    The gradients of two micro-batches add up in float32. Those of tables are rounded less often.
+    Gradients of two micro-batches are summed in float32; those of tables are rounded less often.
     """
     config = dataclasses.replace(TINY, **OPTIONS[options])
     plain, rounded, wrapped = (bf16_model(mesh, config) for _ in range(3))

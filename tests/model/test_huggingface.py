@@ -47,7 +47,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_logits_and_gradients_equal_transformers(
     mesh: Mesh, name: str, files: dict[str, Path]
 ) -> None:
-    """Ours in float32 against theirs in float64, within rounding of sums of tens of terms."""
+    """Ours in float32 equals transformers in float64 up to rounding."""
     difference = measure(mesh, name, files[name])
     assert difference.loss < 2e-6, difference
     assert difference.logits < 2e-6, difference
@@ -61,7 +61,7 @@ LR, MIN_LR, WEIGHT_DECAY, LARGEST_NORM = 1e-2, 1e-3, 0.1, 1.0
 
 
 def rows_of_step(step: int) -> tuple[Tensor, Tensor]:
-    """Tokens and targets `[4, 12]`: the next token, rows of different length, the rest ignored."""
+    """Tokens and next-token targets `[4, 12]`; rows differ in length, padding is ignored."""
     generator = torch.Generator().manual_seed(100 + step)
     # Each token is a function of the previous one, so that there is something to learn.
     tokens = torch.randint(VOCAB, (ROWS, 1), generator=generator)
@@ -73,7 +73,7 @@ def rows_of_step(step: int) -> tuple[Tensor, Tensor]:
 
 
 def their_curve(name: str) -> list[dict[str, float]]:
-    """Loss and gradient norm per step of their model, torch's AdamW, clipping and a cosine."""
+    """Loss and gradient norm per step of transformers with torch's AdamW, clipping and a cosine."""
     theirs = their_model(CASES[name])
     parameters = list(theirs.parameters())
     optimizer = torch.optim.AdamW(
@@ -137,7 +137,7 @@ def curve(request: pytest.FixtureRequest) -> tuple[str, list[dict[str, float]]]:
 def test_twenty_steps_equal_a_loop_of_transformers(
     mesh: Mesh, curve: tuple[str, list[dict[str, float]]], files: dict[str, Path]
 ) -> None:
-    """Padding, micro-batches, clipping, decay and schedule; float32 against float64 gives 1e-5."""
+    """With padding, micro-batches, clipping, decay and a schedule, within 1e-5 of float64."""
     name, expected = curve
     config = Config(
         model=CASES[name].config,

@@ -81,10 +81,7 @@ def test_compiled_equals_eager(name: str, dtype: torch.dtype) -> None:
 def test_compiled_dropout_has_the_same_mask(
     mesh: Mesh, dtype: torch.dtype, has_residual: bool, rate: float
 ) -> None:
-    """Also at a second rate, for which torch might reuse the first kernel.
-
-    The sum may be rounded once less.
-    """
+    """Compiled sums may be rounded once less; at the second rate, torch might reuse a kernel."""
     x, residual = torch.randn(2, 6, 2, 32).to(dtype).unbind()
     results = [
         outcome(
@@ -195,7 +192,7 @@ def test_a_compiled_model_has_the_same_gradients(mesh: Mesh, recompute: str) -> 
 def test_a_compiler_that_does_not_work(
     compiler: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is run, whatever the cache contains."""
+    """The compiler is run even if kernels are cached."""
     assert compiler_problem(CPU) is None
     monkeypatch.setenv("CXX", compiler)
     assert re.match(message, compiler_problem(CPU) or "")
@@ -203,7 +200,7 @@ def test_a_compiler_that_does_not_work(
 
 @needs_a_compiler
 def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Not a directory, not writable, too little space."""
+    """The cache is not a directory, not writable, or has too little space."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file/cache"))
     assert re.search(r"Not a directory.*TORCHINDUCTOR_CACHE_DIR", compiler_problem(CPU) or "")
@@ -232,13 +229,13 @@ def test_ranks_compile_together_or_not_at_all(mesh: Mesh, broken: int | None) ->
 
 @pytest.mark.slow
 def test_a_run_without_a_working_compiler(corpus: Path, tmp_path: Path) -> None:
-    """It trains without compiling."""
+    """The run trains without compiling and warns once."""
     arguments = settings(
         corpus, tmp_path, "train.train_steps=2", "train.compile=true", "evaluate.interval=0"
     )
     with mock.patch.dict("os.environ", {"CXX": "/bin/false"}):
         output = finish(start(2, arguments))
-    (warning,) = re.findall("train.compile has no effect.*", output)
+    (warning,) = re.findall("train.compile is off on all ranks.*", output)
     assert "rank 0: /bin/false failed" in warning
     assert [row["step"] for row in rows(tmp_path)] == [1, 2]
 

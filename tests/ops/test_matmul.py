@@ -70,7 +70,7 @@ def test_matmuls_and_attention_have_their_own_precision() -> None:
 
 
 def test_the_environment_does_not_lower_the_precision() -> None:
-    """NVIDIA's containers set the variable, which would multiply float32 as TF32."""
+    """NVIDIA's containers set a variable that would allow TF32 for float32 matmuls."""
     program = (
         "import torch; from parallel import init_mesh; init_mesh(1, False);"
         "print(torch.get_float32_matmul_precision())"

@@ -1,4 +1,4 @@
-"""The processor in texts of /proc/cpuinfo, and the precision that is known to be fast there."""
+"""Processors parsed from /proc/cpuinfo, and their fast precision."""
 
 import platform
 
@@ -53,7 +53,7 @@ def test_known_processors(
     known: Choice | None,
     before: Choice,
 ) -> None:
-    """By vendor and flags of the first processor; `before`: in runs of older checkpoints."""
+    """Vendor and flags decide; `before`: the precision of checkpoints that record none."""
     machine = "x86_64" if "flags" in cpuinfo else "aarch64"
     monkeypatch.setattr(platform, "machine", lambda: machine)
     cpu = parse_processor(cpuinfo)
@@ -61,7 +61,7 @@ def test_known_processors(
 
 
 def test_this_processor_is_measured() -> None:
-    """Where a precision is clearly the faster one, the measurement finds it."""
+    """The measurement finds a precision that is clearly faster."""
     flags, measured = processor().flags, measure_precision()
     if "avx2" in flags and not flags & {"avx512_bf16", "amx_bf16", "avx_ne_convert"}:
         assert (measured.matmul, measured.attention) == ("widened", "widened")

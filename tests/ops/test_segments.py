@@ -1,4 +1,4 @@
-"""Attention inside documents, without masks, equals the rule that a mask would spell out."""
+"""Attention inside documents, without masks, equals attention with a mask."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +20,7 @@ S, B = 24, 3
 
 
 def random_documents(seed: int) -> list[list[int]]:
-    """Rows of many, few and single documents, some of them alike."""
+    """Rows of many, few and single documents, some rows equal."""
     generator = torch.Generator().manual_seed(seed)
     rate = (0.0, 0.1, 0.3, 1.0)[seed % 4]
     begins = torch.rand(B, S, generator=generator) < rate
@@ -31,7 +31,7 @@ def random_documents(seed: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_key_blocks_are_those_of_the_mask(size: int) -> None:
-    """A query has the keys of the mask, each once; ranks and segments without any are missing."""
+    """A query sees the keys of the mask, once each; empty segments and blocks are left out."""
     num_hidden = 0
     for seed in range(40):
         documents = random_documents(seed)
@@ -50,7 +50,7 @@ def test_key_blocks_are_those_of_the_mask(size: int) -> None:
 
 
 def counts(block: KeyBlock, num_queries: int, num_keys: int) -> Tensor:
-    """How often a query has a key, `[b, queries, keys]`; both forms of the segments agree."""
+    """How often a query sees a key, `[b, queries, keys]`; both forms of the segments agree."""
     count = torch.zeros(B, num_queries, num_keys, dtype=torch.int32)
     inside = count[:, block.queries, block.keys]
     if block.segments is None:
@@ -74,7 +74,7 @@ def runs(packed: PackedSequences) -> Sequence[Tensor]:
 
 
 def flash_varlen(*operands: Any) -> tuple[Tensor, Tensor]:
-    """CUDA's kernel, in terms of that for CPUs."""
+    """CUDA's kernel, emulated with the CPU's."""
     *tensors, of_queries, of_keys, _, _, dropout, is_causal, _ = operands
     parts = [
         flash_attention_on_cpu(*of_sequence, dropout, is_causal)
@@ -109,10 +109,10 @@ def merge(parts: Any) -> Tensor:
 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("seed", [1, 2, 3, 6])
-def test_one_call_equals_one_for_each_segment(
+def test_a_varlen_call_equals_one_call_per_segment(
     monkeypatch: pytest.MonkeyPatch, seed: int, size: int
 ) -> None:
-    """CUDA's kernel for sequences of any lengths; a stand-in for it on CPUs."""
+    """The variable-length kernel of CUDA, emulated on CPUs."""
     if DEVICE == "cpu":
         monkeypatch.setattr(module, "flash_varlen_on_cuda", flash_varlen)
         monkeypatch.setattr(module, "flash_varlen_on_cuda_backward", flash_varlen_backward)
@@ -137,7 +137,7 @@ def test_one_call_equals_one_for_each_segment(
 
 
 def test_attention_dropout_stays_in_documents() -> None:
-    """Values of another document change nothing; the rate and the scale are those of dropout."""
+    """Values of another document change nothing; rate and scale are right."""
     generator = torch.Generator().manual_seed(1)
     q, k, v = torch.randn(3, S, B, 2, 8, generator=generator).to(DEVICE)
     segments = make_key_blocks(S, [[0, 10], [0], [0, 10]])[0].segments

@@ -1,4 +1,4 @@
-"""Private APIs of torch do what this project relies on, with any torch: `make test-torch`."""
+"""torch's private APIs do what we rely on; `make test-torch` tries several versions."""
 
 import ast
 import math
@@ -63,7 +63,7 @@ def _is_private(name: str) -> bool:
 
 
 def _private_names(file: Path) -> Iterator[str]:
-    """Private names of other libraries that a file uses, but for those of Python."""
+    """Private names of other libraries, except Python's, that a file uses."""
     tree = ast.parse((ROOT / file).read_text("utf-8"))
     own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
@@ -85,7 +85,7 @@ def _private_names(file: Path) -> Iterator[str]:
 
 
 def test_private_names_are_in_one_file() -> None:
-    """Other trainers, in bench/peers, have private names of their own."""
+    """Except in bench/peers, for the other trainers' own."""
     for file in source_files():
         if file != PRIVATE and file.parts[:2] != ("bench", "peers"):
             assert not list(_private_names(file)), file
@@ -111,7 +111,7 @@ def test_flash_attention(is_causal: bool) -> None:
 
 
 def test_flash_attention_for_sequences_of_any_lengths() -> None:
-    """Arguments and shapes; tests/ops/test_segments.py compares its numbers on a GPU."""
+    """Only arguments and shapes; tests/ops/test_segments.py compares values on a GPU."""
     with FakeTensorMode():
         q, k, v = (torch.empty(n, 4, 8, dtype=torch.bfloat16, device="cuda") for n in (5, 7, 7))
         of_queries, of_keys = (torch.empty(3, dtype=torch.int32, device="cuda") for _ in range(2))
@@ -135,7 +135,7 @@ def test_flash_attention_for_sequences_of_any_lengths() -> None:
 
 
 def test_foreach() -> None:
-    """The norm is computed, not only returned, in the requested dtype."""
+    """The norm is accumulated in the requested dtype."""
     tensors = [torch.full((n,), 1e30) for n in (2, 3)]
     norms = foreach_norm(tensors, 2, dtype=torch.float64)
     expected = [tensor.double().norm() for tensor in tensors]
@@ -183,7 +183,7 @@ def test_fake_tensors_have_a_shape_and_no_memory() -> None:
     assert storage_id(x) != storage_id(y)
 
 
-def test_storage_id_tells_storages_apart() -> None:
+def test_storage_id_identifies_storages() -> None:
     for device in ("cpu", "meta"):
         x, y = torch.empty(2, 4, 4, device=device).clone().unbind()
         assert storage_id(x) == storage_id(y) == storage_id(y.view(-1)[3:])
@@ -219,7 +219,7 @@ def test_call_after_backward() -> None:
     assert torch.equal(seen[0], torch.full((2,), 3.0))
 
 
-def test_the_limit_of_recompilations_holds_in_every_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_recompile_limit_holds_in_every_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """More than torch's default of 8, and up to the limit only."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     compiled = compile_with_limit(lambda x, name: x + len(name), 12)
@@ -301,7 +301,7 @@ def test_a_group_computes_with_its_registered_backend() -> None:
 
 @distributed(Layout(dp=2), Layout(tp=2, shared_memory=True))
 def test_collectives_on_one_tensor(mesh: Mesh) -> None:
-    """With and without waiting; and a group is found by its name."""
+    """Synchronous and asynchronous; and a group is found by its name."""
     group, rank = mesh.world.group, mesh.world.rank
     assert group_by_name(group.group_name) is group
     gathered, scattered = torch.empty(4), torch.empty(2)
@@ -313,7 +313,7 @@ def test_collectives_on_one_tensor(mesh: Mesh) -> None:
 
 
 def test_a_later_fake_rank_has_its_own_mesh() -> None:
-    """Not that of an earlier one, which DTensor's caches return for equal tensors."""
+    """DTensor's caches would return an earlier mesh for equal tensors."""
     for rank in (0, 5):
         init_fake_process_group(8, rank)
         try:
@@ -326,7 +326,7 @@ def test_a_later_fake_rank_has_its_own_mesh() -> None:
 
 
 def test_fake_collectives_return_at_once() -> None:
-    """And DTensor's shapes of global tensors are recognised among the operations on local ones."""
+    """DTensor's operations on global tensors are distinguished from those on local ones."""
     init_fake_process_group(8)
     try:
         assert (dist.get_rank(), dist.get_world_size()) == (0, 8)

@@ -80,7 +80,7 @@ OVERLAPPED = (
 
 
 def tiny_model(mesh: Mesh, config: ModelConfig, recompute: Recompute = "none") -> GPT:
-    """A float32 GPT with random biases and norms too, as zeros and ones would hide mistakes."""
+    """A float32 GPT with random weights, biases and norms: zeros and ones would hide mistakes."""
     parallel = ParallelConfig(recompute_granularity=recompute)
     data, train = DataConfig(vocab_size=VOCAB), TrainConfig(precision="fp32")
     model = build_model(Config(model=config, data=data, train=train, parallel=parallel), mesh)
@@ -103,7 +103,7 @@ def whole(shards: dict[str, LocalShard], mesh: Mesh) -> dict[str, Tensor]:
 
 
 def full_batch(has_documents: bool) -> MicroBatch:
-    """Two rows, the second one padded; with documents, of several of them."""
+    """Two rows, the second one padded, of one or several documents."""
     generator = torch.Generator().manual_seed(3)
     tokens, targets = (torch.randint(VOCAB, (B, S), generator=generator) for _ in range(2))
     columns, padding = torch.arange(S).expand(B, S), torch.zeros(B, S, dtype=torch.bool)
@@ -142,7 +142,7 @@ def test_a_layer_equals_the_dense_reference(mesh: Mesh, options: str, has_docume
     mine = batch.of_cp_rank(mesh.cp.rank, mesh.cp.size)
     stream = DropoutStream(SEED, STEP, SAMPLES[0], batch.dropout_keys)
     losses = model(**mine.inputs(), stream=stream)
-    (losses.objective / mesh.dp.size).backward()  # every dp rank has the same batch, and they add
+    (losses.objective / mesh.dp.size).backward()  # dp ranks have equal batches
     sum_partial_gradients(model, mesh)
     loss = sum_over(mesh.dp_cp, losses.cross_entropy.double() / mesh.dp.size)
 
@@ -159,7 +159,7 @@ def test_a_layer_equals_the_dense_reference(mesh: Mesh, options: str, has_docume
 @distributed(GATHERED[0], RINGS[1], Layout(tp=2, cp=2, overlap="backward"))
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recompute_changes_nothing(mesh: Mesh, recompute: Recompute) -> None:
-    """Every gradient is bit for bit equal, with dropout and documents."""
+    """Every gradient is bit-identical, with dropout and documents."""
     config = dataclasses.replace(TINY, **OPTIONS["rope, two groups"])
     batch = full_batch(has_documents=True).of_cp_rank(mesh.cp.rank, mesh.cp.size)
     stream = DropoutStream(SEED, STEP, SAMPLES[0], batch.dropout_keys)
@@ -194,7 +194,7 @@ def test_a_wrong_gathered_weight_names_both_axes(mesh: Mesh) -> None:
 
 @distributed(GATHERED[1], RINGS[1])
 def test_attention_in_bf16_is_rounded_once(mesh: Mesh) -> None:
-    """The error is about that of the unsplit kernel, because outputs are merged in float32."""
+    """Outputs are merged in float32, so the error is about that of one kernel call."""
     s, columns = 64, balanced_positions(64, mesh.cp.rank, mesh.cp.size)
     q, k, v = (seeded(number, s, 1, 2, 16).bfloat16() for number in range(3))
     exact = sdpa(q.double(), k.double(), v.double(), None, 0.0)
@@ -207,7 +207,7 @@ def test_attention_in_bf16_is_rounded_once(mesh: Mesh) -> None:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_rank_has_equal_work(size: int) -> None:
-    """Each position is on one rank, and each rank sees as many keys for its queries."""
+    """Each position is on one rank, and the queries of each rank see equally many keys."""
     owned = [balanced_positions(64, rank, size) for rank in range(size)]
     assert torch.cat(owned).sort().values.tolist() == list(range(64))
     assert len({int((positions + 1).sum()) for positions in owned}) == 1
@@ -217,9 +217,9 @@ def test_every_rank_has_equal_work(size: int) -> None:
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("groups", [4, 1])
 def test_traffic_equals_the_formula(mesh: Mesh, recompute: Recompute, groups: int) -> None:
-    """With M = 2 s b max(1, g / t) d numbers, a rank sends (c - 1) / c M in forward, 2 in backward.
+    """A rank sends (c - 1) / c M in forward and twice that in backward; M = 2 s b max(1, g / t) d.
 
-    Full recomputation repeats the forward. A ring sends as much, in c - 1 shifts each time.
+    Full recomputation repeats the forward. A ring sends the same bytes, in c - 1 shifts.
     """
     config = dataclasses.replace(TINY, num_query_groups=groups)
     block = Block(config, 0, mesh, recompute)
@@ -277,7 +277,7 @@ def planned_config(*overrides: str) -> Config:
     ["none", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("selective", "full"))],
 )
 def test_a_layer_saves_its_share(recompute: str) -> None:
-    """A rank saves 1/c of the bytes of one that has whole rows, of each kind and in each module."""
+    """Each module saves 1/c of the bytes that it saves without context parallelism."""
     recomputed = f"parallel.recompute_granularity={recompute}"
     alone = dry_run(planned_config(recomputed), 2)  # dp = 2, so that FSDP2 gathers weights too
     for comm_type in ("all_gather", "p2p"):
@@ -304,7 +304,7 @@ def compare_step(mesh: Mesh, config: Config, expected: Counter[Collective]) -> N
 
 
 @pytest.mark.parametrize("layout", [GATHERED[0], RINGS[0]], ids=str)
-def test_a_step_sends_what_is_planned(layout: Layout) -> None:
+def test_a_step_sends_what_plan_reports(layout: Layout) -> None:
     """plan.py separates the traffic of cp from that of FSDP2, which here has the same ranks."""
     cp = "parallel.context_parallel_size=2", f"parallel.cp_comm_type={layout.cp_comm_type}"
     config = planned_config(*cp)
@@ -336,7 +336,7 @@ class QuadraticTensors(TorchDispatchMode):
 @distributed(Layout(), GATHERED[0], RINGS[0])
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_documents_need_no_mask(mesh: Mesh, recompute: Recompute) -> None:
-    """Whatever the number of documents, a step has no tensor `[s, s]`, nor one of parts of s."""
+    """No tensor of a step has two dimensions of size s, or of a part of s."""
     s, c = 104, mesh.cp.size
     sizes = {s, s // c, s // 2 // c}
     with QuadraticTensors(sizes) as watch:

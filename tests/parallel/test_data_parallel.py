@@ -1,4 +1,4 @@
-"""With tensor parallelism alone, a GPU starts kernels in the order of their launch."""
+"""CUDA_DEVICE_MAX_CONNECTIONS is set only for tensor parallelism alone."""
 
 import os
 from typing import Literal

@@ -152,7 +152,7 @@ def test_row_equals_dense(mesh: Mesh, has_bias: bool) -> None:
 
 @distributed(*LINEAR_LAYOUTS)
 def test_column_then_row_equals_dense(mesh: Mesh) -> None:
-    """The pair is an MLP, without communication between the two layers."""
+    """Together they are an MLP without communication in between."""
     column = column_linear(mesh, up=16)
     row = RowParallelLinear(row_weights(H, 16, 1.0), mesh)
     up, down = fill(column), fill(row)
@@ -243,7 +243,7 @@ def test_loss_equals_dense(mesh: Mesh, vocab_size: int, scale: float, rows_at_a_
 
 @distributed(ONE_RANK)
 def test_head_gradient_is_not_copied(mesh: Mesh) -> None:
-    """It is as large as the embedding; forward computes it and backward scales it in place."""
+    """Forward computes the gradient, as large as the embedding; backward scales it in place."""
     table, x = seeded(1, 23, H).float().requires_grad_(), seeded(2, S, B, H).float()
     objective = vocab_parallel_loss(x, table, torch.zeros(S, B).long(), 23, mesh).objective
     address = objective.grad_fn.gradients[1].data_ptr()
@@ -255,7 +255,7 @@ def test_head_gradient_is_not_copied(mesh: Mesh) -> None:
 
 @distributed(*LAYOUTS)
 def test_logits_equal_dense(mesh: Mesh) -> None:
-    """The gather is before the head; its backward sums dX over the vocabulary shards."""
+    """The gather before the head sums dX over vocabulary shards in backward."""
     table_dense = seeded(1, 23, H).requires_grad_()
     table = shard_of(table_dense.detach(), 0, mesh).clone().requires_grad_()
     x_dense = seeded(2, S, B, H).requires_grad_()

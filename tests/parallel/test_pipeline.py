@@ -41,7 +41,7 @@ SHAPES = [(p, v) for p in (1, 2, 3, 5) for v in (1, 2, 3) if p > 1 or v == 1]
 @pytest.mark.parametrize("num_micro_batches", [1, 2, 3, 5, 6, 11])
 @pytest.mark.parametrize(("p", "v"), SHAPES)
 def test_schedules(num_micro_batches: int, p: int, v: int) -> None:
-    """Each action once, backwards in the order of micro-batches, few alive, and no deadlock."""
+    """Each action occurs once, backwards are in order, few micro-batches are alive; no deadlock."""
     m = num_micro_batches
     stages = schedule(m, p, v)
     for stage, actions in enumerate(stages):
@@ -60,11 +60,10 @@ def test_schedules(num_micro_batches: int, p: int, v: int) -> None:
 
 
 def _replay(stages: tuple[tuple[Action, ...], ...], v: int) -> None:
-    """Run the stages against each other: messages are received in the order they were sent.
+    """Simulate the stages: messages must be received in the order in which they were sent.
 
-    A send waits if MAX_PENDING messages before it are not received; a stage receives one message
-    ahead of its use. The order in which stages get to run makes no difference, as each only reads
-    and writes queues.
+    A send waits while MAX_PENDING earlier messages are unreceived; a stage receives one message
+    ahead. The order in which stages run does not matter, as each only reads and writes queues.
     """
     p, to_do = len(stages), [deque(actions) for actions in stages]
     queues: dict[tuple[int, bool], deque[tuple[int, int]]] = defaultdict(deque)  # of receivers
@@ -91,7 +90,7 @@ def _replay(stages: tuple[tuple[Action, ...], ...], v: int) -> None:
 
 
 class _KeptForBackward(torch.autograd.Function):
-    """The identity, which keeps a token as long as backward may need it."""
+    """The identity; keeps a token alive until backward has used the node."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, alive: "weakref.WeakSet[Any]") -> Tensor:
@@ -105,8 +104,8 @@ class _KeptForBackward(torch.autograd.Function):
 
 
 @distributed(ONE_RANK, Layout(pp=2), Layout(pp=3), Layout(pp=2, chunks=2), Layout(pp=2, chunks=3))
-def test_gradients_have_the_bits_of_a_loop(mesh: Mesh) -> None:
-    """With micro-batches of different widths; stage r keeps p - r of them at most."""
+def test_gradients_equal_a_loop_bit_for_bit(mesh: Mesh) -> None:
+    """Micro-batches have different widths; stage r keeps at most p - r of them."""
     num_pieces, p = mesh.pp.size * mesh.num_chunks, mesh.pp.size
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(n + 1, 1, 4, generator=generator) for n in range(7)]
@@ -154,7 +153,7 @@ def test_gradients_have_the_bits_of_a_loop(mesh: Mesh) -> None:
 def test_stages_give_the_same_bits(
     corpus: Path, tmp_path: Path, layout: Layout, option: str
 ) -> None:
-    """Six steps with dropout: losses, norms, scores, samples and weights of one process."""
+    """Six steps with dropout give the losses, norms, scores, samples and weights of one process."""
     for each, name in ((ONE_RANK, "one"), (layout, "stages")):
         train_on(each, settings(corpus, tmp_path, *UNTIED, option, f"run.name={name}"))
     assert rows(tmp_path, "stages") == rows(tmp_path, "one")
@@ -195,7 +194,7 @@ def _texts(lines: str) -> list[Any]:
 def test_tied_stages_give_the_same_losses(
     corpus: Path, tmp_path: Path, layout: Layout, gradient_sync: str
 ) -> None:
-    """With a table on two stages, and rows of different widths: within 2e-6 over six steps."""
+    """Losses agree within 2e-6 over six steps, with rows of different widths."""
     options = (
         *("data.sequence_mode=pad", "model.num_layers=5", "debug.audit_interval=2"),
         f"parallel.gradient_sync={gradient_sync}",
@@ -256,7 +255,7 @@ def require_same_state(mesh: Mesh, config: Config, saved: Path) -> None:
 def test_any_layout_reads_weights_and_moments(
     corpus: Path, tmp_path: Path, before: Layout, after: tuple[Layout, ...]
 ) -> None:
-    """Bit for bit, also a tied table, of which the files have one copy."""
+    """Bit for bit, even a tied table, which the files store once."""
     options = ("model.num_layers=4", "evaluate.interval=0", "run.stop_at_step=3")
     arguments = settings(corpus, tmp_path, *options)
     train_on(before, arguments)
@@ -267,7 +266,7 @@ def test_any_layout_reads_weights_and_moments(
 
 
 @pytest.mark.slow
-def test_programs_read_a_run_of_stages(corpus: Path, tmp_path: Path) -> None:
+def test_programs_read_a_pipeline_checkpoint(corpus: Path, tmp_path: Path) -> None:
     """generate.py equals the reference, evaluate.py the run, and export.py transformers."""
     train_on(Layout(tp=2, pp=2), settings(corpus, tmp_path, "model.num_layers=3"))
     run, prompt = tmp_path / "test", "while True"
@@ -321,7 +320,7 @@ def test_a_stage_saves_what_its_alive_micro_batches_need(
 
 @distributed(Layout(pp=2))
 def test_all_stages_skip_a_step(mesh: Mesh, config: Config) -> None:
-    """A gradient that is not finite on the first stage; the loss is fine."""
+    """A gradient on the first stage is not finite, although the loss is."""
     with RunFolder(config, mesh) as folder:
         run, state = start_run(config, mesh, folder)
         weight = next(run.model.parameters())
@@ -337,7 +336,6 @@ def test_all_stages_skip_a_step(mesh: Mesh, config: Config) -> None:
 
 @distributed(Layout(pp=3))
 def test_copies_of_a_tied_table_are_compared(mesh: Mesh, config: Config) -> None:
-    """A bit that differs on the last stage is found."""
     model = build_model(config, mesh)
     tensors = weight_tensors(model)
     assert not compare_replicas(model, tensors, mesh)
@@ -348,7 +346,7 @@ def test_copies_of_a_tied_table_are_compared(mesh: Mesh, config: Config) -> None
 
 
 @distributed(Layout(pp=2))
-def test_a_waiting_stage_is_not_to_blame(mesh: Mesh) -> None:
+def test_a_waiting_stage_is_not_blamed(mesh: Mesh) -> None:
     """While the first stage is slow, the watchdog sees that the last one waits."""
     main = threading.get_ident()
     seen: list[bool] = []
@@ -374,7 +372,7 @@ def test_a_waiting_stage_is_not_to_blame(mesh: Mesh) -> None:
 
 @distributed(Layout(pp=3))
 def test_fewer_micro_batches_than_stages_are_reported(mesh: Mesh, config: Config) -> None:
-    """With the part of a step in which the stages are idle."""
+    """The warning says for which fraction of a step the stages are idle."""
     train = dataclasses.replace(config.train, global_batch_size=4)
     run = SimpleNamespace(config=dataclasses.replace(config, train=train), mesh=mesh)
     problem = pipeline_problem(cast(Run, run))

@@ -30,7 +30,7 @@ def test_a_shard_of_the_mask_is_the_mask_of_the_shard() -> None:
 
 
 def test_a_mask_does_not_depend_on_the_batch() -> None:
-    """Sample 6 has the same mask next to 5 and next to 9, in either place."""
+    """Sample 6 has the same mask in any batch and at any index of it."""
     first = mask(stream(1, 2, (5, 6)))[:, 1]
     second = mask(stream(1, 2, (6, 9)))[:, 0]
     assert torch.equal(first, second)
@@ -46,7 +46,7 @@ def test_the_dropout_rate_is_right(rate: float) -> None:
 
 
 def test_different_masks_are_uncorrelated() -> None:
-    """After changing any one argument, or shifting along any dim."""
+    """Changing any argument, or shifting along any dim, gives an uncorrelated mask."""
     base = stream(1, 2, (5,))
     x = mask(base, positions=512).double() - (1 - RATE)
     others = {

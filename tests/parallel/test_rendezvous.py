@@ -39,7 +39,7 @@ def _join(rank: int, world_size: int, port: int, has_agent_store: bool, answers:
 
 
 def test_every_attempt_has_its_own_name() -> None:
-    """Whatever the agents count, and whatever killed attempts have left in the store."""
+    """Restart counts and leftovers of killed attempts in the store do not matter."""
     context, world_size = multiprocessing.get_context("fork"), 3
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     answers: Queue[tuple[int, str, str, bool]] = context.Queue()
@@ -73,7 +73,7 @@ def test_every_attempt_has_its_own_name() -> None:
 
 
 def test_ranks_meet_without_a_launcher_store() -> None:
-    """Rank 0 then serves the store, and still does after the rendezvous."""
+    """Rank 0 serves the store, also after the rendezvous."""
     context = multiprocessing.get_context("fork")
     answers: Queue[tuple[int, str, str, bool]] = context.Queue()
     with socket.socket() as free:
@@ -113,7 +113,7 @@ def _rank(
     ],
 )
 def test_device_for_all_ranks(ranks: list[dict[str, Any]], device: str) -> None:
-    """A GPU for each rank; the CPU if no rank has a GPU or if requested."""
+    """Each rank gets its own GPU; all use the CPU if no rank has a GPU or if requested."""
     assert _decide(ranks) == {"device": device, "problem": None, "restarts": 0}
 
 
@@ -137,7 +137,7 @@ def test_no_device_for_all_ranks(ranks: list[dict[str, Any]], setting: str, lack
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_missing_gpu_is_one_line(corpus: Path, tmp_path: Path, ranks: int) -> None:
-    """Before the process group is formed, with the exit code of errors before training."""
+    """The error comes before the process group, with exit code 2."""
     process = start(ranks, settings(corpus, tmp_path, "train.device=cuda"))
     output = finish(process, expected=2 if ranks == 1 else 1)
     assert f"train.device=cuda on rank 0, but ranks {[*range(ranks)]} (host " in output

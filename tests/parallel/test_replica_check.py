@@ -55,7 +55,7 @@ def test_replicas_agree_after_a_step(mesh: Mesh, options: str) -> None:
     "name", ["parameters.blocks.1.mlp_norm.weight", "exp_avg_sq.blocks.0.attention.proj.bias"]
 )
 def test_one_flipped_bit_is_found(mesh: Mesh, name: str) -> None:
-    """In a weight or a moment of the last rank; of two copies either may be the wrong one."""
+    """A flipped bit in a weight or moment of the last rank is named (of two copies, both)."""
     model = tiny_model(mesh)
     tensors = update(model, mesh)
     last = mesh.world.size - 1

@@ -57,7 +57,7 @@ def gathers(traffic: Counter[Collective]) -> int:
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("gradient_sync", ["step", "micro_batch"])
 def test_results_are_bit_identical(mesh: Mesh, precision: str, gradient_sync: str) -> None:
-    """Losses, norms and weights; gathers per step: once, or twice per micro-batch (root: once)."""
+    """Losses, norms, weights; blocks gather once per step or twice per micro-batch (root: once)."""
     results, counts = [], []
     for reshard in (True, False):
         config = config_for(
@@ -82,7 +82,7 @@ def compare_traffic(mesh: Mesh, config: Config, expected: Counter[Collective]) -
 @pytest.mark.parametrize(
     "gradient_sync", ["step", pytest.param("micro_batch", marks=pytest.mark.slow)]
 )
-def test_it_is_planned(gradient_sync: str) -> None:
+def test_plan_counts_gathers_and_kept_weights(gradient_sync: str) -> None:
     """plan.py counts the collectives of a real step, and the memory of the weights that stay."""
     config = config_for(2, reshard_after_forward=False, gradient_sync=gradient_sync)
     plan = dry_run(config, 2)

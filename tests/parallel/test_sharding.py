@@ -30,7 +30,7 @@ def test_shard_range_is_torch_chunk(size: int, parts: int) -> None:
 
 @distributed(*EVERY_LAYOUT)
 @pytest.mark.parametrize(("shape", "tp_dim"), [((13, 6), 0), ((5, 11), 1), ((7,), None), ((9,), 0)])
-def test_slices_are_what_fsdp_keeps(mesh: Mesh, shape: tuple[int, ...], tp_dim: int | None) -> None:
+def test_slices_equal_fsdp_shards(mesh: Mesh, shape: tuple[int, ...], tp_dim: int | None) -> None:
     """FSDP2's shard of a rank is the slice that `local_shards` declares, also for uneven shapes."""
     layer = nn.Module()
     declare_parameter(layer, "weight", WeightSpec(shape, tp_dim, init_std=1.0), mesh)
@@ -49,10 +49,10 @@ def test_slices_are_what_fsdp_keeps(mesh: Mesh, shape: tuple[int, ...], tp_dim: 
 
 
 @distributed(*EVERY_LAYOUT)
-def test_weights_of_one_parameter_are_told_apart(mesh: Mesh) -> None:
-    """Wherever FSDP2 cuts their rows; one is sharded over tp, the other is on all tp ranks.
+def test_weights_of_one_parameter_are_separated(mesh: Mesh) -> None:
+    """Weights that share a parameter have the values they would have in parameters of their own.
 
-    Each has the values it would have as a parameter of its own.
+    One is sharded over tp, the other replicated; FSDP2 may cut the rows anywhere.
     """
     specs = {
         "a": WeightSpec((13, 3), 0, init_std=1.0),
@@ -79,7 +79,7 @@ def test_weights_of_one_parameter_are_told_apart(mesh: Mesh) -> None:
 
 @distributed(*EVERY_LAYOUT)
 def test_initial_weights_do_not_depend_on_the_layout(mesh: Mesh) -> None:
-    """They are a function of seed and name, bit for bit."""
+    """Initial weights are a function of seed and name, bit for bit."""
     layer = nn.Module()
     declare_parameter(layer, "weight", WeightSpec((6, 4), 1, init_std=0.5), mesh)
     fully_shard(layer, mesh=mesh.device_mesh["dp"])

@@ -1,4 +1,4 @@
-"""Collectives through shared memory are exact, and fail where those of gloo fail."""
+"""Collectives through shared memory are exact, and raise errors where gloo does."""
 
 import errno
 import gc
@@ -82,7 +82,7 @@ def test_sums_are_exact(mesh: Mesh, dtype: torch.dtype) -> None:
 @distributed(TWO, THREE, FOUR)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.uint8, torch.bool], ids=str)
 def test_all_gather_is_exact(mesh: Mesh, dtype: torch.dtype) -> None:
-    """Also if a rank's part already lies in the output."""
+    """Even if a rank's input is a view of the output."""
     ranks, me, group = mesh.tp.size, mesh.tp.rank, mesh.tp.group
     for size in sizes(dtype):
         parts = [values_of_rank(rank, size, torch.int32).to(dtype) for rank in range(ranks)]
@@ -128,14 +128,14 @@ def test_async_work_is_complete(mesh: Mesh) -> None:
 
 @distributed(TWO)
 def test_gloo_collectives_do_not_deadlock(mesh: Mesh) -> None:
-    """Many collectives in a row that gloo's threads finish while Python runs."""
+    """Many consecutive collectives, which gloo's threads finish while Python runs."""
     for number in range(300):
         assert gather_json(mesh, [number, mesh.world.rank])[1] == [number, 1]
 
 
 @distributed(TWO)
 def test_different_calls_are_an_error(mesh: Mesh) -> None:
-    """On every rank, and in every later collective of the group."""
+    """Every rank raises, and so does every later collective of the group."""
     group = dist.new_group(backend=cpu_backend(True))
     x = torch.ones(4 + mesh.world.rank)
     with pytest.raises(RuntimeError, match="calls all_reduce of 20 bytes"):
@@ -161,7 +161,7 @@ def test_timeout(mesh: Mesh) -> None:
 
 @distributed(Layout(tp=2, dp=2, shared_memory=True))
 def test_messages_name_global_ranks(mesh: Mesh) -> None:
-    """The group of ranks 2 and 3 does not call them 0 and 1."""
+    """Errors of the group of ranks 2 and 3 do not call them 0 and 1."""
     pairs = [dist.new_group([first, first + 1], backend=cpu_backend(True)) for first in (0, 2)]
     me = mesh.world.rank
     other = me + 1 if me % 2 == 0 else me - 1
@@ -202,7 +202,7 @@ def test_without_memory_all_ranks_use_gloo(mesh: Mesh, rank: int) -> None:
 @distributed(TWO)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_of_two_containers_use_gloo(mesh: Mesh, rank: int) -> None:
-    """A process number means another process there, so no process is opened."""
+    """Pids of another container mean other processes, so no process is opened."""
     with pytest.MonkeyPatch.context() as patch:
         if mesh.world.rank == rank:
             patch.setattr("parallel.transport.backend.machine_id", lambda: "another")
@@ -269,7 +269,7 @@ def _lose_last_rank(
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["kill", "exit"])
 def test_all_ranks_notice_a_lost_peer(how: str, tmp_path: Path) -> None:
-    """Every waiting rank, at once, before the dead process is reaped."""
+    """Every waiting rank raises at once, before the dead process is reaped."""
     ranks = 3
     context = multiprocessing.get_context("spawn")
     answers: Queue[tuple[float, str]] = context.Queue()

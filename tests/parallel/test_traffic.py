@@ -83,13 +83,13 @@ def test_block_traffic(mesh: Mesh, options: str, dtype: torch.dtype) -> None:
 
     The paper counts 4 AG + 2 RS in backward: it saves the shard of a column-parallel layer's input
     and gathers it again for dW. Without overlap we save the gathered input. So each direction sends
-    4 (t - 1) / t M, whatever the options.
+    4 (t - 1) / t M with any options.
     """
     config = dataclasses.replace(WITH_DROPOUT, **OPTIONS[options])
     forward, backward = block_traffic(mesh, config, dtype=dtype)
 
     kinds = (GATHER, SCATTER) * 2 if mesh.sequence_parallel else (REDUCE,) * 2
-    # Backward undoes reduce-scatters by gathers and comes to the last layer first: same order.
+    # Backward reverses the order and swaps gathers and reduce-scatters: the same sequence.
     assert forward == backward == activations(mesh, *kinds, dtype=dtype)
     t, full_bytes = mesh.tp.size, S * B * H * dtype.itemsize
     assert total_sent(forward) == total_sent(backward) == 4 * (t - 1) * full_bytes / t
@@ -146,7 +146,7 @@ def test_recomputed_block_traffic(mesh: Mesh, options: str) -> None:
 @distributed(*(layout for layout in OVERLAPPED if layout.tp > 1))
 @every_option
 def test_overlapped_and_recomputed_block_traffic(mesh: Mesh, options: str) -> None:
-    """As without overlap: the forward's collectives are repeated except the MLP's last sum."""
+    """Backward repeats the forward's collectives except the MLP's last sum, as without overlap."""
     config = dataclasses.replace(WITH_DROPOUT, **OPTIONS[options])
     _, plain_backward = block_traffic(mesh, config, s=16)
     forward, backward = block_traffic(mesh, config, recompute="full", s=16)
@@ -222,7 +222,6 @@ def test_gradient_traffic(mesh: Mesh, options: str) -> None:
 @distributed(ONE_RANK)
 @every_option
 def test_one_rank_has_no_traffic(mesh: Mesh, options: str) -> None:
-    """In forward, backward and gradient sums, with any recomputation."""
     for recompute in ("none", "selective", "full"):
         model = tiny_model(mesh, dataclasses.replace(WITH_DROPOUT, **OPTIONS[options]), recompute)
         with record_traffic() as traffic:
@@ -266,7 +265,7 @@ def test_fsdp_traffic(mesh: Mesh) -> None:
 
 @distributed(Layout(tp=2), Layout(tp=4), Layout(tp=2, dp=2))
 def test_control_and_dtensor_collectives_are_recorded(mesh: Mesh) -> None:
-    """Those of flags and JSON, and the functional ones that DTensor issues."""
+    """Collectives of flags and JSON, and DTensor's functional ones."""
     world = mesh.world.size
     with record_traffic() as agreement:
         any_rank(mesh, False)
@@ -293,7 +292,7 @@ def test_control_and_dtensor_collectives_are_recorded(mesh: Mesh) -> None:
 @distributed(ONE_RANK, Layout(tp=2), Layout(tp=2, sp=False), Layout(tp=2, dp=2))
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_recording_changes_nothing(mesh: Mesh, recompute: str) -> None:
-    """The loss and every gradient are bit for bit equal."""
+    """The loss and every gradient are bit-identical."""
     seen, unseen = (tiny_model(mesh, WITH_DROPOUT, recompute) for _ in range(2))
     with record_traffic():
         loss = seen(*batch(), STREAM).objective

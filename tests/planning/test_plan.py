@@ -1,4 +1,4 @@
-"""plan.py reports the memory and traffic that a real step then has."""
+"""plan.py reports the memory and traffic of a real step."""
 
 import functools
 import os
@@ -115,7 +115,7 @@ def micro_batch(config: Config) -> MicroBatch:
 class Allocations:
     """Measure what torch's CPU allocator allocates and frees inside a `with`, in this thread.
 
-    Memory that gloo's threads free, as the last users of a buffer, still seems to be allocated.
+    Memory that gloo's threads free last still counts as allocated.
     """
 
     def __enter__(self) -> "Allocations":
@@ -197,7 +197,7 @@ def compare_step(mesh: Mesh, config: Config, stages: list[dict[str, Any]]) -> No
 
 
 @cases
-def test_a_step_is_as_planned(layout: Layout, option: str) -> None:
+def test_a_step_equals_its_plan(layout: Layout, option: str) -> None:
     """Collectives and state are exact, the peak is within 5 %, for a step of 3 micro-batches."""
     config, plan = planned(layout, option)
     assert plan.num_micro_batches == NUM_MICRO_BATCHES
@@ -206,7 +206,7 @@ def test_a_step_is_as_planned(layout: Layout, option: str) -> None:
 
 @pytest.mark.parametrize("layout", PIPELINES, ids=str)
 @pytest.mark.parametrize("num_micro_batches", [2, pytest.param(7, marks=pytest.mark.slow)])
-def test_a_step_of_each_stage_is_as_planned(layout: Layout, num_micro_batches: int) -> None:
+def test_a_step_of_each_stage_equals_its_plan(layout: Layout, num_micro_batches: int) -> None:
     """Like a step without a pipeline; stage r of p keeps p - r micro-batches."""
     batch = 2 * num_micro_batches * layout.dp
     config = small_config(layout, "model.num_layers=7", f"train.global_batch_size={batch}")
@@ -244,8 +244,8 @@ def compare_layer(mesh: Mesh, config: Config, expected: int) -> None:
 
 
 @cases
-def test_a_layer_saves_what_is_planned(layout: Layout, option: str) -> None:
-    """Within 5 % of what a real block has allocated and not freed after its forward."""
+def test_a_layer_saves_what_plan_reports(layout: Layout, option: str) -> None:
+    """Within 5 % of what a real block leaves allocated after forward."""
     config, plan = planned(layout, option)
     expected = sum(one.num_bytes for one in plan.saved_in_layer)
     alone = Layout(tp=layout.tp, sp=layout.sp)  # data parallelism does not change it
@@ -259,10 +259,10 @@ def test_a_layer_saves_what_is_planned(layout: Layout, option: str) -> None:
 def test_a_layer_saves_what_the_formulas_need(
     layout: Layout, recompute: str, bytes_per_sbh: float
 ) -> None:
-    """In units of s b h / t; the paper's 34 include two dropout masks, which we recompute.
+    """Bytes in units of s b h / t; the paper's 34 include two dropout masks, which we recompute.
 
-    "selective" saves neither the outputs of two norms (4) nor that of GELU (8). A few float32
-    numbers per position and head add less than 1 % at this size.
+    "selective" saves neither the outputs of two norms (4) nor of GELU (8). A few float32 numbers
+    per position and head add less than 1 % at this size.
     """
     config = small_config(
         layout,
@@ -278,8 +278,8 @@ def test_a_layer_saves_what_the_formulas_need(
 
 
 @pytest.mark.parametrize("layout", [ONE_RANK, Layout(tp=4), Layout(tp=4, dp=2)], ids=str)
-def test_weights_to_compute_with_are_not_activations(layout: Layout) -> None:
-    """A layer saves tensors `[s, b, ...]` alone: no cast weight, and no rows of a shared one."""
+def test_weight_copies_are_not_activations(layout: Layout) -> None:
+    """A layer saves only tensors `[s, b, ...]`, no cast weight or rows of one."""
     plan = dry_run(small_config(layout, *LLAMA), layout.tp * layout.dp)
     activations = {2, 128 // layout.tp, 128, 2 * 128}  # b, s/t, s, s b
     assert [one for one in plan.saved_in_layer if one.shape[0] not in activations] == []
@@ -307,7 +307,7 @@ def test_two_micro_batches_represent_any_number(gradient_sync: str) -> None:
     ],
     ids=str,
 )
-def test_a_few_more_than_are_alive_represent_any_number(layout: Layout, gradient_sync: str) -> None:
+def test_a_few_micro_batches_represent_any_number(layout: Layout, gradient_sync: str) -> None:
     """The same for each stage of a pipeline: collectives, peak and its parts."""
     batch = f"train.global_batch_size={2 * 8 * layout.dp}"
     sync = f"parallel.gradient_sync={gradient_sync}"
@@ -395,7 +395,7 @@ def test_the_page_of_a_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_gpt_7b_on_a_laptop() -> None:
-    """The plan for eight ranks takes seconds and less than 1.5 GB; its last line answers."""
+    """The plan for eight ranks takes seconds and less than 1.5 GB."""
     arguments = ["config=gpt_7b", "parallel.tensor_model_parallel_size=8", "memory_gib=12"]
     with subprocess.Popen(
         [sys.executable, str(ROOT / "plan.py"), *arguments], stdout=subprocess.PIPE, text=True
@@ -444,7 +444,7 @@ def test_gpt_7b_on_a_laptop() -> None:
 def test_invalid_arguments(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each is one line that names the key and the fix, and exit code 2."""
+    """The error is one line with the key and the fix, and exit code 2."""
     with pytest.raises(SystemExit) as ended:
         parse(arguments)
     assert ended.value.code == EXIT_BEFORE_TRAINING
@@ -466,7 +466,7 @@ def test_only_several_ranks_can_become_fewer(ranks: int) -> None:
 
 
 def test_advice() -> None:
-    """The settings that would use memory that is left over, or free what is missing."""
+    """The page suggests settings that use spare memory, or free missing memory."""
     options = ("parallel.recompute_granularity=selective", "parallel.gradient_sync=micro_batch")
     config = small_config(Layout(dp=2), *options)
     report = dry_run(config, 2)

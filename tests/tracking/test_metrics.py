@@ -58,7 +58,7 @@ def step_of(num_targets: int, mean_row_length: float, elapsed_s: float) -> StepR
 
 @distributed(ONE_RANK)
 def test_a_view_whose_disk_is_full_does_not_stop_training(mesh: Mesh, tmp_path: Path) -> None:
-    """Neither while it writes nor when it closes; metrics.jsonl has every row."""
+    """The disk is full at a write or at close; metrics.jsonl has every row."""
     full = mock.Mock(side_effect=OSError(28, "No space left on device"))
     steps = [step_of(100, 10.0, 1.0)] * 2
     for method in ("__init__", "log", "finish"):
@@ -70,7 +70,7 @@ def test_a_view_whose_disk_is_full_does_not_stop_training(mesh: Mesh, tmp_path: 
 
 @distributed(Layout(dp=2), Layout(tp=2, dp=2))
 def test_mfu_is_relative_to_the_peak_of_all_ranks(mesh: Mesh, tmp_path: Path) -> None:
-    """Relative to the peak of all ranks together, or to the best step if that is faster."""
+    """The peak is the sum over ranks, or the best step if that is faster."""
     config = config_of_run()
     model, vocab_size = config.model, config.data.vocab_size
     size = mesh.world.size

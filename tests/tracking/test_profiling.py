@@ -1,4 +1,4 @@
-"""Profiling a few steps: the trace, the table, and that recording stops."""
+"""Profiling writes a trace of the requested steps and logs a table."""
 
 import gzip
 import json
@@ -48,8 +48,8 @@ def is_recording() -> bool:
 
 
 @distributed(ONE_RANK)
-def test_it_records_the_requested_steps(mesh: Mesh, tmp_path: Path) -> None:
-    """And records nothing before and after them."""
+def test_requested_steps_are_recorded(mesh: Mesh, tmp_path: Path) -> None:
+    """It records nothing before and after them."""
     with Profiler((3, 4), tmp_path / "profile", mesh) as profiler:
         for number in range(1, 7):
             with profiler.step(number):
@@ -65,7 +65,7 @@ def test_it_records_the_requested_steps(mesh: Mesh, tmp_path: Path) -> None:
 
 @distributed(ONE_RANK)
 def test_a_run_that_ends_early_writes_what_it_recorded(mesh: Mesh, tmp_path: Path) -> None:
-    """Also if it ends with an error in the middle of a step."""
+    """Even if it ends with an error in the middle of a step."""
     profile = tmp_path / "profile"
     with Profiler((3, 100), profile, mesh) as profiler:
         for number in range(2, 5):
@@ -93,7 +93,7 @@ def test_without_requested_steps_nothing_is_written(
 
 @distributed(ONE_RANK)
 def test_a_trace_that_cannot_be_written_is_a_warning(mesh: Mesh, tmp_path: Path) -> None:
-    """The table is logged all the same."""
+    """The table is still logged."""
     (tmp_path / "profile").write_text("in the way")
     logger, records = logging.getLogger("microtron"), logging.handlers.BufferingHandler(100)
     logger.addHandler(records)

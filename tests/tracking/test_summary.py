@@ -1,4 +1,4 @@
-"""The summaries of a run of two ranks that stops early, resumes, and is trained longer."""
+"""The console of a run that stops early, resumes, and is trained longer."""
 
 import gzip
 import json
@@ -42,7 +42,7 @@ class Outputs:
 def outputs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Outputs:
     """Stop after step 3 of 6 while profiling 2 to 5; finish; train to step 12 on one rank.
 
-    The second and the third launch use the commands that the one before has printed.
+    The second and the third launch use the command that the previous one printed.
     """
     directory = tmp_path_factory.mktemp("runs")
     profile = "logging.profile_steps=[2, 5]"
@@ -146,7 +146,7 @@ def test_rows_have_the_promised_keys(outputs: Outputs) -> None:
 
 @pytest.mark.slow
 def test_every_rank_leaves_a_trace(outputs: Outputs) -> None:
-    """Of the requested steps of each launch; rank 0 logs a table of operators."""
+    """Traces have the requested steps of each launch; rank 0 logs a table."""
     expected = {
         f"steps_{steps}.rank_{rank}.json.gz": launch
         for steps, launch in (("2_to_3", outputs.stopped), ("4_to_5", outputs.finished))

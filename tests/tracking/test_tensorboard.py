@@ -23,7 +23,7 @@ def launch(directory: Path, steps: range, shift: float = 0.0) -> TensorBoardWrit
 
 
 def test_a_resume_shows_each_step_once(tmp_path: Path) -> None:
-    """Killed after step 7 and resumed at step 5, in the same process as after a rollback."""
+    """Killed after step 7 and resumed at step 5, here in one process, as in a rollback."""
     launch(tmp_path, range(1, 8)).writer.flush()
     launch(tmp_path, range(5, 10), shift=0.5).finish(failed=False)
     events = EventAccumulator(str(tmp_path)).Reload()
@@ -38,7 +38,7 @@ def test_a_resume_shows_each_step_once(tmp_path: Path) -> None:
     assert samples[0].tensor_proto.string_val[0].decode() == "    def f():\n      <b>\n"
 
 
-def test_it_does_without_tensorflow() -> None:
+def test_tensorflow_is_not_imported() -> None:
     program = (
         "import sys, torch.utils.tensorboard as t; t.SummaryWriter; "
         "sys.exit('tensorflow' in sys.modules)"

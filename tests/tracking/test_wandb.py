@@ -132,7 +132,7 @@ def test_a_resume_continues_the_online_run(tmp_path: Path, server: WandbServer) 
 
 
 def test_sync_merges_offline_launches(tmp_path: Path, server: WandbServer) -> None:
-    """The second launch was to use another id, as if the first had died without a checkpoint."""
+    """The second launch has another id, as if the first had died without a checkpoint."""
     end(begin(tmp_path, range(1, 8), "offline"))
     end(begin(tmp_path, range(6, 10), "offline", wandb_id="another"))
     assert server.runs == {}
@@ -254,7 +254,7 @@ def test_online_only_with_a_key(
 @pytest.mark.drill
 @pytest.mark.timeout(900)
 def test_a_killed_run_keeps_its_id(corpus: Path, tmp_path: Path, server: WandbServer) -> None:
-    """Killed before its first checkpoint and after it, then moved to DP=2: the last row counts."""
+    """Killed before and after its first checkpoint, then resumed with dp = 2; later rows count."""
     more = ("train.train_steps=400", "evaluate.interval=100", "logging.wandb=online")
     arguments = settings(corpus, tmp_path, *more)
     for launch in (arguments, [*arguments, "checkpoint.save_interval=5"]):
@@ -275,7 +275,7 @@ def test_a_killed_run_keeps_its_id(corpus: Path, tmp_path: Path, server: WandbSe
 
 @pytest.mark.drill
 def test_the_stop_button_saves(corpus: Path, tmp_path: Path, server: WandbServer) -> None:
-    """The button on wandb's page, for which wandb asks every 15 s, acts like Ctrl-C."""
+    """The button on wandb's page, polled every 15 s, acts like Ctrl-C."""
     more = ("train.train_steps=100000", "evaluate.interval=0", "logging.wandb=online")
     process = start(1, settings(corpus, tmp_path, *more))
     wait_for(lambda: any(run.history for run in server.runs.values()), process)

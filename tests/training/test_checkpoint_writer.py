@@ -1,4 +1,4 @@
-"""Background saves: one at a time, what they hold, and how they fail."""
+"""Background saves: their order, contents and failures."""
 
 import dataclasses
 import json
@@ -51,7 +51,7 @@ def steps_saved(folder: RunFolder) -> list[str]:
 def test_one_save_at_a_time(mesh: Mesh, config: Config) -> None:
     """A save is committed when the slowest rank has written it; a second save waits for the first.
 
-    The end does not save a state again that is already saved.
+    The last save is left out if the state is already saved.
     """
     config, writing = on_layout(config, mesh), threading.Event()
     original = save_module.save_file
@@ -83,7 +83,7 @@ def test_one_save_at_a_time(mesh: Mesh, config: Config) -> None:
 
 @distributed(ONE_RANK, Layout(tp=2))
 def test_a_failed_save_is_reported_and_the_next_one_works(mesh: Mesh, config: Config) -> None:
-    """A disk that is full for a while costs one checkpoint."""
+    """A temporarily full disk loses one checkpoint."""
     config = on_layout(config, mesh)
     original = save_module.save_file
 
@@ -92,9 +92,9 @@ def test_a_failed_save_is_reported_and_the_next_one_works(mesh: Mesh, config: Co
             raise OSError(28, "No space left on device")
         original(tensors, path)
 
-    said: list[str] = []
+    logged: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("microtron").addHandler(handler)
     with RunFolder(config, mesh) as folder, pytest.MonkeyPatch.context() as patch:
         run, state = start_run(config, mesh, folder)
@@ -107,9 +107,9 @@ def test_a_failed_save_is_reported_and_the_next_one_works(mesh: Mesh, config: Co
         assert steps_saved(folder) == ["step_00000001"]
         assert not list(folder.checkpoints.glob(".tmp-*"))
         if mesh.world.rank == 0:
-            (message,) = [text for text in said if "cannot save step 2" in text]
+            (message,) = [text for text in logged if "cannot save step 2" in text]
             assert f"rank {mesh.world.size - 1} cannot write" in message
-        with pytest.raises(SaveError, match=r"step 3 is not saved.*continues from step 1"):
+        with pytest.raises(SaveError, match=r"step 3 is not saved.*resume from step 1"):
             saving.end(at(state, 3))
         patch.undo()
         saving = CheckpointWriter(run, at(state, 1))
@@ -123,9 +123,9 @@ def test_a_failed_save_is_reported_and_the_next_one_works(mesh: Mesh, config: Co
 
 @distributed(ONE_RANK, Layout(tp=2))
 def test_a_stop_after_a_skipped_step_saves_it(mesh: Mesh, config: Config) -> None:
-    """But while training continues, no state within a row of skipped steps is saved.
+    """While training continues, no state after a skipped step is saved.
 
-    With checkpoint.keep=1 the newest checkpoint from before the row is also kept, for a rollback.
+    With checkpoint.keep=1 the newest checkpoint from before the skips is kept too, for a rollback.
     """
     checkpoint = dataclasses.replace(config.checkpoint, keep=1)
     config = dataclasses.replace(on_layout(config, mesh), checkpoint=checkpoint)
@@ -154,7 +154,7 @@ def test_a_stop_after_a_skipped_step_saves_it(mesh: Mesh, config: Config) -> Non
 def test_a_run_whose_saves_all_fail_ends(mesh: Mesh, config: Config) -> None:
     """All ranks raise after checkpoint.max_failed_saves consecutive failures.
 
-    The save at the end is tried in any case.
+    The last save is always tried.
     """
     config = on_layout(config, mesh)
     original, failing, may_fail = save_module.save_file, {1, 3, 4}, threading.Event()
@@ -187,14 +187,14 @@ def test_a_run_whose_saves_all_fail_ends(mesh: Mesh, config: Config) -> None:
                 saving.begin(at(state, 4), background=background)
                 saving.commit_if_written(wait=True)
             text = str(caught.value)
-            assert "step 4 is not saved, 2 failed saves in a row" in text
+            assert "step 4 is not saved after 2 consecutive failed saves" in text
             assert "(checkpoint.max_failed_saves=2): cannot save step 4: " in text
-            assert text.endswith("fix that and resume, which continues from step 2")
+            assert text.endswith("fix the cause, then resume from step 2")
 
 
 @distributed(Layout(tp=2))
 def test_without_memory_for_a_copy_training_waits(mesh: Mesh, config: Config) -> None:
-    """One rank without memory is enough, because all must do the same."""
+    """If one rank has no memory for a copy, all ranks save synchronously."""
     config = on_layout(config, mesh)
     with RunFolder(config, mesh) as folder, pytest.MonkeyPatch.context() as patch:
         run, state = start_run(config, mesh, folder)
@@ -208,7 +208,7 @@ def test_without_memory_for_a_copy_training_waits(mesh: Mesh, config: Config) ->
 
 @distributed(ONE_RANK, Layout(tp=2))
 def test_no_writer_outlives_the_lock(mesh: Mesh, config: Config) -> None:
-    """After an error a pending save is not committed, and no thread writes any more."""
+    """After an error no pending save is committed, and no thread still writes."""
     config = on_layout(config, mesh)
     original = save_module.save_file
 
@@ -229,7 +229,7 @@ def test_no_writer_outlives_the_lock(mesh: Mesh, config: Config) -> None:
 
 
 def test_a_full_disk_costs_only_the_save(corpus: Path, tmp_path: Path) -> None:
-    """The run continues for a while, says what is not saved, and resumes from the save before."""
+    """The run continues, reports the failed save, and resumes from the one before."""
     whole, parts = "run.name=whole", "run.name=parts"
     often = "checkpoint.save_interval=1"
     finish(start(1, settings(corpus, tmp_path, whole, often)))
@@ -243,7 +243,7 @@ def test_a_full_disk_costs_only_the_save(corpus: Path, tmp_path: Path) -> None:
         assert (report["code"], report["step"]) == (1, last)
         assert report["reason"].startswith(f"step {last} is not saved")
         assert f"cannot save step {last}: rank 0 cannot write" in report["reason"]
-        assert report["reason"].endswith("continues from step 3")
+        assert report["reason"].endswith("resume from step 3")
         assert "train.py" in report["resume"]
     assert "resuming from" in finish(start(1, arguments))
     assert rows(tmp_path, "parts") == rows(tmp_path, "whole")

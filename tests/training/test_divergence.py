@@ -1,7 +1,6 @@
-"""A non-finite loss or gradient skips its own update, and costs nothing else.
+"""A loss or gradient that is not finite skips its update and changes nothing else.
 
-Samples are poisoned by their number: the last tensor-parallel rank of the dp rank that has one of
-them finds NaN in a gradient.
+Samples are poisoned by number: the last tp rank of the dp rank that has one gets a NaN gradient.
 """
 
 import dataclasses
@@ -145,12 +144,10 @@ def test_a_resume_remembers_skipped_steps(mesh: Mesh, config: Config, stop_at_st
 
 @pytest.mark.slow
 @distributed(ONE_RANK, Layout(tp=2))
-def test_a_rollback_after_a_stop_within_a_row_returns_to_before_it(
-    mesh: Mesh, config: Config
-) -> None:
-    """Steps 3 and 4 are bad and the run is stopped between them: it rolls back to 2, not to 3.
+def test_a_rollback_ignores_a_checkpoint_between_skipped_steps(mesh: Mesh, config: Config) -> None:
+    """Steps 3 and 4 are bad and the run stops between them: it rolls back to 2, not to 3.
 
-    The state saved at step 3 does not count for checkpoint.keep, and is deleted with the row.
+    The checkpoint of step 3 does not count towards checkpoint.keep, and the rollback deletes it.
     """
     config = changed(config, checkpoint={"keep": 1})
     checkpoints = Path(config.run.directory, "parts", "checkpoints")
@@ -168,8 +165,8 @@ def test_a_rollback_after_a_stop_within_a_row_returns_to_before_it(
 
 
 @distributed(ONE_RANK)
-def test_a_checkpoint_within_the_row_is_no_rollback_target(mesh: Mesh, config: Config) -> None:
-    """The only checkpoint is from the row of bad steps: its weights may be to blame."""
+def test_a_checkpoint_of_a_skipped_step_is_no_rollback_target(mesh: Mesh, config: Config) -> None:
+    """The only checkpoint was saved after a skipped step, so its weights may be the cause."""
     with poisoned(mesh, range(8, 10**6)):
         run(mesh, changed(config, checkpoint={"save_interval": 0}), stop_at_step=2)
         with pytest.raises(NonFiniteError, match="there is no checkpoint to roll back to"):
@@ -178,7 +175,7 @@ def test_a_checkpoint_within_the_row_is_no_rollback_target(mesh: Mesh, config: C
 
 @distributed(*LAYOUTS)
 def test_too_many_consecutive_skips_roll_back(mesh: Mesh, config: Config) -> None:
-    """Steps 3 and 4 are bad: back to step 2 with later samples, of which one step is bad again.
+    """Steps 3 and 4 are bad: the run rolls back to step 2, and its next step 3 is bad again.
 
     Each step is in metrics.jsonl once.
     """
@@ -250,7 +247,7 @@ def test_a_loss_spike_is_skipped(mesh: Mesh, config: Config) -> None:
 
 @distributed(ONE_RANK, Layout(tp=2))
 def test_weights_that_are_not_finite_are_never_saved(mesh: Mesh, config: Config) -> None:
-    """Nothing could resume from such a checkpoint."""
+    """No run could resume from such a checkpoint."""
     config = changed(
         config,
         checkpoint={"save_interval": 1},

@@ -69,7 +69,7 @@ def reference_score(
 
 @distributed(ONE_RANK, Layout(tp=2), Layout(dp=2))
 def test_scores_equal_the_reference(mesh: Mesh, config: Config) -> None:
-    """Every token of held-out documents except bos and eos is predicted once, from its window."""
+    """Every held-out token except bos and eos is scored once, in its window."""
     with RunFolder(config, mesh) as folder:
         run, state = start(config, mesh, folder)
         result = evaluate(run, state, validation_set(run))
@@ -90,7 +90,7 @@ def test_scores_equal_the_reference(mesh: Mesh, config: Config) -> None:
 
 @distributed(Layout(tp=2))
 def test_a_sample_repeats(mesh: Mesh, config: Config) -> None:
-    """It depends on seed and step alone, and all ranks agree on it, or they would have hung."""
+    """A sample depends on seed and step alone, and is the same on all ranks."""
     with RunFolder(config, mesh) as folder:
         run, state = start(config, mesh, folder)
         assert generate_sample(run, state) == generate_sample(run, state)

@@ -1,4 +1,4 @@
-"""The precision of bf16 on CPUs: chosen once per kind of machine, and kept by a run."""
+"""The precision of bf16 on CPUs is chosen once per processor model, and a run keeps it."""
 
 import json
 import logging.handlers
@@ -45,7 +45,7 @@ def measurements(monkeypatch: pytest.MonkeyPatch) -> list[Precision]:
 def test_a_processor_is_measured_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measurements: list[Precision]
 ) -> None:
-    """Once for each name, torch version and number of threads; not at all where it is known."""
+    """Measure once per name, torch version and number of threads, and never if known."""
     assert [fastest_precision(f"{tmp_path}/cache") for _ in range(2)] == [FIRST, FIRST]
     (key,) = json.loads((tmp_path / "cache" / "processors.json").read_text())
     assert key == f"a CPU, torch {torch.__version__}, {torch.get_num_threads()} threads"
@@ -106,7 +106,7 @@ print(hardware.fastest_precision(sys.argv[1]).attention)
 
 
 def test_two_processes_measure_once(tmp_path: Path) -> None:
-    """The second waits for the first and has its result."""
+    """The second waits for the first and reads its result."""
     started = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM, str(tmp_path), choice],
@@ -141,7 +141,7 @@ def checkpoint_of(config: Config, **state: Any) -> Checkpoint:
 
 @distributed(ONE_RANK, Layout(tp=2), Layout(dp=2))
 def test_all_ranks_use_the_precision_of_rank_0(mesh: Mesh) -> None:
-    """One line says so if their processors differ. In fp32 nothing is chosen."""
+    """One line reports different processors. In fp32 nothing is chosen."""
     rank, config = mesh.world.rank, debug_config()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hardware, "processor", lambda: Processor(f"CPU {rank}", "", frozenset()))
@@ -198,7 +198,7 @@ def test_a_resume_on_other_hardware_is_reported_in_one_line(mesh: Mesh) -> None:
 def test_a_resume_repeats_bit_for_bit_in_its_precision(
     corpus: Path, tmp_path: Path, kept: Choice
 ) -> None:
-    """Also on a processor where the other precision is faster."""
+    """Even on a processor where the other precision is faster."""
     other: Choice = "widened" if kept == "native" else "native"
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train_on(ONE_RANK, settings(corpus, whole, *BF16), fastest=kept)

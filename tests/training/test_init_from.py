@@ -99,7 +99,7 @@ def first_batch(config: Config) -> MicroBatch:
 
 
 def newest_state(run: Path) -> dict[str, Any]:
-    """What the newest manifest says besides tensors."""
+    """The state in the newest manifest."""
     return read_manifest(sorted((run / "checkpoints").iterdir())[-1]).state
 
 
@@ -128,7 +128,7 @@ def test_a_table_of_positions_keeps_its_length(base: Path, text: Path, tmp_path:
 def test_the_first_loss_is_that_of_the_weights_of_the_source(
     base: Path, text: Path, tmp_path: Path, layout: Layout, steps: int
 ) -> None:
-    """On the rows of the new text, whatever layout; schedule, steps and tokens start anew."""
+    """On any layout, on the rows of the new text; schedule, steps and tokens start at zero."""
     arguments = second(base, tmp_path, text, f"train.train_steps={steps}")
     whole = first_batch(parse_config(arguments))
     dense = Dense(base, BASE_STEP)
@@ -209,7 +209,7 @@ def test_the_first_update_continues_that_of_the_source(mesh: Mesh, text: Path, b
 def test_a_killed_stage_resumes_bit_for_bit_without_its_source(
     copy: Path, text: Path, tmp_path: Path
 ) -> None:
-    """The same command; another origin is refused, and run.resume=never would read it again."""
+    """The same command resumes; another origin is refused; run.resume=never reads it again."""
     overrides = (
         "run.init_optimizer=true",
         "train.train_steps=40",
@@ -240,7 +240,7 @@ def test_a_killed_stage_resumes_bit_for_bit_without_its_source(
 
 
 def test_settings_come_from_the_source(base: Path, text: Path) -> None:
-    """All of them without config=, which names the run after it; with one, the model."""
+    """Without config= all settings and the name do; with it, only those of the model."""
     arguments = [f"run.init_from={base}/", f"data.path={text}"]
     one_rank = "parallel.tensor_model_parallel_size=1"
     config = parse_config([*arguments, one_rank])
@@ -298,7 +298,7 @@ def test_wrong_settings_are_refused(
 
 
 def test_damaged_sources(copy: Path, text: Path, tmp_path: Path) -> None:
-    """A damaged checkpoint is passed over, or refused if there is no other one."""
+    """A damaged checkpoint is skipped, or is an error if it is the only one."""
     newest, older = (copy / "checkpoints" / f"step_{step:08}" for step in (30, 15))
     (newest / "manifest.json").write_text("{")
     train_on(ONE_RANK, second(copy, tmp_path, text, "train.train_steps=1"))
@@ -324,7 +324,7 @@ def expect_damage(mesh: Mesh, config: Config) -> None:
 
 @pytest.mark.slow
 def test_a_stage_after_an_import(text: Path, tmp_path: Path) -> None:
-    """It equals the imported run itself, which has no optimizer state to take along."""
+    """The stage equals the imported run, which has no optimizer state."""
     hf_model("Llama").save_pretrained(tmp_path / "hf")
     write_json_tokenizer(tmp_path / "hf", "llama3")
     source = tmp_path / "imported"
@@ -352,7 +352,7 @@ def test_a_stage_after_an_import(text: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_page_runs(tmp_path: Path) -> None:
+def test_the_documented_commands_run(tmp_path: Path) -> None:
     """Every command of docs/stages.md as written, in order."""
     for path in ROOT.glob("[!.]*"):
         if path.name not in ("runs", "exports"):

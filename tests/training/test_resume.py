@@ -1,4 +1,4 @@
-"""What a resume may change, and what would make it another run."""
+"""Settings that a resume may change, and those that it refuses to change."""
 
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,8 @@ def resume(
     assert find_own_checkpoint(now, text, mesh, folder) is checkpoint
 
 
-def test_the_same_text_may_be_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the fingerprint decides, for one source and for several."""
+def test_the_same_text_may_have_another_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the fingerprint counts, for one source and for several."""
     one, other = (Config(data=DataConfig("text", path)) for path in "ab")
     resume(monkeypatch, one, other)
     resume(monkeypatch, mixture("a", "b"), mixture("/moved/a", "b"))
@@ -46,8 +46,8 @@ def test_the_same_text_may_be_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None
             resume(monkeypatch, before, now, "other text")
 
 
-def test_the_weights_of_a_mixture_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They decide the order of samples, and no fingerprint covers them."""
+def test_mixture_weights_cannot_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights decide the order of samples, and no fingerprint covers them."""
     with pytest.raises(CheckpointError, match=r"data\.sources=\[1\.0, 3\.0\] \(was \[3\.0, 1\.0\]"):
         resume(monkeypatch, mixture("a", "b"), mixture("a", "b", weights=(1.0, 3.0)))
     resume(monkeypatch, Config(data=DataConfig("text", "a")), mixture("a", weights=(7.0,)))
@@ -67,7 +67,7 @@ def test_another_optimizer_is_refused(monkeypatch: pytest.MonkeyPatch, more: Any
 def test_another_tokenizer_is_refused_before_the_text_is_tokenized(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """If it is given; otherwise it must be trained first."""
+    """If the tokenizer is given; otherwise it must be trained first."""
     path = tmp_path / "given.model"
     path.write_bytes(small_tokenizer().content)
     given = DataConfig("text", "a", tokenizer=str(path))

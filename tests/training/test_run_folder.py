@@ -87,7 +87,7 @@ def test_a_link_is_refused_and_its_target_left_alone(mesh: Mesh, tmp_path: Path,
 def test_a_folder_that_cannot_be_written_is_an_error_on_all_ranks(
     mesh: Mesh, tmp_path: Path
 ) -> None:
-    """Found before training; here a file is in the place of the folder."""
+    """The error comes before training; here the folder is a file."""
     if mesh.world.rank == 0:
         (tmp_path / "test").write_text("")
     with pytest.raises(UserError, match=r"cannot write in run folder .*test: (Not|File)"):
@@ -107,7 +107,7 @@ def test_links_outside_the_run_folder_are_allowed(mesh: Mesh, tmp_path: Path) ->
 
 @distributed(Layout(tp=2), Layout(dp=2))
 def test_ranks_that_do_not_share_the_folder_are_refused(mesh: Mesh, tmp_path: Path) -> None:
-    """Even if each rank has such a folder with an earlier run; all ranks name the one of rank 0."""
+    """Even if each rank has its own folder with an earlier run; all ranks name rank 0's."""
     own = tmp_path / str(mesh.world.rank)
     plant_finished_run(own)
     with pytest.MonkeyPatch.context() as patch:
@@ -125,7 +125,7 @@ def test_ranks_that_do_not_share_the_folder_are_refused(mesh: Mesh, tmp_path: Pa
 
 @distributed(Layout(dp=2))
 def test_a_rank_that_cannot_write_is_named(mesh: Mesh, tmp_path: Path) -> None:
-    """As on a host that has mounted the file system read-only."""
+    """As on a host with a read-only mount."""
 
     def refuse(path: Path) -> None:
         raise OSError(30, "Read-only file system", str(path))
@@ -165,7 +165,7 @@ def test_a_folder_that_appears_late_is_shared(mesh: Mesh, tmp_path: Path) -> Non
 def test_a_refused_launch_changes_nothing(
     mesh: Mesh, tmp_path: Path, resume: Literal["auto", "never"]
 ) -> None:
-    """The previous exit.json stays; if there is none, none is written."""
+    """A previous exit.json stays, and no new one is written."""
     for finished in (True, False):
         directory = tmp_path / str(finished)
         if finished and mesh.world.rank == 0:
@@ -181,7 +181,7 @@ def test_a_refused_launch_changes_nothing(
 
 @distributed(ONE_RANK)
 def test_a_launch_replaces_the_exit_json_of_the_previous_one(mesh: Mesh, tmp_path: Path) -> None:
-    """Training removes the old exit.json, so none is there after kill -9; a later end is written.
+    """Training removes the old exit.json, so there is none after kill -9.
 
     A stop or crash before the first step records the step of the newest checkpoint.
     """
@@ -203,9 +203,9 @@ def test_a_launch_replaces_the_exit_json_of_the_previous_one(mesh: Mesh, tmp_pat
 
 @distributed(Layout(tp=2, dp=2))
 def test_the_rank_that_crashes_first_writes_exit_json(mesh: Mesh, tmp_path: Path) -> None:
-    """Rank 0 may be blocked in a collective; its error when that breaks does not count.
+    """Rank 0 may be blocked in a collective; its later error does not replace exit.json.
 
-    The same during the last save, while exit.json says that the run has not ended yet.
+    The same holds during the last save, when exit.json says that the run has not ended yet.
     """
     exit_file = tmp_path / "test" / "exit.json"
     if mesh.world.rank == 0:
@@ -220,10 +220,10 @@ def test_the_rank_that_crashes_first_writes_exit_json(mesh: Mesh, tmp_path: Path
                 folder.announce_last_save()
             any_rank(mesh, False)
             if in_last_save:
-                said = report(tmp_path)
-                assert (said["code"], said["step"]) == (1, 3)
-                assert said["reason"] == "has not ended yet: saving step 3"
-                assert said["resume"] is not None
+                written = report(tmp_path)
+                assert (written["code"], written["step"]) == (1, 3)
+                assert written["reason"] == "has not ended yet: saving step 3"
+                assert written["resume"] is not None
             else:
                 assert not exit_file.exists()
             any_rank(mesh, False)
@@ -239,7 +239,7 @@ def test_the_rank_that_crashes_first_writes_exit_json(mesh: Mesh, tmp_path: Path
 
 @distributed(ONE_RANK)
 def test_a_full_disk_does_not_hide_why_the_run_ends(mesh: Mesh, tmp_path: Path) -> None:
-    """If exit.json cannot be written, the error is still the run's own."""
+    """If exit.json cannot be written, the run still raises its own error."""
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -259,7 +259,7 @@ def test_a_full_disk_does_not_hide_why_the_run_ends(mesh: Mesh, tmp_path: Path) 
 def test_exit_json_comes_before_wandb_and_pruning(
     mesh: Mesh, corpus: Path, tmp_path: Path, ending: str
 ) -> None:
-    """Everything that may delay the end of a run comes after its report."""
+    """Whatever may delay the end of a run comes after exit.json."""
     overrides = ["evaluate.interval=0", "train.max_consecutive_skips=0", "checkpoint.keep=1"]
     overrides += ["run.stop_at_step=5", "checkpoint.save_interval=3", "checkpoint.async_save=false"]
     run_config = changed(
@@ -308,7 +308,7 @@ def test_exit_json_comes_before_wandb_and_pruning(
 
 @distributed(ONE_RANK)
 def test_a_signal_handler_opens_no_file(mesh: Mesh, tmp_path: Path) -> None:
-    """It may have interrupted the line that writes the same file."""
+    """It may have interrupted a write to the same file."""
     signals = StopSignals()
     signals.training()
     with RunFolder(config(tmp_path), mesh):
@@ -367,7 +367,7 @@ def test_a_host_takes_over_from_one_that_has_ended(mesh: Mesh, tmp_path: Path, e
 def test_a_restart_that_dies_early_does_not_forget_that_the_launch_has_trained(
     mesh: Mesh, tmp_path: Path
 ) -> None:
-    """Or the attempt after it would start over with run.resume=never."""
+    """Otherwise the next attempt would start over with run.resume=never."""
     folder = tmp_path / "test"
     folder.mkdir()
     lock = lock_module.FolderLock(folder, is_restart=False)

@@ -127,7 +127,7 @@ def test_a_signal_stops_all_ranks_at_one_step(
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-def test_any_signal_to_anyone_in_any_phase(
+def test_any_signal_to_any_process_in_any_phase(
     corpus: Path,
     tmp_path: Path,
     unbroken: list[dict[str, Any]],
@@ -136,14 +136,13 @@ def test_any_signal_to_anyone_in_any_phase(
     target: str,
     phase: str,
 ) -> None:
-    """All combinations."""
     expect_a_clean_stop(corpus, tmp_path, unbroken, monkeypatch, (number, target, phase))
 
 
 def test_a_second_signal_ends_at_once(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A second Ctrl-C does not wait for a long save, and the first one says so."""
+    """A second Ctrl-C does not wait for a long save; the first one announces that."""
     slow_down(monkeypatch, tmp_path / "slow", save_s=30.0)
     process = start(1, settings(corpus, tmp_path, *LONG))
     wait_for(lambda: steps_done(tmp_path) >= 2, process)
@@ -162,7 +161,7 @@ def test_a_second_signal_ends_at_once(
 def test_ctrl_c_leaves_the_resume_command_last_on_the_terminal(
     corpus: Path, tmp_path: Path
 ) -> None:
-    """Below the traceback of torchrun, which prints it after its workers have ended."""
+    """The command comes after the traceback that torchrun prints last."""
     reader, terminal = pty.openpty()
     process = launch(1, settings(corpus, tmp_path, *LONG), ("--standalone",), terminal=terminal)
     os.close(terminal)

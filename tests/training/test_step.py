@@ -64,8 +64,8 @@ def host_reads() -> Iterator[list[str]]:
 
 @distributed(ONE_RANK, *TENSOR_PARALLEL[:2], Layout(tp=2, overlap="backward"), Layout(dp=2))
 @pytest.mark.parametrize("options", ["gpt2", "llama"])
-def test_the_model_reads_nothing(mesh: Mesh, options: str) -> None:
-    """Neither in forward nor in backward does the host wait for the value of a tensor."""
+def test_the_model_reads_no_values_on_the_host(mesh: Mesh, options: str) -> None:
+    """The host reads no tensor values in forward or backward."""
     model = tiny_model(mesh, dataclasses.replace(TINY, **OPTIONS[options]))
     with host_reads() as reads:
         model(*batch(), STREAM).objective.backward()
@@ -110,8 +110,8 @@ def test_a_step_waits_once(mesh: Mesh, config: Config) -> None:
     [("stream", False), ("stream", True), ("best_fit", False), ("best_fit", True), ("pad", False)],
 )
 @pytest.mark.parametrize("is_mixture", [False, True])
-def test_every_rank_knows_the_targets_of_all(mode: str, masked: bool, is_mixture: bool) -> None:
-    """A loader counts those of the global batch; it reads only its own rows."""
+def test_every_rank_counts_all_targets(mode: str, masked: bool, is_mixture: bool) -> None:
+    """A loader counts the targets of the global batch but reads only its own rows."""
     corpus = mixed_corpus() if is_mixture else corpus_of_lengths(LENGTHS)
     for dp_size in (1, 2, 3):
         ranks = [

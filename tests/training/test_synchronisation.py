@@ -1,8 +1,7 @@
-"""A step on a GPU has no implicit host-device synchronization. Shown without a GPU.
+"""A step on a GPU has no implicit host-device synchronization; tested without a GPU.
 
-The step runs on meta tensors in place of the GPU's; tensors on the CPU are real.
-A dispatch mode sees every operation and refuses those for which CUDA would make the host wait.
-`make gpu-check` counts the same on a real GPU.
+The step runs on meta tensors instead of the GPU's; CPU tensors are real. A dispatch mode refuses
+operations for which CUDA would make the host wait. `make gpu-check` counts them on a real GPU.
 """
 
 import sys
@@ -178,7 +177,7 @@ def test_a_step_waits_once(
         lambda x: torch.empty(2).copy_(x, non_blocking=True),
     ],
 )
-def test_what_waits_is_found(monkeypatch: pytest.MonkeyPatch, wait: Any) -> None:
-    """Values that the host reads, shapes that depend on values, and copies of pageable memory."""
+def test_implicit_waits_are_detected(monkeypatch: pytest.MonkeyPatch, wait: Any) -> None:
+    """Host reads, data-dependent shapes, and copies from pageable memory are detected."""
     with simulated_gpu(monkeypatch), pytest.raises(Synchronization):
         wait(torch.ones(2, device=GPU))

@@ -1,4 +1,4 @@
-"""A hung run is detected in time, the stuck rank named, its stacks kept, and the run ended."""
+"""The watchdog detects a hang in time, names the stuck rank, saves stacks, ends the run."""
 
 import functools
 import json
@@ -95,7 +95,7 @@ def beat_during(blocks: Callable[[], object], tmp_path: Path) -> Beat:
 
     def sample() -> None:
         time.sleep(0.4)
-        watchdog._look(1.0)
+        watchdog._sample(1.0)
 
     sampler = threading.Thread(target=sample)
     sampler.start()
@@ -105,7 +105,7 @@ def beat_during(blocks: Callable[[], object], tmp_path: Path) -> Beat:
 
 
 def test_awaiting_an_asynchronous_collective_is_waiting(tmp_path: Path) -> None:
-    """Work.wait is C++ without a frame of torch, and the rank would be blamed."""
+    """Work.wait has no torch frame in Python, so the rank would otherwise be blamed."""
     work = cast(dist.Work, SimpleNamespace(wait=functools.partial(time.sleep, 1)))
     beat = beat_during(Pending(torch.ones(1), [work]).wait, tmp_path)
     assert beat.is_waiting
@@ -113,7 +113,7 @@ def test_awaiting_an_asynchronous_collective_is_waiting(tmp_path: Path) -> None:
 
 
 def test_a_copy_from_the_device_is_waiting(tmp_path: Path) -> None:
-    """NCCL returns at once, and the host waits when it copies the result; its caller is shown."""
+    """With NCCL the host waits in the copy of a result; the report shows its caller."""
     on_device = cast(torch.Tensor, SimpleNamespace(to=time.sleep))
     beat = beat_during(lambda: move_to(on_device, cast(torch.device, 1)), tmp_path)
     assert beat.is_waiting
@@ -122,10 +122,10 @@ def test_a_copy_from_the_device_is_waiting(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_stopped_rank_is_named_and_the_run_comes_back(
+def test_a_stopped_rank_is_named_and_the_run_resumes(
     corpus: Path, tmp_path: Path, unbroken: list[dict[str, Any]]
 ) -> None:
-    """SIGSTOP of rank 1: with --max-restarts the run finishes with the same numbers."""
+    """After SIGSTOP of rank 1, a run with --max-restarts finishes with the same losses."""
     process = start(2, settings(corpus, tmp_path, *WATCHED), ("--max-restarts=1",))
     stopped = stop_in_the_middle(process, tmp_path, rank=1)
     output = finish(process)
@@ -137,7 +137,7 @@ def test_a_stopped_rank_is_named_and_the_run_comes_back(
 
 
 def test_a_stopped_rank_0_is_named_by_another(corpus: Path, tmp_path: Path) -> None:
-    """Rank 0, which writes exit.json otherwise, no longer can."""
+    """Rank 0 usually writes exit.json, but no longer can."""
     process = start(2, settings(corpus, tmp_path, *WATCHED))
     stopped = stop_in_the_middle(process, tmp_path, rank=0)
     output = finish(process, expected=1)
@@ -166,7 +166,7 @@ def test_a_single_process_blames_itself(
 
 
 @pytest.mark.slow
-def test_a_slow_run_is_left_alone(
+def test_a_slow_run_is_no_hang(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A slow step, evaluations, saves and the end, all within the limit."""
@@ -215,7 +215,7 @@ def slow_down_files(
 
 
 @pytest.mark.slow
-def test_a_last_save_longer_than_the_limit_is_waited_for(
+def test_a_last_save_longer_than_the_limit_is_no_hang(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The wait is reported once per limit, and the run ends with its checkpoint."""
@@ -228,10 +228,10 @@ def test_a_last_save_longer_than_the_limit_is_waited_for(
 
 @pytest.mark.drill
 @pytest.mark.parametrize("rank", [0, 1])
-def test_every_slow_save_is_waited_for(
+def test_slow_saves_are_no_hang(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
 ) -> None:
-    """The background save and the last one, on either rank."""
+    """In the background and at the end, on either rank."""
     slow_down_files(monkeypatch, tmp_path / "slow", rank, seconds=2 * LIMIT_S)
     often = ("checkpoint.save_interval=2", "checkpoint.keep=1")
     output = finish(start(2, settings(corpus, tmp_path, f"run.hang_timeout_s={LIMIT_S}", *often)))
@@ -245,7 +245,7 @@ def test_every_slow_save_is_waited_for(
 def test_a_file_system_that_hangs_ends_the_run(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After ten times the limit, naming the rank."""
+    """The run ends after ten times the limit and names the rank."""
     slow_down_files(monkeypatch, tmp_path / "slow", rank=1, seconds=1000)
     output = finish(start(2, settings(corpus, tmp_path, "run.hang_timeout_s=2")), expected=1)
     reason = hang_report(tmp_path)
@@ -254,7 +254,7 @@ def test_a_file_system_that_hangs_ends_the_run(
 
 
 def test_blame() -> None:
-    """Silent ranks come first, then those that do not wait, then those behind; else all."""
+    """Blame silent ranks first, then those that do not wait, then those behind, else all."""
     waiting = Beat("host", "m", 1, step=5, is_waiting=True)
     behind, working = (
         Beat("host", "m", 1, step=4, is_waiting=True),
@@ -276,7 +276,7 @@ def test_blame() -> None:
     assert blame(most_read, most_read) == [0, 1]
 
 
-def test_no_limit_no_thread() -> None:
+def test_no_thread_without_a_limit() -> None:
     """`run.hang_timeout_s=0` turns the watchdog off."""
     config = parse_config(["config=gpt_debug.yaml", "run.hang_timeout_s=0"])
     run = cast(Run, SimpleNamespace(config=config, folder=None, mesh=None))
