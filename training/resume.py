@@ -59,11 +59,11 @@ _MAY_CHANGE = (
     "data.validation_path",
 )
 _MAY_CHANGE_SECTIONS = tuple(key for key in _MAY_CHANGE if key.endswith("."))
-# All that an imported model fixes: it has read no text yet.
-_OF_THE_MODEL = ("model.", "data.vocab_size")
-_OF_THE_START = ("run.init_from", "run.init_optimizer")
+# What an imported model fixes; it has no text yet.
+_MODEL_KEYS = ("model.", "data.vocab_size")
+_INIT_KEYS = ("run.init_from", "run.init_optimizer")
 _OPTIMIZER = "optimizer.name"  # decides which moments there are
-_DECIDE_THE_NEXT_STEP = ("dropout_masks", "sample_order")
+_RESUME_RECIPES = ("dropout_masks", "sample_order")
 _CONTENTS = {
     "text_fingerprint": "the text of data.path or data.sources",
     "tokenizer_fingerprint": "the tokenizer",
@@ -231,8 +231,8 @@ def _require_same_settings(checkpoint: Checkpoint, config: Config, *, is_importe
 
 def _may_change(key: str, is_imported: bool) -> bool:
     if is_imported:
-        return not key.startswith((*_OF_THE_MODEL, *_OF_THE_START, _OPTIMIZER))
-    return key not in ("run.seed", _OPTIMIZER, *_OF_THE_START) and (
+        return not key.startswith((*_MODEL_KEYS, *_INIT_KEYS, _OPTIMIZER))
+    return key not in ("run.seed", _OPTIMIZER, *_INIT_KEYS) and (
         key in _MAY_CHANGE or key.startswith(_MAY_CHANGE_SECTIONS)
     )
 
