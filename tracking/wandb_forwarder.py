@@ -31,8 +31,10 @@ _MAX_ROWS = 10_000  # in the queue
 # torchrun kills a process 30 s after a signal, and wandb may need some seconds at process exit.
 INIT_TIMEOUT_S, FINISH_TIMEOUT_S, MAX_WAIT_S = 15.0, 5.0, 20.0
 # Settings that may contain local paths, which are not sent.
-_PATHS = ("path", "validation_path", "directory", "cache_directory", "tokenizer", "init_from")
-_PATHS += ("tasks",)
+_PATHS = (
+    *("path", "validation_path", "directory", "cache_directory", "tokenizer", "init_from"),
+    "tasks",
+)
 
 
 class WandbForwarder:

@@ -50,8 +50,10 @@ logger = logging.getLogger("microtron")
 _PREVIOUS, _HANDSHAKE = "previous_", ".handshake-"
 _OWN = ("checkpoints", "metrics.jsonl", "samples.jsonl", "profile", "tensorboard", "wandb", ".lock")
 # Settings that may differ between hosts: paths, and what changes no number.
-_OF_A_HOST = ("data.path", "data.sources", "data.validation_path", "data.tokenizer", "logging.")
-_OF_A_HOST += ("data.cache_directory", "run.directory", "run.init_from", "train.num_threads")
+_HOST_KEYS = (
+    *("data.path", "data.sources", "data.validation_path", "data.tokenizer", "logging."),
+    *("data.cache_directory", "run.directory", "run.init_from", "train.num_threads"),
+)
 _WAIT_FOR_FILES_S = 10.0  # for a network file system to show on one host what another has made
 _SAVING = "has not ended yet: saving step "
 
@@ -108,8 +110,8 @@ class RunFolder:
         # All ranks raise what rank 0 found, or they would wait for it in a collective.
         facts = (failure, nonce, self.starts_over)
         failure, nonce, self.starts_over = gather_json(self._mesh, facts)[0]
-        failure = failure or self._why_not_shared(self.path / f"{_HANDSHAKE}{nonce}")
-        failure = failure or self._why_other_settings()
+        failure = failure or self._sharing_problem(self.path / f"{_HANDSHAKE}{nonce}")
+        failure = failure or self._settings_problem()
         if failure is not None:
             self._unlock()
             raise UserError(failure)
@@ -165,10 +167,10 @@ class RunFolder:
             "folder that all hosts share"
         )
 
-    def _why_other_settings(self) -> str | None:
+    def _settings_problem(self) -> str | None:
         """Return the problem, on all ranks, if hosts were started with different settings."""
         settings = flatten(self._config).items()
-        own = {key: value for key, value in settings if not key.startswith(_OF_A_HOST)}
+        own = {key: value for key, value in settings if not key.startswith(_HOST_KEYS)}
         reports = gather_json(self._mesh, [socket.gethostname(), own])
         first = reports[0][1]
         for rank, (host, other) in enumerate(reports):
@@ -180,8 +182,8 @@ class RunFolder:
                 )
         return None
 
-    def _appears(self, folder: Path) -> bool:
-        """Wait a while for a folder of rank 0; return whether it is there."""
+    def _wait_for_folder(self, folder: Path) -> bool:
+        """Wait for a folder of rank 0; return whether it appears."""
         deadline = time.monotonic() + _WAIT_FOR_FILES_S
         while not (found := folder.is_dir()) and time.monotonic() < deadline:
             time.sleep(0.05)
