@@ -165,7 +165,7 @@ def test_loss_and_gradients_equal_the_reference(
 
     expected = reference_losses(dense, config, tokens, positions, targets, dropout_mask, documents)
     (expected[0] + 0.1 * expected[1]).backward()
-    for loss, dense_loss in zip(losses[1:], expected, strict=True):
+    for loss, dense_loss in zip(losses[1:3], expected, strict=True):
         assert_close(loss.double(), dense_loss, rtol=1e-6, atol=0)
     gradients = full_tensors(gradient_shards(model), mesh)
     assert gradients.keys() == dense.keys()
