@@ -46,8 +46,6 @@ class WholeMatrices:
             owner = loads.index(min(loads))
             names_of[owner].append(name)
             loads[owner] += costs[name]
-        # The first rank has the most, as it has of FSDP2's shards.
-        names_of.sort(key=lambda names: sum(costs[name] for name in names), reverse=True)
         self.parts, self.own = parts, names_of[self.rank]
         self.names = [name for names in names_of for name in names]  # in the order of their owners
         before = [0] * (mesh.pp.rank * self.num_ranks)  # for ranks of other stages
