@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r .venv/wanted.txt
 	touch $@
 
-train: setup  ## train a small GPT on two tensor-parallel ranks, about five minutes; ARGS="key=value ..."
+train: setup  ## train a small GPT on two tensor-parallel ranks for five minutes; ARGS="key=value ..."
 	@trap 'echo "Stopped: make train$(if $(ARGS), with the same ARGS,) resumes from the last save." >&2' INT; \
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 train.py config=gpt_laptop.yaml \
 	  parallel.tensor_model_parallel_size=2 $(ARGS)

@@ -9,6 +9,7 @@ the configuration; schedule and optimizer are those of nanoGPT's config/train_sh
 """
 
 import math
+import operator
 import os
 import statistics
 import sys
@@ -37,8 +38,8 @@ def learning_rate(step: int, num_steps: int) -> float:
     return MIN_LR + 0.5 * (1 + math.cos(math.pi * progress)) * (LR - MIN_LR)
 
 
-def train(model: nn.Module, shape: Workload, corpus: Corpus, config: Config) -> tuple[int, float]:
-    """Train for the time of the configuration; returns the number of steps and the seconds."""
+def train(model: nn.Module, shape: Workload, corpus: Corpus, config: Config) -> list[float]:
+    """Train for the time of the configuration; returns when each step ended, the start first."""
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
@@ -66,7 +67,7 @@ def train(model: nn.Module, shape: Workload, corpus: Corpus, config: Config) -> 
                 num_steps = step + int((limit_s - (ends[-1] - ends[0])) / step_s)
             if step % 50 == 0:
                 sys.stderr.write(f"step {step}/{num_steps}: loss {loss.item():.4f}\n")
-    return step, ends[-1] - ends[0]
+    return ends
 
 
 @torch.no_grad()
@@ -104,11 +105,12 @@ def main() -> int:
         vocab_size=config.data.padded_vocab_size,
     )
     model = PlainGPT(shape)
-    steps, seconds = train(torch.compile(model), shape, corpus, config)
+    ends = train(torch.compile(model), shape, corpus, config)
     result = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "steps": steps,
-        "seconds": seconds,
+        "steps": len(ends) - 1,
+        "seconds": ends[-1] - ends[0],
+        "step_s": statistics.median(map(operator.sub, ends[1:], ends)),
         "bits_per_byte": bits_per_byte(model, corpus, config),
     }
     report(result)
