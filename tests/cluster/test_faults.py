@@ -69,7 +69,7 @@ def start(cluster: Cluster, arguments: list[str], *flags: str) -> list[Process]:
 
 
 def reach(directory: Path, step: int, *processes: Process) -> None:
-    wait_until(lambda: steps_done(directory) >= step, 180, *processes)
+    wait_until(lambda: steps_done(directory) >= step, 400, *processes)
 
 
 def record(fault: str, detected_s: float | None, lost: int | None, recovery: str) -> None:
