@@ -69,7 +69,7 @@ def start(cluster: Cluster, arguments: list[str], *flags: str) -> list[Process]:
 
 
 def reach(directory: Path, step: int, *processes: Process) -> None:
-    wait_until(lambda: steps_done(directory) >= step, 180, *processes)
+    wait_until(lambda: steps_done(directory) >= step, 400, *processes)
 
 
 def record(fault: str, detected_s: float | None, lost: int | None, recovery: str) -> None:
@@ -160,7 +160,7 @@ def test_the_first_host_is_lost(
     detected_s = time.monotonic() - killed_at
     report = exit_report(tmp_path)
     assert report["code"] == 1
-    assert "rank 0" in report["reason"] or "connection" in report["reason"]
+    assert "connection" in report["reason"].lower()
     code = processes[1].wait(200)
     logger.warning("torchrun ended with %d after %.0f s", code, time.monotonic() - killed_at)
     assert code != 0
