@@ -106,6 +106,13 @@ bench: setup  ## time ours beside other trainers; writes docs/benchmarks.md; ARG
 bench-setup: setup  ## make the environments of the other trainers for make bench, about 6 GB
 	$(BIN)/python -m bench.setup
 
+.PHONY: curves figures
+curves: setup  ## train ours and two peers on several layouts each; writes docs/figures/curves.json
+	$(BIN)/python -m bench.curves $(ARGS)
+
+figures: setup  ## draw docs/figures/*.png from the results beside them
+	$(BIN)/python -m bench.figures $(ARGS)
+
 check: lint types lines test-all  ## everything; do this before a commit
 
 clean:  ## remove caches and the debug run

@@ -125,7 +125,8 @@ def parse(arguments: list[str]) -> tuple[Settings, Config]:
             kept |= {key: value for key, value in given.items() if value is not None}
             config = replace(config, data=DataConfig(**kept))
             check_source("data", config.data.mixture["data"])
-        check_inputs(config)
+        if not settings.task:  # which need no text
+            check_inputs(config)
     return settings, config
 
 

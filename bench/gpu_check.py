@@ -97,7 +97,7 @@ class Trainer:
         """`exact`: use the initial weights of a run, which take seconds per billion."""
         import torch
 
-        from bench.ours import build_run, random_corpus
+        from bench.ours import build_run, corpus_of
         from configs import parse_config
         from model import build_meta_model
         from training.optimizer import build_optimizer
@@ -119,7 +119,7 @@ class Trainer:
                     else:
                         parameter.fill_(float(name.endswith("weight")))
             optimizer = build_optimizer(model, self.config.optimizer)
-            corpus = random_corpus(self.config)
+            corpus = corpus_of(self.config)
             self.run = Run(self.config, self.mesh, no_folder, corpus, model, optimizer)
         self.state = RunState(wandb_id="none")
         with training_batches(self.run, self.state) as loader:

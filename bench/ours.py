@@ -61,7 +61,8 @@ def settings(workload: Workload) -> list[str]:
         f"model.attention_dropout={workload.attention_dropout}",
         f"data.vocab_size={workload.vocab_size}",
         f"parallel.tensor_model_parallel_size={workload.tp}",
-        f"parallel.pipeline_model_parallel_size={workload.pp}",
+        f"parallel.pipeline_model_parallel_size={workload.size('pp')}",
+        f"parallel.context_parallel_size={workload.size('cp')}",
         f"parallel.sequence_parallel={str(workload.sequence_parallel).lower()}",
         f"train.global_batch_size={workload.global_batch_size}",
         f"train.micro_batch_size={workload.micro_batch}",
@@ -76,11 +77,15 @@ def settings(workload: Workload) -> list[str]:
     ]
 
 
-def random_corpus(config: Config) -> Corpus:
-    """One document of random tokens, the same on every rank."""
+def corpus_of(config: Config, text: str = "") -> Corpus:
+    """One document of the bytes of a file, or of random tokens, the same on every rank."""
     model = train_tokenizer(["ab"], _PIECES)
-    length = _ROWS * config.model.seq_length + 1
-    tokens = np.random.default_rng(SEED).integers(0, config.data.padded_vocab_size, length)
+    if text:
+        tokens = np.fromfile(text, np.uint8).astype(np.int64)
+    else:
+        size = _ROWS * config.model.seq_length + 1
+        tokens = np.random.default_rng(SEED).integers(0, config.data.padded_vocab_size, size)
+    length = len(tokens)
     document = TokenFile(
         tokens.astype(np.uint32),
         np.array([0, length], dtype=np.int64),
@@ -91,12 +96,12 @@ def random_corpus(config: Config) -> Corpus:
     return Corpus(tokenizer, _CONFIG, document, document, "random", {})
 
 
-def build_run(config: Config, mesh: Mesh, folder: RunFolder) -> Run:
-    """Create what train.py's `start` creates, from random tokens."""
+def build_run(config: Config, mesh: Mesh, folder: RunFolder, text: str = "") -> Run:
+    """Create what train.py's `start` creates, from random tokens or the bytes of a file."""
     set_up_allocator(mesh, num_parameters(config.model, config.data.padded_vocab_size))
     model = build_model(config, mesh)
     optimizer = build_optimizer(model, config.optimizer)
-    return Run(config, mesh, folder, random_corpus(config), model, optimizer)
+    return Run(config, mesh, folder, corpus_of(config, text), model, optimizer)
 
 
 def stepper(run: Run, batches: BatchLoader) -> Callable[[int], float]:
@@ -114,7 +119,7 @@ def stepper(run: Run, batches: BatchLoader) -> Callable[[int], float]:
 
 def time_training(config: Config, mesh: Mesh, arguments: Arguments) -> dict[str, Any]:
     """Seconds of each step, and what else `time_steps` finds."""
-    run = build_run(config, mesh, RunFolder(config, mesh))
+    run = build_run(config, mesh, RunFolder(config, mesh), arguments.workload.text)
     with training_batches(run, RunState(wandb_id="none")) as batches:
         measured = time_steps(stepper(run, batches), arguments)
     return {

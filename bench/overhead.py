@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from bench.ours import random_corpus, settings
+from bench.ours import corpus_of, settings
 from bench.timing import report
 from bench.workload import parse
 from configs import Config, parse_config
@@ -37,7 +37,7 @@ def measure(config: Config, mesh: Mesh) -> dict[str, float]:
         model = GPT(config.model, config.data.padded_vocab_size, mesh)
         optimizer = build_optimizer(model, config.optimizer)
         run, state = (
-            Run(config, mesh, folder, random_corpus(config), model, optimizer),
+            Run(config, mesh, folder, corpus_of(config), model, optimizer),
             RunState(wandb_id="bench"),
         )
         with training_batches(run, state) as batches:

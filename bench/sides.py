@@ -97,7 +97,8 @@ class Visit:
     @property
     def command(self) -> list[str]:
         """What is run, from the root, without the steps to do."""
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        num_ranks = str(self.workload.num_ranks)
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", num_ranks]
         return [
             str(self.side.python),
             *(launcher if self.workload.num_ranks > 1 else []),

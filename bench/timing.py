@@ -29,8 +29,8 @@ _USER, _NICE, _SYSTEM, _IRQ, _SOFTIRQ, _STOLEN = 0, 1, 2, 5, 6, 7  # proc(5), /p
 def time_steps(step: Callable[[int], float], arguments: Arguments) -> dict[str, Any]:
     """Runs warm-up and timed steps; `step` does a whole one, given its number, returns its loss.
 
-    Returns the seconds of each timed step, the shares of the cores that others took, the losses of
-    all steps, and the largest resident memory of any rank.
+    Returns the seconds of each timed step, the shares of the cores that others took, the mean over
+    ranks of the losses of all steps, and the largest resident memory of any rank.
     """
     patience_s = arguments.patience_s
     losses, elapsed, foreign, stolen = [], [], [], []
@@ -48,12 +48,13 @@ def time_steps(step: Callable[[int], float], arguments: Arguments) -> dict[str, 
             elapsed.append(elapsed_s)
             foreign.append(max(0.0, busy_after - busy - _over_ranks(own_s, "sum")) / capacity_s)
             stolen.append((taken_after - taken) / capacity_s)
+    num_ranks = _over_ranks(1.0, "sum")
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "step_s": elapsed,
         "foreign": foreign,
         "stolen": stolen,
-        "losses": losses,
+        "losses": [_over_ranks(loss, "sum") / num_ranks for loss in losses],
         "peak_mb": _over_ranks(peak_kib / 1024, "max"),
     }
 

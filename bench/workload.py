@@ -7,9 +7,12 @@ as in larger models. Imports only torch, because the peers' environments have no
 
 import argparse
 import dataclasses
+import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,6 +20,7 @@ from torch import Tensor
 
 LAYOUTS = ("tp1", "tp2", "tp2+sp", "dp2")
 PIPELINE = "pp2"  # a layout of ours alone
+_LAYOUT = re.compile(r"(tp|cp|pp|dp)\d(\+sp|\+(tp|cp|pp|dp)\d)*")
 LR, BETAS, EPS, WEIGHT_DECAY, CLIP_GRAD = 3e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
 SEED = 1234
 _BATCHES = 4  # different ones, taken in turn
@@ -27,7 +31,7 @@ _BATCH_SEED = 77
 class Workload:
     """One training set-up; sizes as in configs/schema.py."""
 
-    layout: str = "tp1"  # one of LAYOUTS, or PIPELINE
+    layout: str = "tp1"  # sizes of axes, such as tp2+sp+dp2
     precision: str = "bf16"  # bf16, with float32 master weights, or fp32
     dropout: float = 0.0  # after the embedding, the attention projection and the MLP
     attention_dropout: float = 0.0  # on attention probabilities
@@ -38,31 +42,32 @@ class Workload:
     vocab_size: int = 16384
     global_batch_size: int = 4  # sequences
     micro_batch_size: int = 0  # sequences; 0: all that a rank has in a step
+    text: str = ""  # file whose bytes are the tokens; "": random tokens
+
+    def size(self, axis: str) -> int:
+        """Number of ranks on an axis."""
+        found = re.search(rf"{axis}(\d)", self.layout)
+        return int(found[1]) if found else 1
 
     @property
     def num_ranks(self) -> int:
         """Number of ranks."""
-        return 1 if self.layout == "tp1" else 2
+        return math.prod(map(self.size, ("tp", "cp", "pp", "dp")))
 
     @property
     def tp(self) -> int:
         """Tensor-parallel size."""
-        return 2 if self.layout.startswith("tp2") else 1
-
-    @property
-    def pp(self) -> int:
-        """Pipeline-parallel size."""
-        return 2 if self.layout == PIPELINE else 1
+        return self.size("tp")
 
     @property
     def dp(self) -> int:
         """Data-parallel size."""
-        return self.num_ranks // (self.tp * self.pp)
+        return self.size("dp")
 
     @property
     def sequence_parallel(self) -> bool:
         """Whether norms and dropout are split over the sequence."""
-        return self.layout == "tp2+sp"
+        return "sp" in self.layout
 
     @property
     def micro_batch(self) -> int:
@@ -128,8 +133,8 @@ def parse(arguments: list[str] | None = None) -> Arguments:
     given = vars(parser.parse_args(arguments))
     shape = {field.name: given.pop(field.name) for field in dataclasses.fields(Workload)}
     workload = Workload(**shape)
-    if workload.layout not in (*LAYOUTS, PIPELINE):
-        parser.error(f"--layout={workload.layout} is none of {', '.join((*LAYOUTS, PIPELINE))}")
+    if not _LAYOUT.fullmatch(workload.layout):
+        parser.error(f"--layout={workload.layout} is not a layout such as tp2+sp+dp2")
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if workload.num_ranks != started:
         parser.error(f"--layout={workload.layout} takes {workload.num_ranks} ranks, not {started}")
@@ -150,11 +155,21 @@ def join(workload: Workload) -> int:
 def batches(workload: Workload, rank: int) -> Callable[[int], list[Tensor]]:
     """The micro-batches of a step by its number, each `[b, s + 1]`: inputs and, shifted, targets.
 
-    Random tokens, the same on tp ranks, different ones on dp ranks.
+    The global batch is the same on every layout; dp ranks have their part, tp ranks the same one.
     """
-    generator = torch.Generator().manual_seed(_BATCH_SEED + (rank if workload.dp > 1 else 0))
-    shape = (workload.global_batch_size // workload.dp, workload.seq_length + 1)
-    made = [
-        torch.randint(0, workload.vocab_size, shape, generator=generator) for _ in range(_BATCHES)
-    ]
-    return lambda step: list(made[step % _BATCHES].split(workload.micro_batch))
+    size, s = workload.global_batch_size, workload.seq_length
+    if workload.text:
+        tokens = torch.tensor(list(Path(workload.text).read_bytes()))
+    else:
+        generator = torch.Generator().manual_seed(_BATCH_SEED)
+        length = _BATCHES * size * s + 1
+        tokens = torch.randint(0, workload.vocab_size, (length,), generator=generator)
+    rows = tokens[: (len(tokens) - 1) // s * s + 1].unfold(0, s + 1, s)  # [n, s + 1]
+    own = size // workload.dp
+    first = rank // workload.tp * own
+
+    def step(number: int) -> list[Tensor]:
+        places = (number * size + first + torch.arange(own)) % len(rows)
+        return list(rows[places].split(workload.micro_batch))
+
+    return step

@@ -79,7 +79,7 @@ class TaskSet:
         tokens = np.concatenate([tokens for tokens, _ in rows])
         offsets = np.concatenate([[0], ends])
         self._file = TokenFile(tokens, offsets, np.diff(offsets), targets=targets)
-        self.fingerprint = xxhash.xxh3_128_hexdigest(repr((name, items)))
+        self.fingerprint = xxhash.xxh3_128_hexdigest(repr((name, items)).encode())
         order = np.argsort(-lengths, kind="stable")  # so that rows of a micro-batch are alike
         spans = np.stack([offsets[order], lengths[order] - 1, order])
         # [3, num_batches, b]; rows without inputs fill up the last batches

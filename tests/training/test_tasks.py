@@ -51,11 +51,16 @@ def reference_score() -> Callable[[str, str], float]:
     return score
 
 
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Twelve questions."""
+    return write_task(tmp_path / "items.jsonl", 12)
+
+
 @distributed(*LAYOUTS)
-def test_log_likelihoods_equal_the_reference(mesh: Mesh, tmp_path: Path) -> None:
+def test_log_likelihoods_equal_the_reference(mesh: Mesh, path: Path) -> None:
     """Of every choice, after its context and alone; micro-batches of three rows."""
-    path = write_task(tmp_path / "items.jsonl", 12)
-    config = run_of(LLAMA, tmp_path / "run")
+    config = run_of(LLAMA, path.parent / "run")
     evaluation = dataclasses.replace(config.evaluate, tasks=(str(path),))
     train = dataclasses.replace(config.train, micro_batch_size=3)
     config = dataclasses.replace(config, evaluate=evaluation, train=train)
