@@ -119,7 +119,7 @@ def network(arguments: argparse.Namespace) -> Iterator[str]:
     yield "|---|---|---|---|---|---|"
     for name, (shape, overrides) in cases.items():
         config = parse_config([*settings(shape), *overrides], lambda _: 2)
-        stages = [dry_run(config, 2, stage=stage) for stage in range(shape.pp)]
+        stages = [dry_run(config, 2, stage=stage) for stage in range(shape.size("pp"))]
         local_s = times[name, _ONE_HOST]
         for mbit in arguments.mbit:
             network = Network(1, mbit / 1000, arguments.latency_us)

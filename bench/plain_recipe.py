@@ -14,6 +14,7 @@ import os
 import statistics
 import sys
 import time
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,7 +39,7 @@ def learning_rate(step: int, num_steps: int) -> float:
     return MIN_LR + 0.5 * (1 + math.cos(math.pi * progress)) * (LR - MIN_LR)
 
 
-def train(model: nn.Module, shape: Workload, corpus: Corpus, config: Config) -> list[float]:
+def train(model: Any, shape: Workload, corpus: Corpus, config: Config) -> list[float]:
     """Train for the time of the configuration; returns when each step ended, the start first."""
     parameters = list(model.parameters())
     groups = [
