@@ -70,7 +70,12 @@ class TaskSet:
     ) -> None:
         self.name, self._items, self._cp = name, items, cp
         self._eos_id = tokenizer.eos_id
-        rows = list(_rows(items, tokenizer, seq_length, name))
+        requests = [(row.tobytes(), n) for row, n in _rows(items, tokenizer, seq_length, name)]
+        # Equal requests get the same score, as after an empty context: no rounding breaks a tie.
+        distinct = {request: number for number, request in enumerate(dict.fromkeys(requests))}
+        self._rows_of_requests = [distinct[request] for request in requests]
+        dtype = token_dtype(tokenizer.vocab_size)
+        rows = [(np.frombuffer(row, dtype), num_targets) for row, num_targets in distinct]
         self.num_rows = len(rows)
         lengths = np.array([len(tokens) for tokens, _ in rows])
         ends = np.cumsum(lengths)
@@ -97,6 +102,7 @@ class TaskSet:
 
     def grade(self, log_likelihoods: npt.NDArray[np.float64]) -> TaskResult:
         """Return the result for the log-likelihood of each row's targets, `[num_rows]`."""
+        log_likelihoods = log_likelihoods[self._rows_of_requests]
         sizes = np.cumsum([len(item.choices) for item in self._items])
         after_context, alone = (np.split(part, sizes[:-1]) for part in np.split(log_likelihoods, 2))
         graded = []

@@ -130,8 +130,8 @@ LAYOUTS = [
     ),
     (
         8,
-        f"{REPLICAS}=2 {CP}=2 model.hidden_size=4 model.num_attention_heads=2",
-        f"blocks.0.attention_norm.weight [4] has too few rows to shard over {TP}=1 x data parallel size 4 / {REPLICAS}=2 x {CP}=2: a rank would have none; {FEWER}",
+        f"{REPLICAS}=2 {CP}=2 model.hidden_size=2 model.num_attention_heads=1",
+        f"blocks.0.attention_norm.weight [2] has too few rows to shard over {TP}=1 x data parallel size 4 / {REPLICAS}=2 x {CP}=2: a rank would have none; {FEWER}",
     ),
 ]
 

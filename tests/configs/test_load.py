@@ -114,7 +114,7 @@ def test_every_shipped_file_starts_as_one_process_from_anywhere(path: Path) -> N
     assert config.run.name == path.stem
     assert config.parallel.tensor_model_parallel_size == 1
     # The activations of GPT2LMHeadModel and of the families with rotary positions.
-    expected = "swiglu" if path.stem.startswith(("llama", "qwen")) else "gelu_tanh"
+    expected = "swiglu" if path.stem.startswith(("llama", "qwen", "gpt_laptop")) else "gelu_tanh"
     assert config.model.activation == expected
     assert path.read_text().startswith("# ")
 

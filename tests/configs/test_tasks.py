@@ -40,7 +40,7 @@ def test_a_bad_item_is_named_by_its_line(tmp_path: Path, line: str, problem: str
     with pytest.raises(ConfigError) as raised:
         read_tasks("task", [str(path)])
     message = str(raised.value)
-    assert "bad.jsonl has an invalid item in line 2: " in message
+    assert " has an invalid item in line 2: " in message
     assert problem in message
     assert "\n" not in message
 
