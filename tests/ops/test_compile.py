@@ -236,7 +236,7 @@ def test_a_run_without_a_working_compiler(corpus: Path, tmp_path: Path) -> None:
     with mock.patch.dict("os.environ", {"CXX": "/bin/false"}):
         output = finish(start(2, arguments))
     (warning,) = re.findall("train.compile is off on all ranks.*", output)
-    assert "rank 0: /bin/false failed" in warning
+    assert "rank 0 cannot compile: /bin/false failed" in warning
     assert [row["step"] for row in rows(tmp_path)] == [1, 2]
 
 
