@@ -581,7 +581,7 @@ MISTAKES = (
         "dropout goes by the position in a rank's part of the row",
         "parallel/randomness.py",
         "balanced_positions(num_local * mesh.cp.size, mesh.cp.rank, mesh.cp.size, device)",
-        "torch.arange(num_local, device=device)",
+        "balanced_positions(num_local, 0, 1, device)",
         (_CP_LEARNED + _CP2,),
     ),
     Mistake(
