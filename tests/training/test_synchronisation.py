@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.ours import random_corpus
+from bench.ours import corpus_of
 from configs import parse_config
 from data import BatchLoader
 from model import build_meta_model
@@ -141,7 +141,7 @@ def test_a_step_waits_once(
     with fake_mesh(tp, tp, True, "backward") as cpu_mesh:
         mesh = replace(cpu_mesh, device=GPU)
         model = build_meta_model(config, mesh)
-        corpus = random_corpus(config)
+        corpus = corpus_of(config)
         run = SimpleNamespace(config=config, mesh=mesh, model=model, corpus=corpus)
         with simulated_gpu(monkeypatch) as gpu:
             run.optimizer = build_optimizer(model, config.optimizer)
