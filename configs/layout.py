@@ -40,10 +40,8 @@ def check_layout(config: Config, world_size: int) -> None:
     """Raise ConfigError if the model or the batch cannot be divided over this many ranks."""
     parallel = config.parallel
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    pp, replicas = (
-        parallel.pipeline_model_parallel_size,
-        parallel.data_parallel_replicate_size,
-    )
+    pp = parallel.pipeline_model_parallel_size
+    replicas = parallel.data_parallel_replicate_size
     if world_size % parallel.smallest_world_size:
         axes = {_TP: tp, _CP: cp, _PP: pp, _REPLICAS: replicas}
         sizes = [f"{key}={size}" for key, size in axes.items() if size > 1]

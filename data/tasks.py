@@ -70,11 +70,11 @@ class TaskSet:
     ) -> None:
         self.name, self._items, self._cp = name, items, cp
         self._eos_id = tokenizer.eos_id
-        requests = [(row.tobytes(), n) for row, n in _rows(items, tokenizer, seq_length, name)]
-        # Equal requests get the same score, as after an empty context: no rounding breaks a tie.
+        dtype = token_dtype(tokenizer.vocab_size)
+        requests = list(_rows(items, tokenizer, seq_length, name, dtype))
+        # Requests are equal after an empty context. Scored once, rounding cannot break their tie.
         distinct = {request: number for number, request in enumerate(dict.fromkeys(requests))}
         self._rows_of_requests = [distinct[request] for request in requests]
-        dtype = token_dtype(tokenizer.vocab_size)
         rows = [(np.frombuffer(row, dtype), num_targets) for row, num_targets in distinct]
         self.num_rows = len(rows)
         lengths = np.array([len(tokens) for tokens, _ in rows])
@@ -120,9 +120,16 @@ class TaskSet:
 
 
 def _rows(
-    items: Sequence[Item], tokenizer: Tokenizer, seq_length: int, name: str
-) -> Iterator[tuple[npt.NDArray[np.unsignedinteger], int]]:
-    """Yield tokens and number of targets: all choices after their contexts, then all alone."""
+    items: Sequence[Item],
+    tokenizer: Tokenizer,
+    seq_length: int,
+    name: str,
+    dtype: npt.DTypeLike,
+) -> Iterator[tuple[bytes, int]]:
+    """Yield tokens (the bytes of `dtype`) and number of targets of all requests.
+
+    First those of all choices after their contexts, then those of all choices alone.
+    """
     choices = [(item, item.delimiter + choice) for item in items for choice in item.choices]
     requests = [(item, item.context, choice) for item, choice in choices]
     requests += [(item, "", choice) for item, choice in choices]
@@ -132,7 +139,6 @@ def _rows(
     distinct = sorted(texts - {""})
     encoded = dict(zip(distinct, tokenizer.encode_batch(distinct), strict=True))
     encoded[""] = np.empty(0, np.int32)
-    bos, dtype = [tokenizer.bos_id], token_dtype(tokenizer.vocab_size)
     for item, context, choice in requests:
         before = encoded[context.rstrip()]
         continuation = encoded[context + choice][len(before) :]
@@ -143,6 +149,6 @@ def _rows(
             else:
                 fix = "end the context where a token ends"
             raise UserError(f"task {name}, line {item.line}: {problem}; {fix}")
-        prefix = bos if tokenizer.adds_bos or not len(before) else []
+        prefix = [tokenizer.bos_id] if tokenizer.adds_bos or not len(before) else []
         tokens = np.concatenate([np.array(prefix, np.int32), before, continuation])
-        yield tokens[-seq_length - 1 :].astype(dtype), len(continuation)
+        yield tokens[-seq_length - 1 :].astype(dtype).tobytes(), len(continuation)
