@@ -173,7 +173,7 @@ class GPT(nn.Module):
             width, cp = len(positions) * mesh.cp.size, mesh.cp
             key_blocks = make_key_blocks(width, None, cp.rank, cp.size)
         if stream is not None:
-            stream = prepare_masks(stream, shape, mesh)
+            stream = prepare_masks(stream, shape, self.config.hidden_dropout, mesh)
         context = make_attention_context(
             self.config, positions, key_blocks, stream, self.dtype, cache
         )

@@ -4,15 +4,27 @@ A dropout mask is a function of (seed, step, layer, site, global sample index, g
 channel). The loader hashes the first five into keys, the device adds the rest (ops/dropout.py).
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import xxhash
 from torch import Tensor
 
 from ops.balance import balanced_positions
-from ops.dropout import hashed_dropout_add, mask_counters, prepare_keys, site_index
+from ops.dropout import (
+    hashed_dropout_add,
+    keep_masks,
+    mask_counters,
+    masked_dropout_add,
+    prepare_keys,
+    site_index,
+)
 from parallel.mappings import sequence_shard
 from parallel.mesh import Mesh
+
+# If all masks of a micro-batch have at most so many elements, of a byte each, they are computed
+# together and kept for backward: a small model waits for the host, not for arithmetic.
+STORED_ELEMENTS = 2**22
 
 
 def fold_seed(seed: int, *parts: int | str) -> int:
@@ -29,17 +41,28 @@ class DropoutStream:
     step: int
     first_sample: int  # counted over the whole run and all ranks
     keys: Tensor | None  # `dropout_keys` of the samples, on the device; None: no hidden dropout
-    rows: Tensor | None = None  # of `prepare_masks`
+    rows: Tensor | None = None  # of `prepare_masks`, and
+    masks: Tensor | None = None  # `[1 + 2 L, s/t, b, h]`, if few enough are needed
 
     def attention_seed(self, layer: int, tp_rank: int) -> int:
         """The seed of attention dropout, the only randomness that depends on the layout."""
         return fold_seed(self.seed, "attention", self.step, layer, self.first_sample, tp_rank)
 
 
-def prepare_masks(stream: DropoutStream, shape: tuple[int, ...], mesh: Mesh) -> DropoutStream:
+def prepare_masks(
+    stream: DropoutStream, shape: tuple[int, ...], rate: float, mesh: Mesh
+) -> DropoutStream:
     """Compute once what all masks of activations `[s/(c t), b, h]` on this rank share."""
     if stream.keys is None:
         return stream
+    stream = _with_rows(stream, shape, mesh)
+    if len(stream.keys) * math.prod(shape) > STORED_ELEMENTS:
+        return stream
+    return replace(stream, masks=keep_masks(stream.rows, stream.keys, shape[2], rate))
+
+
+def _with_rows(stream: DropoutStream, shape: tuple[int, ...], mesh: Mesh) -> DropoutStream:
+    assert stream.keys is not None, "hidden dropout needs dropout_keys"
     num_local = shape[0] * mesh.tp.size if mesh.sequence_parallel else shape[0]
     device = stream.keys.device
     local = balanced_positions(num_local * mesh.cp.size, mesh.cp.rank, mesh.cp.size, device)
@@ -61,8 +84,10 @@ def dropout_add(
     """`residual + dropout(x)` for `[s/t, b, h]`; a `stream` of None or a rate of 0: no dropout."""
     if stream is None or rate == 0.0:
         return x if residual is None else x + residual
+    index = site_index(layer, site)
+    if stream.masks is not None:
+        return masked_dropout_add(x, residual, rate, stream.masks[index])
     if stream.rows is None:
-        stream = prepare_masks(stream, x.shape, mesh)
-    assert stream.keys is not None, "hidden dropout needs dropout_keys"
-    keys = stream.keys[site_index(layer, site)]  # [2, b]
-    return hashed_dropout_add(x, residual, rate, keys, stream.rows, mesh.compile)
+        stream = _with_rows(stream, x.shape, mesh)
+    assert stream.keys is not None
+    return hashed_dropout_add(x, residual, rate, stream.keys[index], stream.rows, mesh.compile)

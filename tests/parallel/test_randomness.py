@@ -1,11 +1,21 @@
 """Dropout masks are pure functions, and pass statistical tests."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from ops.dropout import keep_mask, site_index
-from parallel import DropoutStream, Mesh, dropout_add, fold_seed, sequence_shard
-from tests.distributed import ONE_RANK, TENSOR_PARALLEL, distributed
+from parallel import (
+    DropoutStream,
+    Mesh,
+    dropout_add,
+    fold_seed,
+    prepare_masks,
+    randomness,
+    sequence_shard,
+)
+from tests.distributed import ONE_RANK, TENSOR_PARALLEL, Layout, distributed
 from tests.streams import stream
 
 RATE = 0.1
@@ -75,7 +85,8 @@ def test_every_channel_and_position_drops_alike() -> None:
 
 
 @distributed(ONE_RANK, *TENSOR_PARALLEL)
-def test_dropout_add_equals_the_formula(mesh: Mesh) -> None:
+@pytest.mark.parametrize("stored", [False, True])
+def test_dropout_add_equals_the_formula(mesh: Mesh, stored: bool) -> None:
     """Forward and both gradients on the shard, from the mask of the full sequence."""
     masks = stream(1, 2, (5, 6))
     whole = keep_mask(torch.Size((8, 2, 6)), 0, RATE, keys_of(masks, 3, 1)).double()
@@ -83,6 +94,9 @@ def test_dropout_add_equals_the_formula(mesh: Mesh) -> None:
     x = torch.randn(scaled.shape, dtype=torch.float64).requires_grad_()
     residual = torch.randn(scaled.shape, dtype=torch.float64).requires_grad_()
     upstream = torch.randn(scaled.shape, dtype=torch.float64)
+    if stored:
+        masks = prepare_masks(masks, tuple(x.shape), RATE, mesh)
+        assert masks.masks is not None
 
     y = dropout_add(x, residual, RATE, masks, 3, 1, mesh)
     y.backward(upstream)
@@ -92,6 +106,33 @@ def test_dropout_add_equals_the_formula(mesh: Mesh) -> None:
     assert torch.equal(residual.grad, upstream)
     without = dropout_add(x, residual, RATE, None, 3, 1, mesh)
     assert torch.equal(without, x + residual)
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_stored_masks_change_no_bit(mesh: Mesh, dtype: torch.dtype) -> None:
+    """Outputs and gradients equal those of masks that are computed again in backward."""
+    stored = prepare_masks(stream(1, 2, (5, 6)), (32, 2, 48), RATE, mesh)
+    results = []
+    for masks in (stored, dataclasses.replace(stored, masks=None)):
+        torch.manual_seed(1)
+        x, residual = torch.randn(2, 32, 2, 48, dtype=dtype).unbind()
+        x.requires_grad_()
+        y = dropout_add(x, residual, RATE, masks, 1, 2, mesh)
+        y.backward(torch.randn_like(y))
+        results.append((y.detach(), x.grad))
+    assert all(map(torch.equal, *results))
+
+
+@distributed(ONE_RANK)
+def test_large_masks_are_not_stored(mesh: Mesh) -> None:
+    """All masks of a micro-batch count together."""
+    masks = stream(1, 2, (5, 6))
+    assert masks.keys is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(randomness, "STORED_ELEMENTS", len(masks.keys) * 32 * 2 * 48)
+        assert prepare_masks(masks, (32, 2, 48), RATE, mesh).masks is not None
+        assert prepare_masks(masks, (33, 2, 48), RATE, mesh).masks is None
 
 
 def test_fold_seed_separates_its_parts() -> None:

@@ -228,7 +228,8 @@ def compare_layer(mesh: Mesh, config: Config, expected: int) -> None:
     inputs = micro_batch(config)
     s = model.seq_length // (mesh.tp.size if mesh.sequence_parallel else 1)
     shape = (s, len(inputs.tokens), model.hidden_size)
-    stream = prepare_masks(DropoutStream(1, 0, 0, inputs.dropout_keys), shape, mesh)
+    stream = DropoutStream(1, 0, 0, inputs.dropout_keys)
+    stream = prepare_masks(stream, shape, model.hidden_dropout, mesh)
     positions, key_blocks = inputs.positions.t(), inputs.key_blocks
     context = make_attention_context(model, positions, key_blocks, stream, dtype)
     x = torch.ones(shape, dtype=dtype, requires_grad=True)
