@@ -3,14 +3,19 @@
     python -m bench.host_time
 
 A model so small that arithmetic is nothing, one process, one thread, CPU time of the thread, fp32.
-Beside ours: the same block in plain PyTorch, alone and under FSDP2 on one rank.
+Beside ours: the same block in plain PyTorch, alone and under FSDP2 on one rank. Then whole steps in
+wall time, without clipping: train.py's `train_step`, with embedding, head, loss and the next batch,
+and AdamW on as many plain blocks under FSDP2.
 """
 
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -19,11 +24,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional as F
 
-from configs import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
+from bench.ours import build_run, settings, stepper
+from bench.workload import Workload
+from configs import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig, parse_config
 from model import build_model
 from ops.dropout import dropout_keys
 from parallel import DropoutStream, Mesh
 from parallel.mesh import make_mesh
+from training.run_folder import RunFolder
+from training.state import RunState, training_batches
 
 _HIDDEN, _HEADS, _SEQ, _VOCAB = 16, 2, 8, 64
 _FEW, _MANY = 4, 20  # layers; the difference is free of what is outside layers
@@ -49,14 +58,20 @@ class PlainBlock(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
 
 
-def plain(num_layers: int, *, fsdp: bool) -> Callable[[], tuple[float, float]]:
-    """Make a forward and backward of plain blocks that returns the thread time of each."""
+def plain_model(num_layers: int, *, fsdp: bool) -> nn.Module:
+    """Make a stack of plain blocks."""
     model = nn.Sequential(*(PlainBlock() for _ in range(num_layers)))
     if fsdp:
         mesh = init_device_mesh("cpu", (1,))
         policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
         for module in (*model, model):
             fully_shard(module, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def plain(num_layers: int, *, fsdp: bool) -> Callable[[], tuple[float, float]]:
+    """Make a forward and backward of plain blocks that returns the thread time of each."""
+    model = plain_model(num_layers, fsdp=fsdp)
     x = torch.randn(1, _SEQ, _HIDDEN)
     return lambda: _timed(model, lambda: model(x.requires_grad_()).sum())
 
@@ -108,6 +123,56 @@ def per_layer(make: Callable[[int], Callable[[], tuple[float, float]]]) -> tuple
     )
 
 
+def plain_step() -> Callable[[int], float]:
+    """Make a training step of plain blocks."""
+    model = plain_model(_MANY, fsdp=True)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    x = torch.randn(1, _SEQ, _HIDDEN)
+
+    def step(_: int) -> float:
+        loss = model(x).sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def print_steps(mesh: Mesh, folder: str) -> None:
+    """Print the medians of interleaved steps, and the medians of their ratios."""
+    shape = Workload(
+        precision="fp32",
+        num_layers=_MANY,
+        hidden_size=_HIDDEN,
+        num_attention_heads=_HEADS,
+        seq_length=_SEQ,
+        vocab_size=512,
+        global_batch_size=1,
+    )
+    overrides = ("optimizer.clip_grad=0", f"run.directory={folder}", "logging.wandb=disabled")
+    with ExitStack() as stack:
+        steps = {"plain blocks, FSDP2, AdamW": plain_step()}
+        for name, dropout in (("ours", 0.0), ("ours, dropout 0.1", 0.1)):
+            workload = replace(shape, dropout=dropout)
+            config = parse_config([*settings(workload), *overrides, f"run.name={dropout}"])
+            run = build_run(config, mesh, RunFolder(config, mesh))
+            batches = stack.enter_context(training_batches(run, RunState(wandb_id="none")))
+            steps[name] = stepper(run, batches)
+        rounds = []
+        for number in range(_WARM_UP + 4 * _REPEATS):
+            ends = [time.perf_counter()]
+            for step in steps.values():
+                step(number)
+                ends.append(time.perf_counter())
+            rounds.append([end - start for start, end in pairwise(ends)])
+    sys.stdout.write(f"\nms per step, {_MANY} layers             ratio\n")
+    for index, name in enumerate(steps):
+        times = [each[index] for each in rounds[_WARM_UP:]]
+        ratio = statistics.median(each[index] / each[0] for each in rounds[_WARM_UP:])
+        sys.stdout.write(f"{name:<26} {1e3 * statistics.median(times):7.1f} {ratio:7.2f}\n")
+
+
 def main() -> None:
     """Print a line for each variant."""
     torch.set_num_threads(1)
@@ -127,6 +192,8 @@ def main() -> None:
     for name, make in variants.items():
         forward, backward = per_layer(make)
         sys.stdout.write(f"{name:<32} {forward:7.3f} {backward:9.3f} {forward + backward:9.3f}\n")
+    with tempfile.TemporaryDirectory() as folder:
+        print_steps(mesh, folder)
     dist.destroy_process_group()
 
 

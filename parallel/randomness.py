@@ -55,21 +55,17 @@ def prepare_masks(
     """Compute once what all masks of activations `[s/(c t), b, h]` on this rank share."""
     if stream.keys is None:
         return stream
-    stream = _with_rows(stream, shape, mesh)
-    if len(stream.keys) * math.prod(shape) > STORED_ELEMENTS:
-        return stream
-    return replace(stream, masks=keep_masks(stream.rows, stream.keys, shape[2], rate))
+    keys, rows = _keys_and_rows(stream.keys, shape, mesh)
+    are_few = len(keys) * math.prod(shape) <= STORED_ELEMENTS
+    masks = keep_masks(rows, keys, shape[2], rate) if are_few else None
+    return replace(stream, keys=keys, rows=rows, masks=masks)
 
 
-def _with_rows(stream: DropoutStream, shape: tuple[int, ...], mesh: Mesh) -> DropoutStream:
-    assert stream.keys is not None, "hidden dropout needs dropout_keys"
+def _keys_and_rows(keys: Tensor, shape: tuple[int, ...], mesh: Mesh) -> tuple[Tensor, Tensor]:
     num_local = shape[0] * mesh.tp.size if mesh.sequence_parallel else shape[0]
-    device = stream.keys.device
-    local = balanced_positions(num_local * mesh.cp.size, mesh.cp.rank, mesh.cp.size, device)
+    local = balanced_positions(num_local * mesh.cp.size, mesh.cp.rank, mesh.cp.size, keys.device)
     rows = sequence_shard(local.int(), mesh)
-    if not mesh.compile:
-        rows = mask_counters(rows, shape[2])
-    return replace(stream, keys=prepare_keys(stream.keys), rows=rows)
+    return prepare_keys(keys), rows if mesh.compile else mask_counters(rows, shape[2])
 
 
 def dropout_add(
@@ -84,10 +80,11 @@ def dropout_add(
     """`residual + dropout(x)` for `[s/t, b, h]`; a `stream` of None or a rate of 0: no dropout."""
     if stream is None or rate == 0.0:
         return x if residual is None else x + residual
+    assert stream.keys is not None, "hidden dropout needs dropout_keys"
     index = site_index(layer, site)
     if stream.masks is not None:
         return masked_dropout_add(x, residual, rate, stream.masks[index])
-    if stream.rows is None:
-        stream = _with_rows(stream, x.shape, mesh)
-    assert stream.keys is not None
-    return hashed_dropout_add(x, residual, rate, stream.keys[index], stream.rows, mesh.compile)
+    keys, rows = stream.keys, stream.rows
+    if rows is None:
+        keys, rows = _keys_and_rows(keys, x.shape, mesh)
+    return hashed_dropout_add(x, residual, rate, keys[index], rows, mesh.compile)
