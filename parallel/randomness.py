@@ -57,7 +57,8 @@ def prepare_masks(
         return stream
     keys, rows = _keys_and_rows(stream.keys, shape, mesh)
     are_few = len(keys) * math.prod(shape) <= STORED_ELEMENTS
-    masks = keep_masks(rows, keys, shape[2], rate) if are_few else None
+    stores = are_few and mesh.pp.size == 1  # a stage would compute those of all stages
+    masks = keep_masks(rows, keys, shape[2], rate) if stores else None
     return replace(stream, keys=keys, rows=rows, masks=masks)
 
 
