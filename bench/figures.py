@@ -22,9 +22,9 @@ from matplotlib import pyplot as plt
 
 FOLDER = Path(__file__).parent.parent / "docs" / "figures"
 _NAMES = {
-    "ours": "Microtron",
-    "megatron": "megatron-core 0.16.1",
-    "titan": "torchtitan 0.3.0",
+    "ours": "Microtron, dropout 0.1",
+    "megatron": "megatron-core 0.16.1, dropout 0.1",
+    "titan": "torchtitan 0.3.0, no dropout",
 }
 _STYLE = {
     "font.size": 9,

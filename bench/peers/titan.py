@@ -20,10 +20,22 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention import SDPBackend
 
 from bench.timing import report_speed
-from bench.workload import BETAS, CLIP_GRAD, EPS, LR, WEIGHT_DECAY, Workload, batches, join, parse
+from bench.workload import (
+    BETAS,
+    CLIP_GRAD,
+    EPS,
+    LR,
+    SEED,
+    WEIGHT_DECAY,
+    Workload,
+    batches,
+    join,
+    parse,
+)
 
 _BACKEND = "partial_dtensor"
 _FFN_MULTIPLE = 256  # torchtitan's own for its smallest Llama
@@ -111,8 +123,21 @@ def build_model(shape: Workload) -> tuple[Any, Any, int, int]:
     model.to_empty(device="cpu")
     with torch.no_grad():
         model.init_weights(buffer_device=None)
+        _start_alike(model, config)
     model.train()
     return model, dims, num_parameters, ffn
+
+
+def _start_alike(model: Any, config: Any) -> None:
+    """Give the model the weights of one rank: on CPUs, DTensor draws those of each shard alone."""
+    torch.manual_seed(SEED)
+    whole = config.build()
+    whole.init_weights(buffer_device=None)
+    for parameter, full in zip(model.parameters(), whole.parameters(), strict=True):
+        if isinstance(parameter, DTensor):
+            parameter.copy_(distribute_tensor(full, parameter.device_mesh, parameter.placements))
+        else:
+            parameter.copy_(full)
 
 
 def make_step(model: Any, dims: Any, shape: Workload, rank: int) -> Callable[[int], float]:

@@ -28,10 +28,13 @@ def run_settings(corpus: Path, directory: Path, *overrides: str) -> list[str]:
 def refusal(cluster: Cluster, directory: Path, arguments: list[str]) -> str:
     """Start a run that both hosts refuse with exit code 2; return what the first one prints."""
     outputs = [process.finish(expected=1) for process in cluster.torchrun(arguments, ranks=1)]
-    assert all("exitcode  : 2" in output for output in outputs), outputs
+    # The launcher of the second host loses its store if that of the first one ends earlier.
+    assert "exitcode  : 2" in outputs[0], outputs[0]
+    assert "exitcode  : 2" in outputs[1] or "RendezvousConnectionError" in outputs[1], outputs[1]
     assert not (directory / "test" / "exit.json").exists()
-    assert "Traceback" not in outputs[0]
-    return outputs[0]
+    of_ranks, _, _ = outputs[0].partition("failed (exitcode")  # the rest is by torchrun
+    assert "Traceback" not in of_ranks
+    return of_ranks
 
 
 def test_a_run_folder_of_each_host(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
