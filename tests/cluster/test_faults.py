@@ -228,7 +228,7 @@ def test_a_stalled_network(
 def test_the_network_is_down_for_a_minute(
     cluster: Cluster, corpus: Path, tmp_path: Path, undisturbed: list[dict[str, Any]]
 ) -> None:
-    """Longer than run.hang_timeout_s: both hosts end with code 75; --max-restarts recovers."""
+    """Longer than run.hang_timeout_s: the ranks end with code 75; torchrun may not recover."""
     processes = start(cluster, run_settings(corpus, tmp_path), *RESTARTS)
     reach(tmp_path, 30, *processes)
     at, down_at = steps_done(tmp_path), time.monotonic()
