@@ -22,8 +22,8 @@ from ops.dropout import (
 from parallel.mappings import sequence_shard
 from parallel.mesh import Mesh
 
-# If all masks of a micro-batch have at most so many elements, of a byte each, they are computed
-# together and kept for backward: a small model waits for the host, not for arithmetic.
+# If all masks of a micro-batch have at most this many elements (a byte each), they are computed
+# together and kept for backward, because a small model waits for the host and not for arithmetic.
 STORED_ELEMENTS = 2**22
 
 
@@ -41,8 +41,10 @@ class DropoutStream:
     step: int
     first_sample: int  # counted over the whole run and all ranks
     keys: Tensor | None  # `dropout_keys` of the samples, on the device; None: no hidden dropout
-    rows: Tensor | None = None  # of `prepare_masks`, and
-    masks: Tensor | None = None  # `[1 + 2 L, s/t, b, h]`, if few enough are needed
+    # Of `prepare_masks`: positions `[s/t]` or their `mask_counters`, and all masks
+    # `[1 + 2 L, s/t, b, h]` if they are small.
+    rows: Tensor | None = None
+    masks: Tensor | None = None
 
     def attention_seed(self, layer: int, tp_rank: int) -> int:
         """The seed of attention dropout, the only randomness that depends on the layout."""
