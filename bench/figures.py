@@ -61,7 +61,7 @@ def curves(result: dict[str, Any]) -> Any:
             label = curve["layout"].replace("+", " + ")
             above.plot(steps, curve["losses"], linewidth=1.0, label=label)
             below.plot(steps, [max(each, 1e-9) for each in distance], linewidth=0.8)
-        above.set_title(f"{_NAMES[side]}: {len(of_side)} layouts")
+        above.set_title(f"{_NAMES[side]}\n{len(of_side)} layouts")
         above.legend(ncols=2)
         below.set(yscale="log", xlabel="step")
         worst = max(map(max, apart))

@@ -115,11 +115,12 @@ def _scalars(rate: float, compile: bool, device: torch.device) -> tuple[Scalar, 
     )
 
 
-def _drop(x: Tensor, keys: Tensor, rows: Tensor, threshold: Scalar, scale: Scalar) -> Tensor:
+def _drop(x: Tensor, keys: Tensor, rows: Tensor | None, threshold: Scalar, scale: Scalar) -> Tensor:
     """m x / (1 - p)."""
+    mask = keys if rows is None else _hash(rows, keys, x.shape[2]) >= threshold
     # A bfloat16 x would round a 0-dim scale first, so multiply in the scale's dtype.
     wide = x.to(scale.dtype) if isinstance(scale, Tensor) else x
-    return (wide * scale).to(x.dtype).mul_(_hash(rows, keys, x.shape[2]) >= threshold)
+    return (wide * scale).to(x.dtype).mul_(mask)
 
 
 def _drop_and_add(x: Tensor, residual: Tensor, *mask: Any) -> Tensor:
@@ -128,7 +129,11 @@ def _drop_and_add(x: Tensor, residual: Tensor, *mask: Any) -> Tensor:
 
 
 class _DropoutAdd(torch.autograd.Function):
-    """y = r + m x / (1 - p).     dr = dy.     dx = m dy / (1 - p).     Saves only the keys."""
+    """y = r + m x / (1 - p).     dr = dy.     dx = m dy / (1 - p).     Saves no activations.
+
+    A stored mask is an attribute of the context and not a saved tensor: a recomputed block stops
+    before its last saved tensor, and so does not repeat what comes before this dropout.
+    """
 
     @staticmethod
     def forward(
@@ -137,7 +142,7 @@ class _DropoutAdd(torch.autograd.Function):
         residual: Tensor | None,
         rate: float,
         keys: Tensor,
-        rows: Tensor,
+        rows: Tensor | None,
         compile: bool,
     ) -> Tensor:
         ctx.mask = (keys, rows, *_scalars(rate, compile, x.device))
@@ -152,13 +157,7 @@ class _DropoutAdd(torch.autograd.Function):
         return grad_x, grad_y if ctx.has_residual else None, None, None, None, None
 
 
-def masked_dropout_add(x: Tensor, residual: Tensor | None, rate: float, mask: Tensor) -> Tensor:
-    """y with a stored mask: to the bit what `hashed_dropout_add` returns, in fewer operations."""
-    y = (x * (1.0 / (1.0 - rate))).mul_(mask)
-    return y if residual is None else y.add_(residual)
-
-
 # y for x `[s/t, b, h]` and a residual r or None, with prepared keys `[2, b]`. Rows are their global
 # positions, `[s/t]` int32, or the `mask_counters` of these, which only a compiled kernel computes
-# for free.
+# for free. With a stored mask `[s/t, b, h]` in place of keys, rows are None; never compile that.
 hashed_dropout_add = _DropoutAdd.apply

@@ -15,7 +15,6 @@ from ops.dropout import (
     hashed_dropout_add,
     keep_masks,
     mask_counters,
-    masked_dropout_add,
     prepare_keys,
     site_index,
 )
@@ -55,7 +54,7 @@ def prepare_masks(
     stream: DropoutStream, shape: tuple[int, ...], rate: float, mesh: Mesh
 ) -> DropoutStream:
     """Compute once what all masks of activations `[s/(c t), b, h]` on this rank share."""
-    if stream.keys is None:
+    if stream.keys is None or rate == 0.0:
         return stream
     keys, rows = _keys_and_rows(stream.keys, shape, mesh)
     are_few = len(keys) * math.prod(shape) <= STORED_ELEMENTS
@@ -86,7 +85,7 @@ def dropout_add(
     assert stream.keys is not None, "hidden dropout needs dropout_keys"
     index = site_index(layer, site)
     if stream.masks is not None:
-        return masked_dropout_add(x, residual, rate, stream.masks[index])
+        return hashed_dropout_add(x, residual, rate, stream.masks[index], None, False)
     keys, rows = stream.keys, stream.rows
     if rows is None:
         keys, rows = _keys_and_rows(keys, x.shape, mesh)

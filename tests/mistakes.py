@@ -417,14 +417,14 @@ MISTAKES = (
         "parallel/randomness.py",
         "sequence_shard(local.int(), mesh)",
         "local.int()[: shape[0]]",
-        (_DROPOUT + "[tp2+sp-dp1]",),
+        (_DROPOUT + "[False-tp2+sp-dp1]",),
     ),
     Mistake(
         "without sequence parallelism ranks drop differently what they all have",
         "parallel/randomness.py",
         "sequence_shard(local.int(), mesh)",
         "local.int()[: shape[0]] + mesh.tp.rank * shape[0]",
-        (_DROPOUT + "[tp2-dp1]",),
+        (_DROPOUT + "[False-tp2-dp1]",),
     ),
     Mistake(
         "a mask goes by the place in the micro-batch, not by the global sample",
@@ -580,8 +580,8 @@ MISTAKES = (
     Mistake(
         "dropout goes by the position in a rank's part of the row",
         "parallel/randomness.py",
-        "balanced_positions(num_local * mesh.cp.size, mesh.cp.rank, mesh.cp.size, device)",
-        "balanced_positions(num_local, 0, 1, device)",
+        "balanced_positions(num_local * mesh.cp.size, mesh.cp.rank, mesh.cp.size, keys.device)",
+        "balanced_positions(num_local, 0, 1, keys.device)",
         (_CP_LEARNED + _CP2,),
     ),
     Mistake(

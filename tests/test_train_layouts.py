@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from configs import Config, parse_config
-from parallel import Mesh
+from parallel import Mesh, randomness
 from tests.distributed import EVERY_LAYOUT, ONE_RANK, Layout, distributed
 from tests.model.test_gpt import dense_weights, dropout_mask
 from tests.reference import reference_losses
@@ -50,6 +50,19 @@ def config(corpus: Path, tmp_path: Path) -> Config:
 
 @distributed(*EVERY_LAYOUT, *HSDP)
 def test_a_step_equals_the_reference(mesh: Mesh, config: Config) -> None:
+    """With dropout masks that are so small that they are stored."""
+    require_the_reference(mesh, config)
+
+
+@distributed(ONE_RANK, Layout(tp=2, dp=2))
+def test_a_step_of_a_large_model_equals_the_reference(mesh: Mesh, config: Config) -> None:
+    """With dropout masks that backward computes again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(randomness, "STORED_ELEMENTS", 0)
+        require_the_reference(mesh, config)
+
+
+def require_the_reference(mesh: Mesh, config: Config) -> None:
     """Loss, norm and every clipped gradient equal those of one dense global batch.
 
     After the step, the optimizer's first moment is (1 - beta1) times each gradient.

@@ -129,7 +129,7 @@ def build_model(shape: Workload) -> tuple[Any, Any, int, int]:
 
 
 def _start_alike(model: Any, config: Any) -> None:
-    """Give the model the weights of one rank: on CPUs, DTensor draws those of each shard alone."""
+    """Load the weights that one process draws; on CPUs DTensor draws each shard separately."""
     torch.manual_seed(SEED)
     whole = config.build()
     whole.init_weights(buffer_device=None)

@@ -29,7 +29,7 @@ RESTARTS = ("--max-restarts=3",)
 # A replaced agent must learn where the store is, see docs/clusters.md.
 REPLACEABLE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
-# Put before the C library: all that reads the time of day is wrong, and nothing else is.
+# Preloaded before libc: shifts the wall clock and leaves monotonic clocks alone.
 _WRONG_CLOCK = """
 #define _GNU_SOURCE
 #include <sys/syscall.h>

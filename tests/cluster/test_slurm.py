@@ -188,6 +188,7 @@ def test_out_of_memory(
     assert not (tmp_path / "test" / "exit.json").exists()
     reach(slurm, tmp_path, job, at + 10)
     lost = at - resumed_from(tmp_path, job)
+    assert lost <= 10  # the save of every fifth step may be in progress
     logger.warning("| out of memory | %.1f | %d | the script requeues |", detected_s, lost)
 
 
@@ -205,6 +206,7 @@ def test_a_lost_node(slurm: Slurm, corpus: Path, tmp_path: Path) -> None:
     slurm.start_node(slurm.cluster[1])
     reach(slurm, tmp_path, job, at + 10)
     lost = at - resumed_from(tmp_path, job)
+    assert lost <= 10  # the save of every fifth step may be in progress
     logger.warning("| node lost | %.1f | %d | the script requeues |", detected_s, lost)
 
 

@@ -135,6 +135,12 @@ def test_large_masks_are_not_stored(mesh: Mesh) -> None:
         assert prepare_masks(masks, (33, 2, 48), RATE, mesh).masks is None
 
 
+@distributed(Layout(pp=2))
+def test_stages_store_no_masks(mesh: Mesh) -> None:
+    """They would be those of all stages."""
+    assert prepare_masks(stream(1, 2, (5, 6)), (32, 2, 48), RATE, mesh).masks is None
+
+
 def test_fold_seed_separates_its_parts() -> None:
     """("ab", "c") and ("a", "bc") give different seeds."""
     assert fold_seed(1, "ab", "c") != fold_seed(1, "a", "bc")
