@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -286,3 +287,8 @@ def exit_report(directory: Path, name: str = "test") -> dict[str, Any]:
     """What exit.json says."""
     report: dict[str, Any] = json.loads((directory / name / "exit.json").read_text())
     return report
+
+
+def resumed_step(output: str) -> int:
+    """The step of the checkpoint that the last attempt resumed from."""
+    return int(re.findall(r"resuming from \S+/step_(\d+)", output)[-1])

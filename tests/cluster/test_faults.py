@@ -5,7 +5,6 @@ Each test logs its row of that page's table: `make test-cluster` shows them.
 
 import logging
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +16,14 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.hosts import Cluster, Process, cluster_of, exit_report, wait_until
+from tests.cluster.hosts import (
+    Cluster,
+    Process,
+    cluster_of,
+    exit_report,
+    resumed_step,
+    wait_until,
+)
 from tests.runs import rows, settings, steps_done
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
@@ -110,8 +116,7 @@ def record(fault: str, detected_s: float | None, lost: int | None, recovery: str
 
 def resumed_from(*processes: Process) -> int:
     """The step of the checkpoint that the last attempt resumed from."""
-    output = "".join(process.output for process in processes)
-    return int(re.findall(r"resuming from \S+/step_(\d+)", output)[-1])
+    return resumed_step("".join(process.output for process in processes))
 
 
 def expect_the_undisturbed_curve(directory: Path, undisturbed: list[dict[str, Any]]) -> None:

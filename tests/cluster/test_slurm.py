@@ -1,14 +1,13 @@
 """Runs under Slurm: srun without torchrun, and the shipped batch script through every ending."""
 
 import logging
-import re
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.hosts import exit_report, wait_until
+from tests.cluster.hosts import exit_report, resumed_step, wait_until
 from tests.cluster.slurm import Slurm
 from tests.lines import ROOT
 from tests.runs import rows, settings, steps_done
@@ -63,11 +62,6 @@ def reach(slurm: Slurm, directory: Path, job: str, step: int) -> None:
         assert state in ("PENDING", "RUNNING", "COMPLETING"), (state, text)
         assert time.monotonic() < deadline, (state, text)
         time.sleep(0.3)
-
-
-def resumed_from(directory: Path, job: str) -> int:
-    """The step of the checkpoint that the last attempt resumed from."""
-    return int(re.findall(r"resuming from \S+/step_(\d+)", log_of(directory, job))[-1])
 
 
 def preempt(slurm: Slurm, job: str) -> float:
@@ -187,7 +181,7 @@ def test_out_of_memory(
     # SIGKILL to all ranks: none can write what happened.
     assert not (tmp_path / "test" / "exit.json").exists()
     reach(slurm, tmp_path, job, at + 10)
-    lost = at - resumed_from(tmp_path, job)
+    lost = at - resumed_step(log_of(tmp_path, job))
     assert lost <= 10  # the save of every fifth step may be in progress
     logger.warning("| out of memory | %.1f | %d | the script requeues |", detected_s, lost)
 
@@ -205,7 +199,7 @@ def test_a_lost_node(slurm: Slurm, corpus: Path, tmp_path: Path) -> None:
     slurm.cluster[1].boot()
     slurm.start_node(slurm.cluster[1])
     reach(slurm, tmp_path, job, at + 10)
-    lost = at - resumed_from(tmp_path, job)
+    lost = at - resumed_step(log_of(tmp_path, job))
     assert lost <= 10  # the save of every fifth step may be in progress
     logger.warning("| node lost | %.1f | %d | the script requeues |", detected_s, lost)
 
