@@ -3,9 +3,12 @@
 All were tried with torch 2.11.0, 2.13.0 and 2.14.1; tests/ops/test_torch_private.py checks each.
 """
 
+import functools
 import inspect
+import os
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -112,6 +115,25 @@ def kernel_cache_dir() -> str:
     from torch._inductor.runtime.cache_dir_utils import cache_dir  # noqa: PLC0415  # takes seconds
 
     return cache_dir()
+
+
+def make_gloo(store: Any, rank: int, size: int, timeout: timedelta) -> ProcessGroupGloo:
+    """A gloo group whose messages arrive in one thread that all groups of this process share.
+
+    Otherwise each group has such a thread, which wakes up 100 times per second.
+    """
+    options = ProcessGroupGloo._Options()
+    options._devices, options._timeout = _gloo_devices(), timeout
+    options._threads = 2 * len(options._devices)
+    return ProcessGroupGloo(store, rank, size, options)
+
+
+@functools.cache
+def _gloo_devices() -> list[Any]:
+    """Those that torch would choose."""
+    if interfaces := os.environ.get("GLOO_SOCKET_IFNAME"):
+        return [ProcessGroupGloo.create_device(interface=name) for name in interfaces.split(",")]
+    return [ProcessGroupGloo.create_default_device()]
 
 
 def register_backend(group: dist.ProcessGroup, backend: Any, name: str | None = None) -> None:

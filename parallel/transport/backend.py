@@ -30,6 +30,7 @@ from ops.torch_private import (
     ProcessGroupGloo,
     completed_work,
     group_by_name,
+    make_gloo,
     register_backend,
 )
 from parallel.transport import shared_memory
@@ -39,6 +40,7 @@ from parallel.transport.shared_memory import SLOT_BYTES, PeerLostError, SharedMe
 logger = logging.getLogger("microtron")
 
 _NAME = "shared_memory"
+_GLOO = "gloo_in_one_thread"
 _SMALL_BYTES = 1 << 15  # up to here, each rank reduces the whole tensor: one exchange, not two
 _HALVES = (torch.bfloat16, torch.float16)
 _REDUCIBLE = (*_HALVES, torch.float32, torch.float64, torch.int32, torch.int64)
@@ -46,7 +48,7 @@ _REDUCIBLE = (*_HALVES, torch.float32, torch.float64, torch.int32, torch.int64)
 
 def cpu_backend(share_memory: bool) -> str:
     """Return the name of the backend for CPU tensors; shared memory needs Linux."""
-    return _NAME if share_memory and sys.platform == "linux" else "gloo"
+    return _NAME if share_memory and sys.platform == "linux" else _GLOO
 
 
 def is_transport_frame(code: CodeType) -> bool:
@@ -68,7 +70,7 @@ def lost_connection(error: RuntimeError) -> str | None:
 def _make_backend(options: Any, _: object) -> dist.ProcessGroup | ProcessGroupGloo:
     """Create a group; torch calls this on all its ranks."""
     store, rank, size = options.store, options.group_rank, options.group_size
-    gloo = ProcessGroupGloo(store, rank, size, options.timeout)
+    gloo = _make_gloo(options, None)
     if size == 1:
         return gloo
     global_ranks = options.global_ranks_in_group or list(range(size))  # empty: all ranks
@@ -83,6 +85,10 @@ def _make_backend(options: Any, _: object) -> dist.ProcessGroup | ProcessGroupGl
     outer = _SharedMemoryGroup(inner, memory)
     register_backend(outer, gloo)
     return outer
+
+
+def _make_gloo(options: Any, _: object) -> ProcessGroupGloo:
+    return make_gloo(options.store, options.group_rank, options.group_size, options.timeout)
 
 
 def _share_memory(
@@ -244,4 +250,5 @@ for _name, _operator, _output in (
 ):
     _schema = torch.library.infer_schema(_operator, mutates_args={_output}, op_name=_name)
     _LIBRARY.impl(_LIBRARY.define(_schema), _operator, "CPU")
-dist.Backend.register_backend(_NAME, _make_backend, extended_api=True, devices=["cpu"])
+for _name, _make in ((_NAME, _make_backend), (_GLOO, _make_gloo)):
+    dist.Backend.register_backend(_name, _make, extended_api=True, devices=["cpu"])

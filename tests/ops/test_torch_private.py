@@ -2,6 +2,7 @@
 
 import ast
 import math
+import sys
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
@@ -46,6 +47,7 @@ from ops.torch_private import (
     init_fake_process_group,
     is_sharding_rule,
     kernel_cache_dir,
+    make_gloo,
     operator_name,
     reduce_scatter_single,
     register_backend,
@@ -290,13 +292,23 @@ def test_completed_work() -> None:
 
 def test_a_group_computes_with_its_registered_backend() -> None:
     store = dist.HashStore()  # type: ignore[attr-defined]
-    gloo = ProcessGroupGloo(store, 0, 1, timedelta(seconds=10))
+    gloo = make_gloo(store, 0, 1, timedelta(seconds=10))
+    assert isinstance(gloo, ProcessGroupGloo)
     group = dist.ProcessGroup(store, 0, 1)
     register_backend(group, gloo, "ours")
     assert group.group_name == "ours"
     x = torch.ones(2)
     dist.all_reduce(x, group=group)
     assert x.tolist() == [1, 1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+@distributed(Layout(dp=2), Layout(tp=2, shared_memory=True))
+def test_groups_share_the_thread_that_receives(mesh: Mesh) -> None:
+    """A thread per group would wake up 100 times per second, and a mesh has up to 15 groups."""
+    assert mesh.world.size == 2
+    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    assert names.count("gloo_tcp_loop\n") == 1
 
 
 @distributed(Layout(dp=2), Layout(tp=2, shared_memory=True))
