@@ -122,7 +122,7 @@ def make_gloo(store: Any, rank: int, size: int, timeout: timedelta) -> ProcessGr
 
     Otherwise each group has such a thread, which wakes up 100 times per second.
     """
-    options = ProcessGroupGloo._Options()
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # undeclared
     options._devices, options._timeout = _gloo_devices(), timeout
     options._threads = 2 * len(options._devices)
     return ProcessGroupGloo(store, rank, size, options)
