@@ -1,11 +1,11 @@
 """Data parallelism, and gradients after the backward pass: partial sums, norm, clipping.
 
-PyTorch's FSDP2 shards over dp and cp ranks, and is configured to sum gradients.
-Weights, gradients and optimizer state are float32 and sharded over dp x cp; forward and backward
-use gathered copies in the compute dtype. With HSDP they are sharded within each group of ranks, and
-FSDP2 sums the gradient shards over the groups (an all-reduce) during the last backward. One rank
-needs none of this: its layers cast the weights they use, and autograd adds the gradients of
-micro-batches in float32. After backward, each rank has its float32 shard of every gradient.
+PyTorch's FSDP2 shards weights, gradients and optimizer state (all float32) over dp x cp ranks, and
+is configured to sum gradients; forward and backward use gathered copies in the compute dtype. With
+HSDP they are sharded within each group of ranks, and FSDP2 sums the gradient shards over the groups
+(an all-reduce) during the last backward. One rank needs none of this: its layers cast the weights
+they use, and autograd adds the gradients of micro-batches in float32. After backward, each rank has
+its float32 shard of every gradient.
 """
 
 from collections.abc import Iterable, Sequence
