@@ -9,13 +9,7 @@ import sys
 from contextlib import ExitStack
 from dataclasses import replace
 
-from configs import (
-    Config,
-    UserError,
-    exit_with_error,
-    load_config,
-    machine_errors_as_user_errors,
-)
+from configs import Config, load_config, machine_errors_as_user_errors
 from configs.launch import print_after_launcher
 
 if __name__ == "__main__":
@@ -26,7 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from data import prepare_corpus, text_fingerprint
 from model import build_model, num_parameters
-from parallel import Mesh, close_mesh, lost_connection
+from parallel import Mesh, close_mesh
 from tracking.console import set_up_logging
 from tracking.metrics import RunLog, last_step
 from tracking.profiling import Profiler
@@ -35,9 +29,10 @@ from training.checkpoint_writer import CheckpointWriter
 from training.divergence import check_replicas, roll_back, too_many_skipped
 from training.evaluation import evaluate, task_sets, validation_set
 from training.hardware import choose_precision, set_up_allocator, use_deterministic_kernels
+from training.inference import exit_on_error
 from training.optimizer import build_optimizer
 from training.resume import chosen_steps, find_own_checkpoint, find_source, limit_steps, resume
-from training.run_folder import FatalError, RunFolder, require_same_on_all_ranks
+from training.run_folder import RunFolder, require_same_on_all_ranks
 from training.signals import StopSignals
 from training.state import Run, RunState, mesh_from_config, training_batches
 from training.step import steps_that_fit, train_step
@@ -145,17 +140,8 @@ def main(config: Config) -> int:
         use_deterministic_kernels()
     mesh = mesh_from_config(config)
     set_up_logging(mesh.world.rank)
-    try:
-        with RunFolder(config, mesh) as folder:
-            code = train(config, mesh, folder, signals)
-    except UserError as error:
-        exit_with_error(str(error))
-    except FatalError as error:
-        exit_with_error(str(error), error.exit_code)
-    except RuntimeError as error:
-        if (loss := lost_connection(error)) is None:
-            raise
-        exit_with_error(loss, 1, only_here=True)
+    with exit_on_error(), RunFolder(config, mesh) as folder:
+        code = train(config, mesh, folder, signals)
     if code and mesh.world.rank == 0:  # stopped by a signal
         print_after_launcher(f"resume with\n  {folder.resume_command()}")
     # Not after an error: closing waits for peers, which may be in a collective.

@@ -64,27 +64,27 @@ class Declared:
     """What a layer declares about one weight in a parameter."""
 
     spec: WeightSpec
-    slices: Slices  # this tp rank's part of the whole
-    grad_is_partial: bool  # over the tp axis, see [Note: partial gradients]
-    is_tied: bool
-    mesh: Mesh
-
-
-@dataclass(frozen=True)
-class LocalShard:
-    """This rank's part of a weight, or of its gradient or moment, and its place in the whole."""
-
-    tensor: Tensor  # shares the memory of the parameter, gradient or moment
-    spec: WeightSpec
-    slices: Slices  # of the whole
-    tp_dim: int | None  # the dim sharded over tp; None: every tp rank has the same
+    slices: Slices  # this rank's part of the whole
     grad_is_partial: bool  # over the tp axis, see [Note: partial gradients]
     is_tied: bool  # held by the first and the last stage, with a part of its gradient each
+    mesh: Mesh
+
+    @property
+    def tp_dim(self) -> int | None:
+        """The dim sharded over tp; None: every tp rank has the same."""
+        return self.spec.tp_dim_at(self.mesh.tp.size)
 
     @property
     def global_shape(self) -> tuple[int, ...]:
         """The shape of the whole weight."""
         return self.spec.shape
+
+
+@dataclass(frozen=True)
+class LocalShard(Declared):
+    """This rank's part of a weight, or of its gradient or moment, and its place in the whole."""
+
+    tensor: Tensor  # shares the memory of the parameter, gradient or moment
 
 
 def declare_parameter(
@@ -144,14 +144,9 @@ def local_shards(
         row = 0
         for (name, one), slices in zip(declared.items(), parts, strict=True):
             stop = row + slices[0].stop - slices[0].start
-            shards[prefix + name] = LocalShard(
-                tensor if len(declared) == 1 else tensor[row:stop],
-                one.spec,
-                slices,
-                one.spec.tp_dim_at(one.mesh.tp.size),
-                one.grad_is_partial,
-                one.is_tied,
-            )
+            part = tensor if len(declared) == 1 else tensor[row:stop]
+            facts = vars(one) | {"slices": slices}
+            shards[prefix + name] = LocalShard(**facts, tensor=part)
             row = stop
     return shards
 

@@ -12,6 +12,7 @@ from model import GPT, build_inference_model
 from parallel import Mesh, lost_connection
 from training.hardware import choose_precision
 from training.optimizer import WEIGHTS, weight_tensors
+from training.run_folder import FatalError
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,13 @@ def load_run_tokenizer(folder: Path, config: Config) -> Tokenizer:
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Exit with one line, not a traceback, on a UserError or if another rank has ended."""
+    """Exit with one line, not a traceback, on a UserError, a FatalError or a lost connection."""
     try:
         yield
     except UserError as error:
         exit_with_error(str(error))
+    except FatalError as error:
+        exit_with_error(str(error), error.exit_code)
     except RuntimeError as error:
         if (loss := lost_connection(error)) is None:
             raise
