@@ -16,6 +16,7 @@ WITH_CP = Layout(cp=2, dp=2, replicas=2)
 WITH_PP = Layout(pp=2, dp=2, replicas=2)
 
 
+@pytest.mark.slow
 def test_checkpoints_move_between_hsdp_and_other_layouts(corpus: Path, tmp_path: Path) -> None:
     """Six steps on HSDP, two each on HSDP, FSDP and HSDP: one curve, as on one rank."""
     reference = run(corpus, tmp_path / "one", ONE_RANK)

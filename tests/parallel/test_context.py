@@ -272,10 +272,8 @@ def planned_config(*overrides: str) -> Config:
     return parse_config(list(arguments), lambda _: 2)
 
 
-@pytest.mark.parametrize(
-    "recompute",
-    ["none", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("selective", "full"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_a_layer_saves_its_share(recompute: str) -> None:
     """Each module saves 1/c of the bytes that it saves without context parallelism."""
     recomputed = f"parallel.recompute_granularity={recompute}"

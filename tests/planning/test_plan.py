@@ -284,6 +284,7 @@ def test_a_layer_saves_what_the_formulas_need(
     assert num_bytes == pytest.approx(bytes_per_sbh * sbh / layout.tp, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [ONE_RANK, Layout(tp=4), Layout(tp=4, dp=2)], ids=str)
 def test_weight_copies_are_not_activations(layout: Layout) -> None:
     """A layer saves only tensors `[s, b, ...]`, no cast weight or rows of one."""

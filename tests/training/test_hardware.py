@@ -105,6 +105,7 @@ print(hardware.fastest_precision(sys.argv[1]).attention)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_measure_once(tmp_path: Path) -> None:
     """The second waits for the first and reads its result."""
     started = [

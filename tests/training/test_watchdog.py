@@ -136,6 +136,7 @@ def test_a_stopped_rank_is_named_and_the_run_resumes(
     assert rows(tmp_path) == unbroken
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_0_is_named_by_another(corpus: Path, tmp_path: Path) -> None:
     """Rank 0 usually writes exit.json, but no longer can."""
     process = start(2, settings(corpus, tmp_path, *WATCHED))
