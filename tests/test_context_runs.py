@@ -88,6 +88,7 @@ def test_every_layout_gives_the_same_losses(
         assert_near(run(corpus, tmp_path / str(layout), layout, *options, micro_batch), reference)
 
 
+@pytest.mark.slow
 def test_checkpoints_move_between_axes(corpus: Path, tmp_path: Path) -> None:
     """Two steps each on cp, tp and dp ranks continue one curve, within 1e-5."""
     expected = run(corpus, tmp_path / "whole", CP)

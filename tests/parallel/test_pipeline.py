@@ -211,6 +211,7 @@ def _require_near(curve: list[dict[str, Any]], expected: list[dict[str, Any]]) -
             assert value == pytest.approx(other[key], rel=tolerance), (row["step"], key)
 
 
+@pytest.mark.slow
 def test_checkpoints_fit_any_layout(corpus: Path, tmp_path: Path) -> None:
     """Written on pp=2 x tp=2 and read on other layouts; written on pp=4 and read on pp=2 x tp=2."""
     options = ("model.num_layers=4", "evaluate.interval=0")

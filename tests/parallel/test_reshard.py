@@ -79,6 +79,7 @@ def compare_traffic(mesh: Mesh, config: Config, expected: Counter[Collective]) -
         assert Counter(traffic) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "gradient_sync", ["step", pytest.param("micro_batch", marks=pytest.mark.slow)]
 )

@@ -60,6 +60,7 @@ def test_each_rank_of_a_host_has_its_own_ring() -> None:
     assert tp.within / 2 + dp.between / 2 + all_ranks.between == pytest.approx(sent)
 
 
+@pytest.mark.slow
 def test_hsdp_sends_less_between_hosts() -> None:
     """Only the all-reduce of half of the gradients in float32: 2 x 1/2 x half, from each rank."""
     (fsdp, _), (hsdp, _) = (predicted(Layout(dp=4, replicas=n), 2) for n in (1, 2))

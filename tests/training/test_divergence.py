@@ -111,6 +111,7 @@ def test_all_ranks_skip_one_bad_update(mesh: Mesh, config: Config) -> None:
     require_one_skip(mesh, config)
 
 
+@pytest.mark.slow
 @distributed(Layout(tp=2, dp=2))
 def test_a_skipped_update_leaves_the_momentum_of_muon(mesh: Mesh, config: Config) -> None:
     require_one_skip(mesh, changed(config, optimizer={"name": "muon"}))

@@ -40,6 +40,7 @@ def train_with_clock(layout: Layout, arguments: list[str], seconds: float = SECO
     run_on(layout, run_with_clock, config=config_on(layout, arguments), seconds=seconds)
 
 
+@pytest.mark.slow
 def test_a_limited_run_equals_one_of_that_many_steps(corpus: Path, tmp_path: Path) -> None:
     """Measuring leaves no trace in losses, evaluations and samples; rank 0 decides for all."""
     layout, common = Layout(tp=2), (corpus, tmp_path, *LIMIT)
