@@ -60,6 +60,7 @@ def test_ids_equal_those_of_transformers(tmp_path: Path, kind: str) -> None:
     assert ours.decode([ours.bos_id, *ours.encode("self"), ours.eos_id]) == "self"
 
 
+@pytest.mark.slow
 def test_cutting_texts_changes_no_id(tmp_path: Path) -> None:
     """Parts of any length give the ids of the whole text."""
     for kind in ("gpt2", "llama3"):

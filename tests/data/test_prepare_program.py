@@ -122,6 +122,7 @@ def test_shards_build_the_same_bytes_at_once(tmp_path: Path, n: int) -> None:
     assert content(tmp_path / "cache") == content(tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_shards_of_conversations_build_the_same_bytes(tmp_path: Path) -> None:
     """Targets included, by two shards that are killed and repeated; then nothing is left to do."""
     chats, tokenizer = tmp_path / "chats", write_byte_tokenizer(tmp_path / "bytes")
@@ -165,6 +166,7 @@ def test_one_command_shares_the_work_among_processes(tmp_path: Path) -> None:
     assert content(tmp_path / "cache") == content(tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_killed_shards_are_repeated_or_joined_by_training(tmp_path: Path) -> None:
     """Kill -9 at any moment; what was done stays done, and the bytes are the same."""
     (tmp_path / "texts").mkdir()

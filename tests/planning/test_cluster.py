@@ -108,6 +108,7 @@ def test_the_rate_of_a_rank_replaces_a_measured_step() -> None:
     assert predict(config, reports, Network(1), local_step_s=1.0).step_s is None
 
 
+@pytest.mark.slow
 def test_the_page_of_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:
     """A row for each axis, the step time, a warning where tp crosses hosts, and HSDP as advice."""
 
