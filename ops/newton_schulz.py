@@ -23,7 +23,7 @@ def orthogonalise(matrix: Tensor, num_steps: int) -> Tensor:
     is_tall = x.shape[0] > x.shape[1]
     if is_tall:  # x x^T is then smaller
         x = x.t()
-    # In float64, see `_norms` in parallel/data_parallel.py.
+    # In float64, see `_norms` in parallel/gradients.py.
     x = x / torch.linalg.vector_norm(x, dtype=torch.float64).clamp(min=_SMALLEST_NORM)
     for _ in range(num_steps):
         gram = x @ x.t()

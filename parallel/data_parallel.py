@@ -1,24 +1,19 @@
-"""Data parallelism, and gradients after the backward pass: partial sums, norm, clipping.
+"""Data parallelism: PyTorch's FSDP2 over dp and cp ranks, configured to sum gradients.
 
-PyTorch's FSDP2 shards weights, gradients and optimizer state (all float32) over dp x cp ranks, and
-is configured to sum gradients; forward and backward use gathered copies in the compute dtype. With
-HSDP they are sharded within each group of ranks, and FSDP2 sums the gradient shards over the groups
-(an all-reduce) during the last backward. One rank needs none of this: its layers cast the weights
-they use, and autograd adds the gradients of micro-batches in float32. After backward, each rank has
-its float32 shard of every gradient.
+Weights, gradients and optimizer state are float32 and sharded over dp x cp; forward and backward
+use gathered copies in the compute dtype. With HSDP they are sharded within each group of ranks, and
+FSDP2 sums the gradient shards over the groups (an all-reduce) during the last backward. One rank
+needs none of this: its layers cast the weights they use, and autograd adds the gradients of
+micro-batches in float32.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import cast
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from ops.torch_private import foreach_copy_, foreach_mul_, foreach_norm
-from parallel.collectives import move_to, sum_over
 from parallel.mesh import Mesh
-from parallel.parameters import LocalShard, local_shards
 
 
 def shard_over_data_parallel(
@@ -82,56 +77,3 @@ def free_gathered_weights(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def sum_partial_gradients(model: nn.Module, mesh: Mesh) -> None:
-    """Sum partial gradients in one all-reduce over tp, and a tied table's over its two stages."""
-    free_gathered_weights(model)  # pipeline stages keep them until now
-    gradients = _gradient_shards(model)
-    partial = [gradient.tensor.view(-1) for gradient in gradients if gradient.grad_is_partial]
-    if partial:
-        summed = sum_over(mesh.tp, torch.cat(partial))
-        foreach_copy_(partial, list(summed.split([grad.numel() for grad in partial])))
-    for gradient in gradients:
-        if gradient.is_tied:
-            sum_over(mesh.tied, gradient.tensor)
-
-
-def squared_norm(model: nn.Module, mesh: Mesh) -> Tensor:
-    """This rank's share of the squared global norm of the gradients, a float64 scalar.
-
-    The sum over all ranks is the squared norm: of a gradient that several ranks have, one rank
-    counts it, or each replica its part.
-    """
-    counted = [
-        gradient.tensor
-        for gradient in _gradient_shards(model)
-        if (gradient.tp_dim is not None or mesh.tp.rank == 0)
-        and (not gradient.is_tied or mesh.pp.rank == 0)
-    ]
-    return _norms(counted).square().sum() / mesh.replicas.size
-
-
-def clip_gradients(model: nn.Module, norm: float, largest_norm: float) -> None:
-    """Scale all gradients, whose global norm is `norm`, so that it is at most `largest_norm`."""
-    if (scale := largest_norm / (norm + 1e-6)) < 1.0:
-        gradients = [gradient.tensor for gradient in _gradient_shards(model)]
-        foreach_mul_(gradients, scale)
-
-
-def _gradient_shards(model: nn.Module) -> list[LocalShard]:
-    return list(local_shards(model, lambda parameter: cast(Tensor, parameter.grad)).values())
-
-
-def are_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether all elements of float32 tensors are finite."""
-    return bool(move_to(_norms(tensors), "cpu").isfinite().all())
-
-
-def _norms(tensors: Sequence[Tensor]) -> Tensor:
-    """The norm of each float32 tensor, in float64.
-
-    In float32, squares of large elements overflow, and torch 2.13 sums sequentially on a CPU: an
-    error of 8e-5 for 4 million elements, which depends on the layout.
-    """
-    return torch.stack(foreach_norm(list(tensors), 2, dtype=torch.float64))

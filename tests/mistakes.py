@@ -76,7 +76,7 @@ MISTAKES = (
     ),
     Mistake(
         "partial gradients are averaged over tp where they should be summed",
-        "parallel/data_parallel.py",
+        "parallel/gradients.py",
         "sum_over(mesh.tp, torch.cat(partial))",
         "sum_over(mesh.tp, torch.cat(partial)) / mesh.tp.size",
         (_MODEL + "[gpt2-False-tp2+sp-dp1]",),
@@ -312,7 +312,7 @@ MISTAKES = (
     ),
     Mistake(
         "replicated gradients count t times in the norm",
-        "parallel/data_parallel.py",
+        "parallel/gradients.py",
         "(gradient.tp_dim is not None or mesh.tp.rank == 0)",
         "True",
         (_MODEL + "[gpt2-False-tp2+sp-dp1]",),
@@ -358,14 +358,14 @@ MISTAKES = (
     ),
     Mistake(
         "the two gradients of a tied table are not summed",
-        "parallel/data_parallel.py",
+        "parallel/gradients.py",
         "            sum_over(mesh.tied, gradient.tensor)\n",
         "            pass\n",
         (_PIPELINE_TIED,),
     ),
     Mistake(
         "a tied table counts twice in the norm",
-        "parallel/data_parallel.py",
+        "parallel/gradients.py",
         "(not gradient.is_tied or mesh.pp.rank == 0)",
         "True",
         (_PIPELINE_TIED,),
@@ -523,7 +523,7 @@ MISTAKES = (
     ),
     Mistake(
         "every HSDP replica counts its gradients in the norm",
-        "parallel/data_parallel.py",
+        "parallel/gradients.py",
         ".square().sum() / mesh.replicas.size",
         ".square().sum()",
         (_STEP + "[tp1-dp2/2]",),
