@@ -140,13 +140,8 @@ from data import Corpus, TaskResult, load_eval_corpus, prepare_corpus
 from parallel import close_mesh
 from tracking.console import set_up_logging
 from training.evaluation import EvalResult, eval_batches, score, score_task, task_sets
-from training.inference import (
-    LoadedModel,
-    exit_on_error,
-    load_for_inference,
-    require_fingerprint,
-)
-from training.run_folder import require_same_on_all_ranks
+from training.inference import LoadedModel, load_for_inference, require_fingerprint
+from training.run_folder import exit_on_error, require_same_on_all_ranks
 from training.signals import StopSignals
 from training.state import mesh_from_config
 

@@ -63,8 +63,9 @@ from interop.model_card import model_card
 from interop.tokenizer_json import tokenizer_config, tokenizer_json
 from parallel import DeviceError, Mesh, close_mesh, init_mesh
 from tracking.console import set_up_logging
-from training.inference import exit_on_error, load_run_tokenizer, require_fingerprint
+from training.inference import load_run_tokenizer, require_fingerprint
 from training.optimizer import WEIGHTS
+from training.run_folder import exit_on_error
 
 # Largest difference of float32 logits due to another order of sums, relative to the largest logit.
 _TOLERANCE = 1e-4

@@ -102,7 +102,8 @@ from model import Sampling, generate_tokens
 from model.generation.continuation import Continuation
 from parallel import Mesh, close_mesh, gather_json
 from tracking.console import printable, set_up_logging
-from training.inference import LoadedModel, exit_on_error, load_for_inference
+from training.inference import LoadedModel, load_for_inference
+from training.run_folder import exit_on_error
 from training.signals import StopSignals
 from training.state import mesh_from_config
 

@@ -29,10 +29,9 @@ from training.checkpoint_writer import CheckpointWriter
 from training.divergence import check_replicas, roll_back, too_many_skipped
 from training.evaluation import evaluate, task_sets, validation_set
 from training.hardware import choose_precision, set_up_allocator, use_deterministic_kernels
-from training.inference import exit_on_error
 from training.optimizer import build_optimizer
 from training.resume import chosen_steps, find_own_checkpoint, find_source, limit_steps, resume
-from training.run_folder import RunFolder, require_same_on_all_ranks
+from training.run_folder import RunFolder, exit_on_error, require_same_on_all_ranks
 from training.signals import StopSignals
 from training.state import Run, RunState, mesh_from_config, training_batches
 from training.step import steps_that_fit, train_step

@@ -13,7 +13,8 @@ from parallel.transport.shared_memory import PeerLostError
 from tests.data_corpora import small_tokenizer
 from tests.distributed import EVERY_LAYOUT, ONE_RANK, distributed
 from tests.trained_runs import FAMILIES, Dense, start_program
-from training.inference import exit_on_error, load_for_inference
+from training.inference import load_for_inference
+from training.run_folder import exit_on_error
 
 
 @distributed(*EVERY_LAYOUT)

@@ -1,18 +1,15 @@
 """Load the model of a run for inference: the weights of any checkpoint."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoints import Checkpoint, held_checkpoint, load_tensors
-from configs import Config, UserError, exit_with_error
+from configs import Config, UserError
 from data import Tokenizer, load_tokenizer
 from model import GPT, build_inference_model
-from parallel import Mesh, lost_connection
+from parallel import Mesh
 from training.hardware import choose_precision
 from training.optimizer import WEIGHTS, weight_tensors
-from training.run_folder import FatalError
 
 
 @dataclass(frozen=True)
@@ -49,21 +46,6 @@ def load_run_tokenizer(folder: Path, config: Config) -> Tokenizer:
     """Load the tokenizer in a run folder; the configuration of the run names its bos and eos."""
     data = config.data
     return load_tokenizer(folder, "the tokenizer of the run", data.bos_token, data.eos_token)
-
-
-@contextmanager
-def exit_on_error() -> Iterator[None]:
-    """Exit with one line, not a traceback, on a UserError, a FatalError or a lost connection."""
-    try:
-        yield
-    except UserError as error:
-        exit_with_error(str(error))
-    except FatalError as error:
-        exit_with_error(str(error), error.exit_code)
-    except RuntimeError as error:
-        if (loss := lost_connection(error)) is None:
-            raise
-        exit_with_error(loss, 1, only_here=True)
 
 
 def require_fingerprint(checkpoint: Checkpoint, what: str, fingerprint: str) -> None:

@@ -34,6 +34,7 @@ from configs import (
     EXIT_BEFORE_TRAINING,
     Config,
     UserError,
+    exit_with_error,
     flatten,
     machine_errors_as_user_errors,
     os_error_text,
@@ -42,7 +43,7 @@ from configs import (
 from configs.errors import format_value
 from configs.launch import launch_command
 from configs.tokenizer_files import TOKENIZER_FILES
-from parallel import Mesh, gather_json, wait_for_all_ranks
+from parallel import Mesh, gather_json, lost_connection, wait_for_all_ranks
 from training.lock import FolderLock
 
 logger = logging.getLogger("microtron")
@@ -62,6 +63,21 @@ class FatalError(RuntimeError):
     """An error that all ranks raise together; it ends the run without a save."""
 
     exit_code: int
+
+
+@contextlib.contextmanager
+def exit_on_error() -> Iterator[None]:
+    """Exit with one line, not a traceback, on a UserError, a FatalError or a lost connection."""
+    try:
+        yield
+    except UserError as error:
+        exit_with_error(str(error))
+    except FatalError as error:
+        exit_with_error(str(error), error.exit_code)
+    except RuntimeError as error:
+        if (loss := lost_connection(error)) is None:
+            raise
+        exit_with_error(loss, 1, only_here=True)
 
 
 def require_same_on_all_ranks(mesh: Mesh, value: str, what: str) -> None:
