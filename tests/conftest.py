@@ -49,7 +49,7 @@ def _sample(config: pytest.Config, items: list[pytest.Item]) -> None:
             cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
     chosen = []
     for of_one_test in cases.values():
-        # The last layout has the most axes.
+        # Lists of layouts end with a large one.
         chosen += of_one_test[-1:] if _is_costly(of_one_test[0]) else of_one_test
     _keep(config, items, chosen)
 

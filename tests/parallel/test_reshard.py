@@ -80,9 +80,7 @@ def compare_traffic(mesh: Mesh, config: Config, expected: Counter[Collective]) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "gradient_sync", ["step", pytest.param("micro_batch", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("gradient_sync", ["step", "micro_batch"])
 def test_plan_counts_gathers_and_kept_weights(gradient_sync: str) -> None:
     """plan.py counts the collectives of a real step, and the memory of the weights that stay."""
     config = config_for(2, reshard_after_forward=False, gradient_sync=gradient_sync)
