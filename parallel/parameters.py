@@ -64,7 +64,7 @@ class Declared:
     """What a layer declares about one weight in a parameter."""
 
     spec: WeightSpec
-    slices: Slices  # this rank's part of the whole
+    slices: Slices  # this tp rank's part of the whole; of a LocalShard, this rank's
     grad_is_partial: bool  # over the tp axis, see [Note: partial gradients]
     is_tied: bool  # held by the first and the last stage, with a part of its gradient each
     mesh: Mesh
