@@ -12,7 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
@@ -36,7 +36,10 @@ from training.state import RunState, training_batches
 
 _HIDDEN, _HEADS, _SEQ, _VOCAB = 16, 2, 8, 64
 _FEW, _MANY = 4, 20  # layers; the difference is free of what is outside layers
-_WARM_UP, _REPEATS = 4, 16
+_WARM_UP, _REPEATS = 4, 32
+_PLAIN, _FSDP = "plain block", "plain block, FSDP2"
+
+Timed = Callable[[], tuple[float, float]]  # of forward and of backward
 
 
 class PlainBlock(nn.Module):
@@ -69,14 +72,14 @@ def plain_model(num_layers: int, *, fsdp: bool) -> nn.Module:
     return model
 
 
-def plain(num_layers: int, *, fsdp: bool) -> Callable[[], tuple[float, float]]:
+def plain(num_layers: int, *, fsdp: bool) -> Timed:
     """Make a forward and backward of plain blocks that returns the thread time of each."""
     model = plain_model(num_layers, fsdp=fsdp)
     x = torch.randn(1, _SEQ, _HIDDEN)
     return lambda: _timed(model, lambda: model(x.requires_grad_()).sum())
 
 
-def ours(num_layers: int, mesh: Mesh, dropout: float) -> Callable[[], tuple[float, float]]:
+def ours(num_layers: int, mesh: Mesh, dropout: float) -> Timed:
     """Make a forward and backward of our model that returns the thread time of each."""
     config = Config(
         model=ModelConfig(
@@ -108,19 +111,20 @@ def _timed(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[float, floa
     return between - started, ended - between
 
 
-def per_layer(make: Callable[[int], Callable[[], tuple[float, float]]]) -> tuple[float, float]:
-    """Milliseconds of forward and of backward that one more layer costs."""
-    few, many = make(_FEW), make(_MANY)
-    samples = [(few(), many()) for _ in range(_WARM_UP + _REPEATS)][_WARM_UP:]
-    return tuple(  # type: ignore[return-value]
-        1e3
-        / (_MANY - _FEW)
-        * (
-            statistics.median(many[part] for _, many in samples)
-            - statistics.median(few[part] for few, _ in samples)
-        )
-        for part in (0, 1)
-    )
+def per_layer(variants: Mapping[str, Callable[[int], Timed]]) -> dict[str, tuple[float, float]]:
+    """Milliseconds of forward and of backward that one more layer costs, in interleaved rounds."""
+    models = {name: (make(_FEW), make(_MANY)) for name, make in variants.items()}
+    rounds = [
+        {name: (few(), many()) for name, (few, many) in models.items()}
+        for _ in range(_WARM_UP + _REPEATS)
+    ][_WARM_UP:]
+
+    def median_ms(name: str, part: int) -> float:
+        """Median over the rounds; `part`: 0 for forward, 1 for backward."""
+        times = ((each[name][1][part] - each[name][0][part]) for each in rounds)
+        return 1e3 / (_MANY - _FEW) * statistics.median(times)
+
+    return {name: (median_ms(name, 0), median_ms(name, 1)) for name in models}
 
 
 def plain_step() -> Callable[[int], float]:
@@ -180,18 +184,23 @@ def main() -> None:
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     mesh = make_mesh(1, sequence_parallel=False, device=torch.device("cpu"), local_rank=0)
     compiled = replace(mesh, compile=True)
-    variants: dict[str, Callable[[int], Callable[[], tuple[float, float]]]] = {
-        "plain block": lambda layers: plain(layers, fsdp=False),
-        "plain block, FSDP2": lambda layers: plain(layers, fsdp=True),
+    variants = {
+        _PLAIN: lambda layers: plain(layers, fsdp=False),
+        _FSDP: lambda layers: plain(layers, fsdp=True),
         "ours": lambda layers: ours(layers, mesh, 0.0),
         "ours, dropout 0.1": lambda layers: ours(layers, mesh, 0.1),
         "ours, compiled": lambda layers: ours(layers, compiled, 0.0),
         "ours, compiled, dropout 0.1": lambda layers: ours(layers, compiled, 0.1),
     }
-    sys.stdout.write("ms per layer and micro-batch     forward  backward  together\n")
-    for name, make in variants.items():
-        forward, backward = per_layer(make)
-        sys.stdout.write(f"{name:<32} {forward:7.3f} {backward:9.3f} {forward + backward:9.3f}\n")
+    times_ms = per_layer(variants)
+    sys.stdout.write(
+        "ms per layer and micro-batch     forward  backward  together  of plain  of FSDP2\n"
+    )
+    for name, (forward, backward) in times_ms.items():
+        both = forward + backward
+        of_plain, of_fsdp = (both / sum(times_ms[other]) for other in (_PLAIN, _FSDP))
+        times = f"{name:<32} {forward:7.3f} {backward:9.3f} {both:9.3f}"
+        sys.stdout.write(f"{times} {of_plain:9.2f} {of_fsdp:9.2f}\n")
     with tempfile.TemporaryDirectory() as folder:
         print_steps(mesh, folder)
     dist.destroy_process_group()
