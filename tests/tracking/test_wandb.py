@@ -169,7 +169,7 @@ def test_a_silent_server_delays_nothing(
     server.answers = False
     started_at = time.monotonic()
     forwarder = begin(tmp_path, range(1, 6))
-    assert time.monotonic() - started_at < 0.5
+    assert time.monotonic() - started_at < 1.5
     assert end(forwarder) < 10
     wandb.teardown()
     server.answers = True
@@ -194,7 +194,7 @@ def test_a_server_that_dies_delays_only_the_end(
     for step in range(5, 501):
         forwarder.log({"step": step, "train/loss": 1.0})
     forwarder.log({"step": 500, "sample": "a sample"})
-    assert time.monotonic() - started_at < 0.5
+    assert time.monotonic() - started_at < 1.5
     assert end(forwarder) < 15
     assert f"wandb sync --include-online {tmp_path / 'wandb'}" in caplog.text
     with serve() as another:
