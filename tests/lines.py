@@ -5,6 +5,7 @@ ones included. The reading path is what a newcomer reads in one evening. All lin
 """
 
 import ast
+import functools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -62,10 +63,16 @@ def source_files() -> list[Path]:
     return sorted(file.relative_to(ROOT) for file in files)
 
 
+@functools.cache
+def nodes(file: Path) -> tuple[ast.AST, ...]:
+    """All nodes of the syntax tree of a file."""
+    return tuple(ast.walk(ast.parse((ROOT / file).read_text("utf-8"))))
+
+
 def imported_names(file: Path) -> Iterator[str]:
     """Dotted names that a file imports, wherever in it; an imported name counts as a module."""
     package = ".".join(file.parts[:-1])
-    for node in ast.walk(ast.parse((ROOT / file).read_text("utf-8"))):
+    for node in nodes(file):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

@@ -39,6 +39,7 @@ def test_the_page_quotes_the_trace() -> None:
     assert f"```\n{ended.stdout}```\n" in PAGE.read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_a_wrong_number_of_ranks_is_an_error() -> None:
     """Four heads cannot be shared by three ranks."""
     ended = run("python", "-m", "docs.trace_layer", RANK="0", WORLD_SIZE="3", LOCAL_RANK="0")

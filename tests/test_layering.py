@@ -2,8 +2,6 @@
 
 import ast
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
 
 from configs.fields import KEYS
 from tests.lines import (
@@ -15,6 +13,7 @@ from tests.lines import (
     ROOT,
     budgets,
     imported_names,
+    nodes,
     source_files,
 )
 
@@ -43,10 +42,6 @@ TRAINING = (
 )
 
 SOURCES = source_files()
-
-
-def _nodes(file: Path) -> Iterator[ast.AST]:
-    return ast.walk(ast.parse((ROOT / file).read_text("utf-8")))
 
 
 def _dotted(node: ast.AST) -> str:
@@ -94,7 +89,7 @@ def test_only_parallel_communicates() -> None:
         for name in imported_names(file):
             if name.startswith("torch.distributed"):
                 assert name.startswith(NOT_COMMUNICATION), f"{file}: {name}"
-        attributes = [node for node in _nodes(file) if isinstance(node, ast.Attribute)]
+        attributes = [node for node in nodes(file) if isinstance(node, ast.Attribute)]
         for name in map(_dotted, attributes):
             is_communication = name.startswith("torch.distributed.")
             assert not is_communication or name.startswith(NOT_COMMUNICATION), f"{file}: {name}"
@@ -107,7 +102,7 @@ def test_nothing_is_pickled() -> None:
         modules = {name.partition(".")[0] for name in imported_names(file)}
         assert modules.isdisjoint(PICKLING_MODULES), file
         assert "torch.distributed.checkpoint" not in ",".join(imported_names(file))
-        for node in _nodes(file):
+        for node in nodes(file):
             if isinstance(node, ast.Call):
                 assert _dotted(node.func) not in PICKLING_CALLS, file
             assert not (isinstance(node, ast.keyword) and node.arg == "allow_pickle"), file
@@ -119,7 +114,7 @@ def test_training_waits_for_the_device_in_one_place() -> None:
         in_training = file.parts[0] in ("parallel", "model") or str(file) in TRAINING
         if not in_training or file.name == "mesh.py":  # done before training
             continue
-        for node in _nodes(file):
+        for node in nodes(file):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
                 continue
             if node.func.attr in ("item", "cpu"):

@@ -50,6 +50,7 @@ def test_killed_ranks_are_restarted(
     assert not list((tmp_path / "test").glob("previous_*"))
 
 
+@pytest.mark.slow
 def test_all_ranks_name_a_killed_rank(corpus: Path, tmp_path: Path) -> None:
     """In one line each, even ranks that share no group with it."""
     arguments = settings(corpus, tmp_path, *LONG, "parallel.tensor_model_parallel_size=2")

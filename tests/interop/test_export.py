@@ -133,6 +133,7 @@ def test_greedy_decoding_is_the_same(
     assert max(theirs) < auto.vocab_size < VOCAB
 
 
+@pytest.mark.slow
 def test_the_tokenizer_is_the_same(exported: dict[str, tuple[Config, Path]]) -> None:
     """Encoding and decoding agree on random texts, also with control pieces in them."""
     _, auto = load(exported["gpt2"][1])
@@ -192,6 +193,7 @@ def test_tensors_are_split_over_files() -> None:
     assert [list(part) for part in split(infos, 4 * 5)] == [["a", "b"], ["c"], ["d", "e"]]
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_one_tensor(tmp_path: Path) -> None:
     """A model of 76 MiB with tensors of at most 1 MiB needs less than 8 MiB."""
     model = dataclasses.replace(LLAMA, num_layers=20, hidden_size=256, ffn_hidden_size=1024)

@@ -4,7 +4,7 @@ import ast
 import math
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -55,7 +55,7 @@ from ops.torch_private import (
 )
 from parallel import Mesh
 from tests.distributed import Layout, distributed
-from tests.lines import ROOT, source_files
+from tests.lines import ROOT, nodes, source_files
 
 PRIVATE = Path(torch_private.__file__).relative_to(ROOT)
 
@@ -64,13 +64,16 @@ def _is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__")
 
 
+def _is_name(node: ast.AST, names: Container[str]) -> bool:
+    return isinstance(node, ast.Name) and node.id in names
+
+
 def _private_names(file: Path) -> Iterator[str]:
     """Private names of other libraries, except Python's, that a file uses."""
-    tree = ast.parse((ROOT / file).read_text("utf-8"))
-    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
-    own |= {node.attr for node in attributes if ast.unparse(node.value) in ("self", "cls")}
-    for node in ast.walk(tree):
+    own = {n.name for n in nodes(file) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    attributes = [node for node in nodes(file) if isinstance(node, ast.Attribute)]
+    own |= {node.attr for node in attributes if _is_name(node.value, ("self", "cls"))}
+    for node in nodes(file):
         if isinstance(node, ast.Import):
             imported = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -81,7 +84,7 @@ def _private_names(file: Path) -> Iterator[str]:
             n for n in imported if n.startswith("torch") and any(map(_is_private, n.split(".")))
         )
     for node in attributes:
-        is_python = ast.unparse(node.value) in ("os", "sys")
+        is_python = _is_name(node.value, ("os", "sys"))
         if _is_private(node.attr) and node.attr not in own and not is_python:
             yield ast.unparse(node)
 

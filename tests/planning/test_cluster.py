@@ -37,6 +37,7 @@ def between(prediction: Prediction) -> float:
     return sum(sent.between for sent in prediction.by_ranks.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [Layout(tp=2), Layout(dp=2)], ids=str)
 def test_two_hosts_of_one_rank_send_everything(layout: Layout) -> None:
     """Each byte that a rank sends crosses, and each round waits for the latency."""

@@ -196,6 +196,7 @@ def compare_step(mesh: Mesh, config: Config, stages: list[dict[str, Any]]) -> No
     assert -tolerance < error < tolerance + best.now
 
 
+@pytest.mark.slow
 @cases
 def test_a_step_equals_its_plan(layout: Layout, option: str) -> None:
     """Collectives and state are exact, the peak is within 5 %, for a step of 3 micro-batches."""

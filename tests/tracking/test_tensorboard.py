@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -38,6 +39,7 @@ def test_a_resume_shows_each_step_once(tmp_path: Path) -> None:
     assert samples[0].tensor_proto.string_val[0].decode() == "    def f():\n      <b>\n"
 
 
+@pytest.mark.slow
 def test_tensorflow_is_not_imported() -> None:
     program = (
         "import sys, torch.utils.tensorboard as t; t.SummaryWriter; "

@@ -194,6 +194,7 @@ def test_too_many_consecutive_skips_roll_back(mesh: Mesh, config: Config) -> Non
     assert (progress["consumed_samples"], progress["skipped_steps"]) == (64, 1)
 
 
+@pytest.mark.slow
 @distributed(ONE_RANK, Layout(dp=2))
 def test_rollbacks_are_limited(mesh: Mesh, config: Config) -> None:
     """All samples from step 3 on are bad: two rollbacks to step 2, then exit code 5."""

@@ -115,6 +115,7 @@ def test_length_and_dropout_may_change(corpus: Path, text: Path, tmp_path: Path)
     assert steps_done(tmp_path) == 2
 
 
+@pytest.mark.slow
 def test_a_table_of_positions_keeps_its_length(base: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.seq_length=64 \(was 37\)"):
         parse_config(second(base, tmp_path, text, "model.seq_length=64"))
