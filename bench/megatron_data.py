@@ -16,7 +16,8 @@ from pathlib import Path
 from bench.sides import MEGATRON
 from configs import DataConfig
 from data import TokenFile, prepare_corpus
-from data.corpus.megatron import open_dataset, write_dataset
+from data.corpus.megatron import open_dataset
+from data.prepare import write_dataset
 
 ROOT = Path(__file__).parent.parent
 _WIDE_VOCABULARY = 70_000  # beyond uint16

@@ -32,7 +32,8 @@ from bench.workload import (
     parse,
 )
 from configs import Config, parse_config
-from data import BatchLoader, Corpus, SentencePieceTokenizer, TokenFile
+from data import Corpus, SentencePieceTokenizer, TokenFile
+from data.loader import BatchLoader
 from data.tokenizer import train_tokenizer
 from model import build_model, flops_per_token, num_parameters
 from parallel import DropoutStream, Mesh, close_mesh

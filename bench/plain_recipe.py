@@ -24,7 +24,9 @@ from bench.plain_gpt import PlainGPT, autocast_loss
 from bench.timing import report
 from bench.workload import Workload
 from configs import Config, parse_config
-from data import BatchLoader, Corpus, EvaluationSet, prepare_corpus
+from data import Corpus, prepare_corpus
+from data.evaluation import EvaluationSet
+from data.loader import BatchLoader
 
 LR, MIN_LR, WARMUP_STEPS = 1e-3, 1e-4, 100
 BETAS, WEIGHT_DECAY, CLIP_GRAD = (0.9, 0.99), 0.1, 1.0

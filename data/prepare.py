@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
+
 from configs import (
     Config,
     DataConfig,
@@ -34,11 +36,16 @@ from configs.load import parse_arguments
 from configs.program_settings import load_settings
 from configs.tokenizer_files import resolve_tokenizer
 from configs.validate import check_inputs
-from data.corpus.megatron import require_new, write_dataset
+from data.corpus.cache import sync_directory, sync_files
+from data.corpus.megatron import DTYPES, HEADER, MAGIC
 from data.corpus.prepare import Corpus, prepare_corpus
+from data.token_file import TokenFile
+from data.tokenizer import Tokenizer
 
 _CORES_PER_PROCESS = 4  # more threads of one process would wait for each other
 _INTERRUPTED = 130  # exit code of shells for Ctrl-C
+_UINT16, _INT32 = 8, 4  # codes of dtypes in Megatron's format
+_MAX_UINT16_VOCABULARY = 65_500  # beyond, Megatron-LM writes int32
 
 logger = logging.getLogger("microtron")
 
@@ -109,6 +116,46 @@ def outputs(config: DataConfig, output: str) -> Iterator[tuple[Path, str]]:
         for number in range(len(sources)):
             source = f"_{number}" if len(sources) > 1 else ""
             yield prefix.with_name(f"{prefix.name}{source}{ending}"), split
+
+
+def dataset_files(prefix: Path) -> tuple[Path, Path]:
+    """Return the .bin and the .idx of a prefix."""
+    return prefix.with_name(f"{prefix.name}.bin"), prefix.with_name(f"{prefix.name}.idx")
+
+
+def require_new(prefix: Path) -> None:
+    """Raise UserError if the folder of a prefix does not exist, or if one of its files does."""
+    if not prefix.parent.is_dir():
+        raise UserError(f"output={prefix}: its parent directory does not exist")
+    for file in dataset_files(prefix):
+        if file.exists():
+            raise UserError(f"output={prefix}: {file} already exists; choose another output")
+
+
+def write_dataset(prefix: Path, tokens: TokenFile, tokenizer: Tokenizer) -> None:
+    """Write documents as PREFIX.bin and PREFIX.idx, each complete or absent, the index last.
+
+    A document is bos, its text, eos; without bos where the two are the same token.
+    """
+    code = _UINT16 if tokenizer.vocab_size < _MAX_UINT16_VOCABULARY else _INT32
+    dtype, skipped = np.dtype(DTYPES[code]), int(tokenizer.bos_id == tokenizer.eos_id)
+    offsets = tokens.document_offsets
+    lengths = np.diff(offsets) - skipped
+    header = np.array([(MAGIC, 1, code, len(lengths), len(lengths) + 1)], HEADER)
+    pointers = (np.cumsum(lengths) - lengths) * dtype.itemsize
+    index = (header, lengths.astype("<i4"), pointers, np.arange(len(lengths) + 1, dtype="<i8"))
+    files = dataset_files(prefix)
+    partial_files = [file.with_name(f"{file.name}.partial") for file in files]
+    with partial_files[0].open("wb") as data, partial_files[1].open("wb") as idx:
+        for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+            data.write(tokens.span(start + skipped, end).astype(dtype).tobytes())
+        for part in index:
+            idx.write(part.tobytes())
+        sync_files([data, idx])
+    require_new(prefix)
+    for partial_file, file in zip(partial_files, files, strict=True):
+        partial_file.rename(file)
+    sync_directory(prefix.parent)
 
 
 def write_outputs(config: DataConfig, corpus: Corpus, output: str) -> None:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from configs import Config
-from data import BatchLoader, MicroBatch, StepBatch
+from data.loader import BatchLoader, StepBatch
+from data.rows import MicroBatch
 from model import GPT, build_meta_model
 from ops.balance import width_multiple
 from ops.dropout import dropout_keys

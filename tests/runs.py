@@ -14,7 +14,9 @@ from typing import Any
 from unittest.mock import patch
 
 from configs import Config, parse_config
-from data import BatchLoader, Corpus, MicroBatch
+from data import Corpus
+from data.loader import BatchLoader
+from data.rows import MicroBatch
 from ops.matmul import Choice, Precision
 from parallel import Mesh
 from tests.distributed import Layout, run_on

@@ -7,7 +7,8 @@ import signal
 from checkpoints.manifest import step_directory
 from configs import Config
 from configs.layout import stage_layers
-from data import SampleOrder, rows_of_corpus
+from data import SampleOrder
+from data.loader import rows_of_corpus
 from model import num_parameters
 from tracking.metrics import last_step
 from training.hardware import device_name

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from configs import Config
 from configs.tasks import read_tasks
-from data import Corpus, EvaluationSet, TaskResult, TaskSet, Tokenizer
+from data import Corpus, Tokenizer
+from data.evaluation import EvaluationSet
+from data.tasks import TaskResult, TaskSet
 from model import GPT, Sampling, generate
 from ops.scratch import scratch_scope
 from parallel import Mesh, fold_seed, free_gathered_weights, move_to, sum_over

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 from torch.optim import AdamW
 
 from configs import Config, exit_with_error
-from data import BatchLoader, Corpus
+from data import Corpus
+from data.loader import BatchLoader
 from model import GPT
 from ops.matmul import Precision
 from parallel import DeviceError, Mesh, init_mesh

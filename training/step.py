@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import BatchLoader, MicroBatch
+from data.loader import BatchLoader
+from data.rows import MicroBatch
 from parallel import (
     DropoutStream,
     clip_gradients,

@@ -22,19 +22,13 @@ import numpy as np
 import numpy.typing as npt
 
 from configs.errors import UserError
-from data.corpus.cache import sync_directory, sync_files
 from data.corpus.files import SourceKeys
 from data.corpus.spool import START, ReadCursor, Record
-from data.token_file import TokenFile
 from data.tokenizer import Tokenizer
 
-_MAGIC = b"MMIDIDX\0\0"
-_HEADER = np.dtype(
-    [("magic", "S9"), ("version", "<u8"), ("code", "u1"), ("n", "<u8"), ("d", "<u8")]
-)
-_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
-_UINT16, _INT32 = 8, 4
-_MAX_UINT16_VOCABULARY = 65_500  # beyond, Megatron-LM writes int32
+MAGIC = b"MMIDIDX\0\0"
+HEADER = np.dtype([("magic", "S9"), ("version", "<u8"), ("code", "u1"), ("n", "<u8"), ("d", "<u8")])
+DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
 MAX_DOCUMENT_TOKENS = 4 << 20  # longer documents are cut, like texts of more than 16 MiB
 
 IntArray = npt.NDArray[np.integer]
@@ -64,23 +58,23 @@ def open_dataset(file: Path, key: str) -> Dataset:
         return UserError(f"{key}: {index} {problem}")
 
     content = np.fromfile(index, np.uint8)
-    header = content[: _HEADER.itemsize].tobytes()
-    if len(header) < _HEADER.itemsize or not header.startswith(_MAGIC):
+    header = content[: HEADER.itemsize].tobytes()
+    if len(header) < HEADER.itemsize or not header.startswith(MAGIC):
         raise error("is not the index of a Megatron dataset, which begins with MMIDIDX")
-    _, version, code, n, d = np.frombuffer(header, _HEADER)[0].tolist()
+    _, version, code, n, d = np.frombuffer(header, HEADER)[0].tolist()
     if version != 1:
         raise error(f"has version {version}; only version 1 is known")
-    dtype = np.dtype(_DTYPES.get(code, "<f8"))
+    dtype = np.dtype(DTYPES.get(code, "<f8"))
     if dtype.kind == "f":
         raise error(f"has dtype code {code}, which is no integer; tokens have 1 to 5 or 8")
-    extra = len(content) - _HEADER.itemsize - 12 * n - 8 * d
+    extra = len(content) - HEADER.itemsize - 12 * n - 8 * d
     if extra == n > 0:
         raise error("is of a multimodal dataset; only text is supported")
     size = file.stat().st_size
     if extra or d < 1 or size % dtype.itemsize:
         raise error(f"does not fit its own size or that of {file.name}; copy both files again")
     tokens = np.memmap(file, dtype, mode="r") if size else np.empty(0, dtype)
-    parts = np.split(content[_HEADER.itemsize :], [4 * n, 12 * n])
+    parts = np.split(content[HEADER.itemsize :], [4 * n, 12 * n])
     lengths, pointers = parts[0].view(np.dtype("<i4")), parts[1].view(np.dtype("<i8"))
     documents = parts[2].view(np.dtype("<i8"))
     starts = pointers // dtype.itemsize
@@ -130,43 +124,3 @@ def _without_ends(tokens: IntArray, tokenizer: Tokenizer) -> IntArray:
     if len(tokens) and tokens[-1] == tokenizer.eos_id:
         tokens = tokens[:-1]
     return tokens[1:] if len(tokens) and tokens[0] == tokenizer.bos_id else tokens
-
-
-def dataset_files(prefix: Path) -> tuple[Path, Path]:
-    """Return the .bin and the .idx of a prefix."""
-    return prefix.with_name(f"{prefix.name}.bin"), prefix.with_name(f"{prefix.name}.idx")
-
-
-def require_new(prefix: Path) -> None:
-    """Raise UserError if the folder of a prefix does not exist, or if one of its files does."""
-    if not prefix.parent.is_dir():
-        raise UserError(f"output={prefix}: its parent directory does not exist")
-    for file in dataset_files(prefix):
-        if file.exists():
-            raise UserError(f"output={prefix}: {file} already exists; choose another output")
-
-
-def write_dataset(prefix: Path, tokens: TokenFile, tokenizer: Tokenizer) -> None:
-    """Write documents as PREFIX.bin and PREFIX.idx, each complete or absent, the index last.
-
-    A document is bos, its text, eos; without bos where the two are the same token.
-    """
-    code = _UINT16 if tokenizer.vocab_size < _MAX_UINT16_VOCABULARY else _INT32
-    dtype, skipped = np.dtype(_DTYPES[code]), int(tokenizer.bos_id == tokenizer.eos_id)
-    offsets = tokens.document_offsets
-    lengths = np.diff(offsets) - skipped
-    header = np.array([(_MAGIC, 1, code, len(lengths), len(lengths) + 1)], _HEADER)
-    pointers = (np.cumsum(lengths) - lengths) * dtype.itemsize
-    index = (header, lengths.astype("<i4"), pointers, np.arange(len(lengths) + 1, dtype="<i8"))
-    files = dataset_files(prefix)
-    partial_files = [file.with_name(f"{file.name}.partial") for file in files]
-    with partial_files[0].open("wb") as data, partial_files[1].open("wb") as idx:
-        for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-            data.write(tokens.span(start + skipped, end).astype(dtype).tobytes())
-        for part in index:
-            idx.write(part.tobytes())
-        sync_files([data, idx])
-    require_new(prefix)
-    for partial_file, file in zip(partial_files, files, strict=True):
-        partial_file.rename(file)
-    sync_directory(prefix.parent)

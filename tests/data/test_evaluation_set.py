@@ -5,7 +5,8 @@ import itertools
 import pytest
 from lm_eval.utils import get_rolling_token_windows
 
-from data import IGNORED_TARGET, EvaluationSet
+from data.evaluation import EvaluationSet
+from data.rows import IGNORED_TARGET
 from tests.data_corpora import corpus_of_lengths, token_file
 
 LENGTHS = (12, 3, 40, 9, 100, 5, 3, 22)

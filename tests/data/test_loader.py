@@ -11,7 +11,8 @@ import torch
 
 from configs import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
 from configs.schema import WeightedSource
-from data import BatchLoader, Corpus, StepBatch, TokenFile
+from data import Corpus, TokenFile
+from data.loader import BatchLoader, StepBatch
 from data.sampler import SampleOrder
 from data.token_file import JoinedTokens
 from ops.dropout import dropout_keys

@@ -13,7 +13,8 @@ from configs.schema import DataConfig, WeightedSource
 from data import Corpus, prepare_corpus
 from data.corpus import megatron
 from data.corpus.files import DATA_KEYS, source_files
-from data.corpus.megatron import open_dataset, write_dataset
+from data.corpus.megatron import open_dataset
+from data.prepare import require_new, write_dataset
 from data.tokenizer import load_tokenizer
 from tests.data_corpora import (
     random_text,
@@ -103,7 +104,7 @@ def test_documents_are_written_as_the_format_says(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"output=.*same: .*same\.bin already exists"):
         write_dataset(tmp_path / "same", tokens, same)
     with pytest.raises(UserError, match="its parent directory does not exist"):
-        megatron.require_new(tmp_path / "none" / "x")
+        require_new(tmp_path / "none" / "x")
 
 
 @pytest.mark.parametrize("num_documents", [30, 1])

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from data import IGNORED_TARGET, MicroBatch, TokenFile
-from data.rows import Rows, count_targets, make_micro_batch
+from data import TokenFile
+from data.rows import IGNORED_TARGET, MicroBatch, Rows, count_targets, make_micro_batch
 from tests.data_corpora import token_file
 from tests.reference import document_numbers
 

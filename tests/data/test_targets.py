@@ -15,18 +15,13 @@ import torch
 
 from configs import Config, ModelConfig, TrainConfig, UserError
 from configs.schema import DataConfig, SourceConfig, WeightedSource
-from data import (
-    IGNORED_TARGET,
-    BatchLoader,
-    Corpus,
-    EvaluationSet,
-    load_eval_corpus,
-    load_tokenizer,
-    prepare_corpus,
-)
+from data import Corpus, load_tokenizer, prepare_corpus
 from data import token_file as token_module
 from data.corpus.files import source_fingerprint
-from data.rows import Rows, Spans, count_targets, make_micro_batch
+from data.eval_corpus import load_eval_corpus
+from data.evaluation import EvaluationSet
+from data.loader import BatchLoader
+from data.rows import IGNORED_TARGET, Rows, Spans, count_targets, make_micro_batch
 from data.token_file import JoinedTokens, Tokens
 from model import build_model
 from parallel import Mesh, sum_over

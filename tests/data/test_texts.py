@@ -7,7 +7,9 @@ import pytest
 
 from configs import UserError
 from configs.schema import SourceConfig
-from data import Corpus, EvaluationSet, load_eval_corpus, load_tokenizer, prepare_corpus
+from data import Corpus, load_tokenizer, prepare_corpus
+from data.eval_corpus import load_eval_corpus
+from data.evaluation import EvaluationSet
 from tests.data_corpora import (
     lossy_model,
     random_text,

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from configs import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from configs.program_settings import run_config
-from data import MicroBatch, StepBatch
+from data.loader import StepBatch
+from data.rows import MicroBatch
 from interop.huggingface import from_huggingface
 from model import GPT, build_model
 from parallel import Mesh, gather_json, local_shards, sum_partial_gradients

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from configs import Config, DataConfig, OptimizerConfig, TrainConfig
-from data import MicroBatch, StepBatch
+from data.loader import StepBatch
+from data.rows import MicroBatch
 from parallel import Mesh
 from tests.distributed import ONE_RANK, Layout, distributed
 from tests.huggingface import (

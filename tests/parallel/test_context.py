@@ -21,7 +21,7 @@ from configs.schema import (
     Recompute,
     TrainConfig,
 )
-from data import BatchLoader, StepBatch
+from data.loader import BatchLoader, StepBatch
 from data.rows import MicroBatch
 from model import GPT, build_model
 from model.context import make_attention_context

@@ -19,7 +19,7 @@ from torch import Tensor
 from checkpoints.full_tensors import read_full_tensor
 from checkpoints.manifest import read_manifest
 from configs import Config, parse_config
-from data import MicroBatch
+from data.rows import MicroBatch
 from model import Sampling, build_model
 from ops.dropout import dropout_keys
 from parallel import Mesh, compare_replicas, gather_json, is_blocking_frame, run_pipeline

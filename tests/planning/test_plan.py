@@ -16,7 +16,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from configs import EXIT_BEFORE_TRAINING, Config, parse_config
-from data import BatchLoader, MicroBatch, StepBatch
+from data.loader import BatchLoader, StepBatch
+from data.rows import MicroBatch
 from model import build_model
 from model.build import COMPUTE_DTYPE
 from model.context import make_attention_context

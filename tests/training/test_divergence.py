@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from configs import Config, parse_config
-from data import MicroBatch
+from data.rows import MicroBatch
 from parallel import Mesh, any_rank
 from tests.distributed import ONE_RANK, Layout, distributed
 from tests.runs import rows, settings

@@ -14,7 +14,8 @@ from torch.testing import assert_close
 from checkpoints.full_tensors import read_full_tensor
 from checkpoints.manifest import read_manifest
 from configs import Config, ConfigError, UserError, parse_config
-from data import MicroBatch, prepare_corpus
+from data import prepare_corpus
+from data.rows import MicroBatch
 from import_hf import Settings
 from parallel import Mesh
 from tests.configs.test_load import PROGRAM, _python

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from bench.ours import corpus_of
 from configs import parse_config
-from data import BatchLoader
+from data.loader import BatchLoader
 from model import build_meta_model
 from parallel.loss import _CHUNK_ELEMENTS
 from parallel.transport.traffic import fake_mesh

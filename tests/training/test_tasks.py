@@ -11,7 +11,7 @@ import torch
 from configs import UserError
 from configs.tasks import Item, read_tasks
 from configs.weights import model_weights
-from data import TaskSet
+from data.tasks import TaskSet
 from model import build_model
 from parallel import Mesh, local_shards
 from tests.data_corpora import small_tokenizer, write_task
