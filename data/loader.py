@@ -7,7 +7,6 @@ Context-parallel ranks read the same rows, and each selects its positions.
 """
 
 import logging
-import time
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +18,7 @@ from torch.profiler import record_function
 from configs.errors import UserError
 from configs.schema import Config
 from data.corpus.prepare import Corpus
-from data.packing import Assign, assign_by_length, assign_in_order, padding_fraction
+from data.packing import assign_by_length, assign_in_order
 from data.rows import MicroBatch, Rows, count_targets, make_micro_batch
 from data.sampler import SampleOrder
 from ops.balance import CPRank, width_multiple
@@ -27,7 +26,6 @@ from ops.dropout import dropout_keys
 
 WAITING_FOR_DATA = "waiting for data"  # in a torch.profiler trace
 _PREFETCHED_STEPS = 2
-_ESTIMATE_ROWS = 4096  # of the first epoch, for the logged padding fraction
 
 logger = logging.getLogger("microtron")
 
@@ -63,9 +61,7 @@ class BatchLoader(Iterator[StepBatch]):
                 f"train.global_batch_size={self._batch_size} is not divisible by the "
                 f"data-parallel size {dp_size}; choose a multiple of {dp_size}"
             )
-        started_at = time.perf_counter()
         self._rows = rows_of_corpus(corpus, config)
-        elapsed_s = time.perf_counter() - started_at
         self._order = SampleOrder(corpus.weights, self._rows.rows_of_sources, config.run.seed)
         self._corpus, self._config = corpus, config
         is_padded = config.data.sequence_mode == "pad"
@@ -73,10 +69,9 @@ class BatchLoader(Iterator[StepBatch]):
         self._dp_rank, self._dp_size, self._cp = dp_rank, dp_size, cp
         self._multiple_of = width_multiple(cp.get("cp_size", 1), tp_size)
         self._pin_memory = device_is_cuda
-        if logger.isEnabledFor(logging.INFO):
-            self._log_padding(elapsed_s)
-            if lost := self._rows.truncation.describe():
-                logger.warning("of the training documents, %s", lost)
+        lost = self._rows.truncation.describe()
+        if lost and logger.isEnabledFor(logging.INFO):  # rank 0
+            logger.warning("of the training documents, %s", lost)
         self._steps = self._prefetch(first_step, consumed_samples)
 
     def __enter__(self) -> "BatchLoader":
@@ -126,22 +121,6 @@ class BatchLoader(Iterator[StepBatch]):
             count_targets(self._corpus.train, self._rows.spans(rows), keep_documents_apart=masked),
             sum(micro_batch.sum_of_lengths for micro_batch in micro_batches),
         )
-
-    def _log_padding(self, elapsed_s: float) -> None:
-        num_steps = max(1, min(_ESTIMATE_ROWS, len(self._rows)) // self._batch_size)
-        lengths = self._rows.lengths(self._order.rows(0, num_steps * self._batch_size))
-        micro_batch_size, data = self._config.train.micro_batch_size, self._config.data
-        layout = (self._batch_size, micro_batch_size, self._dp_size, self._multiple_of)
-
-        def percent(assign: Assign) -> float:
-            return 100 * padding_fraction(lengths, assign, *layout)
-
-        if data.sequence_mode == "pad":
-            message = "padding: about %.2f%% of slots; without grouping rows by length, %.2f%%"
-            logger.info(message, percent(assign_by_length), percent(assign_in_order))
-        elif data.packing == "best_fit":
-            message = "padding: about %.2f%% of slots, in %s rows packed by best fit in %.1f s"
-            logger.info(message, percent(assign_in_order), f"{len(self._rows):,}", elapsed_s)
 
 
 def rows_of_corpus(corpus: Corpus, config: Config) -> Rows:

@@ -88,24 +88,3 @@ def assign_by_length(
     group_size = micro_batch_size * dp_size
     groups = np.split(order, range(group_size, len(order), group_size))
     return [np.sort(group.reshape(dp_size, -1)[dp_rank]) for group in groups]
-
-
-def padding_fraction(
-    lengths: Int64Array,
-    assign: Assign,
-    batch_size: int,
-    micro_batch_size: int,
-    dp_size: int,
-    multiple_of: int,
-) -> float:
-    """Return the fraction of slots without an input, over steps of `batch_size` rows each.
-
-    `lengths` are those of the rows of all steps. Widths are rounded up to `multiple_of`.
-    """
-    num_slots = 0
-    for step in np.split(lengths, range(batch_size, len(lengths), batch_size)):
-        for dp_rank in range(dp_size):
-            for rows in assign(step, micro_batch_size, dp_rank, dp_size):
-                width = int(step[rows].max())
-                num_slots += len(rows) * (width + -width % multiple_of)
-    return 1 - int(lengths.sum()) / num_slots

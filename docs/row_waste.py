@@ -16,7 +16,7 @@ import numpy as np
 from configs import Config, ModelConfig, load_config
 from data import prepare_corpus
 from data.loader import rows_of_corpus
-from data.packing import Assign, Int64Array, assign_by_length, assign_in_order, padding_fraction
+from data.packing import Assign, Int64Array, assign_by_length, assign_in_order
 from data.rows import Rows
 from data.sampler import SampleOrder
 from data.token_file import Tokens
@@ -75,6 +75,27 @@ def _covered(starts: Int64Array, ends: Int64Array, places: Int64Array) -> Int64A
     number = np.searchsorted(starts, places, side="right")  # of spans that begin there or before
     beyond = np.maximum(0, np.append(0, ends)[number] - places)
     return before[number] - beyond
+
+
+def padding_fraction(
+    lengths: Int64Array,
+    assign: Assign,
+    batch_size: int,
+    micro_batch_size: int,
+    dp_size: int,
+    multiple_of: int,
+) -> float:
+    """Return the fraction of slots without an input, over steps of `batch_size` rows each.
+
+    `lengths` are those of the rows of all steps. Widths are rounded up to `multiple_of`.
+    """
+    num_slots = 0
+    for step in np.split(lengths, range(batch_size, len(lengths), batch_size)):
+        for dp_rank in range(dp_size):
+            for rows in assign(step, micro_batch_size, dp_rank, dp_size):
+                width = int(step[rows].max())
+                num_slots += len(rows) * (width + -width % multiple_of)
+    return 1 - int(lengths.sum()) / num_slots
 
 
 def table(config: Config) -> list[str]:

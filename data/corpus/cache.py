@@ -15,16 +15,13 @@ import json
 import logging
 import os
 import shutil
-import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import xxhash
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 TEXT = "text-"  # prefix of the temporary folders that hold text
 _HEADER = "header.json"
@@ -93,48 +90,24 @@ def locked(entries: Iterable[Path], *, wait: bool = True, shared: bool = False) 
         yield
 
 
-class _LogWriter:
-    """A file whose lines go to the log; tqdm calls these names."""
-
-    def write(self, text: str) -> None:
-        if line := text.strip():
-            logger.info("%s", line)
-
-    def flush(self) -> None:
-        pass
-
-
-@contextlib.contextmanager
-def show_progress(title: str, total_bytes: int | None) -> Iterator[Callable[[int], None]]:
-    """Yield a function that shows the bytes done so far: a bar on a terminal, else log lines.
+def progress_logger(title: str, total_bytes: int) -> Callable[[int], None]:
+    """Return a function that logs the bytes done so far, and their rate, every few seconds.
 
     The bytes of its first call were done earlier and have no rate.
     """
-    # In a file or a pipe, a bar would be one long line of carriage returns.
-    is_terminal = sys.stderr.isatty()
-    interval_s = 0.1 if is_terminal else _LOG_INTERVAL_S
-    with tqdm(
-        desc=title,
-        total=total_bytes,
-        unit="B",
-        unit_scale=True,
-        leave=False,
-        file=sys.stderr if is_terminal else _LogWriter(),
-        mininterval=interval_s,
-        delay=interval_s,
-        miniters=1,
-        smoothing=0,
-        disable=not logger.isEnabledFor(logging.INFO),
-    ) as bar:
-        is_first = True
+    started_at = logged_at = time.monotonic()
+    first_bytes: int | None = None
 
-        def reach(done_bytes: int) -> None:
-            nonlocal is_first
-            if is_first:
-                is_first, bar.initial = False, done_bytes
-            bar.update(done_bytes - bar.n)
+    def reach(done_bytes: int) -> None:
+        nonlocal first_bytes, logged_at
+        first_bytes = done_bytes if first_bytes is None else first_bytes
+        now = time.monotonic()
+        if now - logged_at > _LOG_INTERVAL_S:
+            logged_at, rate = now, (done_bytes - first_bytes) / (now - started_at)
+            total = f" of {total_bytes / 1e6:,.0f}" if total_bytes else ""
+            logger.info("%s: %.0f%s MB, %.1f MB/s", title, done_bytes / 1e6, total, rate / 1e6)
 
-        yield reach
+    return reach
 
 
 def file_digest(file: Path) -> bytes:
@@ -152,9 +125,9 @@ def digests(files: Sequence[Path], cache: Path) -> list[bytes]:
     if cache.exists() and not os.access(cache, os.W_OK):
         return [file_digest(file) for file in files]
     found, done_bytes, saved_at = [], 0, time.monotonic()
-    total_bytes = sum(stamp[0] for _, stamp in stamps)
     # Ranks and runs take turns, so that each file is read once.
-    with locked([path]), show_progress("hashing files", total_bytes) as reach:
+    reach = progress_logger("hashing files", sum(stamp[0] for _, stamp in stamps))
+    with locked([path]):
         known = _read_index(path)
         for file in files:
             reach(done_bytes)
@@ -254,32 +227,23 @@ def share_jobs(
     it. Meanwhile its lock is held, so the paths of a killed process are made by the others. Begins
     `first` (0 to 1) of the way.
     """
-    todo = deque(path for path in rotated([*sizes], first) if not path.exists())
-    total, num_held, looked_at = sum(sizes.values()), 0, time.monotonic()
-    with show_progress(title, total or None) as reach:
+    todo, total = rotated([*sizes], first), sum(sizes.values())
+    reach = progress_logger(title, total)
 
-        def report(before: int, of_path: int) -> None:
-            reach(before + of_path)
+    def report(before: int, of_path: int) -> None:
+        reach(before + of_path)
 
-        while todo:
-            done_bytes = total - sum(sizes[path] for path in todo)
-            reach(done_bytes)
-            path = todo.popleft()
-            try:
-                with locked([path], wait=False):
-                    if not path.exists():
-                        yield path, partial(report, done_bytes)
-                num_held = 0
-            except BlockingIOError:
-                todo.append(path)
-                num_held += 1
-                if num_held < len(todo):
-                    continue
-                time.sleep(_POLL_INTERVAL_S)  # others hold all that is left
-                num_held = 0
-            if time.monotonic() - looked_at > _LOG_INTERVAL_S:  # for the progress shown
-                todo = deque(path for path in todo if not path.exists())
-                looked_at = time.monotonic()
+    while todo := [path for path in todo if not path.exists()]:
+        done_bytes, has_worked = total - sum(sizes[path] for path in todo), False
+        reach(done_bytes)
+        for path in todo:
+            with contextlib.suppress(BlockingIOError), locked([path], wait=False):
+                if not path.exists():
+                    has_worked = True
+                    yield path, partial(report, done_bytes)
+                done_bytes += sizes[path]
+        if not has_worked:
+            time.sleep(_POLL_INTERVAL_S)  # others hold all that is left
 
 
 def remove_abandoned(cache: Path) -> None:

@@ -10,9 +10,9 @@ import torch
 from torch.testing import assert_close
 
 from data import TokenFile
-from data.packing import assign_by_length, assign_in_order, best_fit, padding_fraction
+from data.packing import assign_by_length, assign_in_order, best_fit
 from data.rows import IGNORED_TARGET, MicroBatch, Rows, Spans, make_micro_batch
-from docs.row_waste import Cuts, cuts
+from docs.row_waste import Cuts, cuts, padding_fraction
 from parallel import Mesh, local_shards, sum_partial_gradients
 from tests.data_corpora import token_file
 from tests.distributed import ONE_RANK, Layout, distributed
