@@ -59,7 +59,7 @@ types: setup  ## check types
 lines: setup  ## count the lines of the import closure and the reading path against their budgets
 	$(BIN)/python tests/lines.py
 
-test: setup  ## run a selection of tests that shows every promise once
+test: setup  ## run a selection of tests that covers every promise
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --sample -m "$(SELECTION)" $(ARGS)
 
 test-all: setup  ## run all tests that need no GPU, about 50 minutes on two cores
@@ -113,7 +113,7 @@ curves: setup  ## train ours and two peers on several layouts each; writes docs/
 figures: setup  ## draw docs/figures/*.png from the results beside them
 	$(BIN)/python -m bench.figures $(ARGS)
 
-check: lint types lines test-all  ## everything; do this before a commit
+check: lint types lines test-all  ## lint, types, lines and test-all; do this before a commit
 
 clean:  ## remove caches and the debug run
 	rm -rf .mypy_cache .pytest_cache .ruff_cache runs/gpt_debug

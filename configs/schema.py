@@ -107,7 +107,8 @@ class ModelConfig:
     rotary_percent: Annotated[float, Range(0, 1, open_low=True)] = 1.0
     # llama3: divide low RoPE frequencies by rope_scaling_factor, as Llama 3.1 does; null: none.
     rope_scaling_type: Literal["llama3"] | None = None
-    rope_scaling_factor: Annotated[float, Range(1)] = 8.0  # Llama 3.1: 8; Llama 3.2: 32
+    # Low frequencies are divided by it; Llama 3.1: 8, Llama 3.2: 32.
+    rope_scaling_factor: Annotated[float, Range(1)] = 8.0
     # Scale frequencies with fewer than this many turns in rope_original_max_position fully.
     rope_low_freq_factor: Positive = 1.0
     # Keep frequencies with more than this many turns; in between, interpolate.
@@ -366,7 +367,7 @@ class OptimizerConfig:
     lr_decay_style: Literal["constant", "linear", "cosine", "WSD"] = "cosine"
     lr_warmup_steps: CountOrZero = 0  # Steps of linear warmup from 0 to lr
     lr_wsd_decay_steps: Count | None = None  # Steps of WSD's final decay; null: train_steps / 10
-    weight_decay: NonNegative = 0.1  # Of matrices and embeddings, not of norms and biases
+    weight_decay: NonNegative = 0.1  # Of matrices and embeddings; norms and biases have none
     adam_beta1: Fraction = 0.9  # Decay rate of the first moment
     adam_beta2: Fraction = 0.95  # Decay rate of the second moment
     adam_eps: Positive = 1e-8  # Added to the denominator of the update

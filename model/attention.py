@@ -63,7 +63,7 @@ class SelfAttention(nn.Module):
             y = sdpa(q, k, v, context.key_blocks[0].segments, dropout)  # [s, b, a/t, d]
         joined = y.flatten(2)  # [s, b, ad/t], a copy if the kernel had another layout
         kept, is_copy = y.detach(), not is_same_memory(joined, y)
-        # Full recomputation saves neither y nor its copy, but the closure would keep y alive.
+        # Full recomputation keeps neither of them, so there the closure would only keep y alive.
         with recompute_in_backward(
             joined, lambda: kept.flatten(2), when=is_copy and self.recompute != "full"
         ):

@@ -164,7 +164,7 @@ class GPT(nn.Module):
         `key_blocks`: the keys that each token sees; None: all earlier tokens of its row.
         `cache`: keys and values of earlier tokens; no backward.
         `logits_to_keep`: the positions to compute logits for.
-        `piece`: the only chunk of this stage to run. By default all run, with p > 1 forward only.
+        `piece`: run only this chunk of the stage. By default all run, with p > 1 forward only.
         """
         # The only transpose: data is batch first, the model sequence first.
         tokens, positions = tokens.t(), positions.t()

@@ -48,6 +48,7 @@ class MLP(nn.Module):
         # torch's own gelu is faster than a compiled one.
         activation, is_gated = _ACTIVATIONS[config.activation], config.activation == "swiglu"
         self.activation = maybe_compile(activation, mesh.compile and is_gated)
+        # up, and gate if there is one
         self.expand = MergedColumnParallelLinear(select(weights, "expand"), mesh)  # [f, h] each
         self.down = RowParallelLinear(select(weights, "down"), mesh)  # [h, f]
 

@@ -1,4 +1,4 @@
-"""Tensor, sequence and data parallelism over a mesh of ranks.
+"""Tensor, sequence, context, pipeline and data parallelism over a mesh of ranks.
 
 The only package that communicates. It knows nothing about GPT.
 """

@@ -1,7 +1,7 @@
 """Context parallelism: attention over a sequence that is sharded over cp ranks.
 
-Rank r has chunks r and 2c - 1 - r of a row's 2c (ops/balance.py), of s/2c positions each. Its
-queries see the keys of
+A row is cut into 2c chunks of s/2c positions, and rank r has chunks r and 2c - 1 - r
+(ops/balance.py). Its queries see the keys of
 
     rank r itself    causally, as its two chunks are in order
     a rank o < r     chunk o only, all of it, from both chunks of queries
@@ -9,8 +9,8 @@ queries see the keys of
 
 so every rank does equal work: s^2 / (2 c^2) scores for each other rank, fewer where documents are
 kept apart (ops/segments.py). The outputs for the keys of each rank are merged by their log-sum-exp.
-Their backward takes the merged output and log-sum-exp, which makes each result an exact part of the
-gradient.
+Backward for the keys of each rank uses the merged output and log-sum-exp, so that the results add
+up to the exact gradient.
 
 Only this rank's keys and values are saved. In forward, and again in backward, the others arrive
 

@@ -32,8 +32,8 @@ def sum_partial_gradients(model: nn.Module, mesh: Mesh) -> None:
 def squared_norm(model: nn.Module, mesh: Mesh) -> Tensor:
     """This rank's share of the squared global norm of the gradients, a float64 scalar.
 
-    The sum over all ranks is the squared norm: of a gradient that several ranks have, one rank
-    counts it, or each replica its part.
+    The sum over all ranks is the squared norm: a gradient that several tp ranks or stages hold is
+    counted by one of them, and each replica counts its fraction of the whole.
     """
     counted = [
         gradient.tensor

@@ -59,7 +59,7 @@ class Mesh:
     pp: Axis  # the stages of the pipeline; see pipeline.py
     tied: Axis  # the first and the last stage; size 1 on a stage between them
     pipeline_groups: tuple[dist.ProcessGroup, ...]  # over pp; see pipeline.py
-    num_chunks: int  # pieces of the model per stage, for the interleaved schedule
+    num_chunks: int  # of the model, per stage; several in the interleaved schedule
     sequence_parallel: bool  # false if tp.size is 1, so that layers need not check the size
     overlap: Overlap = "none"
     cp_comm_type: CPCommType = "all_gather"

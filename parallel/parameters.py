@@ -47,7 +47,7 @@ def tp_slices(spec: WeightSpec, tp_size: int, tp_rank: int) -> Slices:
 
 
 def dp_slices(of_tp_rank: Sequence[Slices], dp_size: int, dp_rank: int) -> list[Slices]:
-    """The parts of a parameter's weights that one dp rank has, of those that its tp rank has."""
+    """The slice of each weight that one dp rank has, given the slices of its tp rank."""
     num_rows = sum(rows.stop - rows.start for rows, *_ in of_tp_rank)
     first, end = shard_range(num_rows, dp_size, dp_rank)  # relative to the first row of a weight
     parts = []
@@ -105,7 +105,7 @@ def declare_parameter(
     declared, num_rows = {}, 0
     for weight_name, spec in weights.items():
         slices = tp_slices(spec, mesh.tp.size, mesh.tp.rank)
-        # A rank that uses some rows of a weight that all have only sees the gradient of those.
+        # If all ranks hold a weight but each uses some rows, each has the gradient of those only.
         is_partial = grad_is_partial or spec.tp_dim_at(mesh.tp.size) != spec.tp_dim
         declared[weight_name] = Declared(spec, slices, is_partial, is_tied, mesh)
         num_rows += slices[0].stop - slices[0].start

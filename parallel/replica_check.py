@@ -69,7 +69,7 @@ def _compare(tensors: Mapping[str, Tensor], axis_name: str, axis: Axis) -> list[
     all_gather_single(gathered.view(-1), hashes, group=axis.group)
     ranks = dist.get_process_group_ranks(axis.group)
     return [
-        f"{name} of rank {_odd_ranks(column, ranks)} among {axis_name} ranks {ranks}"
+        f"{name} on rank {_odd_ranks(column, ranks)} (of {axis_name} ranks {ranks})"
         for name, column in zip(tensors, move_to(gathered, "cpu").t().tolist(), strict=True)
         if len(set(column)) > 1
     ]

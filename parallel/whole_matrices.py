@@ -20,9 +20,9 @@ from parallel.parameters import LocalShard, Slices, declarations, dp_slices, tp_
 
 
 class WholeMatrices:
-    """The weights with `num_matrices`: which rank computes a function of which, and the messages.
+    """Assigns each weight with `num_matrices` to one rank of its stage, and exchanges the parts.
 
-    `cost` is that of the function.
+    `cost` of a weight is relative; the ranks get shares of about equal cost.
     """
 
     def __init__(self, model: nn.Module, mesh: Mesh, cost: Callable[[WeightSpec], float]) -> None:
@@ -67,8 +67,8 @@ class WholeMatrices:
     ) -> None:
         """Replace every matrix by a function of it, in place; `shards` are this rank's parts.
 
-        `function` gets a matrix rounded to `dtype`, in which it is sent, and returns its like.
-        Every rank of the mesh must call this.
+        `function` gets a matrix rounded to `dtype`, in which it is sent, and returns one of
+        the same shape and dtype. Every rank of the mesh must call this.
         """
         tensors = [shards[name].tensor for name in self.names]
         if self.num_ranks == 1:

@@ -191,7 +191,7 @@ def test_different_copies_of_a_tied_table_end_the_run(mesh: Mesh, config: Config
             flip_a_bit(weight_tensors(started.model)[name].tensor)
         check_replicas(started, state)
     first, last = mesh.dp.size - 1, mesh.world.size - 1
-    expected = f"{name} of rank {first}, {last} among pp ranks [{first}, {last}]"
+    expected = f"{name} on rank {first}, {last} (of pp ranks [{first}, {last}])"
     assert expected in str(caught.value)
     if mesh.world.rank == 0:
         report = json.loads((folder.path / "exit.json").read_text())

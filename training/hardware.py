@@ -119,7 +119,7 @@ def fastest_precision(cache_directory: str) -> Precision:
             logger.info("measured bf16 on %s: %s", key, stored[key])
             replace_durably(path, json.dumps(stored, indent=1).encode())
     except OSError as error:
-        text = "cannot store the fastest precision of bf16, so every start measures it: %s: %s"
+        text = "cannot store which precision is faster for bf16; every start measures it: %s: %s"
         logger.warning(text, path, os_error_text(error))
     return Precision(**stored[key]) if key in stored else measure_precision()
 
@@ -155,8 +155,7 @@ def report_other_hardware(mesh: Mesh, checkpoint: Checkpoint) -> None:
         if state.get(key, now[key]) != now[key]
     ]
     if changes and mesh.world.rank == 0:
-        text = "this resume is not bit-identical: %s; it keeps the checkpoint's precision of bf16"
-        logger.warning(text, ", ".join(changes))
+        logger.warning("this resume may not be bit-identical: %s", ", ".join(changes))
 
 
 def set_up_allocator(mesh: Mesh, num_parameters: int) -> None:

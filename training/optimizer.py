@@ -225,8 +225,8 @@ def schedule_problem(config: Config) -> str | None:
     added = f" plus optimizer.lr_wsd_decay_steps={decay}" if decay else ""
     return (
         f"optimizer.lr_warmup_steps={warmup}{added} exceeds train.train_steps={steps}: the "
-        f"learning rate reaches {peak:.2e} of optimizer.lr={optimizer.lr:.2e}; use fewer of these "
-        "steps, or a longer run"
+        f"learning rate peaks at {peak:.2e}, not optimizer.lr={optimizer.lr:.2e}; use fewer of "
+        "these steps, or a longer run"
     )
 
 

@@ -179,7 +179,7 @@ def _load_source(run: Run, state: RunState, source: Checkpoint) -> RunState:
     """Fill the model, and with `run.init_optimizer` the optimizer, from another run."""
     with_moments = run.config.run.init_optimizer
     prefix = "" if with_moments else WEIGHTS
-    logger.info("starting with %s", source.directory)
+    logger.info("starting with the weights of %s", source.directory)
     tensors = training_tensors(run.model, run.optimizer)
     load_tensors(
         source,
@@ -262,9 +262,9 @@ def _require_same_recipes(checkpoint: Checkpoint) -> None:
         theirs, ours = stored.get(name, 1), RECIPE_VERSIONS[name]
         if theirs != ours:
             raise CheckpointError(
-                f"cannot resume {checkpoint.directory}: its recipe_version of {name} is {theirs}, "
-                f"this Microtron has {ours}; resume with the Microtron that wrote it, or choose "
-                "another run.name"
+                f"cannot resume {checkpoint.directory}: a Microtron with another recipe_version of "
+                f"{name} wrote it ({theirs}, here {ours}); resume with that one, or choose another "
+                "run.name"
             )
 
 

@@ -1,4 +1,4 @@
-"""One training step: forward, backward, clipping, AdamW; and how many fit in a time."""
+"""One training step: forward, backward, clipping, update; and the number that fits a time limit."""
 
 import logging
 import math
@@ -55,7 +55,7 @@ def train_step(
     values = torch.cat([losses * counts, squared_norm(model, mesh).view(1)])
     flags = [batch.sum_of_lengths * counts, *(signals.flags() if signals else StopSignals.NONE)]
     cross_entropy, log_z_squared, square, lengths, *flags = sum_on_host(mesh, values, flags)
-    # In float32, because a pipeline adds the squares in another order.
+    # Rounded to float32, so that a pipeline's order of summation does not show.
     loss, grad_norm = cross_entropy / num_targets, float(np.float32(math.sqrt(square)))
     rate = learning_rate(state.step, config)
     why_skipped = skip_reason(loss, grad_norm, state, config.train)

@@ -189,7 +189,7 @@ def test_a_wrong_gathered_weight_names_both_axes(mesh: Mesh) -> None:
     block.unshard = gather_badly
     (mismatch,) = compare_replicas(model, {}, mesh)
     assert mismatch.startswith("gathered blocks.0.mlp.down.weight of rank ")
-    assert mismatch.endswith(f" among dp x cp ranks {[*range(mesh.world.size)]}")
+    assert mismatch.endswith(f" (of dp x cp ranks {[*range(mesh.world.size)]})")
 
 
 @distributed(GATHERED[1], RINGS[1])

@@ -343,7 +343,7 @@ def test_copies_of_a_tied_table_are_compared(mesh: Mesh, config: Config) -> None
     if mesh.is_last_stage:
         tensors["parameters.embedding.weight"].tensor[0, 0] += 1
     (found,) = compare_replicas(model, tensors, mesh)
-    assert found == "parameters.embedding.weight of rank 0, 2 among pp ranks [0, 2]"
+    assert found == "parameters.embedding.weight on rank 0, 2 (of pp ranks [0, 2])"
 
 
 @distributed(Layout(pp=2))

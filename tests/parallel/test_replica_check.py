@@ -66,7 +66,7 @@ def test_one_flipped_bit_is_found(mesh: Mesh, name: str) -> None:
 
     row = [*range(mesh.world.size - mesh.tp.size, mesh.world.size)]
     odd = str(last) if mesh.tp.size > 2 else f"{row[0]}, {row[1]}"
-    assert mismatch == f"{name} of rank {odd} among tp ranks {row}"
+    assert mismatch == f"{name} on rank {odd} (of tp ranks {row})"
 
 
 @distributed(Layout(dp=2), Layout(dp=4), Layout(tp=2, dp=2))
@@ -89,7 +89,7 @@ def test_a_wrong_gathered_weight_is_found(mesh: Mesh) -> None:
 
     column = [*range(0, mesh.world.size, mesh.tp.size)]
     odd = "0" if mesh.dp.size > 2 else f"{column[0]}, {column[1]}"
-    assert mismatch == f"gathered blocks.1.mlp.down.weight of rank {odd} among dp ranks {column}"
+    assert mismatch == f"gathered blocks.1.mlp.down.weight on rank {odd} (of dp ranks {column})"
     block.unshard = gather
     assert compare_replicas(model, tensors, mesh) == []
 
@@ -106,7 +106,7 @@ def test_a_moment_that_differs_between_hsdp_replicas_is_found(mesh: Mesh) -> Non
         flip_a_bit(tensors[name].tensor)
     pair = [last - shards, last]
     (mismatch,) = compare_replicas(model, tensors, mesh)
-    assert mismatch == f"{name} of rank {pair[0]}, {last} among replicate ranks {pair}"
+    assert mismatch == f"{name} on rank {pair[0]}, {last} (of replicate ranks {pair})"
 
 
 @distributed(Layout(tp=2), Layout(tp=2, dp=2))
@@ -139,7 +139,7 @@ def test_a_replica_mismatch_ends_the_run(mesh: Mesh, config: Config) -> None:
         check_replicas(run, state)
     message = str(caught.value)
     assert "step 0: ranks hold different copies of parameters.blocks.0.mlp_norm.weight" in message
-    assert "of rank 0, 1 among tp ranks [0, 1]; parameters.blocks.1.mlp_norm.weight" in message
+    assert "on rank 0, 1 (of tp ranks [0, 1]); parameters.blocks.1.mlp_norm.weight" in message
     if mesh.world.rank == 0:
         report = json.loads((folder.path / "exit.json").read_text())
         assert (report["code"], report["reason"]) == (6, message)

@@ -72,7 +72,7 @@ def test_a_warm_up_that_is_too_long(style: str) -> None:
     """The message has both keys and the peak rate."""
     found = problem(style, 10, lr_warmup_steps=100)
     assert "optimizer.lr_warmup_steps=100 exceeds train.train_steps=10" in found
-    assert "reaches 1.00e-01 of optimizer.lr=1.00e+00;" in found
+    assert "peaks at 1.00e-01, not optimizer.lr=1.00e+00;" in found
     assert max(rates(style, steps=10, lr_warmup_steps=100)) == pytest.approx(0.1)
 
 
@@ -95,7 +95,7 @@ def test_a_warm_up_and_a_decay_that_are_too_long(
     assert bool(found) == bool(peak)
     if found:
         expected = rates("WSD", steps, **changes)
-        assert f"reaches {peak} of" in found
+        assert f"peaks at {peak}, not" in found
         assert float(peak) == pytest.approx(max(expected), rel=2e-3)
         assert "optimizer.lr_wsd_decay_steps=" in found
 

@@ -88,7 +88,7 @@ def test_a_resume_needs_the_recipe_versions_of_its_run(
     resume(monkeypatch, config, config, **imported)
     for stored in ({}, {name: 1}, {name: 3}):
         if name in ("dropout_masks", "sample_order"):
-            message = rf"recipe_version of {name} is {stored.get(name, 1)}, this Microtron has 2;"
+            message = rf"recipe_version of {name} wrote it \({stored.get(name, 1)}, here 2\);"
             with pytest.raises(CheckpointError, match=message):
                 resume(monkeypatch, config, config, recipe_versions=stored)
         else:
