@@ -58,7 +58,8 @@ class Mesh:
     local_rank: int
     pp: Axis  # the stages of the pipeline; see pipeline.py
     tied: Axis  # the first and the last stage; size 1 on a stage between them
-    pipeline_groups: tuple[dist.ProcessGroup, ...]  # over pp; see pipeline.py
+    # For activations and for gradients of each kind of link between stages: see `link_kind`.
+    pipeline_groups: tuple[tuple[dist.ProcessGroup, dist.ProcessGroup], ...]
     num_chunks: int  # of the model, per stage; several in the interleaved schedule
     sequence_parallel: bool  # false if tp.size is 1, so that layers need not check the size
     overlap: Overlap = "none"
@@ -202,10 +203,13 @@ def make_mesh(
         return Axis(dist.get_world_size(group), dist.get_rank(group), group)
 
     pp = axis(device_mesh.get_group("pp"))
-    tied, pipeline_groups = pp, [pp.group] * (4 if num_chunks > 1 else 2)
+    tied, pipeline_groups = pp, [(pp.group, pp.group)] * (3 if num_chunks > 1 else 2)
     if pp_size > 1:
         pipelines = device_mesh.mesh.flatten(1).t().tolist()  # one rank of each stage
-        pipeline_groups = [_own_group(pipelines) or pp.group for _ in pipeline_groups]
+        pipeline_groups = [
+            (_own_group(pipelines) or pp.group, _own_group(pipelines) or pp.group)
+            for _ in pipeline_groups
+        ]
         _connect_stages(pp, pipeline_groups, device)
         ends = _own_group([[ranks[0], ranks[-1]] for ranks in pipelines])
         tied = axis(ends) if ends is not None else Axis(1, 0, pp.group)
@@ -235,19 +239,30 @@ def _own_group(groups: list[list[int]]) -> dist.ProcessGroup | None:
     return own
 
 
-def _connect_stages(pp: Axis, groups: list[dist.ProcessGroup], device: torch.device) -> None:
+def link_kind(stage: int, num_stages: int) -> int:
+    """The kind of the link from a stage to the next one; the two links of a stage differ.
+
+    0 and 1 alternate between neighbours; 2 is from the last stage to the first.
+    """
+    return 2 if (stage + 1) % num_stages == 0 else stage % 2
+
+
+def _connect_stages(
+    pp: Axis, groups: list[tuple[dist.ProcessGroup, dist.ProcessGroup]], device: torch.device
+) -> None:
     """Open each connection with a message, as NCCL's first message blocks both of its ranks.
 
     Otherwise two ranks could wait for each other during a schedule.
     """
     number = torch.zeros(1, device=device)
-    for index, group in enumerate(groups):
-        step = -1 if index % 2 else 1
-        is_between_ends = index > 1
-        if (0 <= pp.rank - step < pp.size) != is_between_ends:
-            dist.recv(number, group=group, group_src=(pp.rank - step) % pp.size)
-        if (0 <= pp.rank + step < pp.size) != is_between_ends:
-            dist.send(number, group=group, group_dst=(pp.rank + step) % pp.size)
+    before, after = (pp.rank - 1) % pp.size, (pp.rank + 1) % pp.size
+    for kind, (activations, gradients) in enumerate(groups):
+        if link_kind(pp.rank, pp.size) == kind:
+            dist.send(number, group=activations, group_dst=after)
+            dist.recv(number, group=gradients, group_src=after)
+        elif link_kind(before, pp.size) == kind:
+            dist.recv(number, group=activations, group_src=before)
+            dist.send(number, group=gradients, group_dst=before)
 
 
 def close_mesh() -> None:

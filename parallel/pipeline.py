@@ -14,10 +14,11 @@ Every chunk runs backward in the order of the micro-batches, so each gradient is
 one stage, bit for bit. Only a tied table's, summed in two parts, rounds differently.
 
 [Note: messages]
-Sends do not block, and a stage receives its next input while it computes. Each of the four kinds of
-message (activation or gradient, between neighbours or between the last stage and the first) has its
-own process group, where it flows one way and in the order in which both sides need it. So no two
-operations can wait for each other. Every stage reads the same batch and knows the shapes.
+Sends do not block, and a stage receives its next input while it computes. NCCL runs the operations
+of a rank in one process group one after the other, so a send would wait for an earlier receive. So
+the activations and the gradients of a stage's two links have a group each: there messages flow one
+way, between two stages, in the order in which both need them, and no two operations can wait for
+each other. Every stage reads the same batch and knows the shapes.
 """
 
 from collections import deque
@@ -31,7 +32,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from parallel.collectives import Pending
-from parallel.mesh import Mesh
+from parallel.mesh import Mesh, link_kind
 
 Output = TypeVar("Output")
 
@@ -229,11 +230,12 @@ class _Links:
         shapes: Sequence[tuple[int, ...]],
         dtype: torch.dtype,
     ) -> None:
-        p, rank, groups = mesh.pp.size, mesh.pp.rank, mesh.pipeline_groups
-        # Activations and gradients between neighbours; the last two between the ends, if chunked.
-        group_before = groups[-2:] if rank == 0 else groups[:2]
-        group_after = groups[-2:] if rank == p - 1 else groups[:2]
+        p, rank = mesh.pp.size, mesh.pp.rank
         before, after = (rank - 1) % p, (rank + 1) % p
+        # Without chunks, no messages pass from the last stage to the first, which have no group.
+        most = len(mesh.pipeline_groups) - 1
+        group_before = mesh.pipeline_groups[min(link_kind(before, p), most)]
+        group_after = mesh.pipeline_groups[min(link_kind(rank, p), most)]
 
         def buffers(of_forward: bool) -> Iterator[Tensor]:
             for is_forward, micro_batch, chunk in actions:

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from checkpoints.full_tensors import read_full_tensor
@@ -87,6 +88,34 @@ def _replay(stages: tuple[tuple[Action, ...], ...], v: int) -> None:
                 actions.popleft()
         assert sum(map(len, to_do)) < num_left, "no stage can continue"
     assert not any(queues.values())
+
+
+@distributed(Layout(pp=3), Layout(pp=3, chunks=2), Layout(pp=4), Layout(pp=2, chunks=2))
+def test_a_group_has_one_kind_of_message(mesh: Mesh) -> None:
+    """NCCL would let a send wait for an earlier receive of the same group."""
+    found: dict[Any, set[tuple[str, int]]] = defaultdict(set)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, peer in (("isend", "group_dst"), ("irecv", "group_src")):
+            call = getattr(dist, name)
+
+            def recorded(
+                tensor: Tensor, *, call: Any = call, name: str = name, peer: str = peer, **to: Any
+            ) -> Any:
+                found[to["group"]].add((name, to[peer]))
+                return call(tensor, **to)
+
+            patch.setattr(f"parallel.pipeline.dist.{name}", recorded)
+        shapes = [(2, 1, 4)] * 6
+
+        def forward(n: int, chunk: int, x: Tensor | None) -> Tensor:
+            x = torch.ones(shapes[n], requires_grad=True) if x is None else x
+            is_last = mesh.is_last_stage and chunk == mesh.num_chunks - 1
+            return (2 * x).sum() if is_last else 2 * x
+
+        run_pipeline(mesh, shapes, torch.float32, forward, lambda *_: None)
+    is_end = mesh.pp.rank in (0, mesh.pp.size - 1) and mesh.num_chunks == 1
+    assert len(found) == (2 if is_end else 4)
+    assert all(len(messages) == 1 for messages in found.values()), dict(found)
 
 
 class _KeptForBackward(torch.autograd.Function):
