@@ -125,14 +125,21 @@ def num_restarts() -> int:
 
 
 def exit_with_error(
-    message: str, code: int = EXIT_BEFORE_TRAINING, *, only_here: bool = False
+    message: str,
+    code: int = EXIT_BEFORE_TRAINING,
+    *,
+    only_here: bool = False,
+    may_be_alone: bool = False,
 ) -> NoReturn:
-    """Print a message once for all ranks (or for `only_here`, with the rank) and exit."""
-    if only_here:
-        message = f"[rank {os.environ.get('RANK', '0')}] {message}"
-    elif not is_rank_zero():
+    """Print a message once for all ranks (or for `only_here`, with the rank) and exit.
+
+    If this rank `may_be_alone` with its error, it prints it as soon as it has survived the wait.
+    """
+    if not only_here and not is_rank_zero():
         time.sleep(_WAIT_FOR_RANK_ZERO_S)
-    if only_here or is_rank_zero() or os.environ.get("LOCAL_RANK") == "0":
+    if only_here or (may_be_alone and not is_rank_zero()):
+        message = f"[rank {os.environ.get('RANK', '0')}] {message}"
+    if only_here or may_be_alone or is_rank_zero() or os.environ.get("LOCAL_RANK") == "0":
         sys.stderr.write(f"{message}\n")
         sys.stderr.flush()
     leave_error(message)

@@ -31,7 +31,7 @@ from ops.torch_private import (
 )
 
 # Of CUDA's kernels, in elements.
-_LSE_ALIGNMENT, _HEAD_ALIGNMENT = 32, 8
+_LSE_ALIGNMENT, HEAD_ALIGNMENT = 32, 8
 _NO_KEYS = -math.inf  # the log-sum-exp of a query without keys
 
 
@@ -44,7 +44,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, dropout: fl
     With dropout, a CPU stores all probabilities `[b, a/t, s, s]`, or those of each segment.
     """
     is_on_cpu = q.device.type == "cpu"
-    has_segment_kernel = segments is not None and q.shape[-1] % _HEAD_ALIGNMENT == 0
+    has_segment_kernel = segments is not None and q.shape[-1] % HEAD_ALIGNMENT == 0
     if dropout == 0.0 and (is_on_cpu or has_segment_kernel):
         return _FlashAttention.apply(q, k, v, segments)
     if segments is not None:

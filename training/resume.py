@@ -12,7 +12,7 @@ from configs import RENAMED, Config, DataConfig, OptimizerConfig, flatten
 from configs.errors import format_value
 from configs.init_from import model_of_stage, saved_model, source_checkpoints
 from data import Tokenizer, load_tokenizer
-from parallel import Mesh, gather_json
+from parallel import Mesh, any_rank, gather_json
 from training.hardware import report_other_hardware
 from training.inference import require_fingerprint
 from training.optimizer import (
@@ -163,6 +163,7 @@ def load(run: Run, checkpoint: Checkpoint) -> RunState:
     """Fill model and optimizer from a checkpoint of this run; return its state."""
     tensors = training_tensors(run.model, run.optimizer)
     load_tensors(checkpoint, tensors, names=training_names(run.config))
+    any_rank(run.mesh, flag=False)  # a wait that may be as long as one for a file
     state = _saved_state(checkpoint)
     set_num_updates(run.optimizer, state.num_updates)
     return state

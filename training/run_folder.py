@@ -71,7 +71,7 @@ def exit_on_error() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        exit_with_error(str(error))
+        exit_with_error(str(error), may_be_alone=True)
     except FatalError as error:
         exit_with_error(str(error), error.exit_code)
     except RuntimeError as error:

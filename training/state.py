@@ -12,6 +12,7 @@ from data import Corpus
 from data.loader import BatchLoader
 from model import GPT
 from ops.matmul import Precision
+from ops.sdpa import HEAD_ALIGNMENT
 from parallel import DeviceError, Mesh, init_mesh
 from training.run_folder import RunFolder
 
@@ -104,7 +105,7 @@ def mesh_from_config(config: Config, *, decoding: bool = False) -> Mesh:
     """
     parallel = config.parallel
     try:
-        return init_mesh(
+        mesh = init_mesh(
             parallel.tensor_model_parallel_size,
             parallel.sequence_parallel and not decoding,
             "none" if decoding else parallel.tp_comm_overlap,
@@ -122,6 +123,21 @@ def mesh_from_config(config: Config, *, decoding: bool = False) -> Mesh:
         )
     except DeviceError as error:
         exit_with_error(str(error))
+    if (problem := problem_on(mesh.device.type, config)) is not None:
+        exit_with_error(problem)
+    return mesh
+
+
+def problem_on(device_type: str, config: Config) -> str | None:
+    """What the kernels of a kind of device cannot compute, in one line, or None."""
+    head_dim, cp_size = config.model.head_dim, config.parallel.context_parallel_size
+    if device_type == "cpu" or cp_size == 1 or head_dim % HEAD_ALIGNMENT == 0:
+        return None
+    return (
+        f"parallel.context_parallel_size={cp_size} on a GPU needs heads whose channels are a "
+        f"multiple of {HEAD_ALIGNMENT}, not {head_dim}; set model.kv_channels="
+        f"{head_dim + -head_dim % HEAD_ALIGNMENT}, or parallel.context_parallel_size=1"
+    )
 
 
 def training_batches(run: Run, state: RunState) -> BatchLoader:

@@ -8,6 +8,7 @@ A sum adds the ranks in order, for bfloat16 and float16 in float32 with one roun
 every rank computes the same bits.
 """
 
+import functools
 import itertools
 import json
 import logging
@@ -77,8 +78,8 @@ def _make_backend(options: Any, _: object) -> dist.ProcessGroup | ProcessGroupGl
     own_store = PrefixStore(_NAME, store)
     memory, problem = _share_memory(own_store, rank, global_ranks, options.timeout)
     if memory is None:
-        if rank == 0:
-            logger.info("a group of %d ranks uses gloo, not shared memory: %s", size, problem)
+        if problem and global_ranks[rank] == 0:
+            _warn_once(problem)
         return gloo
     inner = dist.ProcessGroup(store, rank, size)
     register_backend(inner, gloo, options.group_id)
@@ -94,7 +95,7 @@ def _make_gloo(options: Any, _: object) -> ProcessGroupGloo:
 def _share_memory(
     store: Store, rank: int, global_ranks: Sequence[int], timeout: timedelta
 ) -> tuple[SharedMemory | None, str]:
-    """Return the group's memory; or, on all ranks, None and the problem of one rank."""
+    """Return the group's memory; or, on all ranks, None and the problem of one rank, if any."""
 
     def share(name: str, value: Any) -> list[Any]:
         store.set(f"{name}_{rank}", json.dumps(value))
@@ -102,16 +103,21 @@ def _share_memory(
 
     machines, pids = zip(*share("process", [machine_id(), os.getpid()]), strict=True)
     if len(set(machines)) > 1:  # where the same number may be another process
-        return None, "not all ranks are on one host and in one container"
+        return None, ""
     memory, problem = None, ""
     try:
         memory = SharedMemory(store, rank, pids, timeout, global_ranks)
-    except OSError as error:
+    except (OSError, AttributeError) as error:  # Python may be built without these functions
         problem = f"rank {global_ranks[rank]}: {error}"
         if rank == 0:  # the others wait for its name; an empty one fails
             store.set("memory", "")
     problem = next(filter(None, share("problem", problem)), "")
     return (None if problem else memory), problem
+
+
+@functools.cache
+def _warn_once(problem: str) -> None:
+    logger.warning("ranks use gloo, which is slower, as they cannot share memory: %s", problem)
 
 
 class _SharedMemoryGroup(dist.ProcessGroup):

@@ -49,7 +49,7 @@ from tests.distributed import Layout, distributed, run_on
 from tests.parallel.test_mappings import seeded
 from tests.reference import document_numbers, reference_losses
 from training.optimizer import build_optimizer
-from training.state import Run, RunState
+from training.state import Run, RunState, problem_on
 from training.step import train_step
 
 S, B, VOCAB, SEED, STEP, SAMPLES = 16, 2, 23, 1, 3, (7, 8)
@@ -348,3 +348,15 @@ def test_documents_need_no_mask(mesh: Mesh, recompute: Recompute) -> None:
         batch = MicroBatch(tokens, tokens, positions, torch.arange(B), B * s, documents)
         model(**batch.of_cp_rank(mesh.cp.rank, c).inputs()).objective.backward()
     assert watch.found == set()
+
+
+def test_heads_that_gpus_cannot_split_are_refused() -> None:
+    """CUDA's kernels take multiples of 8 channels; without cp torch pads others itself."""
+    config = Config(
+        model=ModelConfig(kv_channels=12), parallel=ParallelConfig(context_parallel_size=2)
+    )
+    problem = problem_on("cuda", config)
+    assert problem is not None
+    assert "multiple of 8, not 12; set model.kv_channels=16," in problem
+    assert problem_on("cpu", config) is None
+    assert problem_on("cuda", dataclasses.replace(config, parallel=ParallelConfig())) is None

@@ -20,7 +20,7 @@ from torch.testing import assert_close
 
 from ops.torch_private import all_gather_single, reduce_scatter_single
 from parallel import Mesh, gather_json
-from parallel.transport.backend import cpu_backend
+from parallel.transport.backend import _warn_once, cpu_backend
 from parallel.transport.shared_memory import SLOT_BYTES
 from tests.distributed import Layout, distributed
 
@@ -172,28 +172,41 @@ def test_messages_name_global_ranks(mesh: Mesh) -> None:
 
 @distributed(TWO)
 @pytest.mark.parametrize("rank", [0, 1])
-def test_without_memory_all_ranks_use_gloo(mesh: Mesh, rank: int) -> None:
-    """If one rank cannot reserve its slots, all fall back to gloo and log why."""
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("posix_fallocate", "[Errno 28] No space left on device"),
+        ("pidfd_open", "module 'os' has no attribute 'pidfd_open'"),
+        ("memfd_create", "module 'os' has no attribute 'memfd_create'"),
+    ],
+)
+def test_without_memory_all_ranks_use_gloo(mesh: Mesh, name: str, problem: str, rank: int) -> None:
+    """If one rank cannot share memory, all use gloo and warn once, even if nothing is set up."""
+    if name == "memfd_create":
+        rank = 0  # which alone calls it
     messages: list[str] = []
     handler, logger = logging.Handler(), logging.getLogger("microtron")
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    _warn_once.cache_clear()
 
     def is_full(*_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.MonkeyPatch.context() as patch:
         if mesh.world.rank == rank:
-            patch.setattr(os, "posix_fallocate", is_full)
+            if name == "posix_fallocate":
+                patch.setattr(os, name, is_full)
+            else:
+                patch.delattr(os, name)
         group = dist.new_group(backend=cpu_backend(True))
+        dist.new_group(backend=cpu_backend(True))  # has no second warning
     logger.removeHandler(handler)
-    logger.setLevel(logging.NOTSET)
     assert group is not None
     assert not is_shared(group)
     if mesh.world.rank == 0:
-        said = "a group of 2 ranks uses gloo, not shared memory: rank"
-        assert messages == [f"{said} {rank}: [Errno 28] No space left on device"]
+        said = "ranks use gloo, which is slower, as they cannot share memory: rank"
+        assert messages == [f"{said} {rank}: {problem}"]
     x = torch.ones(3)
     dist.all_reduce(x, group=group)
     assert x.tolist() == [2, 2, 2]

@@ -21,7 +21,7 @@ from training import checkpoint_writer as saving_module
 from training import lock as lock_module
 from training import run_folder as module
 from training.divergence import NonFiniteError
-from training.run_folder import RunFolder
+from training.run_folder import RunFolder, exit_on_error
 from training.signals import StopSignals
 
 OLD = json.dumps({"code": 0, "reason": "finished", "step": 7, "resume": None})
@@ -377,3 +377,19 @@ def test_a_restart_that_dies_early_does_not_forget_that_the_launch_has_trained(
         lock = lock_module.FolderLock(folder, is_restart=True)
         assert lock.continues_launch
         lock.release()
+
+
+@pytest.mark.parametrize(("rank", "printed"), [("0", "no disk\n"), ("3", "[rank 3] no disk\n")])
+def test_an_error_of_one_rank_is_printed_by_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str, printed: str
+) -> None:
+    """Without torchrun no other process prints it; a rank above 0 waits first."""
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    with pytest.raises(SystemExit) as ended, exit_on_error():
+        raise UserError("no disk")
+    assert (ended.value.code, capsys.readouterr().err) == (2, printed)
+    assert bool(waits) == (rank != "0")
