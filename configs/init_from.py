@@ -55,6 +55,7 @@ def config_of_source(overrides: dict[str, Any]) -> str:
     folder, step = source_checkpoints(overrides["run.init_from"])
     source = folder.parent
     directory = overrides.setdefault("run.directory", str(source.parent))
+    directory = expand_path("run.directory", directory)
     own = Path(directory, overrides.setdefault("run.name", f"{source.name}_2"))
     if _resumes(own, overrides.get("run.resume")):
         return str(own / "config.yaml")

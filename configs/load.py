@@ -19,7 +19,7 @@ from configs.fields import KEYS, SECTIONS, Field, convert, unknown_key
 from configs.init_from import config_of_source, inherit
 from configs.launch import is_rank_zero, world_size_from_environment
 from configs.schema import REMOVED, REMOVED_VALUES, RENAMED, Config, DataConfig
-from configs.tokenizer_files import resolve_tokenizer
+from configs.tokenizer_files import expand_path, resolve_tokenizer
 from configs.validate import check_inputs, validate
 
 logger = logging.getLogger("microtron")
@@ -282,7 +282,9 @@ def _build(values: Mapping[str, Any], path: Path) -> Config:
         )
     # A DataConfig replaces null by what suits its format, so its defaults are those of the class.
     defaults = OmegaConf.merge(OmegaConf.structured(Config), {"data": DataConfig})
-    return cast(Config, OmegaConf.to_object(OmegaConf.merge(defaults, sections)))
+    config = cast(Config, OmegaConf.to_object(OmegaConf.merge(defaults, sections)))
+    directory = expand_path("run.directory", config.run.directory)
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, directory=directory))
 
 
 def _located(

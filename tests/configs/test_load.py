@@ -15,6 +15,7 @@ from configs import Config, ConfigError, flatten, parse_config, read_config, to_
 from configs.__main__ import settings_table
 from configs.cli import config_list, usage
 from configs.fields import KEYS
+from configs.init_from import config_of_source
 from configs.launch import threads_per_rank
 from configs.layout import check_layout, last_chunk
 from configs.load import SHIPPED, current_name
@@ -369,6 +370,21 @@ def test_the_configuration_of_a_run_folder_is_that_run_and_says_so(
         "using the settings of run mine from runs/mine/config.yaml, with the overrides of its last "
         "launch, except run.resume and run.stop_at_step"
     }
+
+
+def test_the_run_directory_may_be_in_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quoted or in a file, where no shell expands ~."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Path("mine.yaml").write_text("run:\n  directory: ~/runs\n")
+    for arguments in (["config=mine"], ["config=gpt_debug", "run.directory=~/runs"]):
+        assert parse_config(arguments).run.directory == f"{tmp_path}/runs"
+    assert read_config(Path("mine.yaml")).run.directory == f"{tmp_path}/runs"
+    own = tmp_path / "runs" / "base_2"
+    (own / "checkpoints" / "step_00000001").mkdir(parents=True)
+    given = {"run.init_from": "elsewhere/base", "run.directory": "~/runs"}
+    assert config_of_source(given) == str(own / "config.yaml")
 
 
 def test_the_configuration_of_a_moved_run_folder_needs_a_run_name(tmp_path: Path) -> None:
