@@ -261,6 +261,9 @@ def _use_run_folder(path: Path, values: dict[str, Any], overrides: Mapping[str, 
         values.pop("run.init_optimizer", None)
     if overrides.get("run.init_from", values.get("run.init_from")) is not None:
         values.pop("data.tokenizer", None)  # that of a source that may be gone
+    tokenizer = os.path.expanduser(values.get("data.tokenizer") or path.parent)
+    if not os.path.exists(tokenizer):
+        values["data.tokenizer"] = str(path.parent)  # which has a copy
     if is_rank_zero():
         kept = f"using the settings of run {name} from {path}, with the overrides of its last"
         logger.warning("%s launch, except %s", kept, " and ".join(_OF_ONE_LAUNCH))

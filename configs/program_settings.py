@@ -58,7 +58,8 @@ def run_config(run: str, tensor_model_parallel_size: int | None = None, **train:
     """Return the configuration of a run folder, for inference on the ranks of this launch.
 
     The tensor-parallel size defaults to the number of ranks; `train` replaces keys of that section.
-    The global batch becomes one micro-batch per data-parallel rank.
+    The global batch becomes one micro-batch per data-parallel rank, and a given tokenizer the copy
+    in the folder.
     """
     path = Path(os.path.expanduser(run), "config.yaml")
     if not path.is_file():
@@ -70,8 +71,10 @@ def run_config(run: str, tensor_model_parallel_size: int | None = None, **train:
     t = tensor_model_parallel_size or num_ranks
     settings = dataclasses.replace(config.train, device="auto", **train)
     batch = settings.micro_batch_size * max(1, num_ranks // t)
+    data = config.data
     config = dataclasses.replace(
         config,
+        data=dataclasses.replace(data, tokenizer=data.tokenizer and str(path.parent)),
         parallel=dataclasses.replace(
             config.parallel,
             tensor_model_parallel_size=t,

@@ -19,8 +19,9 @@ from configs.init_from import config_of_source
 from configs.launch import threads_per_rank
 from configs.layout import check_layout, last_chunk
 from configs.load import SHIPPED, current_name
+from configs.program_settings import run_config
 from configs.schema import REMOVED, RENAMED, RunConfig, TrainConfig
-from configs.validate import SOURCE_EXTENSIONS
+from configs.validate import SOURCE_EXTENSIONS, check_inputs
 from configs.weights import num_parameters
 from tests.data_corpora import small_tokenizer, write_json_tokenizer
 from tests.lines import ROOT
@@ -370,6 +371,24 @@ def test_the_configuration_of_a_run_folder_is_that_run_and_says_so(
         "using the settings of run mine from runs/mine/config.yaml, with the overrides of its last "
         "launch, except run.resume and run.stop_at_step"
     }
+
+
+def test_the_tokenizer_of_a_run_folder_replaces_a_missing_one(tmp_path: Path) -> None:
+    """Of a run that was renamed or whose source is gone: training goes on with the copy."""
+    mine, other, copy = tmp_path / "mine.model", tmp_path / "other.model", Path("copy.model")
+    for path in (mine, other, copy):
+        path.write_bytes(small_tokenizer().content)
+    run = _write_run(Path("runs/mine"), "run.name=mine", f"data.tokenizer={mine}")
+    copy = copy.rename("runs/mine/tokenizer.model")
+    assert parse_config([run]).data.tokenizer == str(mine)
+    mine.unlink()
+    assert parse_config([run]).data.tokenizer == "runs/mine"
+    assert parse_config([run, f"data.tokenizer={other}"]).data.tokenizer == str(other)
+    assert run_config("runs/mine").data.tokenizer == "runs/mine"
+    check_inputs(run_config("runs/mine"))
+    copy.unlink()
+    with pytest.raises(ConfigError, match=r"data\.tokenizer=runs/mine is a folder without"):
+        parse_config([run])
 
 
 def test_the_run_directory_may_be_in_the_home_folder(
