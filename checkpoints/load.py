@@ -32,6 +32,7 @@ from checkpoints.manifest import (
     tensor_ranges,
     verify_file,
 )
+from configs import UserError
 from parallel import LocalShard, Mesh, gather_json
 
 _CHUNK_BYTES = 16 << 20
@@ -119,8 +120,11 @@ def _list(folder: Path, mesh: Mesh, step: int | None, up_to: int | None) -> list
 def _verify(
     directory: Path, mesh: Mesh, prefix: str, stack: ExitStack | None
 ) -> tuple[Checkpoint | None, str | None]:
-    """Return an intact checkpoint or a problem, on all ranks; neither if it has vanished."""
-    checkpoint, problem = None, None
+    """Return an intact checkpoint or a problem, on all ranks; neither if it has vanished.
+
+    Raises UserError, on all ranks, if one of them cannot open enough files.
+    """
+    checkpoint, problem, limit = None, None, None
     try:
         checkpoint = read_manifest(directory)
         if stack is not None:
@@ -129,10 +133,16 @@ def _verify(
             verify_file(checkpoint, name, prefix)
     except CheckpointError as error:
         problem = str(error)
-    reports = gather_json(mesh, [problem, problem is not None and not directory.exists()])
-    if any(is_gone for _, is_gone in reports):
+    except UserError as error:
+        limit = str(error)
+    is_gone = problem is not None and not directory.exists()
+    reports = gather_json(mesh, [problem, limit, is_gone])
+    for _, limit, _ in reports:
+        if limit is not None:
+            raise UserError(f"{directory}: {limit}")
+    if any(is_gone for *_, is_gone in reports):
         return None, None
-    problem = next((text for text, _ in reports if text is not None), None)
+    problem = next((text for text, *_ in reports if text is not None), None)
     return (checkpoint, None) if problem is None else (None, problem)
 
 

@@ -16,6 +16,7 @@ Version 1 has one checksum per file and none per tensor.
 import errno
 import json
 import os
+import resource
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -59,7 +60,7 @@ class Checkpoint:
 
     def open(self, name: str) -> BinaryIO:
         """Open a file at its start, without following links."""
-        with _read_errors(name):
+        with _read_errors(name, len(self.files)):
             if name in self.held:
                 file = os.fdopen(os.dup(self.held[name].fileno()), "rb")
                 file.seek(0)
@@ -74,12 +75,16 @@ class Checkpoint:
 
 
 @contextmanager
-def _read_errors(name: str) -> Iterator[None]:
+def _read_errors(name: str, num_files: int = 1) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
         raise CheckpointError(f"{name} is missing") from None
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):  # says nothing about the checkpoint
+            enough = resource.getrlimit(resource.RLIMIT_NOFILE)[0] + num_files
+            fix = f"raise the limit of open files (ulimit -n) above {enough}"
+            raise UserError(f"{name} cannot be opened: {os_error_text(error)}; {fix}") from None
         is_link = error.errno == errno.ELOOP
         problem = "is a link" if is_link else f"cannot be read: {os_error_text(error)}"
         raise CheckpointError(f"{name} {problem}") from None

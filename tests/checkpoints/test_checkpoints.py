@@ -1,8 +1,10 @@
 """Checkpoints are exact on any layout and atomic, and all damage is detected."""
 
+import errno
 import json
 import math
 import os
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from checkpoints import (
     sweep_leftovers,
 )
 from checkpoints.full_tensors import read_full_tensor
+from configs import UserError
 from configs.weights import WeightSpec
 from parallel import (
     LocalShard,
@@ -247,6 +250,31 @@ def test_damage_is_reported_and_skipped(mesh: Mesh, tmp_path: Path, damage: str)
     save(mesh, tmp_path, 2)
     assert_loads(mesh, tmp_path, 2)
     assert (tmp_path / "damaged_step_00000002_1").is_dir()
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+def test_too_few_open_files_are_no_damage(mesh: Mesh, tmp_path: Path) -> None:
+    """All ranks end and say what to raise; otherwise an older checkpoint would be used."""
+    for step in (1, 2):
+        save(mesh, tmp_path, step)
+    original = os.open
+
+    def limited(path: Any, *arguments: Any) -> int:
+        if mesh.world.rank == mesh.world.size - 1 and str(path).endswith(".safetensors"):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return original(path, *arguments)
+
+    enough = resource.getrlimit(resource.RLIMIT_NOFILE)[0] + mesh.world.size
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifest_module.os, "open", limited)
+        with pytest.raises(UserError) as caught, held_checkpoint(tmp_path, mesh):
+            pass
+    assert not isinstance(caught.value, CheckpointError)
+    assert str(caught.value) == (
+        f"{tmp_path}/step_00000002: rank_00000.safetensors cannot be opened: Too many open files; "
+        f"raise the limit of open files (ulimit -n) above {enough}"
+    )
+    barrier(mesh)
 
 
 @distributed(ONE_RANK)
