@@ -85,13 +85,13 @@ def download(name: str, revision: str | None) -> Path:
 
 
 def _tensor_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    if (folder / _INDEX).is_file():
+    if (folder / _SINGLE).is_file():  # which transformers also takes if there are both
+        names = {_SINGLE}
+    elif (folder / _INDEX).is_file():
         weight_map = _read_json(folder / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
             raise UserError(f"{folder / _INDEX} has no weight_map")
         names = set(weight_map.values())
-    elif (folder / _SINGLE).is_file():
-        names = {_SINGLE}
     else:
         hint = "give a folder with safetensors files"
         if pickled := sorted(path.name for path in folder.glob("pytorch_model*.bin")):

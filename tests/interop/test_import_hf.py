@@ -159,6 +159,25 @@ def test_original_gpt2_files(sources: dict[str, Path], tmp_path: Path) -> None:
     assert stored_bytes(tmp_path / "out") == stored_bytes(sources["gpt2"])
 
 
+def test_a_single_file_counts_before_several(sources: dict[str, Path], tmp_path: Path) -> None:
+    """As in transformers; a folder may have both after a model was saved twice."""
+    import transformers  # noqa: PLC0415  takes seconds
+
+    folder, name = tmp_path / "source", "model.embed_tokens.weight"
+    shutil.copytree(sources["llama"], folder)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    hf_model("Llama").half().save_pretrained(folder, max_shard_size="1GB")
+    (folder / "model.safetensors.index.json").write_bytes(
+        (sources["llama"] / "model.safetensors.index.json").read_bytes()
+    )
+    for path in sources["llama"].glob("*.safetensors"):
+        shutil.copy(path, folder)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(folder, local_files_only=True)
+    ours = open_source(folder).read(name)
+    assert ours.dtype == torch.float16
+    assert torch.equal(ours.float(), theirs.get_parameter(name).float())
+
+
 def import_and_measure(mesh: Mesh, one_layer: Settings, settings: Settings) -> None:
     import_model(one_layer, mesh)  # once first, because libraries keep some memory
     before = forget_peak_memory()
@@ -346,8 +365,10 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         r"has transformer\.h\.0\.adapter\.weight, which this model does not have",
     ),
     "a file elsewhere": (
-        lambda folder: (folder / "model.safetensors.index.json").write_text(
-            json.dumps({"weight_map": {"a": "../../secret.safetensors"}})
+        lambda folder: (
+            (folder / "model.safetensors")
+            .rename(folder / "model.safetensors.index.json")
+            .write_text(json.dumps({"weight_map": {"a": "../../secret.safetensors"}}))
         ),
         "names '../../secret.safetensors', which is not a file beside it",
     ),
