@@ -193,7 +193,7 @@ def write(trained: LoadedModel, settings: Settings, prompt: str, messages: Messa
     has_more = settings.prompt is None or sys.stdout.isatty()
     show_now(texts[0][-1] + "\n" * has_more)
     if settings.chat:
-        messages.append({"role": "assistant", "content": "".join(texts[0])})
+        messages.append({"role": "assistant", "content": samples[0].message})
     logger.info(
         "generated %s%d tokens after a prompt of %d in %.2f s, %.1f tokens/s",
         f"{len(samples)} x " if len(samples) > 1 else "",

@@ -23,6 +23,13 @@ class Continuation:
         self._context = list(prompt)
         self._undecoded: list[int] = []
         self._held = ""
+        self._tokens: list[int] = []
+
+    @property
+    def message(self) -> str:
+        """The text as training encodes a message: without what joins it to the prompt's text."""
+        text = self._tokenizer.decode(self._tokens)
+        return text.partition(self._stop)[0] if self._stop else text
 
     def add(self, token: int) -> str:
         """Add a token; returns the text that is now certain, nothing after the end."""
@@ -30,6 +37,7 @@ class Continuation:
             return ""
         if token in self._end_ids:
             return self.finish()
+        self._tokens.append(token)
         self._undecoded.append(token)
         text = self._decode()
         if text.endswith(_REPLACEMENT):  # perhaps an incomplete character

@@ -2,7 +2,7 @@
 
 import pytest
 
-from data import SentencePieceTokenizer
+from data import SentencePieceTokenizer, encode_chat
 from model.generation.continuation import Continuation
 from tests.data.test_tokenizer import ALPHABET, train_any
 from tests.data_corpora import small_tokenizer
@@ -52,6 +52,22 @@ def test_spaces_between_words_are_kept(kind: str) -> None:
     prompt, following = tokenizer.encode("def self"), tokenizer.encode("return value")
     pieces = add_all(Continuation(tokenizer, prompt, set(), None), following)
     assert "".join(pieces) == " return value"
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_remembered_answer_has_the_tokens_that_were_generated(kind: str) -> None:
+    """Also if the tokenizer puts a space before each text, as Llama 2's does."""
+    tokenizer = SentencePieceTokenizer(train_any(model_type=kind), "default")
+    messages = [{"role": "user", "content": "def self"}]
+    prompt, new = encode_chat(messages, tokenizer), tokenizer.encode("return value")
+    answer = Continuation(tokenizer, prompt, {tokenizer.eos_id}, " value")
+    add_all(answer, new)
+    assert answer.message == "return"
+    answer = Continuation(tokenizer, prompt, {tokenizer.eos_id}, None)
+    add_all(answer, [*new, tokenizer.eos_id])
+    messages += [{"role": "assistant", "content": answer.message}, messages[0]]
+    history = [*prompt, *new, tokenizer.eos_id]
+    assert encode_chat(messages, tokenizer)[: len(history)] == history
 
 
 @pytest.mark.parametrize("stop", ["\n", "return", "urn '", "n 'é"])
