@@ -6,6 +6,7 @@ Holds one tensor in memory at a time, except for the comparison with transformer
 
 import importlib.util
 import json
+import logging
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from configs import (
     exit_with_error,
     machine_errors_as_user_errors,
 )
+from configs.launch import is_rank_zero
 from configs.program_settings import load_settings, run_config
 from interop.atomic_directory import atomic_directory, require_new
 
@@ -60,12 +62,14 @@ from interop.check import Comparison, checkpoint_logits, compare, random_tokens
 from interop.huggingface import shapes_of, to_huggingface
 from interop.huggingface_config import family_of, to_huggingface_config
 from interop.model_card import model_card
-from interop.tokenizer_json import tokenizer_config, tokenizer_json
+from interop.tokenizer_json import encodes_chats_alike, tokenizer_config, tokenizer_json
 from parallel import DeviceError, Mesh, close_mesh, init_mesh
 from tracking.console import set_up_logging
 from training.inference import load_run_tokenizer, require_fingerprint
 from training.optimizer import WEIGHTS
 from training.run_folder import exit_on_error
+
+logger = logging.getLogger("microtron")
 
 # Largest difference of float32 logits due to another order of sums, relative to the largest logit.
 _TOLERANCE = 1e-4
@@ -107,18 +111,26 @@ def small_files(
     if unused_ids := [*range(tokenizer.vocab_size, config.data.padded_vocab_size)]:
         generation["suppress_tokens"] = unused_ids
     is_chat = any(source.format == "messages" for source in config.data.mixture.values())
+    files = {tokenizer.file_name: tokenizer.content}
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        files["tokenizer.json"] = _json(tokenizer_json(tokenizer))
     template = CHAT_TEMPLATE if is_chat else None
+    if is_chat and not encodes_chats_alike(tokenizer, files["tokenizer.json"]):
+        template = None
+        if is_rank_zero():
+            logger.warning(
+                "exported without chat_template: transformers encodes a conversation as a whole, "
+                "training each message alone, and this tokenizer then gives other tokens"
+            )
     contents: dict[str, Any] = {
         "config.json": {**options, **token_ids, "dtype": settings.dtype},
         "generation_config.json": generation,
         "tokenizer_config.json": tokenizer_config(tokenizer, config.model.seq_length, template),
     }
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        contents["tokenizer.json"] = tokenizer_json(tokenizer)
     metrics = Path(settings.run).expanduser() / "metrics.jsonl"
     card = model_card(config, checkpoint, metrics, options["architectures"][0])
-    files = {name: _json(content) for name, content in contents.items()}
-    return files | {tokenizer.file_name: tokenizer.content, "README.md": card.encode()}
+    files |= {name: _json(content) for name, content in contents.items()}
+    return files | {"README.md": card.encode()}
 
 
 def _json(content: object) -> bytes:

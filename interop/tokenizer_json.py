@@ -16,10 +16,18 @@ to do the same, unless there is a chat template.
 
 from typing import Any
 
+from tokenizers import Tokenizer as Backend
+
 from configs.errors import UserError
-from data import SentencePieceTokenizer, Tokenizer
+from data import SentencePieceTokenizer, Tokenizer, encode_chat
+from data.segments import chat_prompt
 
 _BLOCK = "\u2581"
+_CHAT = [
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "Hi there"},
+    {"role": "user", "content": "Bye"},
+]
 
 
 def tokenizer_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
@@ -88,6 +96,21 @@ def tokenizer_config(
         "clean_up_tokenization_spaces": False,
         "model_max_length": seq_length,
     }
+
+
+def encodes_chats_alike(tokenizer: Tokenizer, spec: bytes) -> bool:
+    """Whether a conversation that tokenizer.json encodes as a whole has the tokens of training.
+
+    It does not if the tokenizer puts a space before each text, and so before each message.
+    """
+    backend = Backend.from_str(spec.decode())
+    backend.no_truncation()
+    backend.no_padding()
+    rendered = tokenizer.bos_token + "".join(
+        text + tokenizer.eos_token * (number % 2) for number, text in enumerate(chat_prompt(_CHAT))
+    )
+    ids: list[int] = backend.encode(rendered, add_special_tokens=False).ids
+    return ids == encode_chat(_CHAT, tokenizer)
 
 
 def _parse(tokenizer: SentencePieceTokenizer) -> Any:

@@ -6,14 +6,17 @@ from typing import Any
 
 import pytest
 
+import export as export_module
+from checkpoints import held_checkpoint
 from configs import Config, UserError, parse_config
 from configs.program_settings import run_config
-from data import encode_chat
+from data import encode_chat, load_tokenizer
 from export import Settings as ExportSettings
 from export import export
 from model import Sampling, generate
 from parallel import Mesh
 from tests.data_chats import CHATS, messages_of, write_byte_tokenizer, write_chats
+from tests.data_corpora import write_json_tokenizer
 from tests.distributed import ONE_RANK, Layout, distributed, run_on
 from tests.runs import rows, settings, train_on
 from tests.test_context_runs import assert_near
@@ -153,6 +156,22 @@ def test_generate_prints_the_answers(
 def export_on(mesh: Mesh, settings: ExportSettings, config: Config) -> None:
     """Export on every rank."""
     export(settings, config, mesh)
+
+
+@distributed(ONE_RANK)
+def test_export_leaves_out_a_template_with_other_tokens(
+    mesh: Mesh, run: Path, tmp_path: Path
+) -> None:
+    """And says why: a chat with the exported model would not be that of training."""
+    tokenizer = load_tokenizer(write_json_tokenizer(tmp_path, "metaspace"))
+    given, warnings = ExportSettings(run=str(run), output=str(tmp_path / "out")), list[str]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_module.logger, "warning", warnings.append)
+        with held_checkpoint(run / "checkpoints", mesh) as checkpoint:
+            assert checkpoint is not None
+            files = export_module.small_files(given, run_config(str(run)), checkpoint, tokenizer)
+    assert "chat_template" not in json.loads(files["tokenizer_config.json"])
+    assert "exported without chat_template: transformers encodes a conversation" in warnings[0]
 
 
 def test_export_has_the_chat_template(run: Path, tmp_path: Path) -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import CHAT_TEMPLATE, Tokenizer, encode_chat, load_tokenizer
+from data import CHAT_TEMPLATE, SentencePieceTokenizer, Tokenizer, encode_chat, load_tokenizer
 from data.segments import conversation_segments
 from data.token_file import encode_segments
-from interop.tokenizer_json import tokenizer_config, tokenizer_json
+from interop.tokenizer_json import encodes_chats_alike, tokenizer_config, tokenizer_json
+from tests.data.test_tokenizer import train_any
 from tests.data_chats import CHATS, messages_of, write_byte_tokenizer
 from tests.data_corpora import random_text, small_tokenizer, write_json_tokenizer
 
@@ -48,6 +49,7 @@ def test_transformers_renders_and_encodes_alike(tmp_path: Path, kind: str) -> No
 
     ours = tokenizer_of(kind, tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    assert encodes_chats_alike(ours, (tmp_path / "tokenizer.json").read_bytes())
     for messages in PLAIN:
         is_plain = all(m["content"] == m["content"].strip() for m in messages)
         rendered = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -64,6 +66,28 @@ def test_transformers_renders_and_encodes_alike(tmp_path: Path, kind: str) -> No
         ((tokens, _),) = encode_segments([segments], ours, np.dtype("<u2"))
         whole = theirs.apply_chat_template(messages)["input_ids"]
         assert not is_plain or tokens.tolist() == whole
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "metaspace"])
+def test_spaces_before_each_text_leave_out_the_template(tmp_path: Path, kind: str) -> None:
+    """As Llama 2's tokenizer adds them: transformers adds one only before the conversation."""
+    import transformers  # noqa: PLC0415  takes seconds
+
+    if kind == "metaspace":
+        ours = load_tokenizer(write_json_tokenizer(tmp_path, kind))
+        spec = ours.content
+    else:
+        options = {"byte_fallback": True, "normalization_rule_name": "identity"}
+        ours = SentencePieceTokenizer(train_any(model_type="bpe", **options), kind)
+        spec = json.dumps(tokenizer_json(ours)).encode()
+        (tmp_path / "tokenizer.json").write_bytes(spec)
+    files = tokenizer_config(ours, 64, CHAT_TEMPLATE)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(files))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    messages = messages_of(["u:Hi", "a:Yo", "u:Ok"])
+    ids = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert encode_chat(messages, ours) != ids
+    assert not encodes_chats_alike(ours, spec)
 
 
 def test_without_a_template_text_has_no_special_tokens() -> None:
