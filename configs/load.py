@@ -32,7 +32,7 @@ _OF_ONE_LAUNCH = ("run.resume", "run.stop_at_step")
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """Keeps scalars as text, except for null."""
+    """Keeps scalars as text, except for null, and refuses aliases, which can multiply."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own declaration
         first: [(tag, pattern) for tag, pattern in resolvers if tag == "tag:yaml.org,2002:null"]
@@ -42,6 +42,13 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
         tag: yaml.SafeLoader.yaml_constructors[tag]
         for tag in (None, *(f"tag:yaml.org,2002:{kind}" for kind in ("null", "str", "seq", "map")))
     }
+
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            problem = f"aliases such as *{event.anchor} are not supported; repeat the value"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
 
 
 def parse_config(arguments: list[str], num_ranks: Callable[[Config], int] | None = None) -> Config:

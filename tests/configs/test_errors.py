@@ -371,6 +371,10 @@ FILES = [
         "bad.yaml: is not valid YAML: unacceptable character #x0001: special characters are not allowed "
         'in "bad.yaml", position 0',
     ),
+    (
+        "a: &a [x, x]\nb: &b [*a, *a]",
+        "bad.yaml:2: is not valid YAML: aliases such as *a are not supported; repeat the value",
+    ),
     ("[" * 3000, "bad.yaml: is nested too deeply; sections hold plain values"),
 ]
 
