@@ -255,8 +255,10 @@ def hosts_section(
             yield f"Warning: {setting} crosses hosts; {name} communicates in each layer."
             sizes = listed(divisors(n), " or ")
             yield f"  Choose {sizes}; between hosts use pipeline or data parallelism."
-    if network.crosses(*first.shard) and n % (len(first.tp) * len(first.cp)) == 0:
-        setting = f"parallel.data_parallel_replicate_size={len(first.dp_cp) * len(first.tp) // n}"
+    per_stage = len(first.dp_cp) * len(first.tp)
+    fits = n % (len(first.tp) * len(first.cp)) == per_stage % n == 0
+    if network.crosses(*first.shard) and fits:
+        setting = f"parallel.data_parallel_replicate_size={per_stage // n}"
         yield f"With {setting} weights are gathered within hosts only."
         yield "  Each host then holds all weights and optimizer state."
 

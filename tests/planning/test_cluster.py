@@ -11,6 +11,7 @@ from plan import Settings
 from plan import main as plan_main
 from planning.cluster import Network, Prediction, predict
 from planning.dry_run import StepReport, dry_run
+from planning.page import hosts_section
 from tests.distributed import Layout
 from tests.planning.test_plan import PAGE_WIDTH, small_config
 
@@ -107,6 +108,16 @@ def test_the_rate_of_a_rank_replaces_a_measured_step() -> None:
     assert prediction.step_s == prediction.local_s == pytest.approx(flops * tokens / 2 / 0.1e12)
     assert predict(config, reports, Network(1, gbit=1.0)).step_s is None
     assert predict(config, reports, Network(1), local_step_s=1.0).step_s is None
+
+
+@pytest.mark.parametrize(("hosts", "has_advice"), [(4, True), (3, False)])
+def test_hsdp_is_advised_if_a_stage_has_whole_hosts(hosts: int, has_advice: bool) -> None:
+    """Stages of 6 ranks on hosts of 3 or 4; on the latter no size keeps gathers inside hosts."""
+    config, reports = planned(Layout(pp=2, dp=6), f"train.global_batch_size={2 * 6 * 3}")
+    network = Network(12 // hosts)
+    assert network.crosses(*reports[0].shard)
+    text = "".join(hosts_section(reports, network, predict(config, reports, network)))
+    assert ("weights are gathered within hosts only" in text) == has_advice
 
 
 @pytest.mark.slow
