@@ -6,11 +6,10 @@ from functools import partial
 from typing import ClassVar
 
 from configs import Config, ConfigError, Range, load_config
-from configs.cli import HELP, exit_on_config_error
+from configs.cli import exit_on_config_error
 from configs.errors import bad_setting
-from configs.fields import fields_of
 from configs.layout import multiples
-from configs.program_settings import load_settings
+from configs.program_settings import split_settings
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Settings:
     network_latency_us: float = 50.0  # from a rank to a rank of another host, in microseconds
     # seconds of a step as measured on one host with as much work per rank; predicts the step time
     local_step_s: float | None = None
-    tflops: float | None = None  # TFLOP/s that a rank achieves; replaces local_step_s
+    tflops: float | None = None  # TFLOP/s that a rank achieves, instead of local_step_s
 
     RANGES: ClassVar = {
         "nproc": Range(1),
@@ -42,14 +41,20 @@ class Settings:
         "tflops": Range(0, open_low=True),
     }
 
+    def __post_init__(self) -> None:
+        for key in ("network_gbit", "local_step_s", "tflops"):
+            if (value := getattr(self, key)) is not None and self.hosts == 1:
+                raise bad_setting(key, value, "has no effect with hosts=1; set hosts, or omit it")
+        if self.tflops is not None and self.local_step_s is not None:
+            problem = f"has no effect with local_step_s={self.local_step_s}; omit one of them"
+            raise bad_setting("tflops", self.tflops, problem)
+
 
 def parse(arguments: list[str]) -> tuple[Config, int, Settings]:
     """Return the configuration, the number of ranks and the program's own settings, or exit."""
-    keys = {*fields_of(Settings), *HELP}
-    own = [argument for argument in arguments if argument.partition("=")[0] in keys]
-    settings = load_settings(Settings, own)
+    settings, others = split_settings(Settings, arguments)
     ranks = partial(num_ranks, settings.nproc)
-    config = load_config([argument for argument in arguments if argument not in own], ranks)
+    config = load_config(others, ranks)
     with exit_on_config_error():
         _check_hosts(settings.hosts, ranks(config))
     return config, ranks(config), settings

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from configs.cli import HELP, describe, exit_on_config_error, print_and_exit
 from configs.errors import ConfigError, bad_setting
-from configs.fields import fields_of
+from configs.fields import KEYS, Field, fields_of
 from configs.launch import set_up_environment, world_size_from_environment
 from configs.load import parse_arguments, read_config
 from configs.schema import Config
@@ -33,6 +33,19 @@ def load_settings(settings_class: type[_Settings], arguments: list[str]) -> _Set
         print_and_exit("\n".join([*lines, ""]))
     with exit_on_config_error():
         return parse_settings(settings_class, arguments)
+
+
+def split_settings(
+    settings_class: type[_Settings], arguments: list[str]
+) -> tuple[_Settings, list[str]]:
+    """Return the settings of a program that also takes those of train.py, and the latter."""
+    names = fields_of(settings_class)
+    if not HELP & set(arguments):
+        with exit_on_config_error():  # a mistyped key may resemble one of either kind
+            parse_arguments(arguments, {"config": Field("config", str, None), **KEYS, **names})
+    own = [argument for argument in arguments if argument.partition("=")[0] in {*names, *HELP}]
+    others = [argument for argument in arguments if argument not in own]
+    return load_settings(settings_class, own), others
 
 
 def parse_settings(settings_class: type[_Settings], arguments: list[str]) -> _Settings:

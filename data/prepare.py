@@ -28,12 +28,9 @@ from configs import (
     load_config,
     machine_errors_as_user_errors,
 )
-from configs.cli import HELP
 from configs.errors import bad_setting
-from configs.fields import KEYS, Field, fields_of
 from configs.launch import usable_cores
-from configs.load import parse_arguments
-from configs.program_settings import load_settings
+from configs.program_settings import split_settings
 from configs.tokenizer_files import resolve_tokenizer
 from configs.validate import check_inputs
 from data.corpus.cache import sync_directory, sync_files
@@ -88,13 +85,7 @@ class Settings:
 
 def parse(arguments: list[str]) -> tuple[Config, Settings]:
     """Return the checked configuration and the settings of this program, or exit."""
-    names = fields_of(Settings)
-    own = [a for a in arguments if a.partition("=")[0] in (*names, *HELP)]
-    if not HELP & set(arguments):
-        with exit_on_config_error():  # a mistyped key may resemble one of either kind
-            parse_arguments(arguments, {"config": Field("config", str, None), **KEYS, **names})
-    settings = load_settings(Settings, own)
-    others = [argument for argument in arguments if argument not in own]
+    settings, others = split_settings(Settings, arguments)
     config = load_config(others, lambda config: config.parallel.smallest_world_size)
     with exit_on_config_error():
         if settings.output is not None and config.data.has_partial_targets:

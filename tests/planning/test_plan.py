@@ -442,7 +442,23 @@ def test_gpt_7b_on_a_laptop() -> None:
             ["config=gpt_7b", "nproc=8", "hosts=3"],
             "config error: hosts=3 does not divide nproc=8; choose a divisor of 8, or nproc=6 or 9",
         ),
-        (["config=gpt_7b", "nprocs=8"], "config error: nprocs=8: there is no key nprocs"),
+        (
+            ["config=gpt_7b", "nprocs=8"],
+            "config error: nprocs=8: there is no key nprocs; did you mean nproc?",
+        ),
+        (["config=gpt_7b", "host=2"], "there is no key host; did you mean hosts?"),
+        (
+            ["config=gpt_7b", "network_gbits=3"],
+            "there is no key network_gbits; did you mean network_gbit?",
+        ),
+        (
+            ["config=gpt_7b", "network_gbit=3"],
+            "config error: network_gbit=3.0 has no effect with hosts=1; set hosts, or omit it",
+        ),
+        (
+            ["config=gpt_7b", "nproc=2", "hosts=2", "tflops=9", "local_step_s=2"],
+            "config error: tflops=9.0 has no effect with local_step_s=2.0; omit one of them",
+        ),
     ],
 )
 def test_invalid_arguments(
