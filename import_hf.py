@@ -120,7 +120,9 @@ def import_model(settings: Settings, mesh: Mesh) -> Config:
         )
         (work / "config.yaml").write_text(to_yaml(config), "utf-8")
         config = read_config(work / "config.yaml")  # checks types and ranges
-        write_checkpoint(work / "checkpoints", config, source, family, tokenizer, mesh)
+        # Not the paths of this machine, since a model card names it.
+        name = folder.resolve().name if folder.is_dir() else settings.source
+        write_checkpoint(work / "checkpoints", config, source, family, tokenizer, name, mesh)
     return config
 
 
@@ -152,7 +154,13 @@ def find_tokenizer(settings: Settings, source: Source, vocab_size: int) -> Token
 
 
 def write_checkpoint(
-    folder: Path, config: Config, source: Source, family: Family, tokenizer: Tokenizer, mesh: Mesh
+    folder: Path,
+    config: Config,
+    source: Source,
+    family: Family,
+    tokenizer: Tokenizer,
+    name: str,
+    mesh: Mesh,
 ) -> None:
     """Write the checkpoint of step 0: float32 weights, zero moments, nothing consumed."""
     model = GPT(config.model, config.data.padded_vocab_size, mesh)  # on the meta device
@@ -178,6 +186,7 @@ def write_checkpoint(
         "progress": dataclasses.asdict(RunState(wandb_id=uuid.uuid4().hex[:12])),
         "config": flatten(config),
         "data_fingerprint": None,
+        "imported_from": name,
         "tokenizer_fingerprint": tokenizer.fingerprint,
     }
     write_full_checkpoint(folder, 0, state, infos, make)

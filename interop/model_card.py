@@ -1,6 +1,7 @@
 """The README.md of an exported model, from the files of its run."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def model_card(config: Config, checkpoint: Checkpoint, metrics: Path, architectu
     """Describe the model, its training data, its quality and how to load it."""
     progress = checkpoint.state["progress"]
     parameters = num_parameters(config.model, config.data.padded_vocab_size)
-    corpus = " and ".join(_corpus(source) for source in config.data.mixture.values())
+    training = _training(config, checkpoint.state) + _origin(progress)
     settings = {
         key: value
         for key, value in flatten(config).items()
@@ -36,8 +37,7 @@ pipeline_tag: text-generation
 
 # {config.run.name}
 
-A `{architecture}` of {parameters:,} parameters, trained with Microtron: {progress["step"]:,} steps,
-{progress["tokens"]:,} tokens of {corpus}.{_origin(progress)}
+A `{architecture}` of {parameters:,} parameters, {training}
 
 {_evaluation(metrics, progress["step"])}
 
@@ -59,6 +59,18 @@ In training, each document began with `tokenizer.bos_token` and ended with `toke
 |---|---|
 {chr(10).join(f"| `{key}` | {json.dumps(value)} |" for key, value in settings.items())}
 """
+
+
+def _training(config: Config, state: Mapping[str, Any]) -> str:
+    if state["data_fingerprint"] is None:
+        source = f" from `{state['imported_from']}`" if "imported_from" in state else ""
+        return f"imported{source} with Microtron and not trained further."
+    corpus = " and ".join(_corpus(source) for source in config.data.mixture.values())
+    progress = state["progress"]
+    return (
+        f"trained with Microtron: {progress['step']:,} steps,\n{progress['tokens']:,} tokens of "
+        f"{corpus}."
+    )
 
 
 def _corpus(source: SourceConfig) -> str:

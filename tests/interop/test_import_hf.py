@@ -157,6 +157,8 @@ def test_original_gpt2_files(sources: dict[str, Path], tmp_path: Path) -> None:
     config = read_config(run / "config.yaml")
     run_on(ONE_RANK, export_on, settings=settings, config=config)
     assert stored_bytes(tmp_path / "out") == stored_bytes(sources["gpt2"])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "parameters, imported from `source` with Microtron and not trained further.\n" in card
 
 
 def test_a_single_file_counts_before_several(sources: dict[str, Path], tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from configs import SourceConfig
-from interop.model_card import _corpus, _evaluation, _origin
+from configs import Config, SourceConfig
+from interop.model_card import _corpus, _evaluation, _origin, _training
 
 ROW = '{"step": 4, "eval/loss": 2.5, "eval/perplexity": 12.0, "eval/bits_per_byte": 1.25}\n'
 
@@ -36,6 +36,21 @@ def test_local_paths_are_not_published(tmp_path: Path) -> None:
     assert _corpus(SourceConfig("hub", "org/books")) == "`org/books` (hub)"
     assert _corpus(SourceConfig("hub", str(tmp_path))) == f"`{tmp_path.name}` (hub)"
     assert _corpus(SourceConfig("text", str(tmp_path))) == f"`{tmp_path.name}` (text)"
+
+
+def test_an_imported_model_is_not_called_trained() -> None:
+    """Its configuration names a text by default, of which it has seen nothing."""
+    progress = {"step": 0, "tokens": 0}
+    state = {"progress": progress, "data_fingerprint": None, "imported_from": "org/model"}
+    imported = "imported from `org/model` with Microtron and not trained further."
+    assert _training(Config(), state) == imported
+    del state["imported_from"]  # of an older import
+    assert _training(Config(), state) == "imported with Microtron and not trained further."
+    state = {"progress": {"step": 6, "tokens": 5000}, "data_fingerprint": "1"}
+    assert _training(Config(), state) == (
+        "trained with Microtron: 6 steps,\n5,000 tokens of the Python standard library's source "
+        "text."
+    )
 
 
 def test_the_origin_of_the_weights() -> None:
