@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +121,12 @@ def require_new(prefix: Path) -> None:
         raise UserError(f"output={prefix}: its parent directory does not exist")
     for file in dataset_files(prefix):
         if file.exists():
-            raise UserError(f"output={prefix}: {file} already exists; choose another output")
+            raise already_exists(prefix, file)
+
+
+def already_exists(prefix: Path, file: Path) -> UserError:
+    """Return the error for a file that would be overwritten."""
+    return UserError(f"output={prefix}: {file} already exists; choose another output")
 
 
 def write_dataset(prefix: Path, tokens: TokenFile, tokenizer: Tokenizer) -> None:
@@ -136,16 +142,24 @@ def write_dataset(prefix: Path, tokens: TokenFile, tokenizer: Tokenizer) -> None
     pointers = (np.cumsum(lengths) - lengths) * dtype.itemsize
     index = (header, lengths.astype("<i4"), pointers, np.arange(len(lengths) + 1, dtype="<i8"))
     files = dataset_files(prefix)
-    partial_files = [file.with_name(f"{file.name}.partial") for file in files]
-    with partial_files[0].open("wb") as data, partial_files[1].open("wb") as idx:
-        for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-            data.write(tokens.span(start + skipped, end).astype(dtype).tobytes())
-        for part in index:
-            idx.write(part.tobytes())
-        sync_files([data, idx])
-    require_new(prefix)
-    for partial_file, file in zip(partial_files, files, strict=True):
-        partial_file.rename(file)
+    # Another process, perhaps on another host, may be writing the same output.
+    ending = f"{uuid.uuid4().hex}.partial"
+    partial_files = [file.with_name(f"{file.name}.{ending}") for file in files]
+    try:
+        with partial_files[0].open("xb") as data, partial_files[1].open("xb") as idx:
+            for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+                data.write(tokens.span(start + skipped, end).astype(dtype).tobytes())
+            for part in index:
+                idx.write(part.tobytes())
+            sync_files([data, idx])
+        require_new(prefix)
+        for partial_file, file in zip(partial_files, files, strict=True):
+            os.link(partial_file, file)  # a rename would overwrite
+    except FileExistsError as error:
+        raise already_exists(prefix, error.filename2) from error
+    finally:
+        for partial_file in partial_files:
+            partial_file.unlink(missing_ok=True)
     sync_directory(prefix.parent)
 
 

@@ -11,17 +11,26 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data import prepare_corpus
+from configs import UserError
+from data import TokenFile, prepare_corpus
 from data.corpus import prepare as prepare_module
 from data.corpus.cache import share_jobs
-from data.prepare import Settings, outputs
+from data.prepare import Settings, outputs, write_dataset
+from data.token_file import TokenArray
 from tests.data.test_megatron import all_documents
 from tests.data_chats import messages_of, write_byte_tokenizer, write_chats
-from tests.data_corpora import random_text, text_config, write_texts
+from tests.data_corpora import (
+    random_text,
+    small_tokenizer,
+    text_config,
+    token_file,
+    write_texts,
+)
 from tests.lines import ROOT
 
 NO_TORCH = """
@@ -292,6 +301,30 @@ def test_the_output_is_the_corpus_in_megatrons_format(tmp_path: Path) -> None:
     code, _, log = run(arguments(tmp_path, f"output={prefix}"))
     assert (code, log.count("\n")) == (2, 1)
     assert f"output={prefix}: {prefix}.bin already exists" in log
+
+
+def test_of_two_commands_with_one_output_only_the_first_is_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one begins first, fails when it is done, and leaves nothing behind."""
+    prefix, tokenizer = tmp_path / "o", small_tokenizer()
+    slow, quick, span = token_file([30, 20]), token_file([10]), TokenFile.span
+
+    def overtaken(file: TokenFile, start: int, stop: int) -> TokenArray:
+        if file is slow and start > 0:
+            write_dataset(prefix, quick, tokenizer)
+        return span(file, start, stop)
+
+    monkeypatch.setattr(TokenFile, "span", overtaken)
+    message = f"output={prefix}: {prefix}.bin already exists"
+    with pytest.raises(UserError, match=message):
+        write_dataset(prefix, slow, tokenizer)
+    monkeypatch.setattr("data.prepare.require_new", lambda prefix: None)  # both at the same moment
+    with pytest.raises(UserError, match=message):
+        write_dataset(prefix, slow, tokenizer)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["o.bin", "o.idx"]
+    tokens = np.fromfile(tmp_path / "o.bin", "<u2")
+    assert tokens.tolist() == quick.tokens.tolist()
 
 
 def test_outputs_of_a_mixture_are_numbered() -> None:
