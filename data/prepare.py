@@ -103,9 +103,10 @@ def outputs(config: DataConfig, output: str) -> Iterator[tuple[Path, str]]:
     prefix = Path(os.path.abspath(os.path.expanduser(output)))
     for split, ending in (("train", ""), ("validation", "_validation")):
         sources = list(config.mixture.values())
+        numbers = list(range(len(sources)))
         if split == "validation":
-            sources = [s for s in sources if s.validation_path is not None] or sources
-        for number in range(len(sources)):
+            numbers = [i for i in numbers if sources[i].validation_path is not None] or numbers
+        for number in numbers:
             source = f"_{number}" if len(sources) > 1 else ""
             yield prefix.with_name(f"{prefix.name}{source}{ending}"), split
 

@@ -17,6 +17,7 @@ import pyarrow.parquet
 import pytest
 
 from configs import UserError
+from configs.schema import DataConfig, WeightedSource
 from data import TokenFile, prepare_corpus
 from data.corpus import prepare as prepare_module
 from data.corpus.cache import share_jobs
@@ -331,5 +332,11 @@ def test_outputs_of_a_mixture_are_numbered() -> None:
     """Each source has its own, as --data-path of Megatron-LM wants them."""
     config = text_config(Path("/x"))
     assert [str(path) for path, _ in outputs(config, "/o/p")] == ["/o/p", "/o/p_validation"]
+    plain, with_validation = (
+        WeightedSource("text", "/a", validation_path=path) for path in (None, "/v")
+    )
+    config = DataConfig(sources=(plain, with_validation, plain))
+    names = [path.name for path, _ in outputs(config, "/o/p")]
+    assert names == ["p_0", "p_1", "p_2", "p_1_validation"]
     settings = Settings(shard="2/2", processes=2)
     assert settings.firsts() == [0.5, 0.75]
