@@ -234,7 +234,8 @@ class SourceConfig:
     messages_field: str = "messages"
     hub_config: str | None = None  # Configuration of the hub dataset; null: its default
     hub_split: str = "train"  # Split of the hub dataset
-    hub_revision: str | None = None  # Branch, tag or commit of the hub dataset; null: the newest
+    # Branch, tag or commit of the hub dataset; null: the newest when first read into this cache.
+    hub_revision: str | None = None
     # Validation text (file, folder, glob or hub dataset, same format), never trained on; replaces
     # validation_fraction. null: hold out part of the source.
     validation_path: str | None = None

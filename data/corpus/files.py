@@ -9,7 +9,7 @@ import json
 import os
 import sysconfig
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -68,17 +68,21 @@ def source_files(config: SourceConfig, keys: SourceKeys = DATA_KEYS) -> list[Pat
 def source_fingerprint(config: SourceConfig, files: list[Path], cache: Path) -> str:
     """Return the xxh3_128 of everything that decides which documents a source has, as hex.
 
-    Local files count by content and order, not by name, so a moved folder keeps its fingerprint. A
-    hub dataset counts by name and revision: its content is unknown before it is downloaded.
+    Local files count by content and order, not by name, so a moved folder keeps its fingerprint;
+    names in a folder that `hub` reads count, for they may name splits. Another hub dataset counts
+    by name and revision: its content is unknown before it is downloaded.
     """
     digest = xxhash.xxh3_128()
     # Only tables have columns; python_stdlib and text are read in the same way.
-    kind: list[str | None] = ["text"]
+    kind: list[Any] = ["text"]
     if config.source in ("jsonl", "parquet", "arrow"):
         kind = [config.source, *config.columns.values()]
     if config.source == "hub":
         kind = ["hub", config.path, config.hub_config, config.hub_split, config.hub_revision]
         kind += config.columns.values()
+        if config.path is not None and os.path.isdir(config.path):
+            files = _matching_files(config.path, ("",))
+            kind[1] = [file.relative_to(config.path).as_posix() for file in files]
     if config.source == "megatron":
         kind = ["megatron"]
         files = [*files, *(file.with_suffix(".idx") for file in files)]

@@ -140,6 +140,7 @@ def prepare_corpus(
     corpus = replace(_open(sources, held_out, entries, tokenizer), num_new_tokens=sum(num_new))
     if is_builder:
         _delete_texts(everything)
+        _log_commits(everything)
         more = f" and {len(entries) - 1} more" if entries[1:] else ""
         logger.info("corpus %s%s: %s", entries[0], more, report.describe(corpus.summary))
         is_evaluated = bool(held_out) or config.validation_fraction > 0
@@ -155,6 +156,13 @@ def _delete_texts(sources: list[Source]) -> None:
         if source.text.exists():
             with contextlib.suppress(BlockingIOError), cache.locked([source.text], wait=False):
                 shutil.rmtree(source.text, ignore_errors=True)
+
+
+def _log_commits(sources: list[Source]) -> None:
+    """Log the commits of hub datasets, which stay those that were first read into the cache."""
+    for source in sources:
+        if commit := cache.read_header(source.documents)["commit"]:
+            logger.info("%s=%s: commit %s of the hub", source.keys.path, source.config.path, commit)
 
 
 def text_fingerprint(config: DataConfig) -> str:
@@ -273,7 +281,6 @@ def _read_documents(source: Source) -> Fill:
 def _divided_text(source: Source, split: Split, config: DataConfig) -> Division:
     """Open the text of a source, divided into the splits; the lock is that of `_read_text`."""
     spool = _read_text(source)
-    # The content of a hub dataset in a local folder has no fingerprint.
     if not np.array_equal(spool.hashes, splitting.read_documents(source.documents).hashes):
         shutil.rmtree(source.documents)
         raise UserError(

@@ -11,8 +11,10 @@ import pytest
 
 from configs import UserError
 from configs.schema import DataConfig
+from data import prepare_corpus
 from data.corpus.files import DATA_KEYS, source_files, source_fingerprint
 from data.corpus.sources import read_records
+from tests.data_corpora import random_text, text_config
 
 
 def read(config: DataConfig, scratch: Path) -> tuple[list[str], dict[str, int]]:
@@ -194,3 +196,40 @@ def test_the_fingerprint_depends_on_the_content(tmp_path: Path) -> None:
     assert fingerprint("x", path=str(tmp_path / "x" / "0*")) != before
     hub = [fingerprint("x", source="hub", hub_revision=revision) for revision in (None, "v2")]
     assert hub[0] != hub[1]
+
+
+def test_changed_text_in_a_local_folder_of_a_hub_dataset_is_noticed(tmp_path: Path) -> None:
+    """Names count too, because `datasets` may take splits from them; the place does not."""
+
+    def fingerprint(folder: Path) -> str:
+        config = DataConfig(source="hub", path=str(folder))
+        return source_fingerprint(config, source_files(config), tmp_path / "cache")
+
+    folder, moved = tmp_path / "x", tmp_path / "moved"
+    (folder / "data").mkdir(parents=True)
+    (folder / "README.md").write_text("")
+    write_lines(folder / "data" / "train.jsonl", [{"text": "old"}])
+    found = [fingerprint(folder)]
+    write_lines(folder / "data" / "train.jsonl", [{"text": "new"}])
+    found.append(fingerprint(folder))
+    folder.rename(moved)
+    assert fingerprint(moved) == found[-1]
+    (moved / "data" / "train.jsonl").rename(moved / "data" / "test.jsonl")
+    found.append(fingerprint(moved))
+    assert len(set(found)) == 3
+
+
+def test_every_start_logs_the_commit_of_a_hub_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is pinned in the cache: a newer one is read only into a new cache."""
+    (tmp_path / "repo").mkdir()
+    write_lines(tmp_path / "repo" / "train.jsonl", [{"text": random_text(i, 20)} for i in range(9)])
+    commits = iter(("abc", "def"))
+    monkeypatch.setattr("data.corpus.hub.commit_of", lambda *_: next(commits))
+    config = text_config(tmp_path, source="hub", path=str(tmp_path / "repo"))
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            prepare_corpus(config, 16, 0)
+        assert f"data.path={config.path}: commit abc of the hub" in caplog.text
