@@ -141,17 +141,14 @@ def digests(files: Sequence[Path], cache: Path) -> list[bytes]:
             found.append(bytes.fromhex(entry[1]))
             done_bytes += stamp[0]
             if time.monotonic() - saved_at > _SAVE_INTERVAL_S:
-                replace_durably(path, json.dumps(known).encode())
+                replace_durably(path, json.dumps(_with_checksum(known)).encode())
                 saved_at = time.monotonic()
-        replace_durably(path, json.dumps(known).encode())
+        replace_durably(path, json.dumps(_with_checksum(known)).encode())
     return found
 
 
 def _read_index(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):  # missing or damaged: hash the files again
-        index: dict[str, Any] = json.loads(path.read_bytes())
-        return index
-    return {}
+    return _read_checked(path) or {}  # missing or damaged: hash the files again
 
 
 def _stamp(file: Path) -> tuple[str, list[int]]:
@@ -165,8 +162,7 @@ def write_header(entry: Path, names: list[str], facts: dict[str, Any]) -> None:
     """Write the header of an entry, its last file: facts, and the digests of the named files."""
     paths = {name: entry / name for name in names}
     files = {name: [p.stat().st_size, file_digest(p).hex()] for name, p in paths.items()}
-    content = {**facts, "files": files}
-    header = {**content, "checksum": _checksum(content)}
+    header = _with_checksum({**facts, "files": files})
     write_durably(entry / _HEADER, json.dumps(header, indent=1).encode())
     sync_directory(entry)
 
@@ -179,19 +175,29 @@ def read_header(entry: Path) -> dict[str, Any]:
 
 def is_complete(entry: Path) -> bool:
     """Whether header and files match their checksums; files verified before are not read again."""
+    header = _read_checked(entry / _HEADER)
+    if header is None:
+        return False
+    files = header["files"]
     try:
-        header = read_header(entry)
-        if header.pop("checksum") != _checksum(header):
-            return False
-        files = header["files"]
         found = [digest.hex() for digest in digests([entry / name for name in files], entry.parent)]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return False  # a file is missing, or the header is not one of ours
+    except OSError:
+        return False  # a file is missing
     return found == [digest for _, digest in files.values()]
 
 
-def _checksum(content: dict[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+def _with_checksum(content: dict[str, Any]) -> dict[str, Any]:
+    text = json.dumps(content, sort_keys=True).encode()
+    return {**content, "checksum": xxhash.xxh3_128_hexdigest(text)}
+
+
+def _read_checked(path: Path) -> dict[str, Any] | None:
+    """Return a mapping without its checksum; None if it is missing, damaged or not one of ours."""
+    with contextlib.suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
+        content: dict[str, Any] = json.loads(path.read_bytes())
+        checksum = content.pop("checksum")
+        return content if _with_checksum(content)["checksum"] == checksum else None
+    return None
 
 
 def build_entry(entry: Path, fill: Callable[[Path], None]) -> None:

@@ -324,6 +324,29 @@ def test_an_entry_is_verified_again_only_when_a_file_changes(
     assert hashed == ["train.offsets"]
 
 
+def test_a_damaged_index_of_digests_is_not_trusted(tmp_path: Path) -> None:
+    """A changed digit would give the text another fingerprint; the index is made anew."""
+    write_texts(tmp_path, 1)
+    long_ago = time.time() - 100
+    os.utime(tmp_path / "texts" / "000.txt", (long_ago, long_ago))
+    expected = text_fingerprint(text_config(tmp_path))
+    path = tmp_path / "cache" / "digests.json"
+    content = path.read_text()
+    digest = file_digest(tmp_path / "texts" / "000.txt").hex()
+    assert digest in content
+    for damaged in (
+        content.replace(digest, digest[::-1]),
+        content.replace(digest, f"g{digest[1:]}"),
+        json.dumps({str(tmp_path / "texts" / "000.txt"): 3}),
+        "[]",
+        "3",
+        "",
+    ):
+        path.write_text(damaged)
+        assert text_fingerprint(text_config(tmp_path)) == expected
+        assert path.read_text() == content
+
+
 def test_a_text_edited_in_place_with_its_old_mtime_is_noticed(tmp_path: Path) -> None:
     """mtime can be set at will; ctime cannot."""
     write_texts(tmp_path, 10)
