@@ -97,7 +97,7 @@ class Tokenizer(Protocol):
     bos_id: int
     eos_id: int
     unk_token: str | None
-    unk_id: int  # -1: there is none
+    unk_id: int  # -1: there is none, or it is bos or eos
     adds_bos: bool = False  # whether other libraries put bos before a text
 
     def encode(self, text: str) -> list[int]:
@@ -220,6 +220,8 @@ class HuggingFaceTokenizer(Tokenizer):
         if model.get("unk_id") is not None:  # of a unigram model
             self.unk_token = model["vocab"][model["unk_id"]][0]
         self.unk_id = -1 if self.unk_token is None else ids.get(self.unk_token, -1)
+        if self.unk_id in (self.bos_id, self.eos_id):  # which every document has
+            self.unk_id = -1
         ends = f" bos {self.bos_id} eos {self.eos_id}"  # documents begin and end with them
         self.fingerprint = xxhash.xxh3_128_hexdigest(file.content + ends.encode())
         self.adds_bos = backend.encode("a").ids[:1] == [self.bos_id]  # by its post-processor

@@ -15,6 +15,7 @@ from tests.data_corpora import (
     random_text,
     small_tokenizer,
     text_config,
+    write_json_tokenizer,
     write_texts,
 )
 
@@ -104,3 +105,19 @@ def test_every_start_warns_about_lossy_tokens(
             text_tokens = file.num_tokens - 2 * file.num_documents
             assert f"{unknown:,} of {text_tokens:,} {name} tokens (" in caplog.text
             assert f"{split['lossy']} of {file.num_documents} {name} documents" in caplog.text
+
+
+def test_bos_and_eos_are_not_unknown_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As in the tokenizer.json of a model with a single special token."""
+    write_texts(tmp_path, 10)
+    path = write_json_tokenizer(tmp_path / "tokenizer", "gpt2")
+    spec = json.loads(path.read_text("utf-8"))
+    spec["model"]["unk_token"] = "<|end|>"
+    path.write_text(json.dumps(spec), "utf-8")
+    corpus = prepare_corpus(text_config(tmp_path, tokenizer=str(path), vocab_size=400), 16, 0)
+    assert corpus.summary["train"]["unknown"] == corpus.summary["validation"]["unknown"] == 0
+    source = SourceConfig("text", str(tmp_path / "texts"))
+    assert (
+        load_eval_corpus(source, load_tokenizer(path), path).summary["validation"]["unknown"] == 0
+    )
+    assert "unknown to the tokenizer" not in caplog.text
