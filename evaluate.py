@@ -181,8 +181,7 @@ def report_tasks(results: list[TaskResult], settings: Settings) -> None:
         )
     if settings.items is not None:
         rows = [{"task": result.name, **item} for result in results for item in result.items]
-        lines = "".join(f"{json.dumps(row)}\n" for row in rows)
-        Path(settings.items).expanduser().write_text(lines)
+        write_file("items", settings.items, "".join(f"{json.dumps(row)}\n" for row in rows))
 
 
 def report(result: EvalResult, output: str | None) -> None:
@@ -210,7 +209,13 @@ def report(result: EvalResult, output: str | None) -> None:
 def write_numbers(numbers: dict[str, float], output: str) -> None:
     """Write a JSON file, with null for what JSON does not have: infinity and NaN."""
     row = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
-    Path(output).expanduser().write_text(json.dumps(row, indent=1) + "\n")
+    write_file("output", output, json.dumps(row, indent=1) + "\n")
+
+
+def write_file(key: str, path: str, text: str) -> None:
+    """Write the file that a setting names."""
+    with machine_errors_as_user_errors(f"write {key}={path}"):
+        Path(path).expanduser().write_text(text)
 
 
 def score_text(trained: LoadedModel, settings: Settings) -> EvalResult:
@@ -238,11 +243,10 @@ def main(settings: Settings, config: Config) -> int:
         results = [score_task(trained.model, task) for task in tasks]
         result = None if tasks else score_text(trained, settings)
         if mesh.world.rank == 0:
-            with machine_errors_as_user_errors(f"write output={settings.output}"):
-                if result is None:
-                    report_tasks(results, settings)
-                else:
-                    report(result, settings.output)
+            if result is None:
+                report_tasks(results, settings)
+            else:
+                report(result, settings.output)
     close_mesh()
     return 0
 

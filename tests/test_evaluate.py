@@ -2,12 +2,15 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
 
+from configs import UserError
 from configs.program_settings import run_config
-from evaluate import Settings, parse, text_to_score
+from data.tasks import METRICS, TaskResult
+from evaluate import Settings, parse, report_tasks, text_to_score
 from parallel import Mesh
 from tests.data_corpora import lossy_model, random_text
 from tests.distributed import ONE_RANK, Layout, distributed
@@ -110,3 +113,10 @@ def test_invalid_settings_are_one_line(
             parse([run, *arguments])
         assert ended.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_named_by_its_key() -> None:
+    """Of two files, the one that is on a full disk."""
+    settings = Settings("unused", task=("x",), items="/dev/full", output=os.devnull)
+    with pytest.raises(UserError, match="cannot write items=/dev/full: No space left on device"):
+        report_tasks([TaskResult("x", [dict.fromkeys(METRICS, 1.0)])], settings)
