@@ -9,7 +9,7 @@ import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from configs import (
     Config,
@@ -21,12 +21,13 @@ from configs import (
     machine_errors_as_user_errors,
 )
 from configs.program_settings import load_settings, run_config
+from configs.schema import WeightedSource
 from configs.tasks import read_tasks
 from configs.validate import check_inputs, check_source
 
 _FORMAT = ("format", "prompt_field", "completion_field", "messages_field")
 _OF_A_SOURCE = ("source", "path", "text_field", "hub_config", "hub_split", "hub_revision", *_FORMAT)
-_OF_THE_RUN = ("vocab_size", "bos_token", "eos_token", *_FORMAT)  # unless a setting differs
+_OF_THE_RUN = ("vocab_size", "bos_token", "eos_token")
 
 
 @dataclass(frozen=True)
@@ -121,13 +122,30 @@ def parse(arguments: list[str]) -> tuple[Settings, Config]:
         if settings.source != "held_out":
             given = {key: getattr(settings, key) for key in _OF_A_SOURCE}
             kept = {key: getattr(config.data, key) for key in _OF_THE_RUN}
-            kept |= {"format": "text"} if settings.source == "text" else {}
             kept |= {key: value for key, value in given.items() if value is not None}
+            kept |= kind_of_records(settings, list(config.data.mixture.values()))
             config = replace(config, data=DataConfig(**kept))
             check_source("data", config.data.mixture["data"])
         if not settings.task:  # which need no text
             check_inputs(config)
     return settings, config
+
+
+def kind_of_records(settings: Settings, sources: list[WeightedSource]) -> dict[str, str]:
+    """Return format and columns: those given, else those that all sources of the run share."""
+
+    def shared(key: str) -> Any:
+        values = sorted({getattr(source, key) for source in sources})
+        if len(values) > 1:
+            problem = f"the sources of the run differ in it ({', '.join(values)})"
+            raise ConfigError(f"{key}=null: {problem}; give {key}=", key)
+        return values[0]
+
+    kind: Any = "text" if settings.source == "text" else None
+    kind = settings.format or kind or shared("format")
+    sources = [s for s in sources if s.format == kind] or [WeightedSource(format=kind)]
+    columns = {key: getattr(settings, key) or shared(key) for key in sources[0].columns}
+    return {"format": kind, **columns}
 
 
 if __name__ == "__main__":

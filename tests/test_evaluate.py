@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from configs import UserError
+from configs import Config, DataConfig, UserError
+from configs.load import to_yaml
 from configs.program_settings import run_config
+from configs.schema import WeightedSource
 from data.tasks import METRICS, TaskResult
 from evaluate import Settings, parse, report_tasks, text_to_score
 from parallel import Mesh
@@ -120,3 +122,36 @@ def test_a_file_that_cannot_be_written_is_named_by_its_key() -> None:
     settings = Settings("unused", task=("x",), items="/dev/full", output=os.devnull)
     with pytest.raises(UserError, match="cannot write items=/dev/full: No space left on device"):
         report_tasks([TaskResult("x", [dict.fromkeys(METRICS, 1.0)])], settings)
+
+
+def test_the_format_of_a_mixture_is_that_of_all_its_sources(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With sources that differ, what is needed must be given."""
+    (tmp_path / "x.jsonl").touch()
+
+    def parsed(*words: str, sources: list[WeightedSource]) -> DataConfig:
+        config = Config(data=DataConfig(sources=tuple(sources)))
+        (tmp_path / "config.yaml").write_text(to_yaml(config))
+        given = [f"run={tmp_path}", "source=jsonl", f"path={tmp_path / 'x.jsonl'}"]
+        return parse([*given, *words])[1].data
+
+    text, chat, other_chat = (
+        WeightedSource("jsonl", "x", format=kind, messages_field=column)
+        for kind, column in (("text", "messages"), ("messages", "a"), ("messages", "b"))
+    )
+    found = parsed(sources=[chat, chat])
+    assert (found.format, found.messages_field) == ("messages", "a")
+    found = parsed("format=messages", sources=[chat, text])
+    assert (found.format, found.messages_field) == ("messages", "a")
+    found = parsed("messages_field=c", sources=[chat, other_chat])
+    assert (found.format, found.messages_field) == ("messages", "c")
+    assert parsed("format=text", sources=[chat, chat]).format == "text"
+    for sources, message in (
+        ([chat, text], "format=null: the sources of the run differ in it (messages, text); give"),
+        ([chat, other_chat], "messages_field=null: the sources of the run differ in it (a, b); g"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            parsed(sources=sources)
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
