@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -20,6 +20,7 @@ from configs import (
     exit_on_config_error,
     machine_errors_as_user_errors,
 )
+from configs.errors import bad_setting
 from configs.program_settings import load_settings, run_config
 from configs.schema import WeightedSource
 from configs.tasks import read_tasks
@@ -91,6 +92,7 @@ class Settings:
             raise ConfigError(f"path is missing: source={self.source} needs {what}", "path")
         if self.task and self.source != "held_out":
             raise ConfigError(f"source={self.source} is not used with task; omit one", "source")
+        self._refuse_unused()
         if self.items is not None and not self.task:
             raise ConfigError(f"items={self.items} is not used without task=FILE", "items")
         for key, path in (("output", self.output), ("items", self.items)):
@@ -99,6 +101,16 @@ class Settings:
                 raise ConfigError(f"{key}={file}: its parent directory does not exist", key)
             if file is not None and file.is_dir():
                 raise ConfigError(f"{key}={file} is a directory; give a file", key)
+
+    def _refuse_unused(self) -> None:
+        """Raise ConfigError for a setting that has no effect on what is scored."""
+        unused = set(_OF_A_SOURCE[2:] if self.source == "held_out" else ())
+        unused |= {"stride", "max_sequences"} if self.task else set()
+        other = "task" if self.task else "source=held_out"
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in unused and value != field.default:
+                raise bad_setting(field.name, value, f"is not used with {other}; omit it")
 
 
 def parse(arguments: list[str]) -> tuple[Settings, Config]:

@@ -109,6 +109,12 @@ def test_invalid_settings_are_one_line(
         (["windows=3"], "there is no key windows; "),
         (["task=/nowhere.jsonl"], "task=/nowhere.jsonl cannot be read: No such file"),
         (["task=x", "source=text", "path=x"], "source=text is not used with task; omit one"),
+        (["task=x", "stride=3"], "stride=3 is not used with task; omit it"),
+        (["task=x", "max_sequences=1"], "max_sequences=1 is not used with task; omit it"),
+        (["task=x", "format=messages"], "format=messages is not used with task; omit it"),
+        (["format=text"], "format=text is not used with source=held_out; omit it"),
+        (["text_field=a"], "text_field=a is not used with source=held_out; omit it"),
+        (["hub_split=test"], "hub_split=test is not used with source=held_out; omit it"),
         (["items=x.jsonl"], "items=x.jsonl is not used without task=FILE"),
     ):
         with pytest.raises(SystemExit) as ended:
