@@ -16,14 +16,11 @@ neighbours share a micro-batch. The samples of a step and their order over steps
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
 Int64Array = npt.NDArray[np.int64]
-# (lengths of a step's rows, micro_batch_size, dp_rank, dp_size) -> rows of each micro-batch
-Assign = Callable[[Int64Array, int, int, int], list[Int64Array]]
 
 
 def best_fit(lengths: Int64Array, capacity: int) -> Int64Array:

@@ -8,6 +8,7 @@ for its text and its model.seq_length. Every figure is counted on the spans that
 
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,11 +17,13 @@ import numpy as np
 from configs import Config, ModelConfig, load_config
 from data import prepare_corpus
 from data.loader import rows_of_corpus
-from data.packing import Assign, Int64Array, assign_by_length, assign_in_order
+from data.packing import Int64Array, assign_by_length, assign_in_order
 from data.rows import Rows
 from data.sampler import SampleOrder
 from data.token_file import Tokens
 
+# (lengths of a step's rows, micro_batch_size, dp_rank, dp_size) -> rows of each micro-batch
+Assign = Callable[[Int64Array, int, int, int], list[Int64Array]]
 _LENGTHS = (256, 1024, 2048)
 _MODES: tuple[tuple[str, Literal["pack", "pad"], Literal["stream", "best_fit"], Assign], ...] = (
     ("pack, stream", "pack", "stream", assign_in_order),
