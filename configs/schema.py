@@ -14,6 +14,12 @@ _MAX_HANG_TIMEOUT_S = 1500  # collectives time out after 1800
 _TRAINED_VOCAB_SIZE = 8192
 _SWIGLU_MULTIPLE = 64  # divides over up to 64 tensor-parallel ranks
 
+# The keys of the columns that a record has, by data.format.
+COLUMNS = {
+    "text": ("text_field",),
+    "prompt_completion": ("prompt_field", "completion_field"),
+    "messages": ("messages_field",),
+}
 # Renamed keys, old to new; the old name still works and logs a warning.
 RENAMED = {
     "train.max_skipped_in_a_row": "train.max_consecutive_skips",
@@ -243,12 +249,7 @@ class SourceConfig:
     @property
     def columns(self) -> dict[str, str]:
         """The columns that a record consists of, by their keys."""
-        keys = {
-            "text": ("text_field",),
-            "prompt_completion": ("prompt_field", "completion_field"),
-            "messages": ("messages_field",),
-        }
-        return {key: getattr(self, key) for key in keys[self.format]}
+        return {key: getattr(self, key) for key in COLUMNS[self.format]}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from configs.errors import ConfigError, bad_setting, format_value
 from configs.fields import flatten
 from configs.layout import check_layout, divisors, listed, multiples
-from configs.schema import MAX_STEP, Config, DataConfig, ModelConfig, SourceConfig, WeightedSource
+from configs.schema import COLUMNS, MAX_STEP, Config, DataConfig, ModelConfig, SourceConfig
 from configs.tasks import read_tasks
 from configs.tokenizer_files import expand_path, find_tokenizer
 
@@ -158,21 +158,29 @@ def _check_packing(data: DataConfig) -> None:
             raise bad_setting(key, value, f"{problem}; {fix}, or data.sequence_mode=pad")
 
 
-def check_source(prefix: str, source: WeightedSource) -> None:
+def check_source(prefix: str, source: SourceConfig) -> None:
     """Raise ConfigError if the settings of a source do not fit together."""
-    kind = f"{prefix}.source={source.source}"
-    unused = {} if source.source == "hub" else dict.fromkeys(("hub_config", "hub_revision"), "hub")
-    if source.source == "python_stdlib":
-        unused |= dict.fromkeys(("path", "validation_path"), "text (or jsonl, parquet, arrow, hub)")
-    if source.format != "text" and source.source in ("python_stdlib", "text", "megatron"):
-        fix = f"set {prefix}.source=jsonl (or parquet, arrow, hub), or {prefix}.format=text"
+    kind, with_rows = f"{prefix}.source={source.source}", "source=jsonl (or parquet, arrow, hub)"
+    has_rows = source.source not in ("python_stdlib", "text", "megatron")
+    if source.format != "text" and not has_rows:
+        fix = f"set {prefix}.{with_rows}, or {prefix}.format=text"
         problem = f"needs rows with columns, which {kind} does not have; {fix}"
         raise bad_setting(f"{prefix}.format", source.format, problem)
+    unused = {leaf: f"format={form}" for form, leaves in COLUMNS.items() for leaf in leaves}
+    unused = {leaf: needed for leaf, needed in unused.items() if leaf not in source.columns}
+    unused |= {} if has_rows else {"text_field": with_rows}
+    if source.source != "hub":
+        unused |= dict.fromkeys(("hub_config", "hub_split", "hub_revision"), "source=hub")
+    if source.source == "python_stdlib":
+        with_path = "source=text (or jsonl, parquet, arrow, hub)"
+        unused |= dict.fromkeys(("path", "validation_path"), with_path)
     for leaf, needed in unused.items():
-        key, value = f"{prefix}.{leaf}", getattr(source, leaf)
-        if value is not None:
-            fix = f"set {key}=null, or {prefix}.source={needed}"
-            raise bad_setting(key, value, f"has no effect with {kind}; {fix}")
+        key, value, default = f"{prefix}.{leaf}", getattr(source, leaf), getattr(SourceConfig, leaf)
+        if value != default:
+            other = needed.partition("=")[0]
+            problem = f"has no effect with {prefix}.{other}={getattr(source, other)}"
+            fix = f"set {key}={format_value(default)}, or {prefix}.{needed}"
+            raise bad_setting(key, value, f"{problem}; {fix}")
     if source.source != "python_stdlib" and source.path is None:
         what = "the name of a dataset" if source.source == "hub" else "a file, a folder or a glob"
         fix = f"set {prefix}.path, or {prefix}.source=python_stdlib for the embedded corpus"

@@ -190,6 +190,18 @@ ARGUMENTS = [
         "data.hub_config=en has no effect with data.source=python_stdlib; set data.hub_config=null, or data.source=hub",
     ),
     (
+        "data.source=jsonl data.path=x data.hub_split=test",
+        "data.hub_split=test has no effect with data.source=jsonl; set data.hub_split=train, or data.source=hub",
+    ),
+    (
+        "data.source=text data.path=x data.text_field=body",
+        "data.text_field=body has no effect with data.source=text; set data.text_field=text, or data.source=jsonl (or parquet, arrow, hub)",
+    ),
+    (
+        "data.source=jsonl data.path=x data.messages_field=chat",
+        "data.messages_field=chat has no effect with data.format=text; set data.messages_field=messages, or data.format=messages",
+    ),
+    (
         "data.sequence_mode=pad data.packing=best_fit",
         "data.packing=best_fit has no effect with data.sequence_mode=pad; set data.packing=stream, or data.sequence_mode=pack",
     ),
