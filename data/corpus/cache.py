@@ -119,7 +119,7 @@ def file_digest(file: Path) -> bytes:
 def digests(files: Sequence[Path], cache: Path) -> list[bytes]:
     """Return the digest of each file; `cache`/digests.json remembers those of unchanged files."""
     path = cache / "digests.json"
-    known, stamps = _read_index(path), [_stamp(file) for file in files]
+    known, stamps = _read_checked(path) or {}, [_stamp(file) for file in files]
     if all(known.get(name, [None])[0] == stamp for name, stamp in stamps):
         return [bytes.fromhex(known[name][1]) for name, _ in stamps]
     if cache.exists() and not os.access(cache, os.W_OK):
@@ -128,7 +128,7 @@ def digests(files: Sequence[Path], cache: Path) -> list[bytes]:
     # Ranks and runs take turns, so that each file is read once.
     reach = progress_logger("hashing files", sum(stamp[0] for _, stamp in stamps))
     with locked([path]):
-        known = _read_index(path)
+        known = _read_checked(path) or {}
         for file in files:
             reach(done_bytes)
             name, stamp = _stamp(file)
@@ -145,10 +145,6 @@ def digests(files: Sequence[Path], cache: Path) -> list[bytes]:
                 saved_at = time.monotonic()
         replace_durably(path, json.dumps(_with_checksum(known)).encode())
     return found
-
-
-def _read_index(path: Path) -> dict[str, Any]:
-    return _read_checked(path) or {}  # missing or damaged: hash the files again
 
 
 def _stamp(file: Path) -> tuple[str, list[int]]:

@@ -345,7 +345,7 @@ def _trained_tokenizer(
         logger.info("training a tokenizer of data.vocab_size=%d pieces", config.padded_vocab_size)
         model = train_tokenizer(sentences, config.padded_vocab_size)
         cache.write_durably(work / _TRAINED, model)
-        cache.write_header(work, [_TRAINED], {"format_version": FORMAT_VERSION})
+        cache.write_header(work, [_TRAINED], {})
 
     texts = [source.text for source in sources]
     cache.require_entry(entry, lambda: fill, texts, is_builder=is_builder)
@@ -406,9 +406,8 @@ def _fill_tokens(
     parts = (*PARTS, TARGETS) if spool.has_segments else PARTS
     names = [tokenizer.file_name, *(f"{name}.{part}" for name in SPLITS for part in parts)]
     content = b"".join(cache.file_digest(work / name) for name in names)
-    facts = {"fingerprint": xxh3_128_hexdigest(content), "format_version": FORMAT_VERSION}
-    more = {"vocab_size": tokenizer.vocab_size, "summary": summary}
-    cache.write_header(work, names, {**facts, **more})
+    facts = {"fingerprint": xxh3_128_hexdigest(content), "vocab_size": tokenizer.vocab_size}
+    cache.write_header(work, names, {**facts, "summary": summary})
 
 
 def _open(
