@@ -1,6 +1,6 @@
 """Log a run: metrics.jsonl, samples.jsonl, the console, TensorBoard and wandb.
 
-metrics.jsonl is the source of truth: one JSON object per line, in full precision, flushed at every
+metrics.jsonl is the source of truth: one JSON object per line, in full precision, written at every
 step. A resume truncates it and samples.jsonl at the checkpoint. Only rank 0 writes files.
 """
 
@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import IO, Any
 
 import torch
 
-from configs import Config
+from configs import Config, os_error_text
 from model import flops_per_token
 from parallel import sum_over
 from tracking.console import duration, printable
@@ -34,18 +35,17 @@ class RunLog:
     """The open log of a run."""
 
     def __init__(self, run: Run, state: RunState) -> None:
-        self.config, self.mesh, self.samples = run.config, run.mesh, run.folder.samples
+        self.config, self.mesh = run.config, run.mesh
+        self.rows, self.samples = JsonLines(run.folder.metrics), JsonLines(run.folder.samples)
         self.is_writer = run.mesh.world.rank == 0
         peak = peak_flops_per_second(run.mesh.device, run.config.train.precision)
         rank_peak = torch.tensor(peak, dtype=torch.float64, device=run.mesh.device)
         self.peak_flops = sum_over(run.mesh.world, rank_peak).item()
         self.seconds_per_step: float | None = None
-        self.file: IO[str] | None = None
         self.views: list[TensorBoardWriter | WandbForwarder] = []
         if self.is_writer:
             truncate_rows(run.folder.metrics, state.step)
             truncate_rows(run.folder.samples, state.step)
-            self.file = run.folder.metrics.open("a")
             folder, sent_config = run.folder.path, wandb_config(run.config, run.mesh)
             sent_config["origin"] = state.origin
             with self._os_errors_as_warnings("TensorBoard"):
@@ -58,8 +58,8 @@ class RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self.file is not None:
-            self.file.close()
+        self.rows.close()
+        self.samples.close()
         for view in self.views:
             with self._os_errors_as_warnings(type(view).__name__):
                 view.finish(failed=kind is not None)
@@ -134,20 +134,50 @@ class RunLog:
             self._write_sample(state.step, evaluation.sample)
 
     def _write(self, row: Mapping[str, float | int]) -> None:
-        if self.file is not None:
+        if self.is_writer:
             row = {**row, "time_s": time.time()}
             # JSON has no NaN or infinity: they become null.
             finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
-            self.file.write(json.dumps(finite, allow_nan=False) + "\n")
-            self.file.flush()
+            self.rows.write(finite)
             self._show({key: value for key, value in finite.items() if value is not None})
 
     def _write_sample(self, step: int, text: str) -> None:
         logger.info("--- sample ---\n%s\n--------------", printable(text.rstrip()))
         if self.is_writer:
-            with self.samples.open("a") as file:
-                file.write(json.dumps({"step": step, "text": text}) + "\n")
+            self.samples.write({"step": step, "text": text})
             self._show({"step": step, "time_s": time.time(), "sample": text})
+
+
+class JsonLines:
+    """Appends lines to a file. What a full disk refuses is kept, and tried again with the next."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._unwritten, self._has_failed = path, bytearray(), False
+        self._file: IO[bytes] | None = None
+
+    def write(self, *rows: Mapping[str, Any]) -> None:
+        """Append rows, after those that are left; an OSError is logged once."""
+        for row in rows:
+            self._unwritten += json.dumps(row, allow_nan=False).encode() + b"\n"
+        try:
+            while self._unwritten:
+                self._file = self._file or self._path.open("ab", buffering=0)
+                # The disk may have room for a part of a line; the rest follows it later.
+                del self._unwritten[: self._file.write(self._unwritten)]
+        except OSError as error:
+            if not self._has_failed:
+                text = "cannot write %s: %s; training continues, and its lines are tried again"
+                logger.warning(text, self._path, os_error_text(error))
+            self._has_failed = True
+
+    def close(self) -> None:
+        """Try for the last time to write what is left."""
+        self.write()
+        if lost := self._unwritten.count(b"\n"):
+            logger.warning("%s: the last %d lines are lost", self._path, lost)
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
 
 
 def last_step(config: Config) -> int:
@@ -160,10 +190,9 @@ def truncate_rows(path: Path, step: int) -> None:
     """Remove the rows after `step`, and an incomplete last line that a kill has left."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] <= step:
-            kept.append(line)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept))
-    temporary.rename(path)
+    size = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+            break
+        size += len(line)
+    os.truncate(path, size)  # in place, which a full disk allows

@@ -327,5 +327,8 @@ class RunFolder:
     def _write(self, name: str, content: bytes) -> None:
         """Replace a file atomically, even if several ranks do so at once."""
         temporary = self.path / f".{name}.tmp{self._mesh.world.rank}"
-        temporary.write_bytes(content)
-        temporary.rename(self.path / name)
+        try:
+            temporary.write_bytes(content)
+            temporary.rename(self.path / name)
+        finally:
+            temporary.unlink(missing_ok=True)  # there after a failure

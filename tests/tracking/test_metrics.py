@@ -1,6 +1,8 @@
 """The rows of metrics.jsonl, their truncation on resume, and MFU."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +15,7 @@ from configs import Config, parse_config
 from model import flops_per_token, num_parameters
 from parallel import Mesh
 from tests.distributed import ONE_RANK, Layout, distributed
-from tracking.metrics import RunLog, truncate_rows
+from tracking.metrics import JsonLines, RunLog, truncate_rows
 from tracking.tensorboard_writer import TensorBoardWriter
 from training.hardware import peak_flops_per_second
 from training.state import RunState, StepResult
@@ -29,6 +31,69 @@ def test_a_resume_truncates_the_file_at_its_step(tmp_path: Path) -> None:
     assert path.read_text() == "".join(lines[:3])
     truncate_rows(path, 0)
     assert path.read_text() == ""
+
+
+class AlmostFullDisk:
+    """A file that takes `room` more bytes."""
+
+    def __init__(self, path: Path, room: int) -> None:
+        self.file, self.room = path.open("ab", buffering=0), room
+
+    def write(self, content: bytearray) -> int:
+        """Take what fits, as a raw file does."""
+        if content and not self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        part = content[: self.room]
+        self.room -= len(part)
+        return self.file.write(part)
+
+    def close(self) -> None:
+        """Fail, as a file on a network may."""
+        self.file.close()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_lines_that_a_full_disk_refuses_are_written_later(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In their order, although the disk took half a line first. One warning names the file."""
+    path = tmp_path / "metrics.jsonl"
+    lines = JsonLines(path)
+    lines._file = disk = AlmostFullDisk(path, 20)  # type: ignore[assignment]
+    for step in range(4):
+        lines.write({"step": step, "loss": None})
+    assert path.read_bytes() == b'{"step": 0, "loss": '
+    assert caplog.messages == [
+        f"cannot write {path}: No space left on device; training continues, and its lines are "
+        "tried again"
+    ]
+    disk.room = 90
+    lines.write({"step": 4, "loss": None})
+    assert len(path.read_bytes()) == 110
+    disk.room = 1000
+    lines.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3, 4]
+    assert len(caplog.messages) == 1
+
+
+def test_a_disk_that_stays_full_loses_lines_but_raises_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The end says how many. A resume truncates in place, so it needs no room."""
+    path = tmp_path / "metrics.jsonl"
+    lines = JsonLines(path)
+    lines.write({"step": 0})
+    lines._file = AlmostFullDisk(path, 5)  # type: ignore[assignment]
+    lines.write({"step": 1})
+    lines.write({"step": 2})
+    lines.close()
+    assert caplog.messages[1:] == [f"{path}: the last 2 lines are lost"]
+    assert path.read_bytes() == b'{"step": 0}\n{"ste'
+    truncate_rows(path, 2)
+    assert path.read_bytes() == b'{"step": 0}\n'
+    unopened = JsonLines(tmp_path / "missing" / "metrics.jsonl")
+    unopened.write({"step": 0})
+    unopened.close()
 
 
 def config_of_run(*overrides: str) -> Config:

@@ -251,6 +251,10 @@ def test_a_full_disk_does_not_hide_why_the_run_ends(mesh: Mesh, tmp_path: Path) 
     ):
         patch.setattr(Path, "write_bytes", full)
         folder.announce_last_save()
+        patch.undo()
+        patch.setattr(Path, "rename", full)
+        folder.announce_last_save()
+        assert not list(folder.path.glob(".*.tmp*"))
         raise NonFiniteError(3, "nothing helps")
 
 
