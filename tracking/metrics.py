@@ -12,13 +12,13 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from configs import Config, os_error_text
 from model import flops_per_token
-from parallel import sum_over
+from parallel import any_rank, sum_over
 from tracking.console import duration, printable
 from tracking.tensorboard_writer import TensorBoardWriter
 from tracking.wandb_forwarder import WandbForwarder, wandb_config
@@ -43,8 +43,10 @@ class RunLog:
         self.peak_flops = sum_over(run.mesh.world, rank_peak).item()
         self.seconds_per_step: float | None = None
         self.views: list[TensorBoardWriter | WandbForwarder] = []
+        last_row = truncate_rows(run.folder.metrics, state.step) if self.is_writer else {}
+        # A signal may have ended the evaluation of the step that was saved.
+        self.lacks_evaluation = any_rank(run.mesh, "train/loss" in last_row)
         if self.is_writer:
-            truncate_rows(run.folder.metrics, state.step)
             truncate_rows(run.folder.samples, state.step)
             folder, sent_config = run.folder.path, wandb_config(run.config, run.mesh)
             sent_config["origin"] = state.origin
@@ -113,8 +115,10 @@ class RunLog:
                 f" | {duration((last - state.step) * self.seconds_per_step)} left"
             )
 
-    def evaluation(self, state: RunState, evaluation: EvalResult) -> None:
-        """Log an evaluation and its sample."""
+    def evaluation(self, state: RunState, evaluation: EvalResult | None) -> None:
+        """Log an evaluation and its sample, unless a signal has ended it."""
+        if evaluation is None:
+            return
         row: dict[str, float] = {"step": state.step}
         if evaluation.num_targets:
             row["eval/loss"] = evaluation.loss
@@ -153,7 +157,6 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         self._path, self._unwritten, self._has_failed = path, bytearray(), False
-        self._file: IO[bytes] | None = None
 
     def write(self, *rows: Mapping[str, Any]) -> None:
         """Append rows, after those that are left; an OSError is logged once."""
@@ -161,9 +164,9 @@ class JsonLines:
             self._unwritten += json.dumps(row, allow_nan=False).encode() + b"\n"
         try:
             while self._unwritten:
-                self._file = self._file or self._path.open("ab", buffering=0)
-                # The disk may have room for a part of a line; the rest follows it later.
-                del self._unwritten[: self._file.write(self._unwritten)]
+                with self._path.open("ab", buffering=0) as file:
+                    # There may be room for a part of a line; the rest follows it later.
+                    del self._unwritten[: file.write(self._unwritten)]
         except OSError as error:
             if not self._has_failed:
                 text = "cannot write %s: %s; training continues, and its lines are tried again"
@@ -175,9 +178,6 @@ class JsonLines:
         self.write()
         if lost := self._unwritten.count(b"\n"):
             logger.warning("%s: the last %d lines are lost", self._path, lost)
-        if self._file is not None:
-            with contextlib.suppress(OSError):
-                self._file.close()
 
 
 def last_step(config: Config) -> int:
@@ -186,13 +186,13 @@ def last_step(config: Config) -> int:
     return config.train.train_steps if stop is None else min(stop, config.train.train_steps)
 
 
-def truncate_rows(path: Path, step: int) -> None:
-    """Remove the rows after `step`, and an incomplete last line that a kill has left."""
-    if not path.exists():
-        return
-    size = 0
-    for line in path.read_bytes().splitlines(keepends=True):
-        if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-            break
-        size += len(line)
-    os.truncate(path, size)  # in place, which a full disk allows
+def truncate_rows(path: Path, step: int) -> dict[str, Any]:
+    """Remove the rows after `step`, and an incomplete last line; return the last that is left."""
+    last, size = {}, 0
+    if path.exists():
+        for line in path.read_bytes().splitlines(keepends=True):
+            if not line.endswith(b"\n") or (row := json.loads(line))["step"] > step:
+                break
+            last, size = row, size + len(line)
+        os.truncate(path, size)  # in place, which a full disk allows
+    return last

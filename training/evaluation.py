@@ -17,9 +17,15 @@ from model import GPT, Sampling, generate
 from ops.scratch import scratch_scope
 from parallel import Mesh, fold_seed, free_gathered_weights, move_to, sum_over
 from training.run_folder import require_same_on_all_ranks
+from training.signals import StopSignals
 from training.state import Run, RunState
 
+_BATCHES_PER_CHECK = 4  # of signals; a check waits for all ranks, and so empties a pipeline
 _PROMPT_TOKENS = 16  # of a held-out document, if evaluate.sample_prompt is null
+
+
+class _StoppedError(Exception):
+    """Raised on all ranks when a signal ends an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +102,12 @@ def _shape(config: Config, mesh: Mesh) -> dict[str, int]:
 
 
 @torch.no_grad()
-def score(model: GPT, documents: EvaluationSet) -> EvalResult:
+def score(model: GPT, documents: EvaluationSet, signals: StopSignals | None = None) -> EvalResult:
     """Score the documents; every rank calls this and gets the same result."""
     mesh = model.mesh
     nats = torch.zeros((), dtype=torch.float64, device=mesh.device)
-    for batch in documents.batches:
+    for number, batch in enumerate(documents.batches):  # equally many on all ranks
+        _raise_at_signal(mesh, signals, number)
         losses = model(**batch.to(mesh.device).inputs())
         if mesh.is_last_stage:
             nats += losses.cross_entropy
@@ -110,16 +117,22 @@ def score(model: GPT, documents: EvaluationSet) -> EvalResult:
 
 
 @torch.no_grad()
-def score_task(model: GPT, task: TaskSet) -> TaskResult:
+def score_task(model: GPT, task: TaskSet, signals: StopSignals | None = None) -> TaskResult:
     """Score the choices of a task; every rank calls this and gets the same result."""
     mesh = model.mesh
     nats = torch.zeros(task.num_rows, dtype=torch.float64, device=mesh.device)
-    for batch in task.batches:
+    for number, batch in enumerate(task.batches):
+        _raise_at_signal(mesh, signals, number)
         losses = model(**batch.to(mesh.device).inputs())
         if mesh.is_last_stage:
             rows = move_to(batch.sample_indices, mesh.device)
             nats.index_add_(0, rows, losses.of_rows.double())
     return task.grade(-move_to(_sum_over_ranks(mesh, nats), "cpu").numpy())
+
+
+def _raise_at_signal(mesh: Mesh, signals: StopSignals | None, batch: int = 0) -> None:
+    if signals and batch % _BATCHES_PER_CHECK == 0 and signals.agree_now(mesh):
+        raise _StoppedError
 
 
 def _sum_over_ranks(mesh: Mesh, nats: Tensor) -> Tensor:
@@ -128,17 +141,27 @@ def _sum_over_ranks(mesh: Mesh, nats: Tensor) -> Tensor:
 
 
 def evaluate(
-    run: Run, state: RunState, documents: EvaluationSet, tasks: Sequence[TaskSet] = ()
-) -> EvalResult:
-    """Score documents and tasks, and generate a sample; every rank gets the same result."""
-    result = score(run.model, documents)
-    # Weights that score NaN cannot be sampled from; the next step finds out and acts on it.
-    if math.isfinite(result.nats):
-        result = replace(result, tasks=tuple(score_task(run.model, task) for task in tasks))
-        if documents.num_targets:
-            with scratch_scope():  # full logits, whose memory training would keep
-                result = replace(result, sample=generate_sample(run, state))
-    free_gathered_weights(run.model)
+    run: Run,
+    state: RunState,
+    documents: EvaluationSet,
+    tasks: Sequence[TaskSet] = (),
+    signals: StopSignals | None = None,
+) -> EvalResult | None:
+    """Score documents and tasks, and generate a sample, or return None on all ranks at a signal."""
+    try:
+        result = score(run.model, documents, signals)
+        # Weights that score NaN cannot be sampled from; the next step finds out and acts on it.
+        if math.isfinite(result.nats):
+            graded = tuple(score_task(run.model, task, signals) for task in tasks)
+            result = replace(result, tasks=graded)
+            _raise_at_signal(run.mesh, signals)
+            if documents.num_targets:
+                with scratch_scope():  # full logits, whose memory training would keep
+                    result = replace(result, sample=generate_sample(run, state))
+    except _StoppedError:
+        return None
+    finally:
+        free_gathered_weights(run.model)
     return result
 
 

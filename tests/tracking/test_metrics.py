@@ -1,8 +1,8 @@
 """The rows of metrics.jsonl, their truncation on resume, and MFU."""
 
-import errno
+import contextlib
 import json
-import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,67 +33,67 @@ def test_a_resume_truncates_the_file_at_its_step(tmp_path: Path) -> None:
     assert path.read_text() == ""
 
 
-class AlmostFullDisk:
-    """A file that takes `room` more bytes."""
+def opening_on(disk: dict[str, int]) -> Callable[..., contextlib.AbstractContextManager[Any]]:
+    """Path.open on a disk with `room` for so many more bytes, of a file that may write a part."""
+    original = Path.open
 
-    def __init__(self, path: Path, room: int) -> None:
-        self.file, self.room = path.open("ab", buffering=0), room
+    @contextlib.contextmanager
+    def opened(path: Path, mode: str, buffering: int) -> Iterator[SimpleNamespace]:
+        with original(path, mode, buffering) as file:
 
-    def write(self, content: bytearray) -> int:
-        """Take what fits, as a raw file does."""
-        if content and not self.room:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        part = content[: self.room]
-        self.room -= len(part)
-        return self.file.write(part)
+            def write(content: bytearray) -> int:
+                if not disk["room"]:
+                    raise OSError(28, "No space left on device")
+                part = content[: disk["room"]]
+                disk["room"] -= len(part)
+                return int(file.write(part))
 
-    def close(self) -> None:
-        """Fail, as a file on a network may."""
-        self.file.close()
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            yield SimpleNamespace(write=write)
+
+    return opened
 
 
 def test_lines_that_a_full_disk_refuses_are_written_later(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In their order, although the disk took half a line first. One warning names the file."""
-    path = tmp_path / "metrics.jsonl"
+    path, disk = tmp_path / "metrics.jsonl", {"room": 20}
     lines = JsonLines(path)
-    lines._file = disk = AlmostFullDisk(path, 20)  # type: ignore[assignment]
-    for step in range(4):
-        lines.write({"step": step, "loss": None})
-    assert path.read_bytes() == b'{"step": 0, "loss": '
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", opening_on(disk))
+        for step in range(4):
+            lines.write({"step": step, "loss": None})
+        assert path.stat().st_size == 20
+        disk["room"] = 90
+        lines.write({"step": 4, "loss": None})
+        assert path.stat().st_size == 110
+        disk["room"] = 1000
+        lines.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3, 4]
     assert caplog.messages == [
         f"cannot write {path}: No space left on device; training continues, and its lines are "
         "tried again"
     ]
-    disk.room = 90
-    lines.write({"step": 4, "loss": None})
-    assert len(path.read_bytes()) == 110
-    disk.room = 1000
-    lines.close()
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3, 4]
-    assert len(caplog.messages) == 1
 
 
 def test_a_disk_that_stays_full_loses_lines_but_raises_nothing(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The end says how many. A resume truncates in place, so it needs no room."""
     path = tmp_path / "metrics.jsonl"
     lines = JsonLines(path)
-    lines.write({"step": 0})
-    lines._file = AlmostFullDisk(path, 5)  # type: ignore[assignment]
-    lines.write({"step": 1})
-    lines.write({"step": 2})
-    lines.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", opening_on({"room": 17}))
+        for step in range(3):
+            lines.write({"step": step})
+        lines.close()
     assert caplog.messages[1:] == [f"{path}: the last 2 lines are lost"]
     assert path.read_bytes() == b'{"step": 0}\n{"ste'
-    truncate_rows(path, 2)
+    assert truncate_rows(path, 2) == {"step": 0}
     assert path.read_bytes() == b'{"step": 0}\n'
-    unopened = JsonLines(tmp_path / "missing" / "metrics.jsonl")
-    unopened.write({"step": 0})
-    unopened.close()
+    missing = JsonLines(tmp_path / "missing" / "metrics.jsonl")
+    missing.write({"step": 0})
+    missing.close()
 
 
 def config_of_run(*overrides: str) -> Config:

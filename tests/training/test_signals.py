@@ -1,6 +1,7 @@
 """Signals in every phase of a run: all ranks save the same step and exit, and the run resumes."""
 
 import contextlib
+import itertools
 import json
 import os
 import pty
@@ -12,7 +13,24 @@ from typing import Any
 
 import pytest
 
-from tests.runs import LONG, finish, launch, ranks_of, rows, settings, start, steps_done, wait_for
+from parallel import Mesh
+from tests.distributed import ONE_RANK, Layout, distributed
+from tests.runs import (
+    LONG,
+    config_on,
+    finish,
+    launch,
+    ranks_of,
+    rows,
+    settings,
+    start,
+    steps_done,
+    wait_for,
+)
+from train import train
+from training import evaluation
+from training.run_folder import RunFolder
+from training.signals import StopSignals
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 TARGETS = ("launcher", "all ranks", "one rank")
@@ -137,6 +155,39 @@ def test_any_signal_to_any_process_in_any_phase(
     phase: str,
 ) -> None:
     expect_a_clean_stop(corpus, tmp_path, unbroken, monkeypatch, (number, target, phase))
+
+
+@distributed(ONE_RANK, Layout(tp=2, dp=2), Layout(pp=2))
+@pytest.mark.parametrize("moment", ["batches", "sample", "end"])
+def test_a_signal_ends_an_evaluation_and_the_resume_makes_it(
+    mesh: Mesh, corpus: Path, tmp_path: Path, moment: str
+) -> None:
+    """One rank receives it. The step is saved at once; in the end no row is missing or double."""
+    signals, agree_now, calls = StopSignals(), StopSignals.agree_now, itertools.count()
+    # Calls 0, 1 and 2 come before the first step and two of the batches. Without the latter, the
+    # last ones come before the sample and after it.
+    chosen = 3 if moment == "end" else 2
+
+    def agree(signals: StopSignals, mesh: Mesh) -> signal.Signals | None:
+        if next(calls) == chosen and mesh.world.rank == mesh.world.size - 1:
+            signals.received = signal.SIGTERM
+        return agree_now(signals, mesh)
+
+    layout = Layout(tp=mesh.tp.size, dp=mesh.dp.size, pp=mesh.pp.size)
+    config = config_on(layout, settings(corpus, tmp_path, "checkpoint.save_interval=0"))
+    with RunFolder(config, mesh) as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StopSignals, "agree_now", agree)
+        patch.setattr(evaluation, "_BATCHES_PER_CHECK", 1 if moment == "batches" else 1000)
+        assert train(config, mesh, folder, signals) == 143
+    evaluated = [row["step"] for row in rows(tmp_path) if "eval/loss" in row]
+    assert evaluated == ([3] if moment == "end" else [])
+    assert [path.name for path in folder.checkpoints.iterdir()] == ["step_00000003"]
+    with RunFolder(config, mesh) as folder:
+        assert train(config, mesh, folder, StopSignals()) == 0
+    if mesh.world.rank == 0:
+        assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 3, 4, 5, 6, 6]
+        samples = (tmp_path / "test" / "samples.jsonl").read_text().splitlines()
+        assert [json.loads(sample)["step"] for sample in samples] == [3, 6]
 
 
 def test_a_second_signal_ends_at_once(
