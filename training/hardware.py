@@ -44,7 +44,7 @@ _REPEATS = 5
 _STATE_BYTES_PER_PARAMETER = 16  # float32 weights, gradients and two moments
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 _LARGE_BYTES, _NEVER_BYTES, _OLD_LIMIT_BYTES = 1 << 20, 1 << 30, 32 << 20
-_CGROUP = Path("/sys/fs/cgroup")
+_CGROUP, _CACHED_FILES = Path("/sys/fs/cgroup"), ("inactive_file ", "active_file ")
 
 
 def peak_flops_per_second(device: torch.device, precision: str) -> float:
@@ -202,11 +202,13 @@ def host_memory_allows(num_bytes: int) -> bool:
 
 
 def _container_memory() -> tuple[int, int] | None:
-    """The limit and use of a container's memory in bytes; None without a limit."""
-    limit, used = (_CGROUP / f"memory.{name}" for name in ("max", "current"))
+    """The limit and use of a container's memory without cached files; None without a limit."""
+    limit, used, stat = (_CGROUP / f"memory.{name}" for name in ("max", "current", "stat"))
     if not limit.exists() or (allowed := limit.read_text().strip()) == "max":
         return None
-    return int(allowed), int(used.read_text())
+    lines = stat.read_text().splitlines() if stat.exists() else []
+    cached = [int(line.split()[1]) for line in lines if line.startswith(_CACHED_FILES)]
+    return int(allowed), int(used.read_text()) - sum(cached)
 
 
 def peak_memory_gib(device: torch.device) -> float:

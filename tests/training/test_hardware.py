@@ -140,6 +140,19 @@ def checkpoint_of(config: Config, **state: Any) -> Checkpoint:
     return Checkpoint(Path("step_00000005"), 5, state, {}, {})
 
 
+def test_cached_files_do_not_fill_a_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system frees them when memory is needed; without memory.stat all counts as used."""
+    monkeypatch.setattr(hardware, "_CGROUP", tmp_path)
+    assert hardware._container_memory() is None
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    assert hardware._container_memory() == (1000, 900)
+    (tmp_path / "memory.stat").write_text("anon 400\ninactive_file 200\nactive_file 300\n")
+    assert hardware._container_memory() == (1000, 400)
+
+
 @distributed(ONE_RANK, Layout(tp=2), Layout(dp=2))
 def test_all_ranks_use_the_precision_of_rank_0(mesh: Mesh) -> None:
     """One line reports different processors. In fp32 nothing is chosen."""
