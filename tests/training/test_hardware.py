@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -151,6 +152,17 @@ def test_cached_files_do_not_fill_a_container(
     assert hardware._container_memory() == (1000, 900)
     (tmp_path / "memory.stat").write_text("anon 400\ninactive_file 200\nactive_file 300\n")
     assert hardware._container_memory() == (1000, 400)
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
+def test_peak_memory_is_in_gib_on_every_system(
+    monkeypatch: pytest.MonkeyPatch, platform: str, unit: int
+) -> None:
+    """The system reports KiB on Linux and bytes on macOS."""
+    usage = SimpleNamespace(ru_maxrss=3 * 2**30 // unit)
+    monkeypatch.setattr(hardware.resource, "getrusage", lambda _: usage)
+    monkeypatch.setattr(hardware.sys, "platform", platform)
+    assert hardware.peak_memory_gib(torch.device("cpu")) == 3.0
 
 
 @distributed(ONE_RANK, Layout(tp=2), Layout(dp=2))
