@@ -188,7 +188,7 @@ def test_a_wrong_gathered_weight_names_both_axes(mesh: Mesh) -> None:
 
     block.unshard = gather_badly
     (mismatch,) = compare_replicas(model, {}, mesh)
-    assert mismatch.startswith("gathered blocks.0.mlp.down.weight of rank ")
+    assert mismatch.startswith("gathered blocks.0.mlp.down.weight on rank ")
     assert mismatch.endswith(f" (of dp x cp ranks {[*range(mesh.world.size)]})")
 
 
