@@ -177,10 +177,11 @@ class Watchdog:
                 stacks.mkdir(exist_ok=True)
                 with (stacks / f"step_{self._beat.step}.rank_{me}.txt").open("w") as file:
                     faulthandler.dump_traceback(file)
+            # Until the others have found the hang too: to them, a killed rank is a lost connection.
+            time.sleep(_INTERVALS_BEFORE_EXIT * self._interval_s)
             for rank in blamed:
                 if rank not in answering:
                     _kill_if_stopped(beats[rank])
-            time.sleep(_INTERVALS_BEFORE_EXIT * self._interval_s)
         finally:
             os._exit(EXIT_HANG)
 
