@@ -137,9 +137,9 @@ def _verify(
         limit = str(error)
     is_gone = problem is not None and not directory.exists()
     reports = gather_json(mesh, [problem, limit, is_gone])
-    for _, limit, _ in reports:
-        if limit is not None:
-            raise UserError(f"{directory}: {limit}")
+    limit = next((text for _, text, _ in reports if text is not None), None)
+    if limit is not None:
+        raise UserError(f"{directory}: {limit}")
     if any(is_gone for *_, is_gone in reports):
         return None, None
     problem = next((text for text, *_ in reports if text is not None), None)

@@ -133,7 +133,7 @@ def exit_with_error(
 ) -> NoReturn:
     """Print a message once for all ranks (or for `only_here`, with the rank) and exit.
 
-    If this rank `may_be_alone` with its error, it prints it as soon as it has survived the wait.
+    A rank that `may_be_alone` with its error prints it too, if it still runs after the wait.
     """
     if not only_here and not is_rank_zero():
         time.sleep(_WAIT_FOR_RANK_ZERO_S)

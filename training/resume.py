@@ -163,7 +163,7 @@ def load(run: Run, checkpoint: Checkpoint) -> RunState:
     """Fill model and optimizer from a checkpoint of this run; return its state."""
     tensors = training_tensors(run.model, run.optimizer)
     load_tensors(checkpoint, tensors, names=training_names(run.config))
-    any_rank(run.mesh, flag=False)  # a wait that may be as long as one for a file
+    any_rank(run.mesh, flag=False)  # wait here for slow files: other groups time out sooner
     state = _saved_state(checkpoint)
     set_num_updates(run.optimizer, state.num_updates)
     return state
