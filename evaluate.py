@@ -167,7 +167,7 @@ if __name__ == "__main__":
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from data import Corpus, prepare_corpus
-from data.eval_corpus import load_eval_corpus
+from data.corpus.scored_text import load_eval_corpus
 from data.tasks import TaskResult
 from parallel import close_mesh
 from tracking.console import set_up_logging

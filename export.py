@@ -57,7 +57,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from checkpoints import Checkpoint, held_checkpoint
 from checkpoints.full_tensors import TensorInfo, read_full_tensor, write_tensors
-from data import CHAT_TEMPLATE, SentencePieceTokenizer, Tokenizer
+from data import SentencePieceTokenizer, Tokenizer
+from data.corpus.segments import CHAT_TEMPLATE
 from interop.check import Comparison, checkpoint_logits, compare, random_tokens
 from interop.huggingface import shapes_of, to_huggingface
 from interop.huggingface_config import family_of, to_huggingface_config

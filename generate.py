@@ -97,7 +97,7 @@ if __name__ == "__main__":
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from data import encode_chat
+from data.corpus.encoding import encode_chat
 from model import Sampling, generate_tokens
 from model.generation.continuation import Continuation
 from parallel import Mesh, close_mesh, gather_json

@@ -22,7 +22,7 @@ import sentencepiece
 
 from configs import DataConfig, WeightedSource
 from data import prepare_corpus
-from data.corpus.files import source_files
+from data.source_files import source_files
 
 ROOT = Path(__file__).parent.parent
 _BATCH = 256  # texts that plain sentencepiece is given at once; all at once takes more memory

@@ -33,8 +33,8 @@ from bench.workload import (
 )
 from configs import Config, parse_config
 from data import Corpus, SentencePieceTokenizer, TokenFile
+from data.corpus.tokenizer_training import train_tokenizer
 from data.loader import BatchLoader
-from data.tokenizer import train_tokenizer
 from model import build_model, flops_per_token, num_parameters
 from parallel import DropoutStream, Mesh, close_mesh
 from training.hardware import choose_precision, set_up_allocator

@@ -10,9 +10,9 @@ stride = max_seq_len - context_len + 1.
 
 The nats are divided by the UTF-8 bytes of the same documents' text.
 
-Of pairs and conversations (data/segments.py) the targets of training are scored: one row each,
-truncated to s tokens, and eos after a target is a target. Their bytes are those of the targets'
-text, so bits per byte includes the bits that end the targets.
+Of pairs and conversations (data/corpus/segments.py) the targets of training are scored: one row
+each, truncated to s tokens, and eos after a target is a target. Their bytes are those of the
+targets' text, so bits per byte includes the bits that end the targets.
 """
 
 from collections.abc import Iterator
@@ -21,8 +21,7 @@ from typing import Unpack
 
 import numpy as np
 
-from data.corpus.prepare import Corpus
-from data.corpus.report import lossy_warning, unknown_warning
+from data.cached_corpus import Corpus, lossy_warning, unknown_warning
 from data.packing import Int64Array
 from data.rows import IGNORED_TARGET, MicroBatch, Spans, Truncation, make_micro_batch
 from data.token_file import TokenArray

@@ -17,7 +17,7 @@ from torch.profiler import record_function
 
 from configs.errors import UserError
 from configs.schema import Config
-from data.corpus.prepare import Corpus
+from data.cached_corpus import Corpus
 from data.packing import assign_by_length, assign_in_order
 from data.rows import MicroBatch, Rows, count_targets, make_micro_batch
 from data.sampler import SampleOrder

@@ -34,9 +34,10 @@ from configs.launch import usable_cores
 from configs.program_settings import split_settings
 from configs.tokenizer_files import resolve_tokenizer
 from configs.validate import check_inputs
-from data.corpus.cache import sync_directory, sync_files
+from data.cache import sync_directory, sync_files
+from data.cached_corpus import Corpus, prepare_corpus
+from data.corpus.build import build_corpus
 from data.corpus.megatron import DTYPES, HEADER, MAGIC
-from data.corpus.prepare import Corpus, prepare_corpus
 from data.token_file import TokenFile
 from data.tokenizer import Tokenizer
 
@@ -174,8 +175,11 @@ def write_outputs(config: DataConfig, corpus: Corpus, output: str) -> None:
             logger.info("wrote %s.bin and .idx: %s (%s)", prefix, documents, split)
 
 
-def prepare_together(config: Config, firsts: list[float]) -> Corpus:
-    """Prepare the corpus in this process and others, each with its share of the cores."""
+def prepare_together(config: DataConfig, firsts: list[float]) -> int:
+    """Build the corpus in this process and others, each with its share of the cores.
+
+    Return how many tokens were not there before.
+    """
     context, n = multiprocessing.get_context("spawn"), len(firsts)
     helpers = [
         context.Process(target=_help, args=(config, firsts[number], number, n), daemon=True)
@@ -184,20 +188,20 @@ def prepare_together(config: Config, firsts: list[float]) -> Corpus:
     for helper in helpers:
         helper.start()
     _use_share_of_cores(0, n)
-    corpus = prepare_corpus(config.data, config.model.seq_length, 0, firsts[0])
+    num_new = build_corpus(config, firsts[0])
     for helper in helpers:
         helper.join()
-    return corpus
+    return num_new
 
 
-def _help(config: Config, first: float, number: int, num_processes: int) -> None:
+def _help(config: DataConfig, first: float, number: int, num_processes: int) -> None:
     """Share the work of the main process, which meets the same errors and reports them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _use_share_of_cores(number, num_processes)
     logger.setLevel(logging.CRITICAL)
     try:
-        prepare_corpus(config.data, config.model.seq_length, 0, first)
+        build_corpus(config, first)
     except (UserError, OSError):
         sys.exit(1)
 
@@ -226,7 +230,8 @@ def main(config: Config, settings: Settings) -> int:
             for prefix, _ in outputs(config.data, settings.output):
                 require_new(prefix)
         with machine_errors_as_user_errors(f"prepare the corpus in data.cache_directory={cache}"):
-            corpus = prepare_together(config, settings.firsts())
+            new = prepare_together(config.data, settings.firsts())
+            corpus = prepare_corpus(config.data, config.model.seq_length, 0)
         elapsed_s = time.perf_counter() - started_at
         if settings.output is not None:
             with machine_errors_as_user_errors(f"write output={settings.output}"):
@@ -235,7 +240,7 @@ def main(config: Config, settings: Settings) -> int:
         exit_with_error(str(error))
     except KeyboardInterrupt:
         exit_with_error("interrupted; the same command resumes", _INTERRUPTED)
-    total, new = corpus.train.num_tokens + corpus.validation.num_tokens, corpus.num_new_tokens
+    total = corpus.train.num_tokens + corpus.validation.num_tokens
     rate = (
         f", {new:,} of them new, {new / elapsed_s:,.0f} tokens/s" if new else ", none of them new"
     )

@@ -10,7 +10,7 @@ its targets are the same tokens shifted by one.
 With inter-document masking the documents of a row are kept apart: positions restart at each
 document, attention stays inside it, and its last token does not predict the next document.
 
-Pairs and conversations (data/segments.py) are not cut: one that is longer than s inputs is
+Pairs and conversations (data/corpus/segments.py) are not cut: one that is longer than s inputs is
 truncated, and it has no row if that leaves no target. Tokens of contexts are not targets.
 
 Legend: s = seq_length, b = rows of a micro-batch. Batch first here: [b, s].

@@ -19,8 +19,9 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from configs.errors import UserError
-from data import SentencePieceTokenizer, Tokenizer, encode_chat
-from data.segments import chat_prompt
+from data import SentencePieceTokenizer, Tokenizer
+from data.corpus.encoding import encode_chat
+from data.corpus.segments import chat_prompt
 
 _BLOCK = "\u2581"
 _CHAT = [

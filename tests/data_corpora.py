@@ -13,10 +13,18 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from configs.schema import DataConfig
-from data import Corpus, SentencePieceTokenizer, TokenFile
-from data.tokenizer import train_tokenizer
+from data import Corpus, SentencePieceTokenizer, TokenFile, cached_corpus
+from data.corpus.build import build_corpus
+from data.corpus.tokenizer_training import train_tokenizer
 
 _WORDS = ["def", "return", "self", "import", "value", "for", "while", "if", "name", "list", "token"]
+
+
+def prepare_corpus(config: DataConfig, seq_length: int, local_rank: int) -> Corpus:
+    """As `data.prepare_corpus`, but local rank 0 builds in this process what is missing."""
+    if local_rank == 0:
+        build_corpus(config)
+    return cached_corpus.prepare_corpus(config, seq_length, local_rank)
 
 
 def random_text(seed: int, num_lines: int) -> str:

@@ -10,7 +10,8 @@ import export as export_module
 from checkpoints import held_checkpoint
 from configs import Config, UserError, parse_config
 from configs.program_settings import run_config
-from data import encode_chat, load_tokenizer
+from data import load_tokenizer
+from data.corpus.encoding import encode_chat
 from export import Settings as ExportSettings
 from export import export
 from model import Sampling, generate

@@ -16,7 +16,7 @@ import torch
 
 from checkpoints import Checkpoint
 from configs import Config, os_error_text
-from data.corpus.cache import locked, replace_durably
+from data.cache import locked, replace_durably
 from ops.matmul import Precision, matmul_dtype, use_precision
 from ops.processor import choice_before_manifests, known_choice, measure_precision, processor
 from parallel import Mesh, gather_json

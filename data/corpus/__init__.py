@@ -1,1 +1,1 @@
-"""Building a corpus: sources are read, split, tokenized and cached, once for all runs."""
+"""Text to tokens: sources are read, split, tokenized and cached, once for all runs."""

@@ -11,7 +11,7 @@ from huggingface_hub.utils._http import default_client_factory
 
 from configs.errors import UserError
 from configs.schema import SourceConfig
-from data.corpus.files import SourceKeys
+from data.source_files import SourceKeys
 
 _TIMEOUT_S = 30.0  # to connect, and between bytes; huggingface_hub has none for most requests
 _REASONS: dict[type[Exception], str] = {

@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from configs.errors import UserError
-from data.corpus.files import SourceKeys
 from data.corpus.spool import START, ReadCursor, Record
+from data.source_files import SourceKeys
 from data.tokenizer import Tokenizer
 
 MAGIC = b"MMIDIDX\0\0"

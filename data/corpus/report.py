@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from data.cached_corpus import lossy_warning, unknown_warning
+from data.corpus.encoding import is_lossy
 from data.corpus.spool import Spool
-from data.token_file import TokenFile, is_lossy, target_bounds
+from data.token_file import TokenFile, target_bounds
 from data.tokenizer import Tokenizer
 
 _BIN_ENDS = [2**n for n in range(6, 17)]  # of document lengths in tokens
@@ -101,24 +103,7 @@ def corpus_warnings(summary: dict[str, Any], *, is_evaluated: bool) -> Iterator[
         yield f"held-out text is only {held_out}, so eval/* is unreliable; {fix}"
 
 
-def unknown_warning(unknown: int, total: int, what: str) -> str:
-    """Say how many tokens are unknown, and why it matters."""
-    return (
-        f"{unknown:,} of {total:,} {what} ({unknown / total:.1%}) are unknown to the tokenizer: "
-        "bits per byte counts the text behind them as predicted, and is too low; use a tokenizer "
-        "with byte fallback (data.tokenizer=null trains one)"
-    )
-
-
-def lossy_warning(split: dict[str, Any], what: str) -> str:
-    """Say how many documents the tokenizer does not reproduce."""
-    return (
-        f"{split['lossy']:,} of {split['compared']:,} {what} that were compared decode to another "
-        "text; bits per byte counts the bytes of the original"
-    )
-
-
-def describe(summary: dict[str, Any]) -> str:
+def describe(summary: dict[str, Any]) -> list[str]:
     """Describe a summary in a few lines."""
     train, validation = summary["train"], summary["validation"]
     held_out = summary.get("excluded", validation["documents"])
@@ -143,7 +128,7 @@ def describe(summary: dict[str, Any]) -> str:
     names = [f"<={first_end}", *(f"{end // 2 + 1}-{end}" for end in ends), f">{ends[-1]}"]
     total, counted = max(1, sum(train["lengths"])), zip(names, train["lengths"], strict=True)
     fractions = [f"{name} {n / total:.0%}" for name, n in counted if n]
-    return "\n  ".join([*lines, f"document lengths in tokens: {', '.join(fractions)}"])
+    return [*lines, f"document lengths in tokens: {', '.join(fractions)}"]
 
 
 def describe_counts(counts: dict[str, int]) -> str:

@@ -1,8 +1,8 @@
 """Read the documents of a source, record by record.
 
 A document is one non-empty string: a text file, the text column of a row, or the segments of a
-prompt-completion pair or a conversation (data/segments.py). Everything else is skipped with a
-reason; docs/data.md has the policy. Reading is a stream: about one document is in memory,
+prompt-completion pair or a conversation (data/corpus/segments.py). Everything else is skipped with
+a reason; docs/data.md has the policy. Reading is a stream: about one document is in memory,
 `datasets` stores no copy of the corpus, and each record says where reading resumes.
 
 Text and JSON lines are decoded here. The builders of `datasets` would stop at the first byte that
@@ -27,9 +27,9 @@ from typing import IO, Any, NamedTuple, cast
 
 from configs.errors import UserError
 from configs.schema import SourceConfig
-from data.corpus.files import SourceKeys
+from data.corpus.segments import conversation_segments, pair_segments, to_document
 from data.corpus.spool import START, ReadCursor, Record
-from data.segments import conversation_segments, pair_segments, to_document
+from data.source_files import SourceKeys
 
 # Bytes of a text file, characters elsewhere. Longer texts are cut into several documents, each
 # much longer than any row.

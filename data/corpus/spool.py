@@ -27,8 +27,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from data.corpus.cache import replace_durably, sync_files
-from data.segments import from_document
+from data.cache import replace_durably, sync_files
+from data.corpus.segments import from_document
 
 SPOOL_FILES = ("text", "sizes", "hashes", "ids", "counts")
 _PROGRESS = "spool.progress.json"
@@ -67,7 +67,7 @@ class Spool:
     texts: list[mmap.mmap]  # of the parts
     spans: npt.NDArray[np.int64]  # [n, 3]: part, first byte and number of bytes of a document
     hashes: npt.NDArray[np.uint64]  # [n], xxh3_64 of the UTF-8 text, all different
-    has_segments: bool = False  # a document is a string of data/segments.py
+    has_segments: bool = False  # a document is a string of data/corpus/segments.py
     # Of a tokenized source: the tokens of each part, and where those of a document are.
     ids: list[npt.NDArray[np.uint32]] = field(default_factory=list)
     id_spans: npt.NDArray[np.int64] | None = None  # [n, 3]: part, start, number of tokens
@@ -90,7 +90,7 @@ class Spool:
         return "".join(self.segments(index))
 
     def segments(self, index: int) -> list[str]:
-        """Return the contexts and targets of one document in turn; see data/segments.py."""
+        """Return the contexts and targets of one document in turn; see data/corpus/segments.py."""
         content = self.content(index).decode()
         return from_document(content) if self.has_segments else ["", content]
 

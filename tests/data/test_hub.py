@@ -10,8 +10,8 @@ import pytest
 
 from configs import UserError
 from configs.schema import SourceConfig
-from data.corpus.files import SourceKeys
 from data.corpus.hub import commit_of
+from data.source_files import SourceKeys
 from interop.source import download
 
 KEYS = SourceKeys("data.sources[1]", "data.sources[1].path")

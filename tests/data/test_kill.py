@@ -11,24 +11,23 @@ from typing import Any
 
 import pytest
 
-from data import prepare_corpus
-from data import token_file as token_module
+from data.cache import replace_durably
+from data.corpus import encoding as encoding_module
 from data.corpus import spool as spool_module
-from data.corpus.cache import replace_durably
-from data.corpus.files import source_fingerprint
 from data.corpus.spool import SPOOL_FILES
-from tests.data_corpora import random_text, text_config, write_texts
+from data.source_files import source_fingerprint
+from tests.data_corpora import prepare_corpus, random_text, text_config, write_texts
 from tests.lines import ROOT
 
 PREPARE = """
 import logging, sys
 from configs.schema import DataConfig
-from data import prepare_corpus, token_file
-from data.corpus import spool
+from data.corpus import encoding, spool
+from data.corpus.build import build_corpus
 logging.basicConfig(level=logging.INFO, format="%(message)s")
-spool._DURABLE_BYTES = token_file._PIECE_BYTES = token_file._BATCH_BYTES = 20_000
-prepare_corpus(DataConfig(source="text", path=sys.argv[1], vocab_size=320, validation_fraction=0.2,
-                          cache_directory=sys.argv[2]), 16, 0)
+spool._DURABLE_BYTES = encoding._PIECE_BYTES = encoding._BATCH_BYTES = 20_000
+build_corpus(DataConfig(source="text", path=sys.argv[1], vocab_size=320, validation_fraction=0.2,
+                        cache_directory=sys.argv[2]))
 """
 
 
@@ -40,8 +39,8 @@ class Killed(BaseException):
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make progress durable every few documents."""
     monkeypatch.setattr(spool_module, "_DURABLE_BYTES", 2_000)
-    monkeypatch.setattr(token_module, "_PIECE_BYTES", 2_000)
-    monkeypatch.setattr(token_module, "_BATCH_BYTES", 1_000)
+    monkeypatch.setattr(encoding_module, "_PIECE_BYTES", 2_000)
+    monkeypatch.setattr(encoding_module, "_BATCH_BYTES", 1_000)
 
 
 def die_at(monkeypatch: pytest.MonkeyPatch, call: int, *, after: bool) -> list[str]:
@@ -61,7 +60,7 @@ def die_at(monkeypatch: pytest.MonkeyPatch, call: int, *, after: bool) -> list[s
                         stream.write(b"torn")
             raise Killed
 
-    for module in (spool_module, token_module):
+    for module in (spool_module, encoding_module):
         monkeypatch.setattr(module, "replace_durably", replace)
     return calls
 
@@ -179,9 +178,9 @@ def test_a_file_is_read_again_only_if_it_has_changed(
         os.utime(file, (long_ago, long_ago))
     first = source_fingerprint(config, files, cache)
     hashed: list[str] = []
-    digest = sys.modules["data.corpus.cache"].file_digest
+    digest = sys.modules["data.cache"].file_digest
     monkeypatch.setattr(
-        "data.corpus.cache.file_digest", lambda file: hashed.append(file.name) or digest(file)
+        "data.cache.file_digest", lambda file: hashed.append(file.name) or digest(file)
     )
     assert source_fingerprint(config, files, cache) == first
     assert hashed == [files[0].name]

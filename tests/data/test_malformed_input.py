@@ -14,12 +14,11 @@ import pyarrow.parquet
 import pytest
 
 from configs.schema import DataConfig, WeightedSource
-from data import prepare_corpus
 from data.corpus import sources as sources_module
-from data.corpus.files import DATA_KEYS
 from data.corpus.sources import cut_text, read_records
 from data.corpus.spool import START, ReadCursor
-from tests.data_corpora import random_text
+from data.source_files import DATA_KEYS
+from tests.data_corpora import prepare_corpus, random_text
 
 # The content of a text file, and the reason to skip it (None: it is a document).
 TEXTS: dict[str, tuple[bytes, str | None]] = {

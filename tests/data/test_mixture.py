@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from configs import DataConfig, WeightedSource
-from data import prepare_corpus
-from data.corpus.prepare import sample_shares
+from data.corpus.build import sample_shares
 from data.rows import Rows
 from data.sampler import SampleOrder
 from data.token_file import JoinedTokens
-from tests.data_corpora import random_text, small_tokenizer, token_file
+from tests.data_corpora import prepare_corpus, random_text, small_tokenizer, token_file
 
 WEIGHTS = [(1.0,), (1.0, 1.0), (3.0, 1.0), (0.7, 0.2, 0.1), (5.0, 1e-6), (1.0, 2.0, 3.0, 4.0)]
 

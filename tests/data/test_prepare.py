@@ -19,22 +19,29 @@ import pytest
 
 from configs import UserError
 from configs.schema import DataConfig
-from data import Corpus, prepare_corpus, text_fingerprint
-from data.corpus.cache import file_digest
-from data.corpus.prepare import SPLITS
+from data import Corpus, text_fingerprint
+from data.cache import file_digest
+from data.cached_corpus import SPLITS
+from data.corpus.encoding import encode_segments
 from data.corpus.spool import Record, open_spool, sample_sentences, write_spool
 from data.rows import Rows
-from data.token_file import PARTS, TokenFile, Tokens, encode_segments, open_token_file
-from tests.data_corpora import random_text, small_tokenizer, text_config, write_texts
+from data.token_file import PARTS, TokenFile, Tokens, open_token_file
+from tests.data_corpora import (
+    prepare_corpus,
+    random_text,
+    small_tokenizer,
+    text_config,
+    write_texts,
+)
 from tests.lines import ROOT
 
 PREPARE = """
 import logging, sys
 from configs.schema import DataConfig
-from data import prepare_corpus
+from data.corpus.build import build_corpus
 logging.basicConfig(level=logging.INFO, format="%(message)s")
-prepare_corpus(DataConfig(source="text", path=sys.argv[1], vocab_size=320, validation_fraction=0.2,
-                          cache_directory=sys.argv[2]), 16, 0)
+build_corpus(DataConfig(source="text", path=sys.argv[1], vocab_size=320, validation_fraction=0.2,
+                        cache_directory=sys.argv[2]))
 """
 
 
@@ -206,7 +213,7 @@ def test_a_second_start_reads_the_cache(tmp_path: Path, caplog: pytest.LogCaptur
     )
     assert other.fingerprint != first.fingerprint
     kinds = [name.partition("-")[0] for name in entries(tmp_path)]
-    assert kinds == ["documents", "tokenizer", "tokenizer", "tokens", "tokens"]
+    assert kinds == ["corpus", "corpus", "documents", *2 * ["tokenizer"], *2 * ["tokens"]]
 
 
 def test_preparation_is_reproducible(tmp_path: Path) -> None:
@@ -311,7 +318,7 @@ def test_an_entry_is_verified_again_only_when_a_file_changes(
     prepare_corpus(text_config(tmp_path), 16, 0)
     hashed: list[str] = []
     monkeypatch.setattr(
-        "data.corpus.cache.file_digest", lambda file: hashed.append(file.name) or file_digest(file)
+        "data.cache.file_digest", lambda file: hashed.append(file.name) or file_digest(file)
     )
     prepare_corpus(text_config(tmp_path), 16, 0)
     assert hashed == []
@@ -391,7 +398,7 @@ def test_two_runs_at_once_prepare_once(tmp_path: Path) -> None:
     logs = [run.communicate(timeout=300)[1] for run in runs]
     assert [run.returncode for run in runs] == [0, 0]
     assert "".join(logs).count("tokenized data in") == 1
-    assert len(entries(tmp_path)) == 3
+    assert len(entries(tmp_path)) == 4
 
 
 def test_a_rank_waits_while_another_hashes_the_files(

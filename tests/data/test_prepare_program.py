@@ -18,14 +18,15 @@ import pytest
 
 from configs import UserError
 from configs.schema import DataConfig, WeightedSource
-from data import TokenFile, prepare_corpus
-from data.corpus import prepare as prepare_module
-from data.corpus.cache import share_jobs
+from data import TokenFile
+from data.corpus import build as build_module
+from data.corpus.entries import share_jobs
 from data.prepare import Settings, outputs, write_dataset
 from data.token_file import TokenArray
 from tests.data.test_megatron import all_documents
 from tests.data_chats import messages_of, write_byte_tokenizer, write_chats
 from tests.data_corpora import (
+    prepare_corpus,
     random_text,
     small_tokenizer,
     text_config,
@@ -44,9 +45,9 @@ finally:
 # Parts and pieces of a few documents each.
 SMALL_PIECES = """
 import sys
-from data import prepare, token_file
-from data.corpus import prepare as building
-token_file._PIECE_BYTES = building._PART_BYTES = 3_000
+from data import prepare
+from data.corpus import build, encoding
+encoding._PIECE_BYTES = build._PART_BYTES = 3_000
 sys.exit(prepare.main(*prepare.parse(sys.argv[1:])))
 """
 
@@ -110,7 +111,6 @@ def test_it_fills_the_cache_of_a_training_start_without_torch(
             corpus = prepare_corpus(text_config(tmp_path, **changes), 16, 0)
         assert "preparing" not in caplog.text
         assert "tokenized" not in caplog.text
-        assert corpus.num_new_tokens == 0
         total = corpus.train.num_tokens + corpus.validation.num_tokens
         assert output.startswith(f"{total:,} tokens in ")
         assert f", {total:,} of them new, " in output
@@ -202,21 +202,20 @@ def test_work_of_a_killed_process_is_not_repeated(
 ) -> None:
     """Neither parts that were read nor pieces that were tokenized."""
     write_texts(tmp_path, 20)
-    monkeypatch.setattr(prepare_module, "_PART_BYTES", 3_000)
-    monkeypatch.setattr("data.token_file._PIECE_BYTES", 3_000)
+    monkeypatch.setattr(build_module, "_PART_BYTES", 3_000)
+    monkeypatch.setattr("data.corpus.encoding._PIECE_BYTES", 3_000)
 
     def die(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "_fill_tokens", die)
+        patch.setattr(build_module, "_fill_tokens", die)
         with pytest.raises(KeyboardInterrupt):
             prepare_corpus(text_config(tmp_path), 16, 0)
-    monkeypatch.setattr(prepare_module, "_fill_part", die)
-    monkeypatch.setattr("data.token_file._encode_piece", die)
-    corpus = prepare_corpus(text_config(tmp_path), 16, 0)
-    assert corpus.train.num_tokens > 0
-    assert corpus.num_new_tokens == 0
+    monkeypatch.setattr(build_module, "_fill_part", die)
+    monkeypatch.setattr("data.corpus.encoding._encode_piece", die)
+    assert build_module.build_corpus(text_config(tmp_path)) == 0
+    assert prepare_corpus(text_config(tmp_path), 16, 0).train.num_tokens > 0
 
 
 def test_every_job_is_done_once_by_processes_that_share(tmp_path: Path) -> None:

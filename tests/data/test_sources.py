@@ -11,10 +11,9 @@ import pytest
 
 from configs import UserError
 from configs.schema import DataConfig
-from data import prepare_corpus
-from data.corpus.files import DATA_KEYS, source_files, source_fingerprint
 from data.corpus.sources import read_records
-from tests.data_corpora import random_text, text_config
+from data.source_files import DATA_KEYS, source_files, source_fingerprint
+from tests.data_corpora import prepare_corpus, random_text, text_config
 
 
 def read(config: DataConfig, scratch: Path) -> tuple[list[str], dict[str, int]]:

@@ -9,12 +9,12 @@ import pytest
 
 from configs import ConfigError, UserError, WeightedSource, parse_config
 from configs.schema import DataConfig
-from data import Corpus, prepare_corpus, text_fingerprint
+from data import Corpus, text_fingerprint
 from data.corpus.split import END_HELD_OUT, HELD_OUT, TRAINED_ON, Documents, divide, split_by_hash
 from data.corpus.spool import Record, Spool, open_spool, write_spool
 from data.evaluation import EvaluationSet
 from tests.data.test_prepare import documents
-from tests.data_corpora import random_text, small_tokenizer
+from tests.data_corpora import prepare_corpus, random_text, small_tokenizer
 
 
 def sources(*hashes: list[int], size: int = 10) -> list[Documents]:

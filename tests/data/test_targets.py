@@ -15,13 +15,13 @@ import torch
 
 from configs import Config, ModelConfig, TrainConfig, UserError
 from configs.schema import DataConfig, SourceConfig, WeightedSource
-from data import Corpus, load_tokenizer, prepare_corpus
-from data import token_file as token_module
-from data.corpus.files import source_fingerprint
-from data.eval_corpus import load_eval_corpus
+from data import Corpus, load_tokenizer
+from data.corpus import encoding as encoding_module
+from data.corpus.scored_text import load_eval_corpus
 from data.evaluation import EvaluationSet
 from data.loader import BatchLoader
 from data.rows import IGNORED_TARGET, Rows, Spans, count_targets, make_micro_batch
+from data.source_files import source_fingerprint
 from data.token_file import JoinedTokens, Tokens
 from model import build_model
 from parallel import Mesh, sum_over
@@ -34,7 +34,7 @@ from tests.data_chats import (
     write_byte_tokenizer,
     write_chats,
 )
-from tests.data_corpora import random_text
+from tests.data_corpora import prepare_corpus, random_text
 from tests.distributed import ONE_RANK, Layout, distributed
 from tests.model.test_gpt import dense_weights
 from tests.reference import reference_losses
@@ -384,8 +384,8 @@ def test_a_killed_preparation_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: bool
 ) -> None:
     """From its last durable state, tokens and targets alike."""
-    monkeypatch.setattr(token_module, "_PIECE_BYTES", 150)
-    monkeypatch.setattr(token_module, "_BATCH_BYTES", 100)
+    monkeypatch.setattr(encoding_module, "_PIECE_BYTES", 150)
+    monkeypatch.setattr(encoding_module, "_BATCH_BYTES", 100)
     expected = prepare_corpus(chat_config(tmp_path), SEQ_LENGTH, 0)
     other = chat_config(tmp_path, cache_directory=str(tmp_path / "b"))
     attempts, corpus = 0, None

@@ -7,11 +7,12 @@ import pytest
 
 from configs import UserError
 from configs.schema import SourceConfig
-from data import Corpus, load_tokenizer, prepare_corpus
-from data.eval_corpus import load_eval_corpus
+from data import Corpus, load_tokenizer
+from data.corpus.scored_text import load_eval_corpus
 from data.evaluation import EvaluationSet
 from tests.data_corpora import (
     lossy_model,
+    prepare_corpus,
     random_text,
     small_tokenizer,
     text_config,

@@ -9,7 +9,8 @@ import sentencepiece
 
 from configs import UserError
 from data import SentencePieceTokenizer, load_tokenizer
-from data.tokenizer import cut_after_newlines, train_tokenizer
+from data.corpus.tokenizer_training import train_tokenizer
+from data.tokenizer import cut_after_newlines
 from tests.data_corpora import random_text, small_tokenizer
 
 ODD_TEXTS = [

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import CHAT_TEMPLATE, SentencePieceTokenizer, Tokenizer, encode_chat, load_tokenizer
-from data.segments import conversation_segments
-from data.token_file import encode_segments
+from data import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from data.corpus.encoding import encode_chat, encode_segments
+from data.corpus.segments import CHAT_TEMPLATE, conversation_segments
 from interop.tokenizer_json import encodes_chats_alike, tokenizer_config, tokenizer_json
 from tests.data.test_tokenizer import train_any
 from tests.data_chats import CHATS, messages_of, write_byte_tokenizer

@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 
 from data import SentencePieceTokenizer, Tokenizer
-from data.tokenizer import train_tokenizer
+from data.corpus.tokenizer_training import train_tokenizer
 from interop.check import unusual_texts
 from interop.tokenizer_json import tokenizer_json
 from tests.data.test_tokenizer import ODD_TEXTS, random_strings, train_any

@@ -2,7 +2,8 @@
 
 import pytest
 
-from data import SentencePieceTokenizer, encode_chat
+from data import SentencePieceTokenizer
+from data.corpus.encoding import encode_chat
 from model.generation.continuation import Continuation
 from tests.data.test_tokenizer import ALPHABET, train_any
 from tests.data_corpora import small_tokenizer

@@ -14,13 +14,12 @@ from torch.testing import assert_close
 from checkpoints.full_tensors import read_full_tensor
 from checkpoints.manifest import read_manifest
 from configs import Config, ConfigError, UserError, parse_config
-from data import prepare_corpus
 from data.rows import MicroBatch
 from import_hf import Settings
 from parallel import Mesh
 from tests.configs.test_load import PROGRAM, _python
 from tests.conftest import write_corpus
-from tests.data_corpora import small_tokenizer, write_json_tokenizer
+from tests.data_corpora import prepare_corpus, small_tokenizer, write_json_tokenizer
 from tests.distributed import ONE_RANK, Layout, distributed, run_on
 from tests.interop.test_import_hf import hf_model, import_on
 from tests.interop.test_interop_page import run as run_block

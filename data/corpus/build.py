@@ -1,16 +1,16 @@
-"""Turn sources into a tokenized corpus in the cache, once.
+"""Text to a tokenized corpus in the cache.
 
-[Note: cache]
-`data.cache_directory` contains folders named by a hash of everything that decides their content:
+[Note: preparation]
+Beside what training reads (data/cached_corpus.py), `data.cache_directory` contains these folders,
+named by a hash of everything that decides their content:
 
     text-...       the documents of a source as text, and their tokens in pieces, until all is done
     documents-...  hashes and sizes of the documents of a source, by which they are held out
     tokenizer-...  a tokenizer, by the text that it is trained on
-    tokens-...     a source with one split, tokenized by one tokenizer
 
-Local rank 0 of each host builds what its disk lacks; the other ranks wait for the folders. A source
-in several mixtures with the same tokenizer is tokenized once, unless the other sources change what
-is held out of it (data/corpus/split.py). An interrupted attempt to fill a folder is resumed.
+A source in several mixtures with the same tokenizer is tokenized once, unless the other sources
+change what is held out of it (data/corpus/split.py). An interrupted attempt to fill a folder is
+resumed.
 
 [Note: sharing work]
 Any number of processes, on one host or several, may build the same folders at once, whether they
@@ -22,11 +22,10 @@ by the last process that uses it: all of them hold a shared lock on it.
 """
 
 import contextlib
-import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -38,42 +37,38 @@ from xxhash import xxh3_128_hexdigest
 
 from configs.errors import UserError
 from configs.schema import DataConfig, SourceConfig, WeightedSource
-from data import token_file
-from data.corpus import cache, report
+from data import cache
+from data.cached_corpus import (
+    RECIPE_VERSION,
+    SAMPLE_BYTES,
+    SPLITS,
+    FoundSource,
+    cache_directory,
+    corpus_entry,
+    find_sources,
+    given_tokenizer,
+    join_hashes,
+    joined_fingerprint,
+    key_of,
+)
+from data.corpus import encoding, entries, report
 from data.corpus import split as splitting
 from data.corpus import spool as spools
-from data.corpus.files import SourceKeys, source_files, source_fingerprint
+from data.corpus.encoding import Piece
 from data.corpus.megatron import read_tokenized
 from data.corpus.sources import read_records
 from data.corpus.split import END_HELD_OUT, HELD_OUT, TRAINED_ON, Division, Split
-from data.token_file import PARTS, TARGETS, JoinedTokens, Piece, Tokens, open_token_file
-from data.tokenizer import RECIPE_VERSION, Tokenizer, load_tokenizer, train_tokenizer
+from data.corpus.tokenizer_training import train_tokenizer
+from data.source_files import SourceKeys
+from data.token_file import PARTS, TARGETS, open_token_file
+from data.tokenizer import Tokenizer, load_tokenizer
 
-FORMAT_VERSION = 3
-SAMPLE_BYTES = 8_000_000  # of training text that a tokenizer learns from: about 200,000 lines
-SPLITS = ("train", "validation")
 _TRAINED = "tokenizer.model"
 _COMMIT = "commit.txt"
 _PART_BYTES = 64 << 20  # files that a process reads on its own, unless one is larger
 
 Fill = Callable[[Path], None]  # fills the folder of an entry
 logger = logging.getLogger("microtron")
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """A tokenized corpus, which training and evaluation read."""
-
-    tokenizer: Tokenizer
-    tokenizer_path: Path
-    train: Tokens
-    validation: Tokens
-    fingerprint: str  # hex; equal if and only if tokenizer, tokens and splits are
-    summary: dict[str, Any]  # see data/corpus/report.py
-    weights: tuple[float, ...] = (1.0,)  # of the sources, which are the parts of both splits
-    text_fingerprint: str = ""  # hex, of the content of the sources
-    validation_weights: tuple[float, ...] | None = None  # of the parts of given held-out text
-    num_new_tokens: int = 0  # those that were not in the cache before
 
 
 @dataclass(frozen=True)
@@ -106,48 +101,72 @@ class Source:
         }
 
 
-def prepare_corpus(
-    config: DataConfig, seq_length: int, local_rank: int, first: float = 0.0
-) -> Corpus:
-    """Open the corpus of `config` from the cache; local rank 0 builds what is missing.
+def build_corpus(config: DataConfig, first: float = 0.0) -> int:
+    """Put the corpus of `config` into the cache; return how many of its tokens are new there.
 
     Other processes may build it too; this one begins `first` (0 to 1) of the way, see
     [Note: sharing work]. Raises UserError if source, tokenizer or settings do not fit together.
     """
-    folder, is_builder = Path(config.cache_directory).expanduser(), local_rank == 0
-    if is_builder:
-        cache.remove_abandoned(folder)
-    given = None
-    if config.tokenizer is not None:
-        path = Path(config.tokenizer).expanduser()
-        given = load_tokenizer(path, bos_token=config.bos_token, eos_token=config.eos_token)
-    sources, held_out = _find_sources(config, given, first)
+    folder = cache_directory(config)
+    entries.remove_abandoned(folder)
+    given = given_tokenizer(config)
+    found = find_sources(config)
+    sources, held_out = ([_in_folder(f, folder, given, first) for f in part] for part in found)
     everything = [*sources, *held_out]
-    for source in cache.rotated(everything, first):
+    for source in entries.rotated(everything, first):
         fill = partial(_read_documents, source)
-        cache.require_entry(source.documents, fill, [source.text], is_builder=is_builder)
+        entries.require_entry(source.documents, fill, [source.text])
     splits = _splits(config, sources, held_out)
-    tokenizer = given or _trained_tokenizer(config, sources, splits, is_builder)
+    tokenizer = given or _trained_tokenizer(config, sources, splits)
     jobs, num_new = [], list[int]()
     for source, split in zip(everything, splits, strict=True):
         parts = (source.fingerprint, config.validation_fraction, tokenizer.fingerprint)
-        key = _key(*parts, xxh3_128_hexdigest(split.tobytes()))
+        key = key_of(*parts, xxh3_128_hexdigest(split.tobytes()))
         tokenize = partial(_tokenize, source, split, config, tokenizer, num_new)
         jobs.append((folder / f"tokens-{key}", tokenize, [source.text]))
-    for job in cache.rotated(jobs, first):
-        cache.require_entry(*job, is_builder=is_builder)
-    entries = [entry for entry, *_ in jobs]
-    corpus = replace(_open(sources, held_out, entries, tokenizer), num_new_tokens=sum(num_new))
-    if is_builder:
-        _delete_texts(everything)
-        _log_commits(everything)
-        more = f" and {len(entries) - 1} more" if entries[1:] else ""
-        logger.info("corpus %s%s: %s", entries[0], more, report.describe(corpus.summary))
-        is_evaluated = bool(held_out) or config.validation_fraction > 0
-        for warning in report.corpus_warnings(corpus.summary, is_evaluated=is_evaluated):
-            logger.warning("%s", warning)
-    _check_rows(sources, config, corpus, seq_length)
-    return corpus
+    for job in entries.rotated(jobs, first):
+        entries.require_entry(*job)
+    _delete_texts(everything)
+    facts = _facts(config, everything, [tokens for tokens, *_ in jobs], tokenizer)
+    facts["text_fingerprint"] = joined_fingerprint(*found)
+
+    def fill_corpus(work: Path) -> None:
+        cache.write_header(work, [], facts)
+
+    entries.require_entry(corpus_entry(config, *found, given), lambda: fill_corpus, [])
+    return sum(num_new)
+
+
+def _in_folder(found: FoundSource, folder: Path, given: Tokenizer | None, first: float) -> Source:
+    decoder = given if found.config.source == "megatron" else None
+    name = key_of(found.fingerprint, *([decoder.fingerprint] if decoder else []))
+    text, documents = folder / f"{entries.TEXT}{name}", folder / f"documents-{name}"
+    return Source(*found, text, documents, decoder, first)
+
+
+def _facts(
+    config: DataConfig, sources: list[Source], folders: list[Path], tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """Return what is known about a corpus, given the folders of its tokens."""
+    headers, n = [cache.read_header(folder) for folder in folders], len(config.mixture)
+    summaries = [header["summary"] for header in headers]
+    summary = report.joined_summary(dict(zip(config.mixture, summaries, strict=False)))
+    if summaries[n:]:
+        held_out = dict(zip(map(str, folders), summaries[n:], strict=False))
+        # The held-out documents of the sources are among those given.
+        excluded = summary["validation"]["documents"]
+        given = report.joined_summary(held_out)["validation"]
+        summary = {**summary, "excluded": excluded, "validation": given}
+    fingerprints = [header["fingerprint"] for header in headers]
+    is_evaluated = bool(summaries[n:]) or config.validation_fraction > 0
+    return {
+        "tokens": [folder.name for folder in folders],
+        "tokenizer": tokenizer.file_name,
+        "fingerprint": join_hashes(fingerprints) if fingerprints[1:] else fingerprints[0],
+        "summary": summary,
+        "description": [*report.describe(summary), *_commits(sources)],
+        "warnings": [*report.corpus_warnings(summary, is_evaluated=is_evaluated)],
+    }
 
 
 def _delete_texts(sources: list[Source]) -> None:
@@ -158,52 +177,11 @@ def _delete_texts(sources: list[Source]) -> None:
                 shutil.rmtree(source.text, ignore_errors=True)
 
 
-def _log_commits(sources: list[Source]) -> None:
-    """Log the commits of hub datasets, which stay those that were first read into the cache."""
+def _commits(sources: list[Source]) -> Iterator[str]:
+    """Yield the commits of hub datasets, which stay those that were first read into the cache."""
     for source in sources:
         if commit := cache.read_header(source.documents)["commit"]:
-            logger.info("%s=%s: commit %s of the hub", source.keys.path, source.config.path, commit)
-
-
-def text_fingerprint(config: DataConfig) -> str:
-    """Return a hash of the content of the sources, without reading it as text."""
-    return _text_fingerprint(*_find_sources(config, None))
-
-
-def _text_fingerprint(sources: list[Source], held_out: list[Source]) -> str:
-    given = ["held out:", *(source.fingerprint for source in held_out)] if held_out else []
-    return _join_hashes([*(source.fingerprint for source in sources), *given])
-
-
-def _join_hashes(hashes: list[str]) -> str:
-    return xxh3_128_hexdigest(" ".join(hashes).encode())
-
-
-def _key(*parts: object) -> str:
-    return xxh3_128_hexdigest(json.dumps([FORMAT_VERSION, *parts]).encode())
-
-
-def _find_sources(
-    config: DataConfig, tokenizer: Tokenizer | None, first: float = 0.0
-) -> tuple[list[Source], list[Source]]:
-    """Return the sources to train on, and the held-out sources that are given."""
-    folder = Path(config.cache_directory).expanduser()
-
-    def find(keys: SourceKeys, source: WeightedSource) -> Source:
-        files = source_files(source, keys)
-        fingerprint = source_fingerprint(source, files, folder)
-        decoder = tokenizer if source.source == "megatron" else None
-        name = _key(fingerprint, *([decoder.fingerprint] if decoder else []))
-        text, documents = folder / f"{cache.TEXT}{name}", folder / f"documents-{name}"
-        return Source(keys, source, files, fingerprint, text, documents, decoder, first)
-
-    sources, held_out = [], []
-    for key, source in config.mixture.items():
-        sources.append(find(SourceKeys(key, f"{key}.path"), source))
-        if source.validation_path is not None:
-            given = replace(source, path=source.validation_path, hub_revision=None)
-            held_out.append(find(SourceKeys(key, f"{key}.validation_path"), given))
-    return sources, held_out
+            yield f"{source.keys.path}={source.config.path}: commit {commit} of the hub"
 
 
 def _read_text(source: Source) -> spools.Spool:
@@ -215,8 +193,8 @@ def _read_text(source: Source) -> spools.Spool:
     if not all(map(Path.exists, parts)):
         logger.info("preparing %s.source=%s: reading documents", keys.section, config.source)
         sizes = {part: sum(f.stat().st_size for f in files) for part, files in parts.items()}
-        for part, reach in cache.share_jobs("reading", sizes, source.first):
-            cache.build_entry(part, partial(_fill_part, source, parts[part], reach))
+        for part, reach in entries.share_jobs("reading", sizes, source.first):
+            entries.build_entry(part, partial(_fill_part, source, parts[part], reach))
     if not any(spools.read_progress(part).num_documents for part in parts):
         skipped = spools.summarise_reading(parts, 0)["skipped"]
         shutil.rmtree(source.text)
@@ -310,9 +288,7 @@ def _splits(config: DataConfig, sources: list[Source], held_out: list[Source]) -
     return splits
 
 
-def _trained_tokenizer(
-    config: DataConfig, sources: list[Source], splits: list[Split], is_builder: bool
-) -> Tokenizer:
+def _trained_tokenizer(config: DataConfig, sources: list[Source], splits: list[Split]) -> Tokenizer:
     """Load the tokenizer that is trained on the training text of all sources."""
     is_mixture = len(sources) > 1  # otherwise the weight has no effect
     parts = [
@@ -324,8 +300,8 @@ def _trained_tokenizer(
         for s, split in zip(sources, splits, strict=False)
     ]
     recipe = [config.padded_vocab_size, RECIPE_VERSION, SAMPLE_BYTES, config.validation_fraction]
-    entry = Path(config.cache_directory).expanduser() / f"tokenizer-{_key(recipe, parts)}"
-    if is_builder and is_mixture and not entry.exists():
+    entry = cache_directory(config) / f"tokenizer-{key_of(recipe, parts)}"
+    if is_mixture and not entry.exists():
         logger.info(
             "to change data.sources later without tokenizing all of them again, keep this "
             "tokenizer: data.tokenizer=%s",
@@ -348,7 +324,7 @@ def _trained_tokenizer(
         cache.write_header(work, [_TRAINED], {})
 
     texts = [source.text for source in sources]
-    cache.require_entry(entry, lambda: fill, texts, is_builder=is_builder)
+    entries.require_entry(entry, lambda: fill, texts)
     return load_tokenizer(entry / _TRAINED, "the cached tokenizer")
 
 
@@ -374,7 +350,7 @@ def _tokenize(
     started_at, pieces = time.perf_counter(), {}
     division = _divided_text(source, split, config)
     for name, documents in zip(SPLITS, (division.train, division.validation), strict=True):
-        pieces[name], new = token_file.encode_pieces(
+        pieces[name], new = encoding.encode_pieces(
             source.text, name, division.spool, documents, tokenizer, source.first
         )
         num_new.append(new)
@@ -400,7 +376,7 @@ def _fill_tokens(
     summary = spools.summarise_reading(source.parts, len(spool) - division.num_ends)
     summary["ends_held_out"] = division.num_ends
     for name, indices in zip(SPLITS, (division.train, division.validation), strict=True):
-        token_file.write_token_file(work, name, pieces[name], spool, indices)
+        encoding.write_token_file(work, name, pieces[name], spool, indices)
         tokens = open_token_file(work, name, tokenizer.vocab_size)
         summary[name] = report.split_summary(tokens, spool, indices, tokenizer)
     parts = (*PARTS, TARGETS) if spool.has_segments else PARTS
@@ -408,51 +384,3 @@ def _fill_tokens(
     content = b"".join(cache.file_digest(work / name) for name in names)
     facts = {"fingerprint": xxh3_128_hexdigest(content), "vocab_size": tokenizer.vocab_size}
     cache.write_header(work, names, {**facts, "summary": summary})
-
-
-def _open(
-    sources: list[Source], held_out: list[Source], entries: list[Path], tokenizer: Tokenizer
-) -> Corpus:
-    headers, n = [cache.read_header(entry) for entry in entries], len(sources)
-    train, validation = (
-        [open_token_file(entry, split, tokenizer.vocab_size) for entry in entries]
-        for split in SPLITS
-    )
-    summaries = [
-        (source.keys.section, header["summary"])
-        for source, header in zip((*sources, *held_out), headers, strict=True)
-    ]
-    summary = report.joined_summary(dict(summaries[:n]))
-    if held_out:
-        validation = validation[n:]
-        # The held-out documents of the sources are among those given.
-        given = report.joined_summary(dict(summaries[n:]))["validation"]
-        excluded = summary["validation"]["documents"]
-        summary = {**summary, "excluded": excluded, "validation": given}
-    fingerprints = [header["fingerprint"] for header in headers]
-    return Corpus(
-        tokenizer=tokenizer,
-        tokenizer_path=entries[0] / tokenizer.file_name,
-        train=JoinedTokens(train[:n]) if train[:n][1:] else train[0],
-        validation=JoinedTokens(validation) if validation[1:] else validation[0],
-        fingerprint=_join_hashes(fingerprints) if fingerprints[1:] else fingerprints[0],
-        summary=summary,
-        weights=tuple(source.config.weight for source in sources),
-        text_fingerprint=_text_fingerprint(sources, held_out),
-        validation_weights=tuple(source.config.weight for source in held_out) or None,
-    )
-
-
-def _check_rows(sources: list[Source], config: DataConfig, corpus: Corpus, seq_length: int) -> None:
-    """Raise UserError if a source does not fill a row, naming the longest row that all fill."""
-    if config.sequence_mode != "pack" or config.packing == "best_fit":
-        return
-    num_tokens = [tokens.num_tokens for tokens in corpus.train.parts]
-    fewest = min(num_tokens)
-    source = sources[num_tokens.index(fewest)]
-    if fewest <= seq_length:
-        raise UserError(
-            f"the {fewest} training tokens of {source.keys.section}.source={source.config.source} "
-            f"do not fill a row of model.seq_length={seq_length}; use more text, model.seq_length="
-            f"{fewest - 1} or less, or data.sequence_mode=pad"
-        )

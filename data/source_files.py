@@ -16,9 +16,9 @@ import xxhash
 from configs.errors import UserError
 from configs.schema import SourceConfig
 from configs.validate import COMPRESSED, SOURCE_EXTENSIONS, extensions_in_words, index_of
-from data.corpus.cache import digests
-from data.segments import TEMPLATE_VERSION
+from data.cache import digests
 
+TEMPLATE_VERSION = 1  # of data/corpus/segments.py; raise it when segments change
 # Folders of the standard library that hold installed packages, or nothing to read.
 _NOT_STDLIB = {"site-packages", "dist-packages", "lib-dynload", "__pycache__"}
 

@@ -11,13 +11,14 @@ import xxhash
 
 from configs.errors import UserError
 from configs.schema import SourceConfig
-from data.corpus.files import DATA_KEYS, source_files
-from data.corpus.prepare import Corpus
+from data.cached_corpus import Corpus
+from data.corpus.encoding import encode_segments, is_lossy
 from data.corpus.report import describe_counts
+from data.corpus.segments import from_document, target_bytes
 from data.corpus.sources import read_records
 from data.packing import Int64Array
-from data.segments import from_document, target_bytes
-from data.token_file import Targets, TokenArray, TokenFile, encode_segments, is_lossy, token_dtype
+from data.source_files import DATA_KEYS, source_files
+from data.token_file import Targets, TokenArray, TokenFile, token_dtype
 from data.tokenizer import Tokenizer
 
 _BATCH_RECORDS = 256  # encoded in one call, on all cores

@@ -23,7 +23,6 @@ the last one of the assistant are left out in training, because no target follow
 import json
 from collections.abc import Iterable, Mapping
 
-TEMPLATE_VERSION = 1  # part of the fingerprint of a source; raise it when segments change
 # The same for Hugging Face transformers, as tokenizer_config.json contains it.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"

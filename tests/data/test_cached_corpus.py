@@ -1,0 +1,144 @@
+"""A training start has its corpus made by another process, and opens it from the cache."""
+
+import contextlib
+import logging
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from configs import UserError
+from configs.schema import DataConfig
+from data import cached_corpus, prepare_corpus
+from data.cache import locked
+from data.corpus.build import build_corpus
+from tests.data.test_targets import chat_config
+from tests.data_corpora import text_config, write_texts
+from tests.lines import ROOT, import_closure
+
+PREPARE = """
+import logging, sys
+from configs.schema import DataConfig
+from data import prepare_corpus
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+prepare_corpus(DataConfig(source="text", path=sys.argv[1], vocab_size=320, validation_fraction=0.2,
+                          cache_directory=sys.argv[2]), 16, 0)
+"""
+
+
+@contextlib.contextmanager
+def held_text(folder: Path) -> Iterator[None]:
+    """Hold the lock of the text of `text_config(folder)`, which every preparation waits for."""
+    build_corpus(text_config(folder, cache_directory=str(folder / "b")))
+    (lock,) = (folder / "b").glob("text-*.lock")
+    with locked([folder / "cache" / lock.stem]):
+        yield
+
+
+def test_training_does_not_import_what_makes_tokens_of_text() -> None:
+    """Not even lazily."""
+    closure = import_closure(Path("train.py"))
+    assert [file for file in closure if Path("data/corpus") in file.parents] == []
+
+
+def test_another_process_makes_the_same_corpus(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """For all kinds of records; it logs as this process does, and a second start needs none."""
+    write_texts(tmp_path, 10)
+    for config in (text_config(tmp_path), chat_config(tmp_path / "chats")):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "microtron"):
+            corpus = prepare_corpus(config, 16, 0)
+            assert "reading documents" in capfd.readouterr().err
+            again = prepare_corpus(config, 16, 0)
+            assert capfd.readouterr().err == ""
+        assert caplog.text.count("document lengths in tokens") == 2
+        other = replace(config, cache_directory=str(tmp_path / "other"))
+        build_corpus(other)
+        expected = prepare_corpus(other, 16, 0)
+        for found in (corpus, again):
+            assert (found.fingerprint, found.summary) == (expected.fingerprint, expected.summary)
+            assert found.text_fingerprint == cached_corpus.text_fingerprint(config)
+            assert found.tokenizer_path.read_bytes() == expected.tokenizer.content
+
+
+def test_errors_for_the_user_are_those_of_the_other_process(tmp_path: Path) -> None:
+    """Word for word, also in letters beyond ASCII."""
+    (tmp_path / "é").mkdir()
+    (tmp_path / "é" / "latin.txt").write_bytes(b"\xe9")
+    expected = r"data.path='.*é' yields no documents; skipped: 1 not UTF-8; give non-empty"
+    with pytest.raises(UserError, match=expected):
+        prepare_corpus(text_config(tmp_path, path=str(tmp_path / "é")), 16, 0)
+    (tmp_path / "file").touch()
+    expected = "cannot prepare the corpus in data.cache_directory=.*: Not a directory"
+    write = text_config(tmp_path, cache_directory=str(tmp_path / "file"))
+    with pytest.raises(UserError, match=expected):
+        prepare_corpus(write, 16, 0)
+
+
+def test_a_preparation_that_is_killed_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the kernel does when memory is short."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Recorded(subprocess.Popen[bytes]):
+        def __init__(self, *args: object, **options: object) -> None:
+            super().__init__(*args, **options)  # type: ignore[call-overload]
+            started.append(self)
+            threading.Timer(0.5, self.kill).start()
+
+    write_texts(tmp_path, 3)
+    with held_text(tmp_path):
+        monkeypatch.setattr(cached_corpus.subprocess, "Popen", Recorded)
+        expected = "the process that prepares the text was ended by SIGKILL; is there enough mem"
+        with pytest.raises(UserError, match=expected):
+            prepare_corpus(text_config(tmp_path), 16, 0)
+    assert [process.returncode for process in started] == [-signal.SIGKILL]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_preparation_ends_with_the_start_that_wants_it(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """Both write to the pipe that is read to its end here."""
+    write_texts(tmp_path, 3)
+    words = [sys.executable, "-c", PREPARE, str(tmp_path / "texts"), str(tmp_path / "cache")]
+    with held_text(tmp_path):
+        process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        assert process.stderr is not None
+        assert "waiting for another process to finish with" in process.stderr.readline()
+        process.send_signal(number)
+        process.communicate(timeout=30)
+
+
+def test_a_folder_of_the_user_called_data_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python begins in the current folder with `-m`."""
+    write_texts(tmp_path, 3)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "__init__.py").write_text("raise RuntimeError")
+    monkeypatch.chdir(tmp_path)
+    assert prepare_corpus(text_config(tmp_path), 16, 0).train.num_tokens > 0
+
+
+def test_text_that_changes_meanwhile_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokens are then of another corpus than the start has asked for."""
+    texts, make = write_texts(tmp_path, 3), cached_corpus._make
+
+    def change(config: DataConfig) -> None:
+        (tmp_path / "texts" / "000.txt").write_text(texts[0] + "more\n")
+        make(config)
+
+    monkeypatch.setattr(cached_corpus, "_make", change)
+    with pytest.raises(UserError, match="the text has changed while it was read; start again"):
+        prepare_corpus(text_config(tmp_path), 16, 0)
