@@ -166,13 +166,14 @@ if __name__ == "__main__":
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from checkpoints import require_fingerprint
 from data import Corpus, prepare_corpus
 from data.corpus.scored_text import load_eval_corpus
 from data.tasks import TaskResult
 from parallel import close_mesh
 from tracking.console import set_up_logging
 from training.evaluation import EvalResult, eval_batches, score, score_task, task_sets
-from training.inference import LoadedModel, load_for_inference, require_fingerprint
+from training.inference import LoadedModel, load_for_inference
 from training.run_folder import exit_on_error, require_same_on_all_ranks
 from training.signals import StopSignals
 from training.state import mesh_from_config

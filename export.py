@@ -55,7 +55,7 @@ import torch
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from checkpoints import Checkpoint, held_checkpoint
+from checkpoints import Checkpoint, held_checkpoint, require_fingerprint
 from checkpoints.full_tensors import TensorInfo, read_full_tensor, write_tensors
 from data import SentencePieceTokenizer, Tokenizer
 from data.corpus.segments import CHAT_TEMPLATE
@@ -66,7 +66,7 @@ from interop.model_card import model_card
 from interop.tokenizer_json import encodes_chats_alike, tokenizer_config, tokenizer_json
 from parallel import DeviceError, Mesh, close_mesh, init_mesh
 from tracking.console import set_up_logging
-from training.inference import load_run_tokenizer, require_fingerprint
+from training.inference import load_run_tokenizer
 from training.optimizer import WEIGHTS
 from training.run_folder import exit_on_error
 

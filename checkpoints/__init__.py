@@ -9,6 +9,7 @@ from types import CodeType
 from checkpoints.load import find_checkpoint as find_checkpoint
 from checkpoints.load import held_checkpoint as held_checkpoint
 from checkpoints.load import load_tensors as load_tensors
+from checkpoints.load import require_fingerprint as require_fingerprint
 from checkpoints.manifest import Checkpoint as Checkpoint
 from checkpoints.manifest import CheckpointError as CheckpointError
 from checkpoints.manifest import checkpoint_directories as checkpoint_directories

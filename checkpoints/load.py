@@ -146,6 +146,16 @@ def _verify(
     return (checkpoint, None) if problem is None else (None, problem)
 
 
+def require_fingerprint(checkpoint: Checkpoint, what: str, fingerprint: str) -> None:
+    """Raise UserError if the tokenizer or the data is not the checkpoint's."""
+    stored = checkpoint.state[f"{what}_fingerprint"]
+    if stored not in (fingerprint, None):  # None: an imported model, whose data is unknown
+        raise UserError(
+            f"the {what} is not the one that {checkpoint.directory} was trained with (fingerprint "
+            f"{fingerprint}, was {stored}); restore it"
+        )
+
+
 @torch.no_grad()
 def load_tensors(
     checkpoint: Checkpoint,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoints import Checkpoint, held_checkpoint, load_tensors
+from checkpoints import Checkpoint, held_checkpoint, load_tensors, require_fingerprint
 from configs import Config, UserError
 from data import Tokenizer, load_tokenizer
 from model import GPT, build_inference_model
@@ -46,13 +46,3 @@ def load_run_tokenizer(folder: Path, config: Config) -> Tokenizer:
     """Load the tokenizer in a run folder; the configuration of the run names its bos and eos."""
     data = config.data
     return load_tokenizer(folder, "the tokenizer of the run", data.bos_token, data.eos_token)
-
-
-def require_fingerprint(checkpoint: Checkpoint, what: str, fingerprint: str) -> None:
-    """Raise UserError if the tokenizer or the data is not the checkpoint's."""
-    stored = checkpoint.state[f"{what}_fingerprint"]
-    if stored not in (fingerprint, None):  # None: an imported model, whose data is unknown
-        raise UserError(
-            f"the {what} is not the one that {checkpoint.directory} was trained with (fingerprint "
-            f"{fingerprint}, was {stored}); restore it"
-        )

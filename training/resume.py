@@ -7,14 +7,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from checkpoints import Checkpoint, CheckpointError, find_checkpoint, load_tensors
+from checkpoints import (
+    Checkpoint,
+    CheckpointError,
+    find_checkpoint,
+    load_tensors,
+    require_fingerprint,
+)
 from configs import RENAMED, Config, DataConfig, OptimizerConfig, flatten
 from configs.errors import format_value
 from configs.init_from import model_of_stage, saved_model, source_checkpoints
 from data import Tokenizer, load_tokenizer
 from parallel import Mesh, any_rank, gather_json
 from training.hardware import report_other_hardware
-from training.inference import require_fingerprint
 from training.optimizer import (
     WEIGHTS,
     learning_rate,

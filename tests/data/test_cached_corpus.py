@@ -75,11 +75,18 @@ def test_errors_for_the_user_are_those_of_the_other_process(tmp_path: Path) -> N
     expected = r"data.path='.*é' yields no documents; skipped: 1 not UTF-8; give non-empty"
     with pytest.raises(UserError, match=expected):
         prepare_corpus(text_config(tmp_path, path=str(tmp_path / "é")), 16, 0)
-    (tmp_path / "file").touch()
-    expected = "cannot prepare the corpus in data.cache_directory=.*: Not a directory"
-    write = text_config(tmp_path, cache_directory=str(tmp_path / "file"))
+
+
+def test_errors_of_the_machine_come_from_the_other_process_too(tmp_path: Path) -> None:
+    """Here a link that points to itself is where a lock belongs."""
+    write_texts(tmp_path, 3)
+    build_corpus(text_config(tmp_path, cache_directory=str(tmp_path / "b")))
+    (lock,) = (tmp_path / "b").glob("text-*.lock")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / lock.name).symlink_to(lock.name)
+    expected = "cannot prepare the corpus in data.cache_directory=.*: Too many levels of symbolic"
     with pytest.raises(UserError, match=expected):
-        prepare_corpus(write, 16, 0)
+        prepare_corpus(text_config(tmp_path), 16, 0)
 
 
 def test_a_preparation_that_is_killed_is_an_error(
