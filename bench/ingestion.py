@@ -22,6 +22,7 @@ import sentencepiece
 
 from configs import DataConfig, WeightedSource
 from data import prepare_corpus
+from data.corpus.build import build_corpus
 from data.source_files import source_files
 
 ROOT = Path(__file__).parent.parent
@@ -115,7 +116,7 @@ def main() -> None:
         times = TimesToTokenize()
         logging.getLogger("microtron").addHandler(times)
         logging.getLogger("microtron").setLevel(logging.INFO)
-        prepare_corpus(config_of(patterns, arguments.cache), 1024, 0)
+        build_corpus(config_of(patterns, arguments.cache))
         peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         sys.stdout.write(f"{times.total_s} {peak_mb}\n")
         return
