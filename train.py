@@ -103,18 +103,18 @@ def train_until_stop_or_rollback(
         Watchdog(run),
         folder.recording_failure(),
     ):
-        if log.lacks_evaluation and stop is None and due(state.step, evaluation_interval):
-            log.evaluation(state, evaluate(run, state, documents, tasks, signals))
-            stop = signals.agree_now(run.mesh)
-        while state.step < last and stop is None:
+        while stop is None:
+            is_due = due(state.step, evaluation_interval, config.train.train_steps)
+            if is_due and log.lacks_evaluation:
+                log.evaluation(state, evaluate(run, state, documents, tasks, signals))
+                stop = signals.agree_now(run.mesh)
+            if stop is not None or state.step >= last:
+                break
             with profiler.step(state.step + 1):
                 result = train_step(run, state, batches, signals)
             state = state.advance(result, config.train.global_batch_size)
             folder.step, stop = state.step, result.stop
             log.step(state, result)
-            if stop is None and due(state.step, evaluation_interval, config.train.train_steps):
-                log.evaluation(state, evaluate(run, state, documents, tasks, signals))
-                stop = signals.agree_now(run.mesh)
             if due(state.step, config.debug.audit_interval):
                 check_replicas(run, state)
             saves.commit_if_written()

@@ -10,9 +10,9 @@ from text, in a process of its own, so that training knows nothing of text; data
 tells how.
 """
 
+import contextlib
 import json
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -36,7 +36,6 @@ RECIPE_VERSION = 1  # of data/corpus/tokenizer_training.py, whose changes give o
 SAMPLE_BYTES = 8_000_000  # of training text that a tokenizer learns from: about 200,000 lines
 SPLITS = ("train", "validation")
 _POLL_INTERVAL_S = 0.2
-_LOG_INTERVAL_S = 60.0
 
 logger = logging.getLogger("microtron")
 
@@ -79,12 +78,8 @@ def prepare_corpus(config: DataConfig, seq_length: int, local_rank: int) -> Corp
         folders = _tokens(entry)
         if folders is None:
             raise UserError("the text has changed while it was read; start again")
-    logged_at = time.monotonic()
     while folders is None:  # if the text cannot be prepared, the launcher ends this rank
         time.sleep(_POLL_INTERVAL_S)
-        if time.monotonic() - logged_at > _LOG_INTERVAL_S:
-            logged_at = time.monotonic()
-            logger.info("waiting for local rank 0 to prepare %s", entry)
         folders = _tokens(entry)
     corpus = _open(config, entry, folders, tokenizer)
     if local_rank == 0:
@@ -133,14 +128,12 @@ def corpus_entry(
     tokenizer: Tokenizer | None,
 ) -> Path:
     """Return the folder of a corpus, named by all that decides its content."""
-    by: list[object] = [
-        config.validation_fraction,
-        *(source.weight for source in config.mixture.values()),
-    ]
-    if tokenizer is None:
-        by += [RECIPE_VERSION, SAMPLE_BYTES, config.padded_vocab_size]
+    by: list[object] = [config.validation_fraction]
+    if tokenizer is not None:
+        by.append(tokenizer.fingerprint)
     else:
-        by += [tokenizer.fingerprint]
+        by += [RECIPE_VERSION, SAMPLE_BYTES, config.padded_vocab_size]
+        by += [source.config.weight for source in sources if sources[1:]]
     name = key_of(joined_fingerprint(sources, held_out), by)
     return cache_directory(config) / f"corpus-{name}"
 
@@ -175,26 +168,37 @@ def _tokens(entry: Path) -> list[Path] | None:
 
 
 def _make(config: DataConfig) -> None:
-    """Run `python -m data.corpus`, which ends when this process does: its stdin is then closed."""
-    path = [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    pipe, environ = subprocess.PIPE, os.environ | {"PYTHONPATH": os.pathsep.join(path)}
-    # -P: not from a folder `data` of the user.
-    command = [sys.executable, "-P", "-m", "data.corpus"]
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environ) as process:
-        assert process.stdin is not None, "it is a pipe"
-        assert process.stdout is not None, "it is a pipe"
-        task = {"log_level": logger.getEffectiveLevel(), "data": asdict(config)}
-        process.stdin.write(json.dumps(task).encode() + b"\n")
-        process.stdin.flush()
-        message = process.stdout.read()  # to the end of the process
-    if process.returncode == EXIT_BEFORE_TRAINING and message:
-        raise UserError(json.loads(message))
+    """Have data/corpus/__main__.py prepare the text; it ends when we do, which closes its stdin."""
+    root = str(Path(__file__).parent.parent)
+    # With -P a folder `data` where the user runs this is not taken for ours.
+    code = f"import sys; sys.path.insert(0, {root!r}); from data.corpus.__main__ import main"
+    command = [sys.executable, "-P", "-c", f"{code}; sys.exit(main())"]
+    pipe = subprocess.PIPE
+    try:  # in a process group of its own, so that Ctrl-C only reaches us
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, process_group=0)
+    except OSError as error:
+        raise UserError(f"cannot start a process to prepare the text: {error.strerror}") from error
+    assert process.stdin is not None, "it is a pipe"
+    assert process.stdout is not None, "it is a pipe"
+    task = {"log_level": logger.getEffectiveLevel(), "data": asdict(config)}
+    with process:
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it has ended
+                process.stdin.write(json.dumps(task).encode() + b"\n")
+                process.stdin.flush()
+            message = process.stdout.read()  # to its end
+            process.wait()
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode == EXIT_BEFORE_TRAINING:
+        raise UserError(json.loads(message.splitlines()[-1]))
     if process.returncode < 0:
         number = signal.Signals(-process.returncode)
-        hint = "; is there enough memory?" if number == signal.SIGKILL else ""
+        hint = "; is there enough memory?" if number in (signal.SIGKILL, signal.SIGABRT) else ""
         raise UserError(f"the process that prepares the text was ended by {number.name}{hint}")
     if process.returncode:
-        raise RuntimeError("python -m data.corpus failed: its error is above")
+        raise RuntimeError("the preparation of text has failed: its error is above")
 
 
 def _open(config: DataConfig, entry: Path, folders: list[Path], given: Tokenizer | None) -> Corpus:

@@ -6,6 +6,7 @@ import json
 import random
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import sentencepiece
@@ -22,9 +23,10 @@ _WORDS = ["def", "return", "self", "import", "value", "for", "while", "if", "nam
 
 def prepare_corpus(config: DataConfig, seq_length: int, local_rank: int) -> Corpus:
     """As `data.prepare_corpus`, but local rank 0 builds in this process what is missing."""
-    if local_rank == 0:
-        build_corpus(config)
-    return cached_corpus.prepare_corpus(config, seq_length, local_rank)
+    if local_rank:
+        return cached_corpus.prepare_corpus(config, seq_length, local_rank)
+    with mock.patch.object(cached_corpus, "_make", build_corpus):
+        return cached_corpus.prepare_corpus(config, seq_length, local_rank)
 
 
 def random_text(seed: int, num_lines: int) -> str:

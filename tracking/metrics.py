@@ -44,7 +44,7 @@ class RunLog:
         self.seconds_per_step: float | None = None
         self.views: list[TensorBoardWriter | WandbForwarder] = []
         last_row = truncate_rows(run.folder.metrics, state.step) if self.is_writer else {}
-        # A signal may have ended the evaluation of the step that was saved.
+        # Whether the last step has no evaluation: it may have been ended by a signal or a kill.
         self.lacks_evaluation = any_rank(run.mesh, "train/loss" in last_row)
         if self.is_writer:
             truncate_rows(run.folder.samples, state.step)
@@ -101,6 +101,7 @@ class RunLog:
             "memory/peak_gib": peak_memory_gib(self.mesh.device),
         }
         self._write(row)
+        self.lacks_evaluation = True
         is_first, last = self.seconds_per_step is None, last_step(self.config)
         previous = self.seconds_per_step or result.elapsed_s
         self.seconds_per_step = _SMOOTHING * previous + (1 - _SMOOTHING) * result.elapsed_s
@@ -132,6 +133,7 @@ class RunLog:
         if evaluation.num_unknown:
             row["eval/unknown_fraction"] = evaluation.num_unknown / evaluation.num_targets
         self._write(row)
+        self.lacks_evaluation = False
         for warning in evaluation.warnings if self.is_writer else ():
             logger.warning("%s", warning)
         if evaluation.sample is not None:

@@ -7,37 +7,39 @@ start. If there is an error for the user, it is written to stdout as JSON, and t
 import json
 import logging
 import os
-import signal
 import sys
 import threading
-from typing import cast
-
-from omegaconf import OmegaConf
+from typing import Any
 
 from configs.errors import UserError, machine_errors_as_user_errors
 from configs.launch import EXIT_BEFORE_TRAINING, is_rank_zero
-from configs.schema import DataConfig
+from configs.schema import DataConfig, WeightedSource
 from data.corpus.build import build_corpus
 
 
 def main() -> int:
     """Do what the line on stdin says; return the exit code."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the start
+    stdout = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is not the answer
     task = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_stdin, daemon=True).start()
     prefix = "" if is_rank_zero() else f"[rank {os.environ['RANK']}] "
     logging.basicConfig(format=f"{prefix}%(message)s", level=logging.WARNING)
     logging.getLogger("microtron").setLevel(task["log_level"])
-    settings = OmegaConf.merge(OmegaConf.structured(DataConfig), task["data"])
-    config = cast(DataConfig, OmegaConf.to_object(settings))
+    config = _from_json(task["data"])
     cache = config.cache_directory
     try:
         with machine_errors_as_user_errors(f"prepare the corpus in data.cache_directory={cache}"):
             build_corpus(config)
     except UserError as error:
-        json.dump(str(error), sys.stdout)
+        os.write(stdout, json.dumps(str(error)).encode())
         return EXIT_BEFORE_TRAINING
     return 0
+
+
+def _from_json(settings: dict[str, Any]) -> DataConfig:
+    sources = tuple(WeightedSource(**source) for source in settings.pop("sources"))
+    return DataConfig(**settings, sources=sources)
 
 
 def _end_with_stdin() -> None:

@@ -129,12 +129,25 @@ def build_corpus(config: DataConfig, first: float = 0.0) -> int:
     _delete_texts(everything)
     facts = _facts(config, everything, [tokens for tokens, *_ in jobs], tokenizer)
     facts["text_fingerprint"] = joined_fingerprint(*found)
-
-    def fill_corpus(work: Path) -> None:
-        cache.write_header(work, [], facts)
-
-    entries.require_entry(corpus_entry(config, *found, given), lambda: fill_corpus, [])
+    _write_facts(corpus_entry(config, *found, given), facts)
     return sum(num_new)
+
+
+def _write_facts(entry: Path, facts: dict[str, Any]) -> None:
+    """Make the entry of a corpus, unless it is there with the same facts.
+
+    Other facts are those of another commit of the hub, or of a library that trains another
+    tokenizer, of which this cache has been cleared in part.
+    """
+
+    def has_them() -> bool:
+        return cache.is_complete(entry) and facts.items() <= cache.read_header(entry).items()
+
+    if not has_them():
+        with cache.locked([entry]):
+            if cache.is_complete(entry) and not has_them():
+                shutil.rmtree(entry)
+            entries.build_entry(entry, lambda work: cache.write_header(work, [], facts))
 
 
 def _in_folder(found: FoundSource, folder: Path, given: Tokenizer | None, first: float) -> Source:
@@ -151,14 +164,13 @@ def _facts(
     headers, n = [cache.read_header(folder) for folder in folders], len(config.mixture)
     summaries = [header["summary"] for header in headers]
     summary = report.joined_summary(dict(zip(config.mixture, summaries, strict=False)))
-    if summaries[n:]:
-        held_out = dict(zip(map(str, folders), summaries[n:], strict=False))
+    if held_out := dict(zip(config.mixture, summaries[n:], strict=False)):
         # The held-out documents of the sources are among those given.
         excluded = summary["validation"]["documents"]
         given = report.joined_summary(held_out)["validation"]
         summary = {**summary, "excluded": excluded, "validation": given}
     fingerprints = [header["fingerprint"] for header in headers]
-    is_evaluated = bool(summaries[n:]) or config.validation_fraction > 0
+    is_evaluated = bool(held_out) or config.validation_fraction > 0
     return {
         "tokens": [folder.name for folder in folders],
         "tokenizer": tokenizer.file_name,

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,17 +14,18 @@ from pathlib import Path
 import pytest
 
 from configs import UserError
-from configs.schema import DataConfig
-from data import cached_corpus, prepare_corpus
+from configs.schema import DataConfig, WeightedSource
+from data import Corpus, cached_corpus, prepare_corpus
 from data.cache import locked
+from data.corpus import build
 from data.corpus.build import build_corpus
 from tests.data.test_targets import chat_config
-from tests.data_corpora import text_config, write_texts
+from tests.data_corpora import small_tokenizer, text_config, write_texts
 from tests.lines import ROOT, import_closure
 
 PREPARE = """
 import logging, sys
-from configs.schema import DataConfig
+from configs.schema import DataConfig, WeightedSource
 from data import prepare_corpus
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 prepare_corpus(DataConfig(source="text", path=sys.argv[1], vocab_size=320, validation_fraction=0.2,
@@ -40,6 +42,12 @@ def held_text(folder: Path) -> Iterator[None]:
         yield
 
 
+def cached(config: DataConfig) -> Corpus:
+    """Build a corpus here, and open it."""
+    build_corpus(config)
+    return prepare_corpus(config, 16, 0)
+
+
 def test_training_does_not_import_what_makes_tokens_of_text() -> None:
     """Not even lazily."""
     closure = import_closure(Path("train.py"))
@@ -50,8 +58,17 @@ def test_another_process_makes_the_same_corpus(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """For all kinds of records; it logs as this process does, and a second start needs none."""
-    write_texts(tmp_path, 10)
-    for config in (text_config(tmp_path), chat_config(tmp_path / "chats")):
+    write_texts(tmp_path, 20)
+    held_out = str(tmp_path / "texts" / "012.txt")
+    mixture = (
+        WeightedSource("text", str(tmp_path / "texts" / "00*"), weight=3),
+        WeightedSource("text", str(tmp_path / "texts" / "01*"), validation_path=held_out),
+    )
+    for config in (
+        text_config(tmp_path),
+        chat_config(tmp_path / "chats"),
+        text_config(tmp_path, sources=mixture, source="python_stdlib", path=None),
+    ):
         caplog.clear()
         with caplog.at_level(logging.INFO, "microtron"):
             corpus = prepare_corpus(config, 16, 0)
@@ -103,7 +120,7 @@ def test_a_preparation_that_is_killed_is_an_error(
 
     write_texts(tmp_path, 3)
     with held_text(tmp_path):
-        monkeypatch.setattr(cached_corpus.subprocess, "Popen", Recorded)
+        monkeypatch.setattr("data.cached_corpus.subprocess.Popen", Recorded)
         expected = "the process that prepares the text was ended by SIGKILL; is there enough mem"
         with pytest.raises(UserError, match=expected):
             prepare_corpus(text_config(tmp_path), 16, 0)
@@ -148,4 +165,68 @@ def test_text_that_changes_meanwhile_is_an_error(
 
     monkeypatch.setattr(cached_corpus, "_make", change)
     with pytest.raises(UserError, match="the text has changed while it was read; start again"):
+        prepare_corpus(text_config(tmp_path), 16, 0)
+
+
+def test_a_corpus_of_other_tokens_is_described_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later version of a library may train another tokenizer from the same text."""
+    write_texts(tmp_path, 5)
+    config = text_config(tmp_path)
+    build_corpus(config)
+    first = prepare_corpus(config, 16, 0)
+    for name in ("tokenizer", "tokens"):
+        (folder,) = (tmp_path / "cache").glob(f"{name}-*[!k]")
+        shutil.rmtree(folder)
+    train = build.train_tokenizer
+    monkeypatch.setattr(build, "train_tokenizer", lambda text, size: train(text[::2], size))
+    build_corpus(config)
+    second = prepare_corpus(config, 16, 0)
+    assert second.tokenizer.fingerprint != first.tokenizer.fingerprint
+    assert second.fingerprint != first.fingerprint
+    assert second.summary["train"]["tokens"] == second.train.num_tokens != first.train.num_tokens
+
+
+def test_held_out_text_of_equal_sources_is_counted_twice(tmp_path: Path) -> None:
+    """Both have the same folder of tokens."""
+    write_texts(tmp_path, 9)
+    text = str(tmp_path / "texts" / "00[0-5]*")
+    sources = tuple(
+        WeightedSource("text", text, validation_path=str(tmp_path / "texts" / f"00{n}.txt"))
+        for n in (7, 8)
+    )
+    corpus = cached(text_config(tmp_path, sources=sources, source="python_stdlib", path=None))
+    assert corpus.validation.num_documents == 2
+    assert corpus.summary["validation"]["documents"] == 2
+    assert corpus.summary["validation"]["tokens"] == corpus.validation.num_tokens
+
+
+def test_weights_with_a_given_tokenizer_write_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a cache that cannot be written to serves all of them."""
+    write_texts(tmp_path, 9)
+    (tmp_path / "t.model").write_bytes(small_tokenizer().content)
+
+    def config(weight: float) -> DataConfig:
+        text = str(tmp_path / "texts" / "00")
+        sources = tuple(WeightedSource("text", f"{text}{n}*", weight=weight) for n in ("[0-5]", 6))
+        alone = {"source": "python_stdlib", "path": None, "tokenizer": str(tmp_path / "t.model")}
+        return text_config(tmp_path, sources=sources, **alone)
+
+    first = cached(config(1.0))
+    monkeypatch.setattr(cached_corpus, "_make", None)
+    assert prepare_corpus(config(2.0), 16, 0).fingerprint == first.fingerprint
+
+
+def test_what_libraries_print_is_not_taken_for_the_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here by a module that Python imports when it starts."""
+    (tmp_path / "sitecustomize.py").write_text("print('hello')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "latin.txt").write_bytes(b"\xe9")
+    with pytest.raises(UserError, match="yields no documents"):
         prepare_corpus(text_config(tmp_path), 16, 0)

@@ -22,6 +22,7 @@ from configs.schema import DataConfig
 from data import Corpus, text_fingerprint
 from data.cache import file_digest
 from data.cached_corpus import SPLITS
+from data.corpus.build import build_corpus
 from data.corpus.encoding import encode_segments
 from data.corpus.spool import Record, open_spool, sample_sentences, write_spool
 from data.rows import Rows
@@ -242,6 +243,7 @@ ENTRY_FILES = [
     *(f"tokens-*/{split}.{part}" for split in SPLITS for part in PARTS),
     "tokens-*/tokenizer.model",
     "tokens-*/header.json",
+    "corpus-*/header.json",
     "tokenizer-*/tokenizer.model",
     "tokenizer-*/header.json",
     "documents-*/hashes",
@@ -265,6 +267,8 @@ def test_a_damaged_entry_is_rebuilt(
     expected = documents(first, first.train)
     damage(path)
     caplog.clear()
+    if pattern.startswith(("tokenizer-", "documents-")):  # training does not read them
+        build_corpus(text_config(tmp_path))
     second = prepare_corpus(text_config(tmp_path), 16, 0)
     assert f"cache entry {path.parent} is damaged" in caplog.text
     assert documents(second, second.train) == expected
