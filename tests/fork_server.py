@@ -23,7 +23,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-# Everything that is slow to import; nothing is computed, so that no thread exists when it forks.
+# Everything that is slow to import, of programs and of pools; nothing is computed, so that no
+# thread exists when it forks.
 _PRELOAD = (
     "datasets",
     "sentencepiece",
@@ -34,6 +35,9 @@ _PRELOAD = (
     "generate",
     "evaluate",
     "wandb",
+    "torch.utils.tensorboard",
+    "pytest",
+    "tests.trained_runs",
     "tests.fork_server",
 )
 # Each rank leaves a file `PID-RANK` in this folder, as /proc shows the server's command line.
