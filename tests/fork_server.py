@@ -3,7 +3,8 @@
 A Python process spends seconds on importing torch, for torchrun and for every rank. The fork
 server pays for that once per test session. A program behaves as if it had been started from a
 shell: its own session, environment, arguments, output pipe and exit code. torchrun is the real
-elastic agent, which forks its workers instead of starting an interpreter for each.
+elastic agent, which forks its workers instead of starting an interpreter for each. Only the peak
+matmul rate, which MFU is relative to, is not measured; what `tests.runs.launch` starts does.
 """
 
 import contextlib
@@ -22,6 +23,8 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from training import hardware
 
 # Everything that is slow to import, of programs and of pools; nothing is computed, so that no
 # thread exists when it forks.
@@ -130,6 +133,7 @@ def _run(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir("/")
+    hardware._seconds_of_product = lambda _: 1.0
     if largest_file_kib is not None:
         limit = largest_file_kib << 10
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

@@ -97,7 +97,6 @@ def run_in_pool(mesh: Mesh, config: Config, fastest: Choice) -> None:
     """Train on one rank of the pool."""
     with (
         patch.object(hardware, "fastest_precision", lambda _: Precision(fastest, fastest)),
-        patch.object(hardware, "_seconds_of_product", lambda _: 1.0),  # native can take a minute
         RunFolder(config, mesh) as folder,
     ):
         assert train(config, mesh, folder, StopSignals()) == 0
