@@ -55,6 +55,7 @@ def settings(corpus: Path, directory: Path, *overrides: str) -> list[str]:
         "optimizer.min_lr=1e-3",
         "optimizer.lr_warmup_steps=2",
         "evaluate.interval=3",
+        "evaluate.max_sequences=19",
         "evaluate.sample_tokens=4",
         "checkpoint.save_interval=0",
         "logging.wandb=disabled",
