@@ -31,7 +31,7 @@ import torch.distributed as dist
 from configs import Config, parse_config
 from parallel.mesh import make_mesh
 from parallel.transport.backend import cpu_backend
-from tests.conftest import write_corpus
+from tests.plugin import write_corpus
 from tests.runs import rows, settings
 from train import train
 from training.run_folder import RunFolder

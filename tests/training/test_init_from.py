@@ -18,12 +18,12 @@ from data.rows import MicroBatch
 from import_hf import Settings
 from parallel import Mesh
 from tests.configs.test_load import PROGRAM, _python
-from tests.conftest import write_corpus
 from tests.data_corpora import prepare_corpus, small_tokenizer, write_json_tokenizer
 from tests.distributed import ONE_RANK, Layout, distributed, run_on
 from tests.interop.test_import_hf import hf_model, import_on
 from tests.interop.test_interop_page import run as run_block
 from tests.lines import ROOT
+from tests.plugin import write_corpus
 from tests.reference import reference_losses
 from tests.runs import (
     finish,
