@@ -27,8 +27,13 @@ from training import hardware
 from training.run_folder import RunFolder
 from training.signals import StopSignals
 
-# Forty steps on two ranks: long enough to interrupt in the middle.
-LONG = ("train.train_steps=40", "checkpoint.save_interval=5", "evaluate.interval=0")
+# Forty steps of two micro-batches on two ranks: long enough to interrupt in the middle.
+LONG = (
+    "train.train_steps=40",
+    "train.micro_batch_size=4",
+    "checkpoint.save_interval=5",
+    "evaluate.interval=0",
+)
 
 
 def settings(corpus: Path, directory: Path, *overrides: str) -> list[str]:

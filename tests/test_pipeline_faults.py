@@ -35,7 +35,8 @@ UNTIED = ("model.num_layers=5", "model.untie_embeddings_and_output_weights=true"
 def stages(number: int) -> tuple[str, ...]:
     """The settings of a long run on this many stages."""
     layout = f"parallel.pipeline_model_parallel_size={number}"
-    return (*LONG, *UNTIED, "parallel.tensor_model_parallel_size=1", layout)
+    split = ("parallel.tensor_model_parallel_size=1", layout, "train.micro_batch_size=2")
+    return (*LONG, *UNTIED, *split)
 
 
 def each_stage(*drilled: int) -> list[Any]:
