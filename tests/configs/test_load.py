@@ -252,7 +252,10 @@ def test_every_setting_has_a_help_text_and_a_row_in_the_table() -> None:
     assert "| optimizer | lr | number | 0.0006 | Peak learning rate |" in rows
 
 
-@pytest.mark.parametrize("argument", ["--help", "-h", "help", "config=list"])
+@pytest.mark.parametrize(
+    "argument",
+    ["--help", "config=list", *(pytest.param(a, marks=pytest.mark.slow) for a in ("-h", "help"))],
+)
 def test_information_exits_with_0(argument: str) -> None:
     """It goes to stdout, alone."""
     done = _python("-c", PROGRAM, argument)
