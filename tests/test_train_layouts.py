@@ -113,7 +113,7 @@ def test_every_layout_gives_the_same_losses(
         ONE_RANK: 4,
         Layout(tp=2): 8,
         Layout(tp=2, sp=False): 2,
-        Layout(tp=4): 1,
+        Layout(tp=4): 4,
         Layout(dp=2): 4,
         Layout(tp=2, dp=2): 2,
         Layout(dp=4): 1,

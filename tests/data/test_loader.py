@@ -103,7 +103,7 @@ def test_samples_do_not_depend_on_the_layout(mode: str, is_mixture: bool) -> Non
     expected = [samples([step]) for step in steps(corpus, 9, mode=mode)]
     assert [row[0] for step in expected for row in step] == list(range(9 * 12))
     for dp_size in (1, 3, 6) if is_mixture else (1, 2, 3, 4, 6):
-        for micro_batch_size in (1, 2, 12 // dp_size, 5):
+        for micro_batch_size in {1, 2, 12 // dp_size, 5}:
             for first_step in (0, 4, 7):
                 found: list[list[Sample]] = [[] for _ in range(first_step, 9)]
                 num_micro_batches = set()
