@@ -37,6 +37,7 @@ _MODULES = {  # what the checks import besides torch, and the package that has i
     "pytest_timeout": "pytest-timeout",
     "safetensors": "safetensors",
     "sentencepiece": "sentencepiece",
+    "tokenizers": "tokenizers",
     "xxhash": "xxhash",
     "yaml": "pyyaml",
 }

@@ -3,10 +3,13 @@
 import re
 import subprocess
 import sys
+import venv
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 from bench import gpu_check
 from ops.dropout import dropout_keys
@@ -16,18 +19,46 @@ from tests.lines import ROOT
 pytestmark = pytest.mark.timeout(600)
 
 
-def check(tmp_path: Path, *arguments: str) -> tuple[int, str]:
-    command = [sys.executable, str(ROOT / "bench" / "gpu_check.py"), str(tmp_path), *arguments]
+def with_required(name: str) -> set[str]:
+    """A package and all that it requires."""
+    required = map(Requirement, distribution(name).requires or ())
+    names = [r.name for r in required if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return {name}.union(*map(with_required, names))
+
+
+@pytest.fixture(scope="module")
+def bare_python(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The interpreter of an environment that has torch and what the check installs."""
+    folder = tmp_path_factory.mktemp("bare")
+    venv.create(folder, symlinks=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    for name in with_required("torch") | {*gpu_check._MODULES.values()}:
+        installed = distribution(name)
+        for top in {file.parts[0] for file in installed.files or ()} - {"..", "__pycache__"}:
+            (site / top).unlink(missing_ok=True)
+            (site / top).symlink_to(str(installed.locate_file(top)))
+    return str(folder / "bin" / "python")
+
+
+def check(tmp_path: Path, *arguments: str, python: str = sys.executable) -> tuple[int, str]:
+    command = [python, str(ROOT / "bench" / "gpu_check.py"), str(tmp_path), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     page = (tmp_path / "gpu_check.md").read_text()
     assert page == result.stdout
     return result.returncode, page
 
 
+def test_a_bare_machine_needs_no_other_packages(tmp_path: Path, bare_python: str) -> None:
+    """Beside torch, those that the check installs are enough."""
+    only = ("--only", "memory")
+    code, page = check(tmp_path, "--device", "cpu", "--tiny", *only, python=bare_python)
+    assert code == 0, page
+
+
 @pytest.mark.slow
-def test_every_section_has_results(tmp_path: Path) -> None:
+def test_every_section_has_results(tmp_path: Path, bare_python: str) -> None:
     """Losses of both precisions, a row per variant, kernels, peaks, and the number of tests."""
-    code, page = check(tmp_path, "--device", "cpu", "--tiny")
+    code, page = check(tmp_path, "--device", "cpu", "--tiny", python=bare_python)
     assert code == 0, page
     assert [line for line in page.splitlines() if line.startswith("## ")] == [
         line
