@@ -55,6 +55,16 @@ def test_a_bare_machine_needs_no_other_packages(tmp_path: Path, bare_python: str
     assert code == 0, page
 
 
+def test_a_bare_machine_finds_the_tests(bare_python: str) -> None:
+    """None of their files imports another package."""
+    command = [bare_python, "-m", "pytest", "--collect-only", "-q", *gpu_check._TESTS]
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT / "tests", check=False
+    )
+    assert result.returncode == 0, result.stdout[-2000:]
+    assert "test_huggingface" not in result.stdout
+
+
 @pytest.mark.slow
 def test_every_section_has_results(tmp_path: Path, bare_python: str) -> None:
     """Losses of both precisions, a row per variant, kernels, peaks, and the number of tests."""

@@ -50,7 +50,7 @@ class RunLog:
             truncate_rows(run.folder.samples, state.step)
             folder, sent_config = run.folder.path, wandb_config(run.config, run.mesh)
             sent_config["origin"] = state.origin
-            with self._os_errors_as_warnings("TensorBoard"):
+            with self._failures_as_warnings("TensorBoard"):
                 self.views.append(TensorBoardWriter(folder / "tensorboard", state.step + 1))
             self.views.append(
                 WandbForwarder(run.config.logging, folder, state.wandb_id, sent_config)
@@ -63,22 +63,22 @@ class RunLog:
         self.rows.close()
         self.samples.close()
         for view in self.views:
-            with self._os_errors_as_warnings(type(view).__name__):
+            with self._failures_as_warnings(type(view).__name__):
                 view.finish(failed=kind is not None)
 
     @contextlib.contextmanager
-    def _os_errors_as_warnings(self, name: str) -> Iterator[None]:
-        """Log an OSError of a view as a warning; metrics.jsonl has all rows."""
+    def _failures_as_warnings(self, name: str) -> Iterator[None]:
+        """Log what a full disk or a missing package does to a view; metrics.jsonl has all rows."""
         try:
             yield
-        except OSError as error:
+        except (OSError, ImportError) as error:
             logger.warning("%s: %s; training continues without it", name, error)
 
     def _show(self, row: Mapping[str, Any]) -> None:
         """Pass a row to the views, and drop a view that fails."""
         views, self.views = self.views, []
         for view in views:
-            with self._os_errors_as_warnings(type(view).__name__):
+            with self._failures_as_warnings(type(view).__name__):
                 view.log(row)
                 self.views.append(view)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,6 +132,19 @@ def test_a_view_whose_disk_is_full_does_not_stop_training(mesh: Mesh, tmp_path: 
         with mock.patch.object(TensorBoardWriter, method, full):
             assert len(mfus_of(config_of_run(), mesh, tmp_path / method, *steps)) == 2
     assert full.call_count == 3  # dropped after the first failure
+
+
+@distributed(ONE_RANK)
+def test_tensorboard_may_be_missing(mesh: Mesh, tmp_path: Path) -> None:
+    """It is one warning, and metrics.jsonl has every row."""
+    loaded = [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]
+    with (
+        mock.patch.dict(sys.modules, dict.fromkeys([*loaded, "tensorboard"])),
+        mock.patch("tracking.metrics.logger.warning") as warn,
+    ):
+        assert len(mfus_of(config_of_run(), mesh, tmp_path, step_of(100, 10.0, 1.0))) == 1
+    assert warn.call_count == 1
+    assert "training continues without it" in warn.call_args.args[0]
 
 
 @distributed(Layout(dp=2), Layout(tp=2, dp=2))
