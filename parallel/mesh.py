@@ -95,17 +95,18 @@ def init_mesh(
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     torch.set_num_threads(threads_per_rank(num_threads, os.environ))
     use_full_precision()
+    if overlap != "none" and 1 < tensor_model_parallel_size == world_size:
+        # Start kernels in launch order, so that a collective starts before the matmul that
+        # hides it (Megatron-LM asks its users to set this). Read when CUDA starts, which is in
+        # `join_attempt`. Not with FSDP2 over several ranks, because it would delay FSDP2's own
+        # streams.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     num_gpus = torch.cuda.device_count()
     gpu = local_rank % max(1, num_gpus)
     attempt, store, device_type, is_restart = join_attempt(device, num_gpus, gpu)
     torch_device = torch.device(device_type)
     if use_cuda := device_type == "cuda":
         torch_device = torch.device("cuda", gpu)
-        if overlap != "none" and 1 < tensor_model_parallel_size == world_size:
-            # Start kernels in launch order, so that a collective starts before the matmul that
-            # hides it (Megatron-LM asks its users to set this). Read when CUDA starts. Not with
-            # FSDP2 over several ranks, because it would delay FSDP2's own streams.
-            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(torch_device)
     backend = "cpu:gloo,cuda:nccl" if use_cuda else cpu_backend(share_memory)
     if store is not None:

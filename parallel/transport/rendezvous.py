@@ -24,6 +24,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
@@ -61,12 +62,13 @@ def join_attempt(device: str, num_gpus: int, gpu: int) -> tuple[str, Store | Non
     `device` is train.device; `gpu` is this rank's choice among the `num_gpus` that it sees. Raises
     DeviceError on all ranks if they cannot agree, DistError if a rank does not arrive in time.
     """
+    uses_gpu = num_gpus > 0 and device != "cpu"
     facts = {
         "choice": device,
         "host": socket.gethostname(),
         "num_gpus": num_gpus,
-        # A launcher may show each rank all GPUs of its host, or only one.
-        "gpu": [machine_id(), os.environ.get("CUDA_VISIBLE_DEVICES"), gpu],
+        # Not its number: a launcher may show each rank all GPUs of its host, or one as number 0.
+        "gpu": str(torch.cuda.get_device_properties(gpu).uuid) if uses_gpu else None,
         "restarts": num_restarts(),
     }
     name, store = secrets.token_hex(8), None

@@ -44,8 +44,7 @@ def test_a_gpu_starts_kernels_in_order_only_for_tensor_parallelism(
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("OMP_NUM_THREADS", "2")  # set by the user, so left unchanged
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "set_device", start)
-    monkeypatch.setattr("parallel.mesh.join_attempt", lambda *_: ("", None, "cuda", False))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", start)
     with pytest.raises(CudaStarts):
         init_mesh(tp, True, overlap)
     assert os.environ.get(variable) == expected

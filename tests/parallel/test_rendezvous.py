@@ -6,13 +6,16 @@ import re
 import signal
 import socket
 import time
+import uuid
 from multiprocessing.queues import Queue
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from torch.distributed import TCPStore
 
+from parallel.transport import rendezvous
 from parallel.transport.rendezvous import _decide, join_attempt
 from tests.runs import finish, settings, start
 
@@ -88,15 +91,12 @@ def test_ranks_meet_without_a_launcher_store() -> None:
     assert joined == [(rank, joined[0][1], "cpu", True) for rank in (0, 1)]
 
 
-def _rank(
-    num_gpus: int, gpu: int = 0, host: str = "a", choice: str = "auto", visible: str = ""
-) -> dict[str, Any]:
-    identity = [host, visible, gpu]
+def _rank(num_gpus: int, gpu: int = 0, host: str = "a", choice: str = "auto") -> dict[str, Any]:
     return {
         "choice": choice,
         "host": host,
         "num_gpus": num_gpus,
-        "gpu": identity,
+        "gpu": f"UUID {gpu} of {host}",
         "restarts": 0,
     }
 
@@ -109,7 +109,7 @@ def _rank(
         ([_rank(2, choice="cpu"), _rank(0, choice="cpu")], "cpu"),
         ([_rank(1), _rank(1, host="b")], "cuda"),
         # Slurm may show each rank only its own GPU.
-        ([_rank(1, visible="0"), _rank(1, visible="1")], "cuda"),
+        ([_rank(1), _rank(1, 1)], "cuda"),
     ],
 )
 def test_device_for_all_ranks(ranks: list[dict[str, Any]], device: str) -> None:
@@ -133,6 +133,21 @@ def test_no_device_for_all_ranks(ranks: list[dict[str, Any]], setting: str, lack
         f"train.device={setting} on rank 0, but {lacking} have no GPU of their own or another "
         "train.device; start one rank per GPU, or set train.device=cpu for all ranks"
     )
+
+
+@pytest.mark.parametrize("num_distinct", [1, 2])
+def test_a_gpu_is_known_by_its_uuid(monkeypatch: pytest.MonkeyPatch, num_distinct: int) -> None:
+    """Slurm may show each of two ranks one GPU, as number 0; it may be the same one."""
+    ranks = list[dict[str, Any]]()
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(rendezvous, "_decide", lambda facts: ranks.extend(facts) or _decide(facts))
+    for rank in range(2):
+        gpu = SimpleNamespace(uuid=uuid.UUID(int=rank % num_distinct))
+        monkeypatch.setattr("torch.cuda.get_device_properties", {0: gpu}.get)
+        assert join_attempt("auto", 1, 0)[2] == "cuda"
+    problem = _decide(ranks)["problem"]
+    assert problem is None if num_distinct == 2 else "ranks [1] (host " in problem
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
