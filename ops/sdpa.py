@@ -35,6 +35,14 @@ _LSE_ALIGNMENT, HEAD_ALIGNMENT = 32, 8
 _NO_KEYS = -math.inf  # the log-sum-exp of a query without keys
 
 
+def avoid_cudnn_attention() -> None:
+    """Let torch choose flash attention on GPUs where it would prefer cuDNN's, in bf16 on an H100.
+
+    cuDNN plans each new shape for tens of milliseconds, and decoding has a new one per token.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, dropout: float) -> Tensor:
     """Causal attention of queries to the keys of their segment; the result is `[s, b, a/t, d]`.
 

@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from configs.launch import threads_per_rank
 from ops.compile import compiler_problem
 from ops.matmul import use_full_precision
+from ops.sdpa import avoid_cudnn_attention
 from parallel.transport.backend import cpu_backend
 from parallel.transport.rendezvous import TIMEOUT_S, connect_store, join_attempt
 
@@ -95,6 +96,7 @@ def init_mesh(
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     torch.set_num_threads(threads_per_rank(num_threads, os.environ))
     use_full_precision()
+    avoid_cudnn_attention()
     if overlap != "none" and 1 < tensor_model_parallel_size == world_size:
         # Start kernels in launch order, so that a collective starts before the matmul that
         # hides it (Megatron-LM asks its users to set this). Read when CUDA starts, which is in

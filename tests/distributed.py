@@ -36,6 +36,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 from ops.matmul import use_full_precision
+from ops.sdpa import avoid_cudnn_attention
 from parallel.mesh import CPCommType, Mesh, Overlap, make_mesh
 from parallel.transport.backend import cpu_backend
 from tests.fork_server import fork_server
@@ -238,6 +239,7 @@ def _work(
     device = torch.device("cpu") if DEVICE == "cpu" else torch.device("cuda", rank)
     if device.type == "cuda":
         use_full_precision()
+        avoid_cudnn_attention()
         torch.cuda.set_device(device)
     dist.init_process_group(
         cpu_backend(shared_memory) if device.type == "cpu" else "cpu:gloo,cuda:nccl",

@@ -1,4 +1,4 @@
-"""CUDA_DEVICE_MAX_CONNECTIONS is set only for tensor parallelism alone."""
+"""What is set before CUDA starts: CUDA_DEVICE_MAX_CONNECTIONS, and no attention of cuDNN."""
 
 import os
 from typing import Literal
@@ -28,7 +28,7 @@ def test_a_gpu_starts_kernels_in_order_only_for_tensor_parallelism(
     chosen: str | None,
     expected: str | None,
 ) -> None:
-    """The variable is set before CUDA starts, where this test stops."""
+    """The variable is set before CUDA starts, where this test stops; cuDNN is off."""
 
     class CudaStarts(Exception):  # noqa: N818
         pass
@@ -45,6 +45,8 @@ def test_a_gpu_starts_kernels_in_order_only_for_tensor_parallelism(
     monkeypatch.setenv("OMP_NUM_THREADS", "2")  # set by the user, so left unchanged
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", start)
+    torch.backends.cuda.enable_cudnn_sdp(True)
     with pytest.raises(CudaStarts):
         init_mesh(tp, True, overlap)
     assert os.environ.get(variable) == expected
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
