@@ -17,8 +17,8 @@ class Settings:
     """Report the memory and the traffic of each rank of `torchrun ... train.py ...`.
 
     Runs one training step on fake tensors: it needs no GPU, no torchrun, and no memory for the
-    weights. All settings of train.py are accepted, config=NAME.yaml included; see python train.py
-    --help.
+    weights. The ranks have GPUs, unless train.device=cpu. All settings of train.py are accepted,
+    config=NAME.yaml included; see python train.py --help.
     """
 
     nproc: int | None = None  # ranks on all nodes; null: as few as the parallel sizes need

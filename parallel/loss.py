@@ -79,7 +79,8 @@ class _HeadLoss(torch.autograd.Function):
             grad_rows = torch.empty_like(rows)
             grad_weight = torch.zeros_like(weight, dtype=at_least_fp32)
         # From the largest shard, so that all ranks use the same chunks.
-        length = max(1, _CHUNK_ELEMENTS[x.device.type] // -(-vocab_size // mesh.tp.size))
+        num_logits = _CHUNK_ELEMENTS[mesh.kernels or x.device.type]
+        length = max(1, num_logits // -(-vocab_size // mesh.tp.size))
         flat_targets, of_positions = targets.flatten(), []
         for start in range(0, len(rows), length):
             chunk = slice(start, start + length)

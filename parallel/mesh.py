@@ -66,6 +66,7 @@ class Mesh:
     overlap: Overlap = "none"
     cp_comm_type: CPCommType = "all_gather"
     compile: bool = False  # whether to compile pointwise functions, see ops/compile.py
+    kernels: str = ""  # of a dry run: the type of device that it stands for
     attempt: str = ""  # the name of this launch that the ranks agreed on, see rendezvous.py
     is_restart: bool = False  # whether the launcher has restarted the ranks after a failure
 

@@ -2,7 +2,8 @@
 
 It runs train.py's own code: model, FSDP2, loss, gradients, optimizer. Tensors have shapes but no
 contents (torch's FakeTensorMode on a CPU), and collectives return at once. Memory and collectives
-are recorded, not derived from formulas.
+are recorded, not derived from formulas. Unless train.device is cpu, it stands for a GPU, which
+multiplies bfloat16 without float32 copies and has larger chunks of the loss.
 
 M is the bytes of a full tensor, see [Note: bytes on a ring] in parallel/transport/traffic.py.
 """
@@ -10,7 +11,8 @@ M is the bytes of a full tensor, see [Note: bytes on a ring] in parallel/transpo
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -25,6 +27,7 @@ from data.rows import MicroBatch
 from model import GPT, build_meta_model
 from ops.balance import width_multiple
 from ops.dropout import dropout_keys
+from ops.matmul import Precision, use_precision
 from ops.torch_private import FakeTensorMode, call_after_backward
 from parallel import Losses, Mesh, local_shards, max_alive
 from parallel.transport.traffic import Collective, fake_mesh, record_traffic
@@ -221,18 +224,23 @@ def dry_run(
     needed = alive + 3 if num_stages > 1 else typical + 2
     num_traced = min(num_traced or needed, num_micro_batches)
     typical = min(typical, num_traced - 1)
-    with fake_mesh(
-        num_ranks,
-        size,
-        parallel.sequence_parallel,
-        parallel.tp_comm_overlap,
-        rank,
-        context_parallel_size=parallel.context_parallel_size,
-        data_parallel_replicate_size=parallel.data_parallel_replicate_size,
-        cp_comm_type=parallel.cp_comm_type,
-        pipeline_model_parallel_size=num_stages,
-        num_chunks=num_chunks,
-    ) as mesh:
+    is_gpu = config.train.device != "cpu"
+    with (
+        _no_widening() if is_gpu else nullcontext(),
+        fake_mesh(
+            num_ranks,
+            size,
+            parallel.sequence_parallel,
+            parallel.tp_comm_overlap,
+            rank,
+            context_parallel_size=parallel.context_parallel_size,
+            data_parallel_replicate_size=parallel.data_parallel_replicate_size,
+            cp_comm_type=parallel.cp_comm_type,
+            pipeline_model_parallel_size=num_stages,
+            num_chunks=num_chunks,
+            kernels="cuda" if is_gpu else "cpu",
+        ) as mesh,
+    ):
         tracer, layers, tensors = _trace_step(config, mesh, num_traced)
     memory, first_forward = tracer.memory, tracer.spans[0]
     layer = layers[len(layers) // 2]  # FSDP2 treats the first and the last one differently
@@ -282,6 +290,16 @@ def dry_run(
         traffic=traffic,
         step=step,
     )
+
+
+@contextmanager
+def _no_widening() -> Iterator[None]:
+    """Compute in bfloat16, as GPUs do: see [Note: widening] in ops/matmul.py."""
+    previous = use_precision(Precision("native", "native"))
+    try:
+        yield
+    finally:
+        use_precision(previous)
 
 
 def _trace_step(

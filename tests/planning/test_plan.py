@@ -51,6 +51,7 @@ SMALL = (
     "model.seq_length=128",
     "data.vocab_size=601",
     "train.micro_batch_size=2",
+    "train.device=cpu",  # plans are compared with what a CPU allocates
 )
 LLAMA = (
     "model.normalization=RMSNorm",
@@ -511,3 +512,14 @@ def test_advice() -> None:
         "parallel.recompute_granularity=full",
         "more ranks, or a larger parallel.tensor_model_parallel_size",
     ]
+
+
+def test_a_gpu_needs_no_float32_copies() -> None:
+    """A CPU that widens bf16 has them."""
+    settings = ("config=gpt_125m.yaml", "model.num_layers=2")
+    on_cpu, on_gpu = (
+        dry_run(parse_config([*settings, f"train.device={device}"]), 1)
+        for device in ("cpu", "auto")
+    )
+    assert on_gpu.peak_bytes < 0.9 * on_cpu.peak_bytes
+    assert on_gpu.state == on_cpu.state
