@@ -1,5 +1,6 @@
 """The script of `make gpu-check`, on a CPU with tiny sizes."""
 
+import os
 import re
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from packaging.requirements import Requirement
 
 from bench import gpu_check
 from ops.dropout import dropout_keys
-from tests.distributed import OnDevice
+from parallel import Mesh
+from tests.distributed import DEVICE, ONE_RANK, OnDevice, distributed
 from tests.lines import ROOT
 
 pytestmark = pytest.mark.timeout(600)
@@ -95,6 +97,15 @@ def test_a_section_that_fails_does_not_stop_the_rest(
     assert "FAILED: not done after 1.0 s" in gpu_check.run_section(
         "losses", gpu_check.Options("cpu", tiny=True), str(tmp_path)
     )
+
+
+@distributed(ONE_RANK)
+def test_tests_for_cpus_see_no_gpu(mesh: Mesh) -> None:
+    """Also on a machine that has some; a check that one is there must not start CUDA in a fork."""
+    if DEVICE == "cpu":
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    else:
+        assert os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] == "1"
 
 
 def test_tests_create_their_tensors_on_the_test_device() -> None:
