@@ -215,8 +215,11 @@ def make_mesh(
             for _ in pipeline_groups
         ]
         _connect_stages(pp, pipeline_groups, device)
-        ends = _own_group([[ranks[0], ranks[-1]] for ranks in pipelines])
-        tied = axis(ends) if ends is not None else Axis(1, 0, pp.group)
+        # The stages between get a group too, as torch names groups by how many a rank has.
+        parts = [part for ranks in pipelines for part in ([ranks[0], ranks[-1]], ranks[1:-1])]
+        tied = axis(_own_group([part for part in parts if part]))
+        if 0 < pp.rank < pp.size - 1:
+            tied = Axis(1, 0, pp.group)
     return Mesh(
         device_mesh=device_mesh,
         device=device,

@@ -400,6 +400,14 @@ def test_a_waiting_stage_is_not_blamed(mesh: Mesh) -> None:
     assert any(seen) == mesh.is_last_stage
 
 
+@distributed(Layout(pp=4), Layout(pp=4, chunks=2))
+def test_ranks_have_equally_many_groups(mesh: Mesh) -> None:
+    """torch hashes that number into names of groups: with others, a later mesh would hang."""
+    numbers = gather_json(mesh, len(dist.distributed_c10d._world.pg_names))
+    assert len(set(numbers)) == 1, numbers
+    assert mesh.tied.size == (1 if mesh.pp.rank in (1, 2) else 2)
+
+
 @distributed(Layout(pp=3))
 def test_fewer_micro_batches_than_stages_are_reported(mesh: Mesh, config: Config) -> None:
     """The warning says for which fraction of a step the stages are idle."""
