@@ -103,7 +103,7 @@ class CheckpointWriter:
         local = [shard.tensor for shard in tensors.values()]
         num_bytes = sum(tensor.nbytes for tensor in local)
         if background and any_rank(run.mesh, not host_memory_allows(num_bytes)):
-            message = "step %d: no memory for a copy of %.1f GiB, so training waits for this save"
+            message = "step %d: training waits for this save: %.1f GiB is much of the free memory"
             logger.info(message, state.step, num_bytes / 2**30)
             background = False
         contents: dict[str, Any] = {

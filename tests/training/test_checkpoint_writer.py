@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -194,16 +195,19 @@ def test_a_run_whose_saves_all_fail_ends(mesh: Mesh, config: Config) -> None:
 
 @distributed(Layout(tp=2))
 def test_without_memory_for_a_copy_training_waits(mesh: Mesh, config: Config) -> None:
-    """If one rank has no memory for a copy, all ranks save synchronously."""
+    """If one rank has no memory for a copy, all ranks save synchronously and say so."""
     config = on_layout(config, mesh)
     with RunFolder(config, mesh) as folder, pytest.MonkeyPatch.context() as patch:
         run, state = start_run(config, mesh, folder)
+        log = Mock()
+        patch.setattr(saving_module.logger, "info", log)
         patch.setattr(saving_module, "host_memory_allows", lambda _: mesh.tp.rank == 0)
         saving = CheckpointWriter(run, state)
         saving.begin(at(state, 1), background=True)
         assert saving.pending is None
         assert steps_saved(folder) == ["step_00000001"]
         assert saving.saved_step == 1
+        assert "training waits for this save" in log.call_args_list[0].args[0]
 
 
 @distributed(ONE_RANK, Layout(tp=2))
