@@ -7,6 +7,7 @@ into a temporary folder; `--download 3.12` fills wheels/ for that version of Pyt
 """
 
 import argparse
+import gc
 import importlib.util
 import os
 import subprocess
@@ -237,6 +238,14 @@ def check_profile(options: Options) -> Iterator[str]:
         yield f"\nIdle share {text}: {100 * (1 - busy / (until - spans[0][0])):.1f}%\n"
 
 
+def _free_memory() -> None:
+    """Free what earlier models on the GPU have left, also in cycles of references."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def check_memory(options: Options) -> Iterator[str]:
     """Peak memory of a step, and what plan.py says."""
     import torch
@@ -250,7 +259,7 @@ def check_memory(options: Options) -> Iterator[str]:
         arguments = options.settings(name, "train.compile=false")
         planned = dry_run(parse_config(arguments), 1).peak_bytes / 2**30
         if options.device == "cuda":
-            torch.cuda.empty_cache()
+            _free_memory()
             torch.cuda.reset_peak_memory_stats()
         with trainer(arguments, 2) as training:
             training.step()
@@ -263,8 +272,6 @@ def check_memory(options: Options) -> Iterator[str]:
 
 def check_speed(options: Options) -> Iterator[str]:
     """Tokens per second and MFU."""
-    import torch
-
     from model import flops_per_token
     from training.hardware import peak_flops_per_second
 
@@ -285,7 +292,7 @@ def check_speed(options: Options) -> Iterator[str]:
                 mfu = flops / peak_flops_per_second(device, config.train.precision)
                 del training
             if options.device == "cuda":
-                torch.cuda.empty_cache()
+                _free_memory()
             yield f"| {name} {' '.join(rows)} | {variant} | {rate:,.0f} | {100 * mfu:.1f}% |"
 
 
