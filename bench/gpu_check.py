@@ -7,16 +7,18 @@ into a temporary folder; `--download 3.12` fills wheels/ for that version of Pyt
 """
 
 import argparse
+import contextlib
 import gc
 import importlib.util
 import os
+import secrets
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -44,9 +46,9 @@ _MODULES = {  # what the checks import besides torch, and the package that has i
 }
 _PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux2014_x86_64")
 _TESTS = (  # those of `make test-gpu` without the tests that need transformers
-    *("test_gpu.py", "test_golden.py", "ops/test_segments.py"),
-    *("model", "parallel", "checkpoints", "training/test_resume.py"),
-    "--ignore=model/test_huggingface.py",
+    *("tests/test_gpu.py", "tests/test_golden.py", "tests/ops/test_segments.py", "tests/model"),
+    *("tests/parallel", "tests/checkpoints", "tests/training/test_resume.py"),
+    "--ignore=tests/model/test_huggingface.py",
 )
 _TINY = (
     "model.num_layers=1",
@@ -65,6 +67,9 @@ _VARIANTS = {
     "full recomputation": ("parallel.recompute_granularity=full",),
 }
 _LOSS_STEPS = 100
+_SO_FAR = "so far: "  # begins a line of which the page needs the last one, after a time limit
+_KILL_S = 10.0  # a process that waits for a driver ends later
+_MARKER = "MICROTRON_GPU_CHECK"  # in the environment of all processes of a section
 _PATIENCE = {"cuda": 1, "cpu": 10}  # CPUs compile slowly, and tests run on busy ones
 
 
@@ -135,7 +140,7 @@ class Trainer:
         return result
 
 
-@contextmanager
+@contextlib.contextmanager
 def trainer(arguments: Sequence[str], num_steps: int, *, exact: bool = False) -> Iterator[Trainer]:
     """A `Trainer` that leaves the process group at the end."""
     import torch.distributed as dist
@@ -167,26 +172,29 @@ def synchronizations(arguments: Sequence[str]) -> list[str]:
 
 def check_tests(options: Options) -> Iterator[str]:
     """Tests on this device."""
-    tests = ("parallel/test_mappings.py",) if options.tiny else _TESTS
+    tests = ("tests/parallel/test_mappings.py",) if options.tiny else _TESTS
     command = [sys.executable, "-m", "pytest", "-v", "--tb=line", "-p", "no:cacheprovider", *tests]
     command += ["-m", "not drill and not smollm2 and not slow"]
-    environment = os.environ | {"MICROTRON_TEST_DEVICE": options.device}
+    environment = os.environ | {"MICROTRON_TEST_DEVICE": options.device, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
         command,
-        cwd=ROOT / "tests",
+        cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     ) as process:
         assert process.stdout is not None
-        passed = 0
+        passed = failed = 0
         for line in process.stdout:
-            passed += " PASSED" in line
             if " FAILED" in line or " ERROR" in line:
+                failed += 1
                 yield f"- {line.strip()}"
-            if passed % 50 == 1 and " PASSED" in line:
-                yield f"- {passed} passed so far"
+            elif " PASSED" in line:
+                passed += 1
+            else:
+                continue
+            yield f"{_SO_FAR}{passed} passed, {failed} failed"
         if process.wait():
             yield f"- exit code {process.returncode}: {line.strip()}"
     yield f"\n{passed} passed"
@@ -363,25 +371,51 @@ def run_section(name: str, options: Options, site: str) -> str:
     ]
     command += ["--tiny"] if options.tiny else []
     paths = [str(ROOT), site, os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    marker = secrets.token_hex(8)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), _MARKER: marker}
     started_at = time.perf_counter()
     with tempfile.TemporaryFile("w+") as found, tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=found, stderr=errors, start_new_session=True
-        )
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=found, stderr=errors)
         try:
-            code = process.wait(limit_s)
-            ending = "" if code == 0 else f"\nFAILED with exit code {code}\n"
+            code: int | None = process.wait(limit_s)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait()
-            ending = f"\nFAILED: not done after {limit_s} s\n"
+            code = None
+            process.kill()
+        kill_marked(marker)
+        process.wait()
         found.seek(0)
         errors.seek(0)
-        if ending:
-            ending += f"\n```\n{''.join(errors.readlines()[-25:])}```\n"
+        ending = ""
+        results, progress = split_progress(found.readlines())
+        if code is None and progress:
+            ending = f"\n{progress}, when the time of {limit_s} s was over\n"
+        elif code != 0:
+            problem = f"not done after {limit_s} s" if code is None else f"exit code {code}"
+            ending = f"\nFAILED: {problem}\n\n```\n{''.join(errors.readlines()[-25:])}```\n"
         took = f"({time.perf_counter() - started_at:.0f} s of {limit_s})"
-        return f"\n## {title} {took}\n\n{found.read()}{ending}"
+        return f"\n## {title} {took}\n\n{results}{ending}"
+
+
+def split_progress(lines: Sequence[str]) -> tuple[str, str]:
+    """The results among the lines of a section, and how far it had come, if it says so."""
+    results = "".join(line for line in lines if not line.startswith(_SO_FAR))
+    so_far = [line.removeprefix(_SO_FAR).strip() for line in lines if line.startswith(_SO_FAR)]
+    if not so_far:
+        return results, ""
+    failed = "" if so_far[-1].endswith(" 0 failed") else "FAILED: "
+    return results, f"{failed}stopped after {so_far[-1]}"
+
+
+def kill_marked(marker: str) -> None:
+    """Kill all processes with this marker in their environment, whatever their session is."""
+    found, deadline = True, time.monotonic() + _KILL_S
+    while found and time.monotonic() < deadline:
+        found = False
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):  # another user's, or it has just ended
+                if f"{_MARKER}={marker}".encode() in path.read_bytes():
+                    os.kill(int(path.parent.name), signal.SIGKILL)
+                    found = True
 
 
 def heading(options: Options) -> str:

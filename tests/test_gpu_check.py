@@ -60,9 +60,7 @@ def test_a_bare_machine_needs_no_other_packages(tmp_path: Path, bare_python: str
 def test_a_bare_machine_finds_the_tests(bare_python: str) -> None:
     """None of their files imports another package."""
     command = [bare_python, "-m", "pytest", "--collect-only", "-q", *gpu_check._TESTS]
-    result = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT / "tests", check=False
-    )
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert result.returncode == 0, result.stdout[-2000:]
     assert "test_huggingface" not in result.stdout
 
@@ -91,12 +89,36 @@ def test_a_section_that_fails_does_not_stop_the_rest(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     code, page = check(tmp_path, "--tiny", "--only", "profile", "losses")
     assert code == 1
-    assert page.count("FAILED with exit code") == 2
+    assert page.count("FAILED: exit code") == 2
     assert "CPU, fp32: " in page  # what was found before
     monkeypatch.setitem(gpu_check.SECTIONS, "losses", ("Losses", 0.1, gpu_check.check_losses))
     assert "FAILED: not done after 1.0 s" in gpu_check.run_section(
         "losses", gpu_check.Options("cpu", tiny=True), str(tmp_path)
     )
+
+
+def test_tests_that_take_too_long_have_not_failed() -> None:
+    """The page says how many have passed; it is a failure if one has failed, or if none has run."""
+    some = ["so far: 1 passed, 0 failed\n", "- 50 lines\n", "so far: 2 passed, 0 failed\n"]
+    assert gpu_check.split_progress(some) == ("- 50 lines\n", "stopped after 2 passed, 0 failed")
+    failed = ["- test_a FAILED\n", "so far: 2 passed, 10 failed\n"]
+    problem = "FAILED: stopped after 2 passed, 10 failed"
+    assert gpu_check.split_progress(failed) == (failed[0], problem)
+    assert gpu_check.split_progress([]) == ("", "")
+
+
+def test_the_end_of_a_section_ends_its_programs() -> None:
+    """Those in a session of their own too, but no others."""
+    command = ["sleep", "60"]
+    programs = [
+        subprocess.Popen(command, env={"MICROTRON_GPU_CHECK": m}, start_new_session=True)
+        for m in ("this one", "another")
+    ]
+    gpu_check.kill_marked("this one")
+    assert programs[0].wait(10) == -9
+    assert programs[1].poll() is None
+    programs[1].kill()
+    programs[1].wait()
 
 
 @distributed(ONE_RANK)
