@@ -175,7 +175,7 @@ def check_tests(options: Options) -> Iterator[str]:
     tests = ("tests/parallel/test_mappings.py",) if options.tiny else _TESTS
     command = [sys.executable, "-m", "pytest", "-v", "--tb=line", "-p", "no:cacheprovider", *tests]
     command += ["-m", "not drill and not smollm2 and not slow"]
-    environment = os.environ | {"MICROTRON_TEST_DEVICE": options.device, "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"MICROTRON_TEST_DEVICE": options.device}
     with subprocess.Popen(
         command,
         cwd=ROOT,
