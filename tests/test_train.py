@@ -48,6 +48,22 @@ def test_kill_9_loses_nothing(
     assert rows(tmp_path) == unbroken
 
 
+def test_a_step_is_saved_before_it_is_evaluated(corpus: Path, tmp_path: Path) -> None:
+    """So a kill in an evaluation loses nothing, and the resume makes it up, once."""
+    extra = ("evaluate.interval=3", "checkpoint.save_interval=3", "checkpoint.async_save=false")
+    arguments = settings(corpus, tmp_path, *extra, "train.train_steps=5")
+    process = start(1, [*arguments, "evaluate.sample_tokens=20000"])
+    checkpoint = tmp_path / "test" / "checkpoints" / "step_00000003"
+    wait_for(checkpoint.exists, process)
+    for worker in workers_of(tmp_path):
+        os.kill(worker, signal.SIGKILL)
+    process.communicate(timeout=300)
+    assert not [row for row in rows(tmp_path) if "eval/loss" in row]
+    assert f"resuming from {checkpoint}" in finish(start(1, arguments))
+    assert [row["step"] for row in rows(tmp_path) if "eval/loss" in row] == [3, 5]
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 3, 4, 5, 5]
+
+
 @pytest.mark.parametrize(
     ("number", "ranks"),
     [pytest.param(signal.SIGINT, 2, marks=pytest.mark.slow), (signal.SIGTERM, 1)],
