@@ -175,6 +175,11 @@ def test_another_text_is_refused_before_it_is_tokenized(corpus: Path, tmp_path: 
     before = sorted(path.name for path in cache.iterdir())
     output = finish(start(1, moved), expected=2)
     assert "the text of data.path or data.sources has changed since" in output
+    shutil.copytree(tmp_path / "moved", tmp_path / "more")
+    more = settings(corpus, tmp_path, f"data.path={tmp_path / 'more'}", "train.train_steps=9")
+    output = finish(start(1, more), expected=2)
+    assert f"config={tmp_path / 'test' / 'config.yaml'}, or choose another run.name" in output
+    assert "the schedule has changed" not in output  # it will not be used
     assert "Traceback" not in output
     output = finish(start(1, [*moved, "model.num_layers=3"]), expected=2)
     assert "cannot resume" in output

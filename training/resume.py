@@ -62,8 +62,9 @@ _MAY_CHANGE = (
     "data.hub_split",
     "data.hub_revision",
     "data.validation_path",
+    "data.sources[",
 )
-_MAY_CHANGE_SECTIONS = tuple(key for key in _MAY_CHANGE if key.endswith("."))
+_MAY_CHANGE_SECTIONS = tuple(key for key in _MAY_CHANGE if key.endswith((".", "[")))
 # What an imported model fixes; it has no text yet.
 _MODEL_KEYS = ("model.", "data.vocab_size")
 _INIT_KEYS = ("run.init_from", "run.init_optimizer")
@@ -73,6 +74,11 @@ _CONTENTS = {
     "text_fingerprint": "the text of data.path or data.sources",
     "tokenizer_fingerprint": "the tokenizer",
     "data_fingerprint": "the tokenized text",
+}
+# Beginnings of the settings that say where the contents are.
+_PLACES = {
+    "text_fingerprint": ("data.source", "data.path", "data.text_field", "data.hub_", "data.valid"),
+    "tokenizer_fingerprint": ("data.tokenizer", "data.bos_token", "data.eos_token"),
 }
 
 
@@ -100,7 +106,7 @@ def find_own_checkpoint(
     found = {"text_fingerprint": text_fingerprint}
     if config.data.tokenizer is not None:
         found["tokenizer_fingerprint"] = _given_tokenizer(config.data).fingerprint
-    _require_same_fingerprints(checkpoint, found)
+    _require_same_contents(checkpoint, config, found)
     return checkpoint
 
 
@@ -158,7 +164,9 @@ def resume(run: Run, checkpoint: Checkpoint | None, source: Checkpoint | None = 
         "tokenizer_fingerprint": corpus.tokenizer.fingerprint,
         "data_fingerprint": corpus.fingerprint,
     }
-    _require_same_fingerprints(checkpoint, found)
+    _require_same_contents(checkpoint, run.config, found)
+    if checkpoint.state["data_fingerprint"] is not None:  # an import has no schedule yet
+        _report_changes(checkpoint, run.config)
     logger.info("resuming from %s", checkpoint.directory)
     report_other_hardware(run.mesh, checkpoint)
     return load(run, checkpoint)
@@ -206,33 +214,38 @@ def _load_source(run: Run, state: RunState, source: Checkpoint) -> RunState:
     return replace(state, origin=origin, initial_updates=updates)
 
 
-def _require_same_settings(checkpoint: Checkpoint, config: Config, *, is_imported: bool) -> None:
-    """Refuse settings that would make this another run; report changes of the learning rate."""
+def _settings(checkpoint: Checkpoint, config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings of a checkpoint and of this launch."""
     # Keys that are newer than the checkpoint had their defaults.
     saved = {RENAMED.get(key, key): value for key, value in checkpoint.state["config"].items()}
     stored, now = flatten(Config()) | saved, flatten(config)
     for settings in (stored, now):  # fingerprints cover a mixture, except for its weights
         sources = settings["data.sources"]
+        settings |= {f"data.sources[{i}].path": s["path"] for i, s in enumerate(sources)}
         settings["data.sources"] = [s["weight"] for s in sources] if len(sources) > 1 else []
-    changed = [key for key in sorted(stored.keys() | now.keys()) if stored.get(key) != now.get(key)]
+    return stored, now
+
+
+def _changed(stored: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """Describe each setting that differs, by its key."""
+    return {
+        key: f"{key}={format_value(now.get(key))} (was {format_value(stored.get(key))})"
+        for key in sorted(stored.keys() | now.keys())
+        if stored.get(key) != now.get(key)
+    }
+
+
+def _require_same_settings(checkpoint: Checkpoint, config: Config, *, is_imported: bool) -> None:
+    """Refuse settings that would make this another run."""
+    changed = _changed(*_settings(checkpoint, config))
     if config.train.time_limit_s is None:  # another limit would need another number of steps
-        changed = [key for key in changed if key != "train.time_limit_s"]
-    refused = [key for key in changed if not _may_change(key, is_imported)]
+        changed.pop("train.time_limit_s", None)
+    refused = [text for key, text in changed.items() if not _may_change(key, is_imported)]
     if refused:
-        differences = ", ".join(
-            f"{key}={format_value(now.get(key))} (was {format_value(stored.get(key))})"
-            for key in refused
-        )
         raise CheckpointError(
-            f"cannot resume {checkpoint.directory} with {differences}; change it back, or "
+            f"cannot resume {checkpoint.directory} with {', '.join(refused)}; change it back, or "
             "choose another run.name"
         )
-    if is_imported:
-        return
-    for key in changed:
-        if key.startswith(("optimizer.", "train.precision")):
-            logger.warning("%s=%s differs from the checkpoint's %s", key, now[key], stored[key])
-    _report_learning_rate(checkpoint.state["progress"]["step"], config, stored)
 
 
 def _may_change(key: str, is_imported: bool) -> bool:
@@ -243,8 +256,13 @@ def _may_change(key: str, is_imported: bool) -> bool:
     )
 
 
-def _report_learning_rate(step: int, config: Config, stored: dict[str, Any]) -> None:
-    """Warn if the schedule has changed at this step."""
+def _report_changes(checkpoint: Checkpoint, config: Config) -> None:
+    """Warn if optimizer or precision have changed, or the schedule at this step."""
+    stored, now = _settings(checkpoint, config)
+    step = checkpoint.state["progress"]["step"]
+    for key in _changed(stored, now):
+        if key.startswith(("optimizer.", "train.precision")):
+            logger.warning("%s=%s differs from the checkpoint's %s", key, now[key], stored[key])
     optimizer = {name: stored[f"optimizer.{name}"] for name in asdict(config.optimizer)}
     train = replace(config.train, train_steps=stored["train.train_steps"])
     old = replace(config, optimizer=OptimizerConfig(**optimizer), train=train)
@@ -274,12 +292,18 @@ def _require_same_recipes(checkpoint: Checkpoint) -> None:
             )
 
 
-def _require_same_fingerprints(checkpoint: Checkpoint, found: dict[str, str]) -> None:
+def _require_same_contents(checkpoint: Checkpoint, config: Config, found: dict[str, str]) -> None:
     """Refuse another text or tokenizer; skip what the checkpoint does not record."""
+    changed = _changed(*_settings(checkpoint, config))
     for key, fingerprint in found.items():
         stored = checkpoint.state.get(key)
-        if stored not in (fingerprint, None):
-            raise CheckpointError(
-                f"cannot resume {checkpoint.directory}: {_CONTENTS[key]} has changed since "
-                f"(fingerprint {fingerprint}, was {stored}); restore it, or choose another run.name"
-            )
+        if stored in (fingerprint, None):
+            continue
+        problem = f"has changed since (fingerprint {fingerprint}, was {stored}); restore it"
+        if moved := [text for text in changed.values() if text.startswith(_PLACES.get(key, ()))]:
+            file = checkpoint.directory.parent.parent / "config.yaml"
+            problem = f"is another with {', '.join(moved)}; repeat them, use config={file}"
+        raise CheckpointError(
+            f"cannot resume {checkpoint.directory}: {_CONTENTS[key]} {problem}, or choose another "
+            "run.name"
+        )

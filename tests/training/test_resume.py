@@ -41,9 +41,32 @@ def test_the_same_text_may_have_another_path(monkeypatch: pytest.MonkeyPatch) ->
     one, other = (Config(data=DataConfig("text", path)) for path in "ab")
     resume(monkeypatch, one, other)
     resume(monkeypatch, mixture("a", "b"), mixture("/moved/a", "b"))
-    for before, now in ((one, other), (mixture("a", "b"), mixture("c", "b"))):
+    for same in (one, mixture("a", "b")):
         with pytest.raises(CheckpointError, match=r"the text .* has changed since .*other text"):
-            resume(monkeypatch, before, now, "other text")
+            resume(monkeypatch, same, same, "other text")
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "differences"),
+    [
+        (
+            DataConfig("text", "a"),
+            DataConfig(),
+            "data.path=null (was a), data.source=python_stdlib ",
+        ),
+        (mixture("a", "b").data, mixture("c", "b").data, "data.sources[0].path=c (was a); repeat "),
+        (DataConfig("text", "a"), DataConfig("text", "a", "b"), "data.text_field=b (was text); "),
+    ],
+    ids=["source", "mixture", "column"],
+)
+def test_settings_that_say_which_text_is_read_are_named(
+    monkeypatch: pytest.MonkeyPatch, before: DataConfig, now: DataConfig, differences: str
+) -> None:
+    """Rather than that the text has changed, if they differ and so does the text."""
+    with pytest.raises(CheckpointError) as caught:
+        resume(monkeypatch, Config(data=before), Config(data=now), "other text")
+    assert f"data.sources is another with {differences}" in str(caught.value)
+    assert "use config=config.yaml, or choose another run.name" in str(caught.value)
 
 
 def test_mixture_weights_cannot_change(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +94,7 @@ def test_another_tokenizer_is_refused_before_the_text_is_tokenized(
     path = tmp_path / "given.model"
     path.write_bytes(small_tokenizer().content)
     given = DataConfig("text", "a", tokenizer=str(path))
-    with pytest.raises(CheckpointError, match="the tokenizer has changed since"):
+    with pytest.raises(CheckpointError, match=r"the tokenizer is another with data\.tokenizer="):
         resume(monkeypatch, Config(data=DataConfig("text", "a")), Config(data=given))
 
 
