@@ -22,7 +22,8 @@ class Settings:
 
     Without prompt=, each line of stdin is a prompt. The model sees at most the last
     model.seq_length tokens. With chat=true a prompt is the message of a user, only the answer is
-    printed, and the lines of stdin belong to one conversation.
+    printed, and the lines of stdin belong to one conversation. Of prompt= a file or a pipe gets
+    exactly the text, without a newline after it.
     """
 
     run: str  # the folder of a run, such as runs/gpt_debug

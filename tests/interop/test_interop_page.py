@@ -61,4 +61,4 @@ def test_all_commands_in_order(tmp_path: Path) -> None:
     assert accuracy is not None
     assert f"|{accuracy[1]}|" in chosen.replace(" ", "")
     assert "vocab_size: 603" in imported
-    assert (tmp_path / "runs/again/checkpoints/step_00000002").is_dir()
+    assert (tmp_path / "runs/imported/checkpoints/step_00000002").is_dir()
