@@ -3,10 +3,13 @@
 Under torchrun the model is split over tensor-parallel ranks, and rows over data-parallel ones.
 """
 
+import contextlib
 import json
 import logging
 import math
+import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -63,7 +66,8 @@ class Settings:
     # Tokens scored per window after a document's first. Fewer is slower but gives each token more
     # context. null: model.seq_length.
     stride: int | None = None
-    # Maximum number of rows; null: as in training for held_out, else all.
+    # Score whole documents of at most this many rows in total, and at least one document; null: as
+    # in training for held_out, else all.
     max_sequences: int | None = None
     output: str | None = None  # JSON file to write the result to
     step: int | None = None  # step of the checkpoint; null: the newest
@@ -113,6 +117,16 @@ class Settings:
                 raise bad_setting(field.name, value, f"is not used with {other}; omit it")
 
 
+@contextlib.contextmanager
+def errors_with_own_keys() -> Iterator[None]:
+    """Name path, not data.path, in errors: settings of a source have no section here."""
+    try:
+        yield
+    except UserError as error:
+        text = re.sub(rf"\bdata\.({'|'.join(_OF_A_SOURCE)})\b", r"\1", str(error))
+        raise type(error)(text) from error
+
+
 def parse(arguments: list[str]) -> tuple[Settings, Config]:
     """Return the settings and the run's configuration, changed accordingly, or exit."""
     settings = load_settings(Settings, arguments)
@@ -137,8 +151,10 @@ def parse(arguments: list[str]) -> tuple[Settings, Config]:
             kept |= {key: value for key, value in given.items() if value is not None}
             kept |= kind_of_records(settings, list(config.data.mixture.values()))
             config = replace(config, data=DataConfig(**kept))
-            check_source("data", config.data.mixture["data"])
-        if not settings.task:  # which need no text
+            with errors_with_own_keys():
+                check_source("data", config.data.mixture["data"])
+                check_inputs(config)
+        elif not settings.task:  # which need no text
             check_inputs(config)
     return settings, config
 
@@ -187,7 +203,8 @@ def text_to_score(trained: LoadedModel, settings: Settings) -> tuple[Corpus, int
     with machine_errors_as_user_errors("read the text"):
         if settings.source != "held_out":
             path = Path(settings.run, tokenizer.file_name)
-            corpus = load_eval_corpus(config.data, tokenizer, path)
+            with errors_with_own_keys():
+                corpus = load_eval_corpus(config.data, tokenizer, path)
             require_same_on_all_ranks(mesh, corpus.fingerprint, "the text")
             return corpus, settings.max_sequences
         corpus = prepare_corpus(config.data, config.model.seq_length, mesh.local_rank)
@@ -258,7 +275,8 @@ def score_text(trained: LoadedModel, settings: Settings) -> EvalResult:
     if documents.num_targets == 0:
         raise UserError("the text has no token to score; give more text")
     model = trained.checkpoint.directory
-    logger.info("scoring %d documents with the model of %s", documents.num_documents, model)
+    n = documents.num_documents
+    logger.info("scoring %d document%s with the model of %s", n, "" if n == 1 else "s", model)
     return score(trained.model, documents)
 
 

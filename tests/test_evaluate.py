@@ -103,7 +103,7 @@ def test_invalid_settings_are_one_line(
     for arguments, message in (
         (["path=x"], "path=x is not used with source=held_out; choose its format"),
         (["source=text"], "path is missing: source=text needs a file, a folder or a glob"),
-        (["source=text", "path=/nowhere"], "data.path=/nowhere does not exist"),
+        (["source=text", "path=/nowhere"], "error: path=/nowhere does not exist"),
         (["stride=38"], "stride=38 is more than model.seq_length=37, the length of a window"),
         (["output=/nowhere/x.json"], "output=/nowhere/x.json: its parent directory does not exist"),
         (["windows=3"], "there is no key windows; "),
