@@ -29,7 +29,7 @@ from configs import (
     load_config,
     machine_errors_as_user_errors,
 )
-from configs.errors import bad_setting
+from configs.errors import bad_setting, os_error_text
 from configs.launch import usable_cores
 from configs.program_settings import split_settings
 from configs.tokenizer_files import resolve_tokenizer
@@ -118,9 +118,12 @@ def dataset_files(prefix: Path) -> tuple[Path, Path]:
 
 
 def require_new(prefix: Path) -> None:
-    """Raise UserError if the folder of a prefix does not exist, or if one of its files does."""
-    if not prefix.parent.is_dir():
-        raise UserError(f"output={prefix}: its parent directory does not exist")
+    """Make the folder of a prefix; raise UserError if that fails or one of its files exists."""
+    try:
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = f"cannot make its parent directory: {os_error_text(error)}"
+        raise UserError(f"output={prefix}: {problem}") from error
     for file in dataset_files(prefix):
         if file.exists():
             raise already_exists(prefix, file)
@@ -171,7 +174,7 @@ def write_outputs(config: DataConfig, corpus: Corpus, output: str) -> None:
     for (prefix, split), tokens in zip(outputs(config, output), parts, strict=True):
         if tokens.num_documents:
             write_dataset(prefix, tokens, corpus.tokenizer)
-            documents = f"{tokens.num_documents:,} documents"
+            documents = f"{tokens.num_documents:,} document{'s' * (tokens.num_documents != 1)}"
             logger.info("wrote %s.bin and .idx: %s (%s)", prefix, documents, split)
 
 

@@ -105,8 +105,10 @@ def test_documents_are_written_as_the_format_says(tmp_path: Path) -> None:
     assert found == list(expected)
     with pytest.raises(UserError, match=r"output=.*same: .*same\.bin already exists"):
         write_dataset(tmp_path / "same", tokens, same)
-    with pytest.raises(UserError, match="its parent directory does not exist"):
-        require_new(tmp_path / "none" / "x")
+    require_new(tmp_path / "new" / "folder" / "x")
+    assert (tmp_path / "new" / "folder").is_dir()
+    with pytest.raises(UserError, match="cannot make its parent directory: File exists"):
+        require_new(tmp_path / "same.bin" / "x")
 
 
 @pytest.mark.parametrize("num_documents", [30, 1])

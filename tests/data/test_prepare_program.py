@@ -256,7 +256,7 @@ def test_every_job_is_done_once_by_processes_that_share(tmp_path: Path) -> None:
                 (["processes=0"], "processes=0 is out of range; it must be at least 1"),
                 (["data.sorce=text"], "there is no key data.sorce; did you mean data.source=text?"),
                 (["data.path=/none"], "data.path=/none does not exist"),
-                (["output=/none/x"], "output=/none/x: its parent directory does not exist"),
+                (["output=/dev/null/x"], "output=/dev/null/x: cannot make its parent directory"),
             )
         ),
     ],
