@@ -211,9 +211,8 @@ def _read_text(source: Source) -> spools.Spool:
         skipped = spools.summarise_reading(parts, 0)["skipped"]
         shutil.rmtree(source.text)
         raise UserError(
-            f"{keys.section}.source={config.source} with {keys.path}={config.path!r} yields no "
-            f"documents; skipped: {report.describe_counts(skipped) or 'nothing'}; give non-empty "
-            "UTF-8 text"
+            f"{keys.section}.source={config.source} with {keys.path}={config.path!r} "
+            f"{report.no_documents(config, skipped)}"
         )
     return spools.open_spool(parts, has_segments=config.format != "text")
 

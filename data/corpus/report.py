@@ -5,12 +5,13 @@ A summary has `records`, `skipped` (by reason), `ends_held_out`, and for both sp
 If only some tokens are targets, `targets` is their number, and `bytes` are those of their text.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from configs.schema import SourceConfig
 from data.cached_corpus import lossy_warning, unknown_warning
 from data.corpus.encoding import is_lossy
 from data.corpus.spool import Spool
@@ -19,6 +20,19 @@ from data.tokenizer import Tokenizer
 
 _BIN_ENDS = [2**n for n in range(6, 17)]  # of document lengths in tokens
 _BLOCK_TOKENS = 1 << 24
+# What to do about a reason for skipping records, if no document is left.
+_ADVICE = {
+    "null": "give strings, not null, in {columns}",
+    "not a string": "give strings in {columns}",
+    "empty": "give text that is not empty",
+    "not UTF-8": "give text in UTF-8",
+    "empty completion": "give completions that are not empty",
+    "not a list of messages": "give lists of objects with role and content in {columns}",
+    "unknown role": "give the roles system, user and assistant",
+    "content not a string": "give strings as content",
+    "empty assistant turn": "give turns of the assistant that are not empty",
+    "no assistant turn": "give conversations in which the assistant speaks",
+}
 # At most so many documents, and about so many bytes of them, are compared with their text.
 _COMPARED_DOCUMENTS, _COMPARED_BYTES = 1000, 16 << 20
 _FEW_BYTES = 10_000  # of held-out text; the loss of so little is uncertain by some hundredths
@@ -131,9 +145,20 @@ def describe(summary: dict[str, Any]) -> list[str]:
     return [*lines, f"document lengths in tokens: {', '.join(fractions)}"]
 
 
-def describe_counts(counts: dict[str, int]) -> str:
+def describe_counts(counts: Mapping[str, int]) -> str:
     """List counts with their reasons."""
     return ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items()))
+
+
+def no_documents(source: SourceConfig, skipped: Mapping[str, int]) -> str:
+    """Say that a source has no documents, why, and what to do about it."""
+    columns = " and ".join(source.columns.values())
+    columns = f"column{'s' * (len(source.columns) > 1)} {columns}"
+    known = [
+        _ADVICE[reason].format(columns=columns) for reason in sorted(skipped) if reason in _ADVICE
+    ]
+    fixes = ", ".join(known) or "give non-empty UTF-8 text"
+    return f"yields no documents; skipped: {describe_counts(skipped) or 'nothing'}; {fixes}"
 
 
 def _count(number: int, noun: str) -> str:

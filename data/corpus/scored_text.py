@@ -13,7 +13,7 @@ from configs.errors import UserError
 from configs.schema import SourceConfig
 from data.cached_corpus import Corpus
 from data.corpus.encoding import encode_segments, is_lossy
-from data.corpus.report import describe_counts
+from data.corpus.report import describe_counts, no_documents
 from data.corpus.segments import from_document, target_bytes
 from data.corpus.sources import read_records
 from data.packing import Int64Array
@@ -54,8 +54,7 @@ def load_eval_corpus(source: SourceConfig, tokenizer: Tokenizer, tokenizer_path:
                 document_bytes.append(target_bytes(segments))
     if not documents:
         raise UserError(
-            f"source={source.source} path={source.path!r} yields no documents; skipped: "
-            f"{describe_counts(skipped) or 'nothing'}; give non-empty UTF-8 text"
+            f"source={source.source} path={source.path!r} {no_documents(source, skipped)}"
         )
     if skipped:
         logger.warning("not scored: %s", describe_counts(skipped))

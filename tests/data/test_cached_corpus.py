@@ -89,7 +89,7 @@ def test_errors_for_the_user_are_those_of_the_other_process(tmp_path: Path) -> N
     """Word for word, also in letters beyond ASCII."""
     (tmp_path / "é").mkdir()
     (tmp_path / "é" / "latin.txt").write_bytes(b"\xe9")
-    expected = r"data.path='.*é' yields no documents; skipped: 1 not UTF-8; give non-empty"
+    expected = r"data.path='.*é' yields no documents; skipped: 1 not UTF-8; give text in UTF-8"
     with pytest.raises(UserError, match=expected):
         prepare_corpus(text_config(tmp_path, path=str(tmp_path / "é")), 16, 0)
 

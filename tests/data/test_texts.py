@@ -40,13 +40,21 @@ def test_a_batch_of_records_may_have_no_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "skipped"), [("", "nothing"), ('{"text": null}\n' * 3, "3 null")]
+    ("content", "skipped"),
+    [
+        ("", "nothing; give non-empty UTF-8 text"),
+        ('{"text": null}\n' * 3, "3 null; give strings, not null, in column text"),
+        (
+            '{"text": ""}\n{"text": 5}\n',
+            "1 empty, 1 not a string; give text that is not empty, give strings in column text",
+        ),
+    ],
 )
 def test_a_source_without_a_text_says_what_was_skipped(
     tmp_path: Path, content: str, skipped: str
 ) -> None:
-    """This covers an empty file and a file with only null rows."""
-    with pytest.raises(UserError, match=f"yields no documents; skipped: {skipped}; give"):
+    """And what to do about it."""
+    with pytest.raises(UserError, match=f"yields no documents; skipped: {skipped}$"):
         scored(tmp_path / "x.jsonl", content)
 
 
