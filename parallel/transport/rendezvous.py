@@ -118,9 +118,11 @@ def _decide(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
         or facts["gpu"] in [earlier["gpu"] for earlier in ranks[:rank]]
     ]
     hosts = ", ".join(sorted({ranks[rank]["host"] for rank in lacking}))
+    missing = "no GPU of their own" if any(ranks[r]["num_gpus"] for r in lacking) else "no GPU"
+    missing += "" if agree else " or another train.device"
     problem = (
-        f"train.device={choice} on rank 0, but ranks {lacking} (host {hosts}) have no GPU of their "
-        "own or another train.device; start one rank per GPU, or set train.device=cpu for all ranks"
+        f"train.device={choice} on rank 0, but ranks {lacking} (host {hosts}) have {missing}; "
+        "start one rank per GPU, or set train.device=cpu for all ranks"
     )
     return {
         "device": "cpu" if is_cpu else "cuda",

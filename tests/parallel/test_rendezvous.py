@@ -120,18 +120,30 @@ def test_device_for_all_ranks(ranks: list[dict[str, Any]], device: str) -> None:
 @pytest.mark.parametrize(
     ("ranks", "setting", "lacking"),
     [
-        ([_rank(2), _rank(2, 1), _rank(2, 0)], "auto", "ranks [2] (host a)"),
-        ([_rank(1), _rank(0, host="b")], "auto", "ranks [1] (host b)"),
-        ([_rank(0, choice="cuda")], "cuda", "ranks [0] (host a)"),
-        ([_rank(1), _rank(1, host="b", choice="cpu")], "auto", "ranks [1] (host b)"),
-        ([_rank(0, choice="cpu"), _rank(0, host="b")], "cpu", "ranks [0, 1] (host a, b)"),
+        (
+            [_rank(2), _rank(2, 1), _rank(2, 0)],
+            "auto",
+            "ranks [2] (host a) have no GPU of their own;",
+        ),
+        ([_rank(1), _rank(0, host="b")], "auto", "ranks [1] (host b) have no GPU;"),
+        ([_rank(0, choice="cuda")], "cuda", "ranks [0] (host a) have no GPU;"),
+        (
+            [_rank(1), _rank(1, host="b", choice="cpu")],
+            "auto",
+            "ranks [1] (host b) have no GPU of their own or another train.device;",
+        ),
+        (
+            [_rank(0, choice="cpu"), _rank(0, host="b")],
+            "cpu",
+            "ranks [0, 1] (host a, b) have no GPU or another train.device;",
+        ),
     ],
 )
 def test_no_device_for_all_ranks(ranks: list[dict[str, Any]], setting: str, lacking: str) -> None:
     """One line that names the setting, the ranks and their hosts."""
     assert _decide(ranks)["problem"] == (
-        f"train.device={setting} on rank 0, but {lacking} have no GPU of their own or another "
-        "train.device; start one rank per GPU, or set train.device=cpu for all ranks"
+        f"train.device={setting} on rank 0, but {lacking} start one rank per GPU, or set "
+        "train.device=cpu for all ranks"
     )
 
 
