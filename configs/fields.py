@@ -157,6 +157,9 @@ def _convert_mapping(owner: type[Any], name: str, mapping: dict[Any, object]) ->
     """Convert a mapping to a dataclass."""
     fields = fields_of(owner, f"{name}.")
     for key, value in mapping.items():
+        leaf, colon, rest = str(key).partition(":")
+        if colon and value is None and f"{name}.{leaf}" in fields:
+            raise ConfigError(f"{name} has {key}; write '{leaf}: {rest}', with a space", name)
         if f"{name}.{key}" not in fields:
             raise unknown_key(f"{name}.{key}", value, fields)
     return owner(**{key: convert(fields[f"{name}.{key}"], mapping[key]) for key in mapping})

@@ -82,6 +82,10 @@ def test_the_single_keys_are_a_mixture_of_one() -> None:
         ),
         ("[{text_field: ' '}]", "data.sources[0].text_field is empty; give a value"),
         ("[{weight: 1, weight: 2}]", "data.sources[0].weight is already set; remove one"),
+        (
+            "[{source:text,path:docs}]",
+            "data.sources[0] has source:text; write 'source: text', with a space",
+        ),
         ("[a.txt]", "data.sources[0]=a.txt is not a mapping {source, path"),
         ("a.txt", "data.sources=a.txt is not a list [a mapping {source, path"),
         ("[{", "data.sources=[{ is not valid YAML"),
