@@ -5,6 +5,7 @@ Ranges of single settings are in `configs/schema.py`, the layout over ranks in `
 
 import glob
 import os
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 
@@ -234,9 +235,18 @@ def _check_files(key: str, path: str, source: str) -> None:
         problem = "matches no file" if glob.has_magic(expanded) else "does not exist"
     files = [name for name in found if os.path.isfile(name)]
     if not files:
-        fix = f"give an existing file, a glob, or a folder with {wanted} files"
+        example = _example_of_glob(key, path, expanded) if source == "text" else ""
+        fix = f"give an existing file, a glob{example}, or a folder with {wanted} files"
         raise bad_setting(key, path, f"{problem}; {fix}")
     for file in files:
         if not os.access(file, os.R_OK):
             problem = f"{file} may not be read by this user; change its permissions"
             raise ConfigError(f"{key}={format_value(path)}: {problem}", key)
+
+
+def _example_of_glob(key: str, path: str, folder: str) -> str:
+    """Return a setting for the most common kind of file in a folder, if there is any."""
+    names = glob.glob("**/*.*", root_dir=folder, recursive=True)
+    files = [name for name in names if os.path.isfile(os.path.join(folder, name))]
+    endings = Counter(os.path.splitext(name)[1] for name in files).most_common(1)
+    return f" such as {key}='{path}/**/*{endings[0][0]}'" if endings else ""

@@ -229,6 +229,11 @@ ARGUMENTS = [
         + GIVE_FILES,
     ),
     (
+        "data.source=text data.path=pages",
+        "data.path=pages is a folder without .txt (or compressed) files, which text sources consist of; "
+        "give an existing file, a glob such as data.path='pages/**/*.md', or a folder with .txt (or compressed) files",
+    ),
+    (
         "data.source=text data.path=/dev/null",
         f"data.path=/dev/null is neither a file nor a folder; {GIVE_FILES}",
     ),
@@ -397,6 +402,9 @@ def _alone_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     Path("folder").mkdir()
+    Path("pages").mkdir()
+    for name in ("a.md", "b.md", "c.rst", "README"):
+        Path("pages", name).touch()
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
 
