@@ -63,6 +63,7 @@ def test_all_ranks_name_a_killed_rank(corpus: Path, tmp_path: Path) -> None:
     assert sorted(rank for rank, _ in reported) == ["0", "1", "3"]
     for _, message in reported:
         assert f"rank 2 (process {killed}) has ended" in message or "after rank 2 had" in message
+        assert message.endswith("exit.json has the command that resumes the run")
     reason = json.loads((tmp_path / "test" / "exit.json").read_text())["reason"]
     assert "rank 2" in reason
     # torch begins each line of a traceback like this.

@@ -77,7 +77,7 @@ def exit_on_error() -> Iterator[None]:
     except RuntimeError as error:
         if (loss := lost_connection(error)) is None:
             raise
-        exit_with_error(loss, 1, only_here=True)
+        exit_with_error("; ".join([loss, *getattr(error, "__notes__", [])]), 1, only_here=True)
 
 
 def require_same_on_all_ranks(mesh: Mesh, value: str, what: str) -> None:
@@ -136,6 +136,8 @@ class RunFolder:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self._record(error)
+        if isinstance(error, RuntimeError) and lost_connection(error):
+            error.add_note(f"{self._exit} has the command that resumes the run")
         self._unlock()
 
     def _open(self, nonce: str) -> None:
