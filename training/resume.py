@@ -302,7 +302,7 @@ def _require_same_contents(checkpoint: Checkpoint, config: Config, found: dict[s
         problem = f"has changed since (fingerprint {fingerprint}, was {stored}); restore it"
         if moved := [text for text in changed.values() if text.startswith(_PLACES.get(key, ()))]:
             file = checkpoint.directory.parent.parent / "config.yaml"
-            problem = f"is another with {', '.join(moved)}; repeat them, use config={file}"
+            problem = f"is another with {', '.join(moved)}; set them as before, use config={file}"
         raise CheckpointError(
             f"cannot resume {checkpoint.directory}: {_CONTENTS[key]} {problem}, or choose another "
             "run.name"

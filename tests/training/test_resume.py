@@ -54,7 +54,7 @@ def test_the_same_text_may_have_another_path(monkeypatch: pytest.MonkeyPatch) ->
             DataConfig(),
             "data.path=null (was a), data.source=python_stdlib ",
         ),
-        (mixture("a", "b").data, mixture("c", "b").data, "data.sources[0].path=c (was a); repeat "),
+        (mixture("a", "b").data, mixture("c", "b").data, "data.sources[0].path=c (was a); set "),
         (DataConfig("text", "a"), DataConfig("text", "a", "b"), "data.text_field=b (was text); "),
     ],
     ids=["source", "mixture", "column"],
