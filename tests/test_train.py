@@ -167,8 +167,10 @@ def test_another_text_is_refused_before_it_is_tokenized(corpus: Path, tmp_path: 
     finish(start(1, settings(corpus, tmp_path, "run.stop_at_step=2")))
     shutil.copytree(corpus, tmp_path / "moved")
     moved = settings(corpus, tmp_path, f"data.path={tmp_path / 'moved'}")
-    output = finish(start(1, [*moved, "run.stop_at_step=3"]))
+    output = finish(start(1, [*moved, "run.stop_at_step=3", "optimizer.lr=0.02"]))
     assert "resuming from" in output
+    assert "optimizer.lr=0.02 differs from the checkpoint's" in output
+    assert "the schedule has changed" in output
     assert [row["step"] for row in rows(tmp_path) if "train/loss" in row] == [1, 2, 3]
     (tmp_path / "moved" / "more.txt").write_text("one more text\n")
     cache = corpus.parent / "cache"
@@ -176,7 +178,7 @@ def test_another_text_is_refused_before_it_is_tokenized(corpus: Path, tmp_path: 
     output = finish(start(1, moved), expected=2)
     assert "the text of data.path or data.sources has changed since" in output
     shutil.copytree(tmp_path / "moved", tmp_path / "more")
-    more = settings(corpus, tmp_path, f"data.path={tmp_path / 'more'}", "train.train_steps=9")
+    more = settings(corpus, tmp_path, f"data.path={tmp_path / 'more'}", "optimizer.lr=0.03")
     output = finish(start(1, more), expected=2)
     assert f"config={tmp_path / 'test' / 'config.yaml'}, or choose another run.name" in output
     assert "the schedule has changed" not in output  # it will not be used
