@@ -56,6 +56,11 @@ class BatchLoader(Iterator[StepBatch]):
         **cp: Unpack[CPRank],
     ) -> None:
         self._batch_size = config.train.global_batch_size
+        if self._batch_size % dp_size:
+            raise UserError(
+                f"train.global_batch_size={self._batch_size} is not divisible by the "
+                f"data-parallel size {dp_size}; choose a multiple of {dp_size}"
+            )
         self._rows = rows_of_corpus(corpus, config)
         self._order = SampleOrder(corpus.weights, self._rows.rows_of_sources, config.run.seed)
         self._corpus, self._config = corpus, config

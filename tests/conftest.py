@@ -3,7 +3,6 @@
 from typing import Any
 
 import pytest
-from xdist.scheduler import LoadFileScheduling
 
 # The second file uses a run that a fixture of the first has trained.
 _SAME_WORKER = {
@@ -24,13 +23,15 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.import_plugin("tests.plugin")
 
 
-class _ByFile(LoadFileScheduling):
-    def _split_scope(self, nodeid: str) -> str:
-        path = super()._split_scope(nodeid)
-        return _SAME_WORKER.get(path, path)
-
-
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Keep files that share a trained run on one worker."""
-    return _ByFile(config, log) if config.getoption("dist") == "loadfile" else None
+    # Here, because the tests also run where the package is not installed.
+    from xdist.scheduler import LoadFileScheduling  # noqa: PLC0415
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = super()._split_scope(nodeid)
+            return _SAME_WORKER.get(path, path)
+
+    return ByFile(config, log) if config.getoption("dist") == "loadfile" else None

@@ -175,6 +175,7 @@ def test_export_leaves_out_a_template_with_other_tokens(
     assert "exported without chat_template: transformers encodes a conversation" in warnings[0]
 
 
+@pytest.mark.slow
 def test_export_has_the_chat_template(run: Path, tmp_path: Path) -> None:
     """With the check against transformers, which gives the tokens of generate.py."""
     import transformers  # noqa: PLC0415  takes seconds

@@ -50,6 +50,7 @@ def check(tmp_path: Path, *arguments: str, python: str = sys.executable) -> tupl
     return result.returncode, page
 
 
+@pytest.mark.slow
 def test_a_bare_machine_needs_no_other_packages(tmp_path: Path, bare_python: str) -> None:
     """Beside torch, those that the check installs are enough."""
     only = ("--only", "memory")

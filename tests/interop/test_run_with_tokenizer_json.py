@@ -55,7 +55,7 @@ def test_the_run_folder_has_all_that_other_programs_need(run: Path) -> None:
 
 def refuse(mesh: Mesh, arguments: list[str]) -> None:
     config = parse_config(arguments)
-    message = "the tokenizer has changed"
+    message = "the tokenizer is another with data.eos_token=<s>"
     with pytest.raises(ValueError, match=message), RunFolder(config, mesh) as folder:
         train(config, mesh, folder, StopSignals())
 

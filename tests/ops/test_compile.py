@@ -135,6 +135,7 @@ def test_compiled_dropout_gradient_is_right_in_any_thread(
         assert torch.equal(x.grad, (kept / (1 - rate)).to(dtype)), rate
 
 
+@pytest.mark.slow
 @needs_a_compiler
 @distributed(ONE_RANK)
 def test_compiled_norm_uses_each_epsilon_in_any_thread(mesh: Mesh) -> None:

@@ -69,6 +69,7 @@ def test_matmuls_and_attention_have_their_own_precision() -> None:
         matmul.Precision("fast", "native")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_environment_does_not_lower_the_precision() -> None:
     """NVIDIA's containers set a variable that would allow TF32 for float32 matmuls."""
     program = (

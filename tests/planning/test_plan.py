@@ -514,6 +514,7 @@ def test_advice() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_gpu_needs_no_float32_copies() -> None:
     """A CPU that widens bf16 has them."""
     settings = ("config=gpt_125m.yaml", "model.num_layers=2")
