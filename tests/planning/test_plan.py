@@ -207,8 +207,9 @@ def test_a_step_equals_its_plan(layout: Layout, option: str) -> None:
     run_on(layout, compare_step, config=config, stages=[totals(plan)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", PIPELINES, ids=str)
-@pytest.mark.parametrize("num_micro_batches", [2, pytest.param(7, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_micro_batches", [2, 7])
 def test_a_step_of_each_stage_equals_its_plan(layout: Layout, num_micro_batches: int) -> None:
     """Like a step without a pipeline; stage r of p keeps p - r micro-batches."""
     batch = 2 * num_micro_batches * layout.dp
