@@ -191,7 +191,7 @@ def _make(config: DataConfig) -> None:
         except BaseException:
             process.kill()
             raise
-    if process.returncode == EXIT_BEFORE_TRAINING:
+    if process.returncode == EXIT_BEFORE_TRAINING and message:
         raise UserError(json.loads(message.splitlines()[-1]))
     if process.returncode < 0:
         number = signal.Signals(-process.returncode)
