@@ -24,7 +24,8 @@ from tests.data_corpora import small_tokenizer, text_config, write_texts
 from tests.lines import ROOT, import_closure
 
 PREPARE = """
-import logging, sys
+import logging, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
 from configs.schema import DataConfig, WeightedSource
 from data import prepare_corpus
 logging.basicConfig(level=logging.INFO, format="%(message)s")
