@@ -184,6 +184,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from checkpoints import require_fingerprint
 from data import Corpus, prepare_corpus
+from data.corpus.report import count_in_words
 from data.corpus.scored_text import load_eval_corpus
 from data.tasks import TaskResult
 from parallel import close_mesh
@@ -275,8 +276,8 @@ def score_text(trained: LoadedModel, settings: Settings) -> EvalResult:
     if documents.num_targets == 0:
         raise UserError("the text has no token to score; give more text")
     model = trained.checkpoint.directory
-    n = documents.num_documents
-    logger.info("scoring %d document%s with the model of %s", n, "" if n == 1 else "s", model)
+    number = count_in_words(documents.num_documents, "document")
+    logger.info("scoring %s with the model of %s", number, model)
     return score(trained.model, documents)
 
 

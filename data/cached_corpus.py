@@ -56,7 +56,7 @@ class Corpus:
 
 
 class FoundSource(NamedTuple):
-    """A source of the configuration, and what its content is known by."""
+    """A source of the configuration, its files, and a fingerprint of its content."""
 
     keys: SourceKeys
     config: WeightedSource

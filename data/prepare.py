@@ -38,6 +38,7 @@ from data.cache import sync_directory, sync_files
 from data.cached_corpus import Corpus, prepare_corpus
 from data.corpus.build import build_corpus
 from data.corpus.megatron import DTYPES, HEADER, MAGIC
+from data.corpus.report import count_in_words
 from data.token_file import TokenFile
 from data.tokenizer import Tokenizer
 
@@ -174,7 +175,7 @@ def write_outputs(config: DataConfig, corpus: Corpus, output: str) -> None:
     for (prefix, split), tokens in zip(outputs(config, output), parts, strict=True):
         if tokens.num_documents:
             write_dataset(prefix, tokens, corpus.tokenizer)
-            documents = f"{tokens.num_documents:,} document{'s' * (tokens.num_documents != 1)}"
+            documents = count_in_words(tokens.num_documents, "document")
             logger.info("wrote %s.bin and .idx: %s (%s)", prefix, documents, split)
 
 

@@ -38,7 +38,7 @@ _NO_KEYS = -math.inf  # the log-sum-exp of a query without keys
 def avoid_cudnn_attention() -> None:
     """Let torch choose flash attention on GPUs where it would prefer cuDNN's, in bf16 on an H100.
 
-    cuDNN plans each new shape for tens of milliseconds, and decoding has a new one per token.
+    cuDNN makes a plan for each new shape, and decoding has a new one per token.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
 

@@ -44,7 +44,7 @@ class RunLog:
         self.seconds_per_step: float | None = None
         self.views: list[TensorBoardWriter | WandbForwarder] = []
         last_row = truncate_rows(run.folder.metrics, state.step) if self.is_writer else {}
-        # Whether the last step has no evaluation: it may have been ended by a signal or a kill.
+        # Whether the last step has no evaluation, because a signal or a kill has ended it.
         self.lacks_evaluation = any_rank(run.mesh, "train/loss" in last_row)
         if self.is_writer:
             truncate_rows(run.folder.samples, state.step)

@@ -113,7 +113,7 @@ def corpus_warnings(summary: dict[str, Any], *, is_evaluated: bool) -> Iterator[
     if is_evaluated and not num_bytes:
         yield f"there is no held-out text, so eval/loss is not computed; {fix}"
     elif is_evaluated and num_bytes < _FEW_BYTES:
-        held_out = _count(num_bytes, "byte")
+        held_out = count_in_words(num_bytes, "byte")
         yield f"held-out text is only {held_out}, so eval/* is unreliable; {fix}"
 
 
@@ -122,8 +122,8 @@ def describe(summary: dict[str, Any]) -> list[str]:
     train, validation = summary["train"], summary["validation"]
     held_out = summary.get("excluded", validation["documents"])
     num_documents = train["documents"] + held_out - summary["ends_held_out"]
-    records = _count(summary["records"], "record")
-    first = f"{records} gave {_count(num_documents, 'document')}"
+    records = count_in_words(summary["records"], "record")
+    first = f"{records} gave {count_in_words(num_documents, 'document')}"
     if summary["ends_held_out"]:
         first += f", {summary['ends_held_out']:,} with their end held out"
     if summary.get("excluded"):
@@ -136,7 +136,7 @@ def describe(summary: dict[str, Any]) -> list[str]:
         noun = "target" if "targets" in split else "token"
         per_token = split["bytes"] / max(1, split[f"{noun}s"])
         nouns = dict.fromkeys(("document", "byte", "token", noun))
-        counts = [_count(split[f"{noun}s"], noun) for noun in nouns]
+        counts = [count_in_words(split[f"{noun}s"], noun) for noun in nouns]
         lines.append(f"{name}: {', '.join(counts)}, {per_token:.2f} bytes per {noun}")
     first_end, *ends = _BIN_ENDS
     names = [f"<={first_end}", *(f"{end // 2 + 1}-{end}" for end in ends), f">{ends[-1]}"]
@@ -161,5 +161,6 @@ def no_documents(source: SourceConfig, skipped: Mapping[str, int]) -> str:
     return f"yields no documents; skipped: {describe_counts(skipped) or 'nothing'}; {fixes}"
 
 
-def _count(number: int, noun: str) -> str:
+def count_in_words(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless it is 1."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
