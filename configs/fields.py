@@ -5,6 +5,7 @@ text of a scalar and convert it by the type of its key, strictly, in files and o
 """
 
 import dataclasses
+import functools
 import inspect
 import math
 import re
@@ -34,8 +35,13 @@ class Field:
     hint: Any  # type, without None and Annotated
     default: Any  # MISSING: required
     nullable: bool = False
-    comment: str = ""
     markers: tuple[Any, ...] = ()  # those of Annotated
+    owner: type[Any] | None = None  # the dataclass
+
+    @property
+    def comment(self) -> str:
+        """The comment in the source of the dataclass, or nothing."""
+        return _comments(self.owner).get(self.name.rpartition(".")[2], "") if self.owner else ""
 
     @property
     def allowed(self) -> str:
@@ -71,7 +77,7 @@ def _describe(hint: Any) -> str:
 
 def fields_of(owner: type[Any], prefix: str = "") -> dict[str, Field]:
     """Return the fields of a dataclass by name, with `prefix` before each name."""
-    hints, comments = get_type_hints(owner, include_extras=True), _comments(owner)
+    hints = get_type_hints(owner, include_extras=True)
     ranges: Mapping[str, Range] = getattr(owner, "RANGES", {})
     found = {}
     for field in dataclasses.fields(owner):
@@ -81,11 +87,11 @@ def fields_of(owner: type[Any], prefix: str = "") -> dict[str, Field]:
         markers: tuple[Any, ...] = (ranges[field.name],) if field.name in ranges else ()
         if get_origin(hint) is Annotated:
             hint, markers = get_args(hint)[0], get_args(hint)[1:]
-        comment = comments.get(field.name, "")
-        found[name] = Field(name, hint, field.default, nullable, comment, markers)
+        found[name] = Field(name, hint, field.default, nullable, markers, owner)
     return found
 
 
+@functools.cache
 def _comments(owner: type[Any]) -> dict[str, str]:
     """Return the comment of each field: the one behind it, or the comment lines above it."""
     comments: dict[str, str] = {}

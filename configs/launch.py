@@ -4,8 +4,10 @@ torchrun stops all ranks as soon as one has failed, and shows the first error fi
 0 prints and fails, while the others wait. A rank that survives the wait prints its own error.
 """
 
+import atexit
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import re
@@ -39,8 +41,10 @@ def set_up_environment() -> None:
     """Let Slurm's tasks be ranks, and OpenMP threads sleep; call this before importing torch.
 
     By default waiting threads spin for milliseconds at each barrier, which takes cores from other
-    processes (measured in docs/results.md). A policy set by the user stays.
+    processes (measured in docs/results.md). A policy set by the user stays. At the end of the
+    process, Python would visit all objects of torch's modules several times, which takes seconds.
     """
+    atexit.register(gc.freeze)
     use_slurm_tasks(os.environ)
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)

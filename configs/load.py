@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast, get_origin
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from configs.errors import ConfigError, bad_setting, format_value, nearest, os_error_text
 from configs.fields import KEYS, SECTIONS, Field, convert, unknown_key
@@ -290,11 +290,16 @@ def _build(values: Mapping[str, Any], path: Path) -> Config:
             "the characters A-Z a-z 0-9 . _ - and begin with a letter, a digit or _",
             "run.name",
         )
-    # A DataConfig replaces null by what suits its format, so its defaults are those of the class.
-    defaults = OmegaConf.merge(OmegaConf.structured(Config), {"data": DataConfig})
-    config = cast(Config, OmegaConf.to_object(OmegaConf.merge(defaults, sections)))
+    config = cast(Config, OmegaConf.to_object(OmegaConf.merge(_defaults(), sections)))
     directory = expand_path("run.directory", config.run.directory)
     return dataclasses.replace(config, run=dataclasses.replace(config.run, directory=directory))
+
+
+@functools.cache
+def _defaults() -> DictConfig:
+    # A DataConfig replaces null by what suits its format, so its defaults are those of the class.
+    defaults = OmegaConf.merge(OmegaConf.structured(Config), {"data": DataConfig})
+    return cast(DictConfig, defaults)
 
 
 def _located(

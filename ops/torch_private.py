@@ -22,7 +22,6 @@ from torch._C._distributed_c10d import (  # type: ignore[attr-defined]  # one is
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.distributed_c10d import GroupName
 from torch.distributed.tensor import _sharding_prop
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
@@ -165,6 +164,10 @@ def init_fake_process_group(num_ranks: int, rank: int = 0) -> None:
 
 def forget_sharding_rules() -> None:
     """Clear DTensor's caches, which may return the mesh of an earlier fake process group."""
+    from torch.distributed.tensor.debug import (  # noqa: PLC0415  # imports torch.compile's tracer
+        _clear_sharding_prop_cache,
+    )
+
     _clear_sharding_prop_cache()
 
 

@@ -169,7 +169,9 @@ def test_the_fields_of_a_source_are_keys() -> None:
     fields = fields_of(WeightedSource)
     assert fields.pop("weight").default == 1.0
     for leaf, field in fields.items():
-        assert dataclasses.replace(field, name=f"data.{leaf}") == KEYS[f"data.{leaf}"]
+        key = KEYS[f"data.{leaf}"]
+        assert dataclasses.replace(field, name=key.name, owner=key.owner) == key
+        assert field.comment == key.comment
 
 
 @pytest.mark.parametrize(
