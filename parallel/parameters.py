@@ -124,6 +124,7 @@ def declarations(
             yield f"{path}." if path else "", getattr(module, name), declared
 
 
+@torch.no_grad()
 def local_shards(
     model: nn.Module, of: Callable[[nn.Parameter], Tensor | None] = lambda parameter: parameter
 ) -> dict[str, LocalShard]:
@@ -136,12 +137,12 @@ def local_shards(
     for prefix, parameter, declared in declarations(model):
         if (whole := of(parameter)) is None:
             continue
-        tensor, parts = whole.detach(), [one.slices for one in declared.values()]
-        if isinstance(tensor, DTensor):  # FSDP2 has sharded its rows over dp
-            axis, tensor = tensor.device_mesh, tensor.to_local()
+        parts = [one.slices for one in declared.values()]
+        if isinstance(whole, DTensor):  # FSDP2 has sharded its rows over dp
+            axis, whole = whole.device_mesh, whole.to_local()
             dim = axis.ndim - 1  # with HSDP the first dim is that of the replicas
             parts = dp_slices(parts, axis.size(dim), axis.get_local_rank(dim))
-        row = 0
+        tensor, row = whole.detach(), 0
         for (name, one), slices in zip(declared.items(), parts, strict=True):
             stop = row + slices[0].stop - slices[0].start
             part = tensor if len(declared) == 1 else tensor[row:stop]

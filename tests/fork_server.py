@@ -147,7 +147,10 @@ def _run(
 def _launch(command: list[str]) -> None:
     """The torchrun command, whose workers are forks of its agent."""
     from torch.distributed import run  # noqa: PLC0415  # only programs under torchrun need it
+    from torch.distributed.elastic.rendezvous import dynamic_rendezvous  # noqa: PLC0415
 
+    # It looks for its callers' names in the source of every module, four times per launch.
+    dynamic_rendezvous.get_method_name = lambda _=0: "torchrun"
     elastic_launch = run.elastic_launch
 
     def fork_workers(config: Any, entrypoint: str) -> Callable[..., Any]:

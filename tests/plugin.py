@@ -1,5 +1,6 @@
 """What several files of tests begin with."""
 
+import gc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         _sample(config, items)
     num_costly = Counter(item.path for item in items if _is_costly(item))
     items.sort(key=lambda item: -num_costly[item.path])
+
+
+def pytest_collection_finish() -> None:
+    """Let garbage collections pass over all that imports have made."""
+    gc.freeze()
 
 
 def _is_costly(item: pytest.Item) -> bool:
