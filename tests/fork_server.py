@@ -31,6 +31,7 @@ from training import hardware
 _PRELOAD = (
     "datasets",
     "sentencepiece",
+    "torch._dynamo",
     "torch.distributed.run",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",

@@ -24,13 +24,14 @@ _CPU_ONLY = tuple(
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Select the tests of `make test` or `make test-gpu`; begin with files that take long."""
+    """Select the tests of `make test` or `make test-gpu`; begin with files that take long, end with small ones."""
     if DEVICE == "cuda":
         _keep(config, items, [item for item in items if _runs_on_a_gpu(item)])
     if config.getoption("sample"):
         _sample(config, items)
     num_costly = Counter(item.path for item in items if _is_costly(item))
-    items.sort(key=lambda item: -num_costly[item.path])
+    size = {path: path.stat().st_size for path in {item.path for item in items}}
+    items.sort(key=lambda item: (-num_costly[item.path], -size[item.path]))
 
 
 def pytest_collection_finish() -> None:
