@@ -53,6 +53,7 @@ def test_two_hosts_of_one_rank_send_everything(layout: Layout) -> None:
     assert slower.step_s - prediction.step_s == pytest.approx(rounds * 100e-6)
 
 
+@pytest.mark.slow
 def test_each_rank_of_a_host_has_its_own_ring() -> None:
     """tp stays within hosts; both dp rings of tp=2 x dp=2 share the link."""
     prediction, sent = predicted(Layout(tp=2, dp=2), 2)
@@ -91,6 +92,7 @@ def test_messages_of_a_pipeline_delay_the_schedule() -> None:
     assert sent == pytest.approx(m * message_s * BYTES_PER_S, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_stage_between_others_sends_both_ways() -> None:
     """On three hosts the second one sends activations on and gradients back."""
     (config, reports), m = planned(Layout(pp=3)), 3
@@ -99,6 +101,7 @@ def test_the_stage_between_others_sends_both_ways() -> None:
     assert prediction.by_ranks[0, 1, 2].between == pytest.approx(2 * m * message, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_the_rate_of_a_rank_replaces_a_measured_step() -> None:
     """One stage: FLOPs of a step / ranks / rate; without rates there is no time."""
     config, reports = planned(Layout(dp=2))

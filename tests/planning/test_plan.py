@@ -348,6 +348,7 @@ def test_paper_formulas() -> None:
     assert in_sbh("parallel.recompute_granularity=full") == (2, 2)
 
 
+@pytest.mark.slow
 def test_operations_with_wide_heads() -> None:
     """4 heads of 48, twice as wide as h = 64: q, 2 groups of k and v, proj, 3 h x f, the head."""
     config, plan = planned(Layout(tp=2), "wide heads")
@@ -479,7 +480,7 @@ def test_missing_input_files_are_accepted() -> None:
     assert (config.data.path, ranks) == ("/nowhere", 4)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_only_several_ranks_can_become_fewer(ranks: int) -> None:
     """The last line of the advice for memory that is left over."""
     config = small_config(Layout(tp=ranks))
