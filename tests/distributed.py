@@ -39,7 +39,7 @@ from ops.matmul import use_full_precision
 from ops.sdpa import avoid_cudnn_attention
 from parallel.mesh import CPCommType, Mesh, Overlap, make_mesh
 from parallel.transport.backend import cpu_backend
-from tests.fork_server import fork_server
+from tests.fork_server import begin_to_collect_garbage, fork_server
 from training import hardware
 
 DEVICE = os.environ.get("MICROTRON_TEST_DEVICE", "cpu")  # or cuda
@@ -229,6 +229,7 @@ def _report(failures: dict[int, str]) -> str:
 def _work(
     rank: int, world_size: int, shared_memory: bool, directory: str, pipe: Connection
 ) -> None:
+    begin_to_collect_garbage()
     # Open for life: the handler writes to it.
     stack_file = Path(directory, f"stack{rank}").open("w")  # noqa: SIM115
     faulthandler.register(signal.SIGQUIT, file=stack_file, all_threads=True)

@@ -9,6 +9,7 @@ matmul rate, which MFU is relative to, is not measured; what `tests.runs.launch`
 
 import contextlib
 import functools
+import gc
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -29,6 +30,7 @@ from training import hardware
 # Everything that is slow to import, of programs and of pools; nothing is computed, so that no
 # thread exists when it forks.
 _PRELOAD = (
+    "tests.no_garbage",
     "datasets",
     "sentencepiece",
     "torch._dynamo",
@@ -111,6 +113,12 @@ def fork_server() -> Any:
     return context
 
 
+def begin_to_collect_garbage() -> None:
+    """Collect garbage again, but not among what imports have made."""
+    gc.freeze()
+    gc.enable()
+
+
 def _run(
     arguments: list[str],
     output: Connection,
@@ -122,6 +130,7 @@ def _run(
     stderr_file: str | None = None,
 ) -> None:
     """In the fork: become the program, under torchrun if its flags are given."""
+    begin_to_collect_garbage()
     os.setsid()
     os.dup2(output.fileno(), 1)
     errors = output.fileno() if stderr_file is None else os.open(stderr_file, os.O_WRONLY)

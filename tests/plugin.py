@@ -1,6 +1,5 @@
 """What several files of tests begin with."""
 
-import gc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import DEVICE, ONE_RANK
+from tests.fork_server import begin_to_collect_garbage
 from tests.runs import LONG, finish, rows, settings, start
 from tests.trained_runs import FAMILIES, train_family
 
@@ -24,7 +24,7 @@ _CPU_ONLY = tuple(
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Select the tests of `make test` or `make test-gpu`; begin with files that take long, end with small ones."""
+    """Select the tests of `make test` or `make test-gpu`; files that take long come first."""
     if DEVICE == "cuda":
         _keep(config, items, [item for item in items if _runs_on_a_gpu(item)])
     if config.getoption("sample"):
@@ -35,8 +35,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Let garbage collections pass over all that imports have made."""
-    gc.freeze()
+    """All imports are done."""
+    begin_to_collect_garbage()
 
 
 def _is_costly(item: pytest.Item) -> bool:
