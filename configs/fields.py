@@ -41,7 +41,8 @@ class Field:
     @property
     def comment(self) -> str:
         """The comment in the source of the dataclass, or nothing."""
-        return _comments(self.owner).get(self.name.rpartition(".")[2], "") if self.owner else ""
+        comments = _comments(self.owner) if self.owner else {}  # type: ignore[arg-type]  # hashable
+        return comments.get(self.name.rpartition(".")[2], "")
 
     @property
     def allowed(self) -> str:

@@ -1,12 +1,12 @@
-"""The private APIs of torch that this project uses; no other file names one.
+"""The private APIs of torch that training uses; torch_dry_run.py has those of dry runs.
 
-All were tried with torch 2.11.0, 2.13.0 and 2.14.1; tests/ops/test_torch_private.py checks each.
+No other file names one. All were tried with torch 2.11.0, 2.13.0 and 2.14.1;
+tests/ops/test_torch_private.py checks each.
 """
 
 import functools
 import inspect
 import os
-import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -19,17 +19,9 @@ from torch._C._distributed_c10d import (  # type: ignore[attr-defined]  # one is
     _create_work_from_future,
     _resolve_process_group,
 )
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.distributed_c10d import GroupName
-from torch.distributed.tensor import _sharding_prop
-from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = [
-    "FakeTensor",  # dry runs have tensors without memory
-    "FakeTensorMode",  # and compute with them under this mode
-    "ProcessGroupGloo",  # does what a group that shares memory does not
-    "TorchDispatchMode",  # sees every operation: the log of memory and traffic
-]
+__all__ = ["ProcessGroupGloo"]  # does what a group that shares memory does not
 
 # Attention that returns what its backward needs, so that the caller chooses what to save.
 flash_attention_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -53,9 +45,6 @@ foreach_copy_, foreach_mul_, foreach_norm = (
     torch._foreach_mul_,
     torch._foreach_norm,
 )
-# The operators behind `tensor.item()` and `tensor.to(dtype)`, to recognise them in a dispatch mode.
-ITEM = torch.ops.aten._local_scalar_dense.default
-CAST = torch.ops.aten._to_copy.default
 
 # Collectives on one tensor, and the methods of a process group that they call. torch 2.11 has the
 # older names.
@@ -75,11 +64,6 @@ OTHER_COLLECTIVES = tuple(
     )
     if hasattr(dist.ProcessGroup, name)
 )
-
-
-def call_after_backward(function: Callable[[], None]) -> None:
-    """Call a function at the end of the backward pass that is running."""
-    torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
 def current_saved_tensors_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:
@@ -153,38 +137,3 @@ def completed_work(tensors: list[Tensor]) -> dist.Work:
     future: Any = torch.futures.Future()
     future.set_result(tensors)
     return _create_work_from_future(future)
-
-
-def init_fake_process_group(num_ranks: int, rank: int = 0) -> None:
-    """Be one of `num_ranks` whose collectives return at once, for dry runs."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: PLC0415  # registers
-
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
-
-
-def forget_sharding_rules() -> None:
-    """Clear DTensor's caches, which may return the mesh of an earlier fake process group."""
-    from torch.distributed.tensor.debug import (  # noqa: PLC0415  # imports torch.compile's tracer
-        _clear_sharding_prop_cache,
-    )
-
-    _clear_sharding_prop_cache()
-
-
-def arguments_by_name(operator: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """Map the arguments of a dispatch mode, positional ones too, to their names."""
-    names = (argument.name for argument in operator._schema.arguments)
-    return {**dict(zip(names, args, strict=False)), **(kwargs or {})}
-
-
-def operator_name(operator: Any) -> str:
-    """The name of an operator without namespace and overload."""
-    return operator._opname
-
-
-def is_sharding_rule() -> bool:
-    """Whether DTensor is propagating shapes, for which it creates global tensors."""
-    frame = sys._getframe().f_back
-    while frame is not None and frame.f_globals is not vars(_sharding_prop):
-        frame = frame.f_back
-    return frame is not None

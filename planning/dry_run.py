@@ -28,7 +28,7 @@ from model import GPT, build_meta_model
 from ops.balance import width_multiple
 from ops.dropout import dropout_keys
 from ops.matmul import Precision, use_precision
-from ops.torch_private import FakeTensorMode, call_after_backward
+from ops.torch_dry_run import FakeTensorMode, call_after_backward
 from parallel import Losses, Mesh, local_shards, max_alive
 from parallel.transport.traffic import Collective, fake_mesh, record_traffic
 from planning.memory_log import Allocation, MemoryLog

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, UntypedStorage
 from torch.distributed.tensor import DTensor
 
-from ops.torch_private import (
+from ops.torch_dry_run import (
     CAST,
     ITEM,
     FakeTensor,
     FakeTensorMode,
     TorchDispatchMode,
     is_sharding_rule,
-    storage_id,
 )
+from ops.torch_private import storage_id
 
 _COPIES = {CAST, torch.ops.aten.cat.default}
 

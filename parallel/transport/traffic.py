@@ -25,14 +25,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ops.scratch import scratch_scope
-from ops.torch_private import (
+from ops.torch_dry_run import (
     TorchDispatchMode,
     arguments_by_name,
     forget_sharding_rules,
-    group_by_name,
     init_fake_process_group,
     operator_name,
 )
+from ops.torch_private import group_by_name
 from parallel.mesh import Mesh, Overlap, close_mesh, make_mesh
 
 _NAMESPACES = ("c10d", "_c10d_functional", "microtron")  # torch's, and that of backend.py

@@ -30,7 +30,7 @@ from ops.balance import balanced_positions
 from ops.dropout import dropout_keys, keep_mask, site_index
 from ops.sdpa import sdpa
 from ops.segments import make_key_blocks
-from ops.torch_private import TorchDispatchMode
+from ops.torch_dry_run import TorchDispatchMode
 from parallel import (
     DropoutStream,
     LocalShard,
