@@ -45,6 +45,7 @@ _PRELOAD = (
     "pytest",
     "tests.trained_runs",
     "tests.fork_server",
+    "tests.warm",
 )
 # Each rank leaves a file `PID-RANK` in this folder, as /proc shows the server's command line.
 REGISTRY = "TEST_RANK_REGISTRY"
