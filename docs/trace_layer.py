@@ -34,6 +34,7 @@ from parallel import (
     gather_json,
     init_mesh,
     initialise_parameters,
+    local_gradients,
     local_shards,
     sequence_shard,
     sum_partial_gradients,
@@ -153,7 +154,7 @@ def trace(mesh: Mesh) -> Iterator[str]:
         y.backward(torch.ones_like(y))
     assert tracer.num_seen == len(traffic), "every collective belongs before some line"
     with record_traffic() as summing:
-        sum_partial_gradients(block, mesh)
+        sum_partial_gradients(local_gradients(block), mesh)
 
     on = "with" if mesh.sequence_parallel else "without"
     kind = "context parallelism" if cp.size > 1 else f"{on} sequence parallelism"

@@ -17,6 +17,7 @@ from parallel.data_parallel import set_reshard_after_backward as set_reshard_aft
 from parallel.data_parallel import shard_over_data_parallel as shard_over_data_parallel
 from parallel.gradients import are_finite as are_finite
 from parallel.gradients import clip_gradients as clip_gradients
+from parallel.gradients import local_gradients as local_gradients
 from parallel.gradients import squared_norm as squared_norm
 from parallel.gradients import sum_partial_gradients as sum_partial_gradients
 from parallel.layers import MergedColumnParallelLinear as MergedColumnParallelLinear

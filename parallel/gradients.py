@@ -16,10 +16,14 @@ from parallel.mesh import Mesh
 from parallel.parameters import LocalShard, local_shards
 
 
-def sum_partial_gradients(model: nn.Module, mesh: Mesh) -> None:
-    """Sum partial gradients in one all-reduce over tp, and a tied table's over its two stages."""
+def local_gradients(model: nn.Module) -> list[LocalShard]:
+    """This rank's part of every gradient, after the last backward pass of a step."""
     free_gathered_weights(model)  # pipeline stages keep them until now
-    gradients = _gradient_shards(model)
+    return list(local_shards(model, lambda parameter: cast(Tensor, parameter.grad)).values())
+
+
+def sum_partial_gradients(gradients: Sequence[LocalShard], mesh: Mesh) -> None:
+    """Sum partial gradients in one all-reduce over tp, and a tied table's over its two stages."""
     partial = [gradient.tensor.view(-1) for gradient in gradients if gradient.grad_is_partial]
     if partial:
         summed = sum_over(mesh.tp, torch.cat(partial))
@@ -29,7 +33,7 @@ def sum_partial_gradients(model: nn.Module, mesh: Mesh) -> None:
             sum_over(mesh.tied, gradient.tensor)
 
 
-def squared_norm(model: nn.Module, mesh: Mesh) -> Tensor:
+def squared_norm(gradients: Sequence[LocalShard], mesh: Mesh) -> Tensor:
     """This rank's share of the squared global norm of the gradients, a float64 scalar.
 
     The sum over all ranks is the squared norm: a gradient that several tp ranks or stages hold is
@@ -37,22 +41,17 @@ def squared_norm(model: nn.Module, mesh: Mesh) -> Tensor:
     """
     counted = [
         gradient.tensor
-        for gradient in _gradient_shards(model)
+        for gradient in gradients
         if (gradient.tp_dim is not None or mesh.tp.rank == 0)
         and (not gradient.is_tied or mesh.pp.rank == 0)
     ]
     return _norms(counted).square().sum() / mesh.replicas.size
 
 
-def clip_gradients(model: nn.Module, norm: float, largest_norm: float) -> None:
+def clip_gradients(gradients: Sequence[LocalShard], norm: float, largest_norm: float) -> None:
     """Scale all gradients, whose global norm is `norm`, so that it is at most `largest_norm`."""
     if (scale := largest_norm / (norm + 1e-6)) < 1.0:
-        gradients = [gradient.tensor for gradient in _gradient_shards(model)]
-        foreach_mul_(gradients, scale)
-
-
-def _gradient_shards(model: nn.Module) -> list[LocalShard]:
-    return list(local_shards(model, lambda parameter: cast(Tensor, parameter.grad)).values())
+        foreach_mul_([gradient.tensor for gradient in gradients], scale)
 
 
 def are_finite(tensors: Sequence[Tensor]) -> bool:

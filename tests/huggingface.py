@@ -20,7 +20,7 @@ from interop.huggingface import Family, from_huggingface
 from interop.huggingface_config import ARCHITECTURES
 from model import GPT, build_model
 from ops.segments import make_key_blocks
-from parallel import Mesh, gather_json, local_shards, sum_partial_gradients
+from parallel import Mesh, gather_json, local_gradients, local_shards, sum_partial_gradients
 from tests.distributed import ONE_RANK, TENSOR_PARALLEL, Layout
 
 LAYOUTS = (ONE_RANK, *TENSOR_PARALLEL, Layout(tp=2, dp=2))
@@ -273,7 +273,7 @@ def measure(mesh: Mesh, name: str, path: Path) -> Difference:
     losses = model(**inputs, z_loss_coeff=Z_LOSS_COEFF if case.z_loss else 0.0)
     # Every dp rank has the same batch, and gradients are summed.
     (losses.objective / mesh.dp.size).backward()
-    sum_partial_gradients(model, mesh)
+    sum_partial_gradients(local_gradients(model), mesh)
     loss_difference = (torch.stack(losses[1:3]).double() / tensors["losses"] - 1).abs().max()
     differences = []
     for weight, shard in local_shards(model, lambda parameter: parameter.grad).items():

@@ -84,7 +84,7 @@ MISTAKES = (
     Mistake(
         "the step forgets to sum partial gradients over tp",
         "training/step.py",
-        "    sum_partial_gradients(model, mesh)\n",
+        "    sum_partial_gradients(gradients, mesh)\n",
         "",
         (_STEP + "[tp2+sp-dp1]",),
     ),
@@ -306,8 +306,8 @@ MISTAKES = (
     Mistake(
         "each rank clips by the norm of its own gradients",
         "training/step.py",
-        "clip_gradients(model, grad_norm, ",
-        "clip_gradients(model, values[2].sqrt().item(), ",
+        "clip_gradients(gradients, grad_norm, ",
+        "clip_gradients(gradients, values[2].sqrt().item(), ",
         (_STEP + "[tp1-dp2]",),
     ),
     Mistake(
@@ -321,16 +321,16 @@ MISTAKES = (
         "the norm is taken before partial gradients are summed",
         "training/step.py",
         """\
-    sum_partial_gradients(model, mesh)
+    sum_partial_gradients(gradients, mesh)
 
     # tp ranks have the same losses, and only the last stage has any.
     counts = float(mesh.tp.rank == 0 and mesh.is_last_stage)
-    values = torch.cat([losses * counts, squared_norm(model, mesh).view(1)])
+    values = torch.cat([losses * counts, squared_norm(gradients, mesh).view(1)])
 """,
         """\
     counts = float(mesh.tp.rank == 0 and mesh.is_last_stage)
-    values = torch.cat([losses * counts, squared_norm(model, mesh).view(1)])
-    sum_partial_gradients(model, mesh)
+    values = torch.cat([losses * counts, squared_norm(gradients, mesh).view(1)])
+    sum_partial_gradients(gradients, mesh)
 """,
         (_STEP + "[tp2+sp-dp1]",),
     ),

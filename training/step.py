@@ -17,6 +17,7 @@ from parallel import (
     clip_gradients,
     gather_json,
     initialise_parameters,
+    local_gradients,
     run_pipeline,
     set_gradient_sync,
     set_reshard_after_backward,
@@ -44,15 +45,16 @@ def train_step(
     waits once, after the last backward, for loss, gradient norm and signals of all ranks.
     """
     started_at = time.perf_counter()
-    config, mesh, model = run.config, run.mesh, run.model
+    config, mesh = run.config, run.mesh
     batch = next(batches)
     num_targets = batch.num_targets or math.nan  # without targets, the update is skipped
     losses = forward_backward(run, state, batch.micro_batches, num_targets)
-    sum_partial_gradients(model, mesh)
+    gradients = local_gradients(run.model)
+    sum_partial_gradients(gradients, mesh)
 
     # tp ranks have the same losses, and only the last stage has any.
     counts = float(mesh.tp.rank == 0 and mesh.is_last_stage)
-    values = torch.cat([losses * counts, squared_norm(model, mesh).view(1)])
+    values = torch.cat([losses * counts, squared_norm(gradients, mesh).view(1)])
     flags = [batch.sum_of_lengths * counts, *(signals.flags() if signals else StopSignals.NONE)]
     cross_entropy, log_z_squared, square, lengths, *flags = sum_on_host(mesh, values, flags)
     # Rounded to float32, so that a pipeline's order of summation does not show.
@@ -61,7 +63,7 @@ def train_step(
     why_skipped = skip_reason(loss, grad_norm, state, config.train)
     if why_skipped is None:
         if config.optimizer.clip_grad > 0:
-            clip_gradients(model, grad_norm, config.optimizer.clip_grad)
+            clip_gradients(gradients, grad_norm, config.optimizer.clip_grad)
         apply_update(run.optimizer, rate)
     else:
         run.optimizer.zero_grad(set_to_none=True)

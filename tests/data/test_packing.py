@@ -13,7 +13,7 @@ from data import TokenFile
 from data.packing import assign_by_length, assign_in_order, best_fit
 from data.rows import IGNORED_TARGET, MicroBatch, Rows, Spans, make_micro_batch
 from docs.row_waste import Cuts, cuts, padding_fraction
-from parallel import Mesh, local_shards, sum_partial_gradients
+from parallel import Mesh, local_gradients, local_shards, sum_partial_gradients
 from tests.data_corpora import token_file
 from tests.distributed import ONE_RANK, Layout, distributed
 from tests.model.test_gpt import OPTIONS, TINY, VOCAB, dense_weights, tiny_model
@@ -186,7 +186,7 @@ def test_a_packed_row_equals_its_documents_alone(mesh: Mesh, options: str) -> No
         assert_close(losses.cross_entropy.double(), expected.detach(), rtol=1e-6, atol=0)
         num_pieces.append(len(spans.starts))
     assert max(num_pieces) > 2
-    sum_partial_gradients(model, mesh)
+    sum_partial_gradients(local_gradients(model), mesh)
     for name, shard in local_shards(model, lambda parameter: parameter.grad).items():
         gradient, scale = dense[name].grad, dense[name].grad.abs().max().item()
         found, expected = shard.tensor.double(), gradient[shard.slices]
@@ -206,7 +206,7 @@ def test_padding_does_not_change_gradients(mesh: Mesh, apart: bool) -> None:
         assert bool((batch.targets == IGNORED_TARGET).any())
         model = tiny_model(mesh, config)
         model(**batch.to(mesh.device).inputs()).objective.backward()
-        sum_partial_gradients(model, mesh)
+        sum_partial_gradients(local_gradients(model), mesh)
         shards = local_shards(model, lambda parameter: parameter.grad)
         gradients.append([shard.tensor for shard in shards.values()])
     plain, refilled, widened = gradients

@@ -24,6 +24,7 @@ from parallel import (
     Mesh,
     are_finite,
     clip_gradients,
+    local_gradients,
     local_shards,
     set_gradient_sync,
     squared_norm,
@@ -109,8 +110,9 @@ def tiny_model(mesh: Mesh, config: ModelConfig = TINY, recompute: str = "none") 
 
 def clip(model: GPT, largest_norm: float, mesh: Mesh) -> float:
     """Clip gradients as a training step does; return their norm."""
-    (square,) = sum_on_host(mesh, squared_norm(model, mesh).view(1), ())
-    clip_gradients(model, square**0.5, largest_norm)
+    gradients = local_gradients(model)
+    (square,) = sum_on_host(mesh, squared_norm(gradients, mesh).view(1), ())
+    clip_gradients(gradients, square**0.5, largest_norm)
     return square**0.5
 
 
@@ -161,7 +163,7 @@ def test_loss_and_gradients_equal_the_reference(
     losses = model(tokens, positions, targets, STREAM, key_blocks, z_loss_coeff=0.1)
     # Every dp rank has the same batch here, and gradients sum.
     (losses.objective / mesh.dp.size).backward()
-    sum_partial_gradients(model, mesh)
+    sum_partial_gradients(local_gradients(model), mesh)
 
     expected = reference_losses(dense, config, tokens, positions, targets, dropout_mask, documents)
     (expected[0] + 0.1 * expected[1]).backward()
@@ -215,7 +217,7 @@ def test_recompute_changes_nothing(mesh: Mesh, options: str, recompute: str) -> 
     plain, recomputed = tiny_model(mesh, config), tiny_model(mesh, config, recompute=recompute)
     for model in (plain, recomputed):
         model(*batch(), STREAM).objective.backward()
-        sum_partial_gradients(model, mesh)
+        sum_partial_gradients(local_gradients(model), mesh)
     of_recomputed = gradient_shards(recomputed)
     for name, gradient in gradient_shards(plain).items():
         assert torch.equal(gradient.tensor, of_recomputed[name].tensor), name
@@ -252,7 +254,7 @@ def test_attention_dropout_is_repeatable(mesh: Mesh) -> None:
     plain, recomputed = tiny_model(mesh, config), tiny_model(mesh, config, recompute="full")
     for model in (plain, recomputed):
         model(*batch(), STREAM).objective.backward()
-        sum_partial_gradients(model, mesh)
+        sum_partial_gradients(local_gradients(model), mesh)
     of_recomputed = gradient_shards(recomputed)
     for name, gradient in gradient_shards(plain).items():
         assert torch.equal(gradient.tensor, of_recomputed[name].tensor), name

@@ -38,6 +38,7 @@ from parallel import (
     compare_replicas,
     context_parallel_attention,
     initialise_parameters,
+    local_gradients,
     local_shards,
     sum_over,
     sum_partial_gradients,
@@ -145,7 +146,7 @@ def test_a_layer_equals_the_dense_reference(mesh: Mesh, options: str, has_docume
     stream = DropoutStream(SEED, STEP, SAMPLES[0], batch.dropout_keys)
     losses = model(**mine.inputs(), stream=stream)
     (losses.objective / mesh.dp.size).backward()  # dp ranks have equal batches
-    sum_partial_gradients(model, mesh)
+    sum_partial_gradients(local_gradients(model), mesh)
     loss = sum_over(mesh.dp_cp, losses.cross_entropy.double() / mesh.dp.size)
 
     inputs = (batch.tokens, batch.positions, batch.targets, dropout_mask, batch.documents)
@@ -169,7 +170,7 @@ def test_recompute_changes_nothing(mesh: Mesh, recompute: Recompute) -> None:
     for granularity in ("none", recompute):
         model = tiny_model(mesh, config, granularity)
         model(**batch.inputs(), stream=stream).objective.backward()
-        sum_partial_gradients(model, mesh)
+        sum_partial_gradients(local_gradients(model), mesh)
         gradients.append(local_shards(model, lambda parameter: parameter.grad))
     for name, shard in gradients[0].items():
         assert torch.equal(shard.tensor, gradients[1][name].tensor), name

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from configs import Config, OptimizerConfig, parse_config
 from model import GPT
-from parallel import LocalShard, Mesh, compare_replicas, sum_partial_gradients
+from parallel import LocalShard, Mesh, compare_replicas, local_gradients, sum_partial_gradients
 from tests.distributed import EVERY_LAYOUT, Layout, distributed
 from tests.model.test_gpt import OPTIONS, STREAM, TINY, batch, clip, tiny_model
 from tests.runs import settings
@@ -31,7 +31,7 @@ def update(model: GPT, mesh: Mesh) -> dict[str, LocalShard]:
     """One training step; returns weights and moments."""
     optimizer = build_optimizer(model, OptimizerConfig())
     model(*batch(), STREAM).objective.backward()
-    sum_partial_gradients(model, mesh)
+    sum_partial_gradients(local_gradients(model), mesh)
     clip(model, 1.0, mesh)
     apply_update(optimizer, 1e-3)
     return training_tensors(model, optimizer)

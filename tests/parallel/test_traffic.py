@@ -22,6 +22,7 @@ from parallel import (
     any_rank,
     gather_json,
     initialise_parameters,
+    local_gradients,
     sum_partial_gradients,
 )
 from parallel.transport.traffic import Collective, record_traffic
@@ -208,7 +209,7 @@ def test_gradient_traffic(mesh: Mesh, options: str) -> None:
     model = tiny_model(mesh, config)
     model(*batch(), STREAM).objective.backward()
     with record_traffic() as partial:
-        sum_partial_gradients(model, mesh)
+        sum_partial_gradients(local_gradients(model), mesh)
     with record_traffic() as clipping:
         clip(model, 1.0, mesh)
 
@@ -226,7 +227,7 @@ def test_one_rank_has_no_traffic(mesh: Mesh, options: str) -> None:
         model = tiny_model(mesh, dataclasses.replace(WITH_DROPOUT, **OPTIONS[options]), recompute)
         with record_traffic() as traffic:
             model(*batch(), STREAM).objective.backward()
-            sum_partial_gradients(model, mesh)
+            sum_partial_gradients(local_gradients(model), mesh)
         assert traffic == []
 
 
@@ -301,7 +302,7 @@ def test_recording_changes_nothing(mesh: Mesh, recompute: str) -> None:
     expected.backward()
     assert torch.equal(loss, expected)
     for model in (seen, unseen):
-        sum_partial_gradients(model, mesh)
+        sum_partial_gradients(local_gradients(model), mesh)
     expected_gradients = gradient_shards(unseen)
     for name, a in gradient_shards(seen).items():
         assert torch.equal(a.tensor, expected_gradients[name].tensor), name

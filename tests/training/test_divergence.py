@@ -16,10 +16,9 @@ from torch import Tensor
 
 from configs import Config, parse_config
 from data.rows import MicroBatch
-from parallel import Mesh, any_rank
+from parallel import LocalShard, Mesh, any_rank
 from tests.distributed import ONE_RANK, Layout, distributed
 from tests.runs import rows, settings
-from tests.weights import gradient_shards
 from train import train
 from training import step as step_module
 from training.divergence import NonFiniteError
@@ -81,10 +80,10 @@ def poisoned(mesh: Mesh, samples: Container[int]) -> Iterator[list[tuple[int, li
         seen.append((state.step, of_step))
         return forward_backward(run, state, micro_batches, *others)
 
-    def poison(model: Any, mesh: Mesh) -> None:
+    def poison(gradients: Sequence[LocalShard], mesh: Mesh) -> None:
         if mesh.tp.rank == mesh.tp.size - 1 and any(n in samples for n in seen[-1][1]):
-            next(iter(gradient_shards(model).values())).tensor.view(-1)[:1] = float("nan")
-        sum_gradients(model, mesh)
+            gradients[0].tensor.view(-1)[:1] = float("nan")
+        sum_gradients(gradients, mesh)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step_module, "forward_backward", note_samples)
