@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from training import hardware
 
@@ -47,6 +48,7 @@ _PRELOAD = (
     "tests.fork_server",
     "tests.warm",
 )
+_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # libgomp reads it when torch is imported
 # Each rank leaves a file `PID-RANK` in this folder, as /proc shows the server's command line.
 REGISTRY = "TEST_RANK_REGISTRY"
 
@@ -109,8 +111,10 @@ def fork_server() -> Any:
     """The context whose processes are forks of the server."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_PRELOAD))
-    os.environ["OMP_NUM_THREADS"] = "1"  # libgomp reads it when torch is imported
-    multiprocessing.forkserver.ensure_running()
+    # The test that needs it first may have changed the environment, for example PYTHONPATH.
+    with mock.patch.dict(os.environ, _ENVIRONMENT, clear=True):
+        multiprocessing.forkserver.ensure_running()
+    os.environ["OMP_NUM_THREADS"] = "1"
     return context
 
 

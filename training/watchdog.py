@@ -74,8 +74,14 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if self._limit_s > 0:
-            self._story: CodeType = sys._getframe(1).f_code
+            frame = sys._getframe(1)
+            self._story: CodeType = frame.f_code
+            step, line = self._folder.step or 0, _own_line(frame) or ""
+            self._beat = replace(self._beat, step=step, phase=self._story.co_name, line=line)
             self._heartbeats = Heartbeats(self._mesh, self._interval_s)
+            # From now on, as this rank may stop before its first sample.
+            self._heartbeats.publish(asdict(self._beat))
+            self._restart_backstop()
             self._thread.start()
         return self
 
@@ -91,7 +97,7 @@ class Watchdog:
         sampled_at = time.monotonic()
         try:
             while not self._left.wait(self._interval_s):
-                faulthandler.dump_traceback_later(_BACKSTOP_AFTER * self._limit_s, exit=True)
+                self._restart_backstop()
                 now = time.monotonic()
                 # Do not count time during which this process was stopped.
                 seen_s = min(now - sampled_at, 2 * self._interval_s)
@@ -106,6 +112,9 @@ class Watchdog:
                     self._end(beats, answering)
         finally:
             faulthandler.cancel_dump_traceback_later()
+
+    def _restart_backstop(self) -> None:
+        faulthandler.dump_traceback_later(_BACKSTOP_AFTER * self._limit_s, exit=True)
 
     def _sample(self, seen_s: float) -> None:
         """Sample the main thread into this rank's next beat."""

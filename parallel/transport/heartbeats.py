@@ -33,9 +33,10 @@ class Heartbeats:
         self._store = connect_store(mesh.attempt, "heartbeats") if mesh.world.size > 1 else None
 
     def publish(self, beat: Any) -> None:
-        """Set this rank's heartbeat, which is sent at the next interval; starts the exchange."""
+        """Set this rank's heartbeat. The first is sent now, a later one at the next interval."""
         self._beat = beat
         if self._store is not None and self._thread is None:
+            self._store.set(self._keys[self._rank], json.dumps(beat))
             self._thread = threading.Thread(
                 target=self._exchange, args=(self._store,), name="heartbeats", daemon=True
             )
@@ -51,12 +52,11 @@ class Heartbeats:
         is_last = False
         try:
             while not is_last:
+                # Blocks until every rank has sent one.
+                beats = [json.loads(beat) for beat in store.multi_get(self._keys)]
+                self.board = dict(enumerate(beats))
                 is_last = self._closed.wait(self._interval_s)
                 store.set(self._keys[self._rank], json.dumps(self._beat))
-                if not is_last:
-                    # Blocks until every rank has sent one.
-                    beats = [json.loads(beat) for beat in store.multi_get(self._keys)]
-                    self.board = dict(enumerate(beats))
         except DistError as error:
             # The store's host is gone; whoever depends on it will report that.
             if not is_last:

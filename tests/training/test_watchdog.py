@@ -45,7 +45,7 @@ def misbehave():
     loader, steps = sys.modules["data.loader"].BatchLoader, iter(range(1, 10**9))
     read = loader.__next__
     def __next__(self):
-        if next(steps) == 7:
+        if next(steps) == {batch}:
             {action}
         return read(self)
     loader.__next__ = __next__
@@ -55,10 +55,13 @@ if os.environ.get("RANK", "0") == "{rank}" and "-m" not in sys.orig_argv:
 """
 
 
-def inject(monkeypatch: pytest.MonkeyPatch, folder: Path, rank: int, action: str) -> None:
-    """Make a rank of later runs do something when it reads its seventh batch."""
+def inject(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, rank: int, action: str, batch: int = 7
+) -> None:
+    """Make a rank of later runs do something when it reads its seventh batch, or another."""
     folder.mkdir()
-    (folder / "sitecustomize.py").write_text(_SITECUSTOMIZE.format(action=action, rank=rank))
+    text = _SITECUSTOMIZE.format(action=action, rank=rank, batch=batch)
+    (folder / "sitecustomize.py").write_text(text)
     monkeypatch.setenv("PYTHONPATH", str(folder))
 
 
@@ -190,6 +193,19 @@ def test_the_right_rank_is_blamed(
     assert f"{LIMIT_S:g} s (run.hang_timeout_s): rank {rank} (" in hang_report(tmp_path)
     # With the GIL held no Python runs there, and faulthandler writes to stderr.
     assert "sitecustomize.py" in (stacks(tmp_path, rank) if action == STUCK else output)
+
+
+@pytest.mark.slow
+def test_a_rank_that_never_answered_is_blamed(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stops at its first batch, before the watchdog's first interval ends."""
+    inject(monkeypatch, tmp_path / "inject", 0, HOLDS_THE_LOCK, batch=1)
+    finish(start(2, settings(corpus, tmp_path, *WATCHED)), expected=1)
+    expected = (
+        r"rank 0 \(.*\) has stopped answering, and was last seen in \w+, after step 0, at \w+"
+    )
+    assert re.search(expected, hang_report(tmp_path))
 
 
 # A file system that is slow to make a file of a checkpoint durable.
