@@ -41,8 +41,8 @@ def set_up_environment() -> None:
     """Let Slurm's tasks be ranks, and OpenMP threads sleep; call this before importing torch.
 
     By default waiting threads spin for milliseconds at each barrier, which takes cores from other
-    processes (measured in docs/results.md). A policy set by the user stays. At the end of the
-    process, Python would visit all objects of torch's modules several times, which takes seconds.
+    processes (measured in docs/results.md). A policy set by the user stays. The end of the process
+    collects no garbage: Python would visit all objects of torch's modules, which takes seconds.
     """
     atexit.register(gc.freeze)
     use_slurm_tasks(os.environ)

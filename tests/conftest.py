@@ -18,7 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Load the fixtures and the selection where tests are collected."""
+    """Load the fixtures and the selection where tests are collected, without collecting garbage."""
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
         config.pluginmanager.import_plugin("tests.no_garbage")
         config.pluginmanager.import_plugin("tests.plugin")

@@ -28,7 +28,7 @@ from unittest import mock
 
 from training import hardware
 
-# Everything that is slow to import, of programs and of pools; nothing is computed, so that no
+# Everything that is slow to import, of programs and of pools; torch computes nothing, so that no
 # thread exists when it forks.
 _PRELOAD = (
     "tests.no_garbage",

@@ -2,6 +2,7 @@
 
 import ast
 from collections import Counter
+from pathlib import Path
 
 from configs.fields import KEYS
 from tests.lines import (
@@ -17,6 +18,8 @@ from tests.lines import (
     source_files,
 )
 
+# Name torch's process groups, for `parallel/` and for dry runs.
+PRIVATE_TORCH = {Path("ops/torch_private.py"), Path("ops/torch_dry_run.py")}
 # Outside `parallel/`: the types of distributed tensors, and the launcher's error reports.
 NOT_COMMUNICATION = ("torch.distributed.tensor", "torch.distributed.elastic")
 # Methods of distributed tensors that communicate.
@@ -84,7 +87,7 @@ def test_configs_know_no_torch() -> None:
 def test_only_parallel_communicates() -> None:
     """What crosses the wire is decided in `parallel/`, and nowhere else; not so other trainers."""
     for file in SOURCES:
-        if file.parts[0] in ("parallel", "bench") or str(file).startswith("ops/torch_"):
+        if file.parts[0] in ("parallel", "bench") or file in PRIVATE_TORCH:
             continue
         for name in imported_names(file):
             if name.startswith("torch.distributed"):

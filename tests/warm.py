@@ -1,5 +1,5 @@
-"""Imported last by the fork server: fills the caches that every program would fill again."""
+"""Imported last by the fork server: fills a cache that every program would fill again."""
 
-from configs import parse_config
+from configs import load
 
-parse_config(["config=gpt_debug.yaml"])
+load._defaults()

@@ -1,9 +1,10 @@
 """Heartbeats: small reports that ranks exchange next to the collectives.
 
 A rank that waits in a collective cannot run another one. So heartbeats go through the store of the
-launcher, on their own connection and in their own thread, and reading them never blocks.
+launcher, on their own connection and, after the first, in their own thread; reading never blocks.
 """
 
+import contextlib
 import json
 import logging
 import threading
@@ -36,7 +37,8 @@ class Heartbeats:
         """Set this rank's heartbeat. The first is sent now, a later one at the next interval."""
         self._beat = beat
         if self._store is not None and self._thread is None:
-            self._store.set(self._keys[self._rank], json.dumps(beat))
+            with contextlib.suppress(DistError):  # the thread will log it
+                self._store.set(self._keys[self._rank], json.dumps(beat))
             self._thread = threading.Thread(
                 target=self._exchange, args=(self._store,), name="heartbeats", daemon=True
             )

@@ -161,7 +161,6 @@ def test_a_deleted_run_gets_a_new_id(
     assert server.runs[new_id].steps == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.slow
 def test_a_silent_server_delays_nothing(
     tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
