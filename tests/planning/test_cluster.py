@@ -75,6 +75,7 @@ def test_hsdp_sends_less_between_hosts() -> None:
     assert hsdp.step_s < fsdp.step_s
 
 
+@pytest.mark.slow
 def test_messages_of_a_pipeline_delay_the_schedule() -> None:
     """With two stages each cycle of a forward and a backward waits for one message.
 
@@ -113,7 +114,9 @@ def test_the_rate_of_a_rank_replaces_a_measured_step() -> None:
     assert predict(config, reports, Network(1), local_step_s=1.0).step_s is None
 
 
-@pytest.mark.parametrize(("hosts", "has_advice"), [(4, True), (3, False)])
+@pytest.mark.parametrize(
+    ("hosts", "has_advice"), [(4, True), pytest.param(3, False, marks=pytest.mark.slow)]
+)
 def test_hsdp_is_advised_if_a_stage_has_whole_hosts(hosts: int, has_advice: bool) -> None:
     """Stages of 6 ranks on hosts of 3 or 4; on the latter no size keeps gathers inside hosts."""
     config, reports = planned(Layout(pp=2, dp=6), f"train.global_batch_size={2 * 6 * 3}")
