@@ -62,7 +62,7 @@ lines: setup  ## count the lines of the import closure and the reading path agai
 test: setup  ## run a selection of tests that covers every promise
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --sample -m "$(SELECTION)" $(ARGS)
 
-test-all: setup  ## run all tests that need no GPU, about 50 minutes on two cores
+test-all: setup  ## run all tests that need no GPU, about 35 minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "$(SELECTION)" $(ARGS)
 
 drills: setup  ## kill, hang and signal runs in every way; half an hour

@@ -480,7 +480,8 @@ def test_missing_input_files_are_accepted() -> None:
     assert (config.data.path, ranks) == ("/nowhere", 4)
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow  # test_advice has the last line for several
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_only_several_ranks_can_become_fewer(ranks: int) -> None:
     """The last line of the advice for memory that is left over."""
     config = small_config(Layout(tp=ranks))

@@ -165,7 +165,7 @@ def test_a_silent_server_delays_nothing(
     tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Training starts at once and ends soon; `wandb sync` uploads all rows later."""
-    monkeypatch.setattr(wandb_forwarder, "INIT_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(wandb_forwarder, "INIT_TIMEOUT_S", 1.0)
     server.answers = False
     started_at = time.monotonic()
     forwarder = begin(tmp_path, range(1, 6))
