@@ -65,7 +65,7 @@ test: setup  ## run a selection of tests that covers every promise
 test-all: setup  ## run all tests that need no GPU, about 35 minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "$(SELECTION)" $(ARGS)
 
-drills: setup  ## kill, hang and signal runs in every way; half an hour
+drills: setup  ## kill, hang and signal runs in every way; 20 minutes
 	$(BIN)/python -m pytest -m drill $(ARGS)
 
 test-cluster: setup  ## run on several hosts and under Slurm, and lose some; Linux namespaces, root, an hour

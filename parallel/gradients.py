@@ -17,7 +17,7 @@ from parallel.parameters import LocalShard, local_shards
 
 
 def local_gradients(model: nn.Module) -> list[LocalShard]:
-    """This rank's part of every gradient, after the last backward pass of a step."""
+    """This rank's part of every gradient, after a step's last backward; frees gathered weights."""
     free_gathered_weights(model)  # pipeline stages keep them until now
     return list(local_shards(model, lambda parameter: cast(Tensor, parameter.grad)).values())
 

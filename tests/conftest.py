@@ -18,9 +18,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Load the fixtures and the selection where tests are collected, without collecting garbage."""
+    """Load the fixtures and the selection where tests are collected."""
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
-        config.pluginmanager.import_plugin("tests.no_garbage")
+        config.pluginmanager.import_plugin("tests.no_garbage")  # before the large imports
         config.pluginmanager.import_plugin("tests.plugin")
 
 

@@ -58,7 +58,6 @@ def test_a_bare_machine_needs_no_other_packages(tmp_path: Path, bare_python: str
     assert code == 0, page
 
 
-@pytest.mark.slow
 def test_a_bare_machine_finds_the_tests(bare_python: str) -> None:
     """None of their files imports another package."""
     command = [bare_python, "-m", "pytest", "--collect-only", "-q", *gpu_check._TESTS]

@@ -79,7 +79,7 @@ class Watchdog:
             step, line = self._folder.step or 0, _own_line(frame) or ""
             self._beat = replace(self._beat, step=step, phase=self._story.co_name, line=line)
             self._heartbeats = Heartbeats(self._mesh, self._interval_s)
-            # From now on, as this rank may stop before its first sample.
+            # At once: this rank may stop before its first sample.
             self._heartbeats.publish(asdict(self._beat))
             self._restart_backstop()
             self._thread.start()

@@ -75,7 +75,6 @@ def test_hsdp_sends_less_between_hosts() -> None:
     assert hsdp.step_s < fsdp.step_s
 
 
-@pytest.mark.slow
 def test_messages_of_a_pipeline_delay_the_schedule() -> None:
     """With two stages each cycle of a forward and a backward waits for one message.
 

@@ -201,7 +201,7 @@ def test_a_rank_that_never_answered_is_blamed(
 ) -> None:
     """It stops at its first batch, before the watchdog's first interval ends."""
     inject(monkeypatch, tmp_path / "inject", 0, HOLDS_THE_LOCK, batch=1)
-    limit = f"run.hang_timeout_s={2 * LIMIT_S}"  # its backstop must end it after the report
+    limit = f"run.hang_timeout_s={2 * LIMIT_S}"  # the backstop ends rank 0 after 1.5 of it
     finish(start(2, settings(corpus, tmp_path, *LONG, limit)), expected=1)
     expected = (
         r"rank 0 \(.*\) has stopped answering, and was last seen in \w+, after step 0, at \w+"
