@@ -1,6 +1,7 @@
 """plan.py reports the memory and traffic of a real step."""
 
 import functools
+import gc
 import os
 import re
 import subprocess
@@ -40,7 +41,7 @@ LAYOUTS = (ONE_RANK, Layout(tp=2), Layout(tp=2, sp=False), Layout(dp=2), Layout(
 HSDP = (Layout(dp=4, replicas=2), Layout(dp=2, replicas=2))
 PIPELINES = (Layout(pp=2), Layout(pp=3), Layout(pp=2, chunks=2), Layout(tp=2, pp=2))
 NUM_MICRO_BATCHES = 3
-REPEATS = 8  # for measurements that vary, more so on a busy machine
+REPEATS = 5  # for measurements that vary, more so on a busy machine
 REPEATS_OF_LAYER = 20
 PAGE_WIDTH = 100
 # Large enough that the scalars and buffers that only a real run has are below the tolerance.
@@ -117,16 +118,20 @@ def micro_batch(config: Config) -> MicroBatch:
 class Allocations:
     """Measure what torch's CPU allocator allocates and frees inside a `with`, in this thread.
 
-    Memory that gloo's threads free last still counts as allocated.
+    Memory that gloo's threads free last still counts as allocated, so the lowest peak of several
+    is the best. Garbage of earlier tests is freed before, as it would lower all that follows.
     """
 
     def __enter__(self) -> "Allocations":
+        gc.collect()
+        gc.disable()
         self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self.profile.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self.profile.__exit__(*error)
+        gc.enable()
         events = self.profile.profiler.kineto_results.events()  # type: ignore[union-attr]
         changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
         self.now = self.peak = 0
@@ -192,10 +197,11 @@ def compare_step(mesh: Mesh, config: Config, stages: list[dict[str, Any]]) -> No
     num_bytes["scratch"] = sum(tensor.nbytes for tensor in scratch.values())
     # A step leaves nothing behind, so what seems to remain was freed unseen. The first step is left
     # out, as it allocates the scratch memory.
-    best = min(steps[1:], key=lambda step: step.now)
+    best = min(steps[1:], key=lambda step: step.peak)
     error = best.peak + num_bytes.total() - expected["peak"]
     tolerance = 0.05 * expected["peak"]
-    assert -tolerance < error < tolerance + best.now
+    measured = [(step.peak, step.now) for step in steps]
+    assert -tolerance < error < tolerance + best.now, (measured, num_bytes, expected)
 
 
 @pytest.mark.slow
