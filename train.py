@@ -53,8 +53,9 @@ def train(config: Config, mesh: Mesh, folder: RunFolder, signals: StopSignals) -
 
     report_start(run, state)
     signals.training()
-    while state.step < last and stop is None:
-        state, stop = train_until_stop_or_rollback(run, state, signals)
+    with Watchdog(run):
+        while state.step < last and stop is None:
+            state, stop = train_until_stop_or_rollback(run, state, signals)
     return report_end(run, began, state, stop)
 
 
@@ -100,7 +101,6 @@ def train_until_stop_or_rollback(
         RunLog(run, state) as log,
         CheckpointWriter(run, state) as saves,
         Profiler(config.logging.profile_steps, folder.profile, run.mesh) as profiler,
-        Watchdog(run),
         folder.recording_failure(),
     ):
         while stop is None:

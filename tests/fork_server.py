@@ -98,9 +98,13 @@ class Program:
         self.send_signal(signal.SIGKILL)
 
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
-        """Wait until the program and all its children have closed the output; returns it."""
+        """Wait until the program and all its children have closed the output; returns it.
+
+        After `timeout` seconds they are killed, or the tests could not end.
+        """
         self._collector.join(timeout)
         if self._collector.is_alive():
+            os.killpg(self.pid, signal.SIGKILL)
             raise subprocess.TimeoutExpired("program", timeout or 0, bytes(self._output))
         self._process.join(timeout)
         return self._output.decode(), None

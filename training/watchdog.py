@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import CodeType, FrameType
+from types import FrameType
 
 from checkpoints import is_file_access
 from configs import leave_error
@@ -49,7 +49,7 @@ class Beat:
     pid: int
     samples: int = 0  # so far, so that every beat of a running process differs
     step: int = 0  # finished steps
-    phase: str = ""  # the function that train.py's loop is in
+    phase: str = ""  # the function that train.py has called
     line: str = ""  # the innermost line of ours, outside the functions that wait
     is_waiting: bool = False  # for other ranks, or a device that may wait for them
     is_in_file: bool = False  # waiting for a file of a checkpoint
@@ -75,9 +75,9 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         if self._limit_s > 0:
             frame = sys._getframe(1)
-            self._story: CodeType = frame.f_code
+            self._story = frame.f_code.co_filename
             step, line = self._folder.step or 0, _own_line(frame) or ""
-            self._beat = replace(self._beat, step=step, phase=self._story.co_name, line=line)
+            self._beat = replace(self._beat, step=step, phase=frame.f_code.co_name, line=line)
             self._heartbeats = Heartbeats(self._mesh, self._interval_s)
             # At once: this rank may stop before its first sample.
             self._heartbeats.publish(asdict(self._beat))
@@ -131,7 +131,7 @@ class Watchdog:
         own = next((number for number, frame in enumerate(frames) if _own_line(frame)), 0)
         blocks = is_blocking_frame(frames[own].f_code)
         calls = [frame.f_code for frame in frames]
-        story = calls.index(self._story) if self._story in calls else 0
+        story = next((n for n, code in enumerate(calls) if code.co_filename == self._story), 0)
         in_torch = any("torch/distributed" in code.co_filename for code in calls[:own])
         self._beat = beat = replace(
             before,

@@ -42,13 +42,13 @@ import ctypes, os, sys, threading, time
 def misbehave():
     while not hasattr(sys.modules.get("data.loader"), "BatchLoader"):
         time.sleep(0.01)
-    loader, steps = sys.modules["data.loader"].BatchLoader, iter(range(1, 10**9))
-    read = loader.__next__
-    def __next__(self):
-        if next(steps) == {batch}:
+    loader, calls = sys.modules["data.loader"].BatchLoader, iter(range(1, 10**9))
+    original = loader.{method}
+    def replacement(*arguments, **settings):
+        if next(calls) == {call}:
             {action}
-        return read(self)
-    loader.__next__ = __next__
+        return original(*arguments, **settings)
+    loader.{method} = replacement
 
 if os.environ.get("RANK", "0") == "{rank}" and "-m" not in sys.orig_argv:
     threading.Thread(target=misbehave, daemon=True).start()
@@ -56,11 +56,16 @@ if os.environ.get("RANK", "0") == "{rank}" and "-m" not in sys.orig_argv:
 
 
 def inject(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, rank: int, action: str, batch: int = 7
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    rank: int,
+    action: str,
+    call: int = 7,
+    method: str = "__next__",
 ) -> None:
-    """Make a rank of later runs do something when it reads its seventh batch, or another."""
+    """Make a rank of later runs do something in the n-th call of a method of BatchLoader."""
     folder.mkdir()
-    text = _SITECUSTOMIZE.format(action=action, rank=rank, batch=batch)
+    text = _SITECUSTOMIZE.format(action=action, rank=rank, call=call, method=method)
     (folder / "sitecustomize.py").write_text(text)
     monkeypatch.setenv("PYTHONPATH", str(folder))
 
@@ -94,7 +99,7 @@ def beat_during(blocks: Callable[[], object], tmp_path: Path) -> Beat:
     folder = SimpleNamespace(path=tmp_path, step=3)
     config = parse_config(["config=gpt_debug", "run.hang_timeout_s=4"])
     watchdog = Watchdog(cast(Run, SimpleNamespace(config=config, folder=folder, mesh=None)))
-    watchdog._story = sys._getframe().f_code
+    watchdog._story = sys._getframe().f_code.co_filename
 
     def sample() -> None:
         time.sleep(0.4)
@@ -200,12 +205,27 @@ def test_a_rank_that_never_answered_is_blamed(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It stops at its first batch, before the watchdog's first interval ends."""
-    inject(monkeypatch, tmp_path / "inject", 0, HOLDS_THE_LOCK, batch=1)
+    inject(monkeypatch, tmp_path / "inject", 0, HOLDS_THE_LOCK, call=1)
     limit = f"run.hang_timeout_s={2 * LIMIT_S}"  # the backstop ends rank 0 after 1.5 of it
     finish(start(2, settings(corpus, tmp_path, *LONG, limit)), expected=1)
     expected = (
         r"rank 0 \(.*\) has stopped answering, and was last seen in \w+, after step 0, at \w+"
     )
+    assert re.search(expected, hang_report(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_rank_stuck_after_a_rollback_is_blamed(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stops as it prepares to read the batches that follow."""
+    finish(start(2, settings(corpus, tmp_path, "run.stop_at_step=2")))
+    inject(monkeypatch, tmp_path / "inject", 1, STUCK, call=2, method="__init__")
+    wild = ("optimizer.lr=1e30", "optimizer.clip_grad=0", "train.max_consecutive_skips=1")
+    limit = f"run.hang_timeout_s={LIMIT_S}"
+    output = finish(start(2, settings(corpus, tmp_path, *wild, limit)), expected=1)
+    assert "rolling back" in output
+    expected = r"rank 1 \(.*\) makes no progress in training_batches, after step \d, at training/"
     assert re.search(expected, hang_report(tmp_path))
 
 
