@@ -3,13 +3,10 @@
 Under torchrun the model is split over tensor-parallel ranks, and rows over data-parallel ones.
 """
 
-import contextlib
 import json
 import logging
 import math
-import re
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -27,7 +24,7 @@ from configs.errors import bad_setting
 from configs.program_settings import load_settings, run_config
 from configs.schema import WeightedSource
 from configs.tasks import read_tasks
-from configs.validate import check_inputs, check_source
+from configs.validate import SOURCE_EXTENSIONS, check_files, check_inputs, check_source
 
 _FORMAT = ("format", "prompt_field", "completion_field", "messages_field")
 _OF_A_SOURCE = ("source", "path", "text_field", "hub_config", "hub_split", "hub_revision", *_FORMAT)
@@ -117,16 +114,6 @@ class Settings:
                 raise bad_setting(field.name, value, f"is not used with {other}; omit it")
 
 
-@contextlib.contextmanager
-def errors_with_own_keys() -> Iterator[None]:
-    """Name path, not data.path, in errors: settings of a source have no section here."""
-    try:
-        yield
-    except UserError as error:
-        text = re.sub(rf"\bdata\.({'|'.join(_OF_A_SOURCE)})\b", r"\1", str(error))
-        raise type(error)(text) from error
-
-
 def parse(arguments: list[str]) -> tuple[Settings, Config]:
     """Return the settings and the run's configuration, changed accordingly, or exit."""
     settings = load_settings(Settings, arguments)
@@ -145,15 +132,15 @@ def parse(arguments: list[str]) -> tuple[Settings, Config]:
                 f"a window; choose stride={longest} or less",
                 "stride",
             )
-        if settings.source != "held_out":
+        if settings.path is not None:  # a source of its own
             given = {key: getattr(settings, key) for key in _OF_A_SOURCE}
             kept = {key: getattr(config.data, key) for key in _OF_THE_RUN}
             kept |= {key: value for key, value in given.items() if value is not None}
             kept |= kind_of_records(settings, list(config.data.mixture.values()))
             config = replace(config, data=DataConfig(**kept))
-            with errors_with_own_keys():
-                check_source("data", config.data.mixture["data"])
-                check_inputs(config)
+            check_source("", config.data.mixture["data"])
+            if settings.source in SOURCE_EXTENSIONS:
+                check_files("path", settings.path, settings.source)
         elif not settings.task:  # which need no text
             check_inputs(config)
     return settings, config
@@ -204,8 +191,7 @@ def text_to_score(trained: LoadedModel, settings: Settings) -> tuple[Corpus, int
     with machine_errors_as_user_errors("read the text"):
         if settings.source != "held_out":
             path = Path(settings.run, tokenizer.file_name)
-            with errors_with_own_keys():
-                corpus = load_eval_corpus(config.data, tokenizer, path)
+            corpus = load_eval_corpus(config.data, tokenizer, path)
             require_same_on_all_ranks(mesh, corpus.fingerprint, "the text")
             return corpus, settings.max_sequences
         corpus = prepare_corpus(config.data, config.model.seq_length, mesh.local_rank)

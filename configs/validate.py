@@ -130,7 +130,7 @@ def _check_data(config: Config) -> None:
             fix = f"write it into data.sources, or leave {key} out"
             raise bad_setting(key, value, f"has no effect together with data.sources; {fix}")
     for prefix, source in data.mixture.items():
-        check_source(prefix, source)
+        check_source(f"{prefix}.", source)
         if source.source == "megatron" and data.tokenizer is None:
             fix = "set data.tokenizer to the tokenizer that the files were made with"
             problem = f"data.tokenizer=null, but {prefix}.source=megatron has only tokens"
@@ -160,13 +160,13 @@ def _check_packing(data: DataConfig) -> None:
 
 
 def check_source(prefix: str, source: SourceConfig) -> None:
-    """Raise ConfigError if the settings of a source do not fit together."""
-    kind, with_rows = f"{prefix}.source={source.source}", "source=jsonl (or parquet, arrow, hub)"
+    """Raise ConfigError if the settings of a source, `{prefix}source=...`, do not fit together."""
+    kind, with_rows = f"{prefix}source={source.source}", "source=jsonl (or parquet, arrow, hub)"
     has_rows = source.source not in ("python_stdlib", "text", "megatron")
     if source.format != "text" and not has_rows:
-        fix = f"set {prefix}.{with_rows}, or {prefix}.format=text"
+        fix = f"set {prefix}{with_rows}, or {prefix}format=text"
         problem = f"needs rows with columns, which {kind} does not have; {fix}"
-        raise bad_setting(f"{prefix}.format", source.format, problem)
+        raise bad_setting(f"{prefix}format", source.format, problem)
     unused = {leaf: f"format={form}" for form, leaves in COLUMNS.items() for leaf in leaves}
     unused = {leaf: needed for leaf, needed in unused.items() if leaf not in source.columns}
     unused |= {} if has_rows else {"text_field": with_rows}
@@ -176,16 +176,16 @@ def check_source(prefix: str, source: SourceConfig) -> None:
         with_path = "source=text (or jsonl, parquet, arrow, hub)"
         unused |= dict.fromkeys(("path", "validation_path"), with_path)
     for leaf, needed in unused.items():
-        key, value, default = f"{prefix}.{leaf}", getattr(source, leaf), getattr(SourceConfig, leaf)
+        key, value, default = f"{prefix}{leaf}", getattr(source, leaf), getattr(SourceConfig, leaf)
         if value != default:
             other = needed.partition("=")[0]
-            problem = f"has no effect with {prefix}.{other}={getattr(source, other)}"
-            fix = f"set {key}={format_value(default)}, or {prefix}.{needed}"
+            problem = f"has no effect with {prefix}{other}={getattr(source, other)}"
+            fix = f"set {key}={format_value(default)}, or {prefix}{needed}"
             raise bad_setting(key, value, f"{problem}; {fix}")
     if source.source != "python_stdlib" and source.path is None:
         what = "the name of a dataset" if source.source == "hub" else "a file, a folder or a glob"
-        fix = f"set {prefix}.path, or {prefix}.source=python_stdlib for the embedded corpus"
-        raise ConfigError(f"{prefix}.path=null, but {kind} needs {what}; {fix}", f"{prefix}.path")
+        fix = f"set {prefix}path, or {prefix}source=python_stdlib for the embedded corpus"
+        raise ConfigError(f"{prefix}path=null, but {kind} needs {what}; {fix}", f"{prefix}path")
 
 
 def _check_schedule(config: Config) -> None:
@@ -206,7 +206,7 @@ def check_inputs(config: Config) -> None:
     for prefix, source in config.data.mixture.items():
         for leaf, path in (("path", source.path), ("validation_path", source.validation_path)):
             if path is not None and source.source in SOURCE_EXTENSIONS:
-                _check_files(f"{prefix}.{leaf}", path, source.source)
+                check_files(f"{prefix}.{leaf}", path, source.source)
     if config.data.tokenizer is not None:
         path = expand_path("data.tokenizer", config.data.tokenizer)
         find_tokenizer(Path(path), "data.tokenizer")
@@ -220,7 +220,8 @@ def check_inputs(config: Config) -> None:
             raise bad_setting(key, folder, "is a file; choose a folder, new or old")
 
 
-def _check_files(key: str, path: str, source: str) -> None:
+def check_files(key: str, path: str, source: str) -> None:
+    """Raise ConfigError if a path of a source has no readable files."""
     expanded, wanted = expand_path(key, path), extensions_in_words(source)
     if source == "megatron":
         expanded = index_of(expanded)

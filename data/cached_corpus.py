@@ -114,10 +114,10 @@ def find_sources(config: DataConfig) -> tuple[list[FoundSource], list[FoundSourc
 
     sources, held_out = [], []
     for key, source in config.mixture.items():
-        sources.append(find(SourceKeys(key, f"{key}.path"), source))
+        sources.append(find(SourceKeys(f"{key}.", f"{key}.path"), source))
         if source.validation_path is not None:
             given = replace(source, path=source.validation_path, hub_revision=None)
-            held_out.append(find(SourceKeys(key, f"{key}.validation_path"), given))
+            held_out.append(find(SourceKeys(f"{key}.", f"{key}.validation_path"), given))
     return sources, held_out
 
 

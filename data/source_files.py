@@ -24,13 +24,13 @@ _NOT_STDLIB = {"site-packages", "dist-packages", "lib-dynload", "__pycache__"}
 
 
 class SourceKeys(NamedTuple):
-    """How errors name a source: the prefix of its keys, and the key of its path."""
+    """How errors name a source: the beginning of its keys, and the key of its path."""
 
-    section: str
+    prefix: str
     path: str
 
 
-DATA_KEYS = SourceKeys("data", "data.path")  # of the only source, if there is just one
+DATA_KEYS = SourceKeys("data.", "data.path")  # of the only source, if there is just one
 
 
 def source_files(config: SourceConfig, keys: SourceKeys = DATA_KEYS) -> list[Path]:
@@ -42,9 +42,7 @@ def source_files(config: SourceConfig, keys: SourceKeys = DATA_KEYS) -> list[Pat
         return _stdlib_files()
     if config.path is None:
         needed = "the name of a dataset" if config.source == "hub" else "a file, a folder or a glob"
-        raise UserError(
-            f"{keys.path} is null; {keys.section}.source={config.source} needs {needed}"
-        )
+        raise UserError(f"{keys.path} is null; {keys.prefix}source={config.source} needs {needed}")
     if config.source == "hub":
         return []
     files = _matching_files(config.path, SOURCE_EXTENSIONS[config.source])
@@ -53,7 +51,7 @@ def source_files(config: SourceConfig, keys: SourceKeys = DATA_KEYS) -> list[Pat
         files = sorted(index for index in found if index.suffix == ".idx" and index.is_file())
     if not files:
         raise UserError(
-            f"{keys.path}={config.path!r} matches no files for {keys.section}.source="
+            f"{keys.path}={config.path!r} matches no files for {keys.prefix}source="
             f"{config.source}; give a file, a glob, or a folder with "
             f"{extensions_in_words(config.source)} files"
         )

@@ -203,7 +203,7 @@ def _read_text(source: Source) -> spools.Spool:
     """
     keys, config, parts = source.keys, source.config, source.parts
     if not all(map(Path.exists, parts)):
-        logger.info("preparing %s.source=%s: reading documents", keys.section, config.source)
+        logger.info("preparing %ssource=%s: reading documents", keys.prefix, config.source)
         sizes = {part: sum(f.stat().st_size for f in files) for part, files in parts.items()}
         for part, reach in entries.share_jobs("reading", sizes, source.first):
             entries.build_entry(part, partial(_fill_part, source, parts[part], reach))
@@ -211,7 +211,7 @@ def _read_text(source: Source) -> spools.Spool:
         skipped = spools.summarise_reading(parts, 0)["skipped"]
         shutil.rmtree(source.text)
         raise UserError(
-            f"{keys.section}.source={config.source} with {keys.path}={config.path!r} "
+            f"{keys.prefix}source={config.source} with {keys.path}={config.path!r} "
             f"{report.no_documents(config, skipped)}"
         )
     return spools.open_spool(parts, has_segments=config.format != "text")
@@ -369,7 +369,7 @@ def _tokenize(
     def fill(work: Path) -> None:
         _fill_tokens(source, division, pieces, tokenizer, work)
         elapsed_s = time.perf_counter() - started_at
-        logger.info("tokenized %s in %.1f s", source.keys.section, elapsed_s)
+        logger.info("tokenized %s in %.1f s", source.keys.prefix.rstrip("."), elapsed_s)
 
     return fill
 

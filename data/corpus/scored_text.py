@@ -17,10 +17,11 @@ from data.corpus.report import describe_counts, no_documents
 from data.corpus.segments import from_document, target_bytes
 from data.corpus.sources import read_records
 from data.packing import Int64Array
-from data.source_files import DATA_KEYS, source_files
+from data.source_files import SourceKeys, source_files
 from data.token_file import Targets, TokenArray, TokenFile, token_dtype
 from data.tokenizer import Tokenizer
 
+_KEYS = SourceKeys("", "path")  # the settings of evaluate.py have no sections
 _BATCH_RECORDS = 256  # encoded in one call, on all cores
 
 logger = logging.getLogger("microtron")
@@ -40,7 +41,7 @@ def load_eval_corpus(source: SourceConfig, tokenizer: Tokenizer, tokenizer_path:
     has_targets = source.format != "text"
     dtype = token_dtype(tokenizer.vocab_size)
     with tempfile.TemporaryDirectory() as scratch:
-        records = read_records(source, DATA_KEYS, source_files(source), Path(scratch))
+        records = read_records(source, _KEYS, source_files(source, _KEYS), Path(scratch))
         while batch := list(itertools.islice(records, _BATCH_RECORDS)):
             skipped.update(record.reason for record in batch if record.reason is not None)
             texts = [text for record in batch for text in record.texts]

@@ -101,11 +101,11 @@ def _errors_naming_source(
     where = f"{keys.path}: {file} cannot be read as {source.source}"
     kinds: tuple[type[Exception], ...] = _READ_ERRORS
     if file is None:
-        section, kinds = keys.section, (Exception,)  # network libraries have their own errors
+        prefix, kinds = keys.prefix, (Exception,)  # network libraries have their own errors
         where = (
-            f"{keys.path}={source.path!r} ({section}.hub_config={source.hub_config}, "
-            f"{section}.hub_split={source.hub_split}, {section}.hub_revision={source.hub_revision})"
-            f" cannot be read; check these keys and the network, or use a local {section}.source"
+            f"{keys.path}={source.path!r} ({prefix}hub_config={source.hub_config}, "
+            f"{prefix}hub_split={source.hub_split}, {prefix}hub_revision={source.hub_revision})"
+            f" cannot be read; check these keys and the network, or use a local {prefix}source"
         )
     try:
         yield
@@ -225,7 +225,7 @@ def _columns(source: SourceConfig, keys: SourceKeys, rows: Iterable[Any]) -> Ite
         for leaf, name in source.columns.items() if is_first else ():
             if name not in row:
                 raise UserError(
-                    f"{keys.section}.{leaf}={name!r} is not a column of {keys.path}="
+                    f"{keys.prefix}{leaf}={name!r} is not a column of {keys.path}="
                     f"{source.path!r}; the columns are: {', '.join(row)}"
                 )
         is_first = False
@@ -278,7 +278,7 @@ def _parse_line(where: str, line: bytes, keys: SourceKeys) -> Any:
         row = _PARSER.decode(text.removeprefix("\ufeff"))
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(
-            f"{where} is not JSON ({error}); {keys.section}.source=jsonl needs one object per "
+            f"{where} is not JSON ({error}); {keys.prefix}source=jsonl needs one object per "
             "line, or a file that is one array of objects"
         ) from error
     return _require_object(where, row)

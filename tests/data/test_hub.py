@@ -14,7 +14,7 @@ from data.corpus.hub import commit_of
 from data.source_files import SourceKeys
 from interop.source import download
 
-KEYS = SourceKeys("data.sources[1]", "data.sources[1].path")
+KEYS = SourceKeys("data.sources[1].", "data.sources[1].path")
 
 ASKS: dict[str, tuple[Callable[[], object], str]] = {
     "model": (
