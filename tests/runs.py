@@ -1,9 +1,12 @@
 """Whole runs of train.py for tests: in the pool of workers, and through the command line."""
 
+import atexit
 import dataclasses
+import functools
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -161,8 +164,15 @@ def _registry(arguments: list[str]) -> Path:
 
 
 def _registry_of(directory: Path) -> Path:
-    name = hashlib.sha256(str(directory).encode()).hexdigest()[:16]
-    return Path(tempfile.gettempdir(), f"ranks-{name}")
+    return _registries() / hashlib.sha256(str(directory).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _registries() -> Path:
+    """A folder of this process: process ids of another session may be those of strangers."""
+    folder = tempfile.mkdtemp(prefix="ranks-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def launch(

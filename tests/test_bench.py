@@ -180,7 +180,9 @@ def test_cast_weights_are_not_activations() -> None:
 def test_a_visit_gives_what_the_side_reports(tmp_path: Path) -> None:
     """Through the command line, with a setting of ours beside the workload."""
     override = ("parallel.recompute_granularity=full",)
-    found = make_visit(Visit("speed", OURS, TINY, override), ["--warmup=1", "--steps=2"], 60)
+    found = make_visit(
+        Visit("speed", OURS, TINY, override), ["--warmup=1", "--steps=2", "--patience_s=0"], 300
+    )
     assert len(found["step_s"]) == 2, found
     assert found["tokens_per_step"] == 96
 
@@ -192,7 +194,7 @@ def test_what_goes_wrong_is_told_in_a_line() -> None:
     assert found["error"].startswith("no /")
     assert found["error"].endswith("nowhere/bin/python; make bench-setup makes it")
     broken = Side("broken", "broken", "bench.no_such_module")
-    assert "No module named" in make_visit(Visit("speed", broken, TINY), [], 60)["error"]
+    assert "No module named" in make_visit(Visit("speed", broken, TINY), [], 300)["error"]
     found = make_visit(Visit("speed", PLAIN, TINY), [], 0.1)
     assert found == {"error": "no result within 0 s"}
 

@@ -204,7 +204,7 @@ def test_a_rank_that_crashes_alone_is_reported(
 
 def test_must_never_and_in_use(corpus: Path, tmp_path: Path) -> None:
     """`must` needs a checkpoint; a second writer is refused; `never` loses nothing."""
-    arguments = settings(corpus, tmp_path, "train.train_steps=400", "evaluate.interval=0")
+    arguments = settings(corpus, tmp_path, "train.train_steps=100000", "evaluate.interval=0")
     output = finish(start(1, [*arguments, "run.resume=must"]), expected=2)
     assert "run.resume=must, but there is no checkpoint in" in output
     first = start(1, arguments)

@@ -30,9 +30,8 @@ ask = pytest.mark.parametrize("asked", ASKS)
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+def _empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("data.corpus.hub._TIMEOUT_S", 0.3)
 
 
 @contextmanager
@@ -71,6 +70,7 @@ def refused(asked: str, endpoint: str, message: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.timeout(900)
 def test_a_hub_that_never_answers(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The system accepts connections for a listening socket."""
+    monkeypatch.setattr("data.corpus.hub._TIMEOUT_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
         refused(

@@ -221,10 +221,13 @@ def test_work_of_a_killed_process_is_not_repeated(
 def test_every_job_is_done_once_by_processes_that_share(tmp_path: Path) -> None:
     """Each begins at its own place and takes what no other one holds."""
     done: list[tuple[int, str]] = []
+    all_have_begun = threading.Barrier(3, timeout=60)
 
     def work(worker: int) -> None:
         sizes = {tmp_path / str(i): 1 for i in range(30)}
-        for path, _ in share_jobs("working", sizes, worker / 3):
+        for number, (path, _) in enumerate(share_jobs("working", sizes, worker / 3)):
+            if number == 0:
+                all_have_begun.wait()
             time.sleep(0.01)
             done.append((worker, path.name))
             path.touch()

@@ -9,7 +9,7 @@ import time
 import weakref
 from collections import defaultdict, deque
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -375,27 +375,41 @@ def test_copies_of_a_tied_table_are_compared(mesh: Mesh, config: Config) -> None
     assert found == "parameters.embedding.weight on rank 0, 2 (of pp ranks [0, 2])"
 
 
+def main_thread_waits() -> bool:
+    """Whether it is in a function that waits for other ranks."""
+    frame: FrameType | None = sys._current_frames()[threading.main_thread().ident or 0]
+    while frame is not None and not is_blocking_frame(frame.f_code):
+        frame = frame.f_back
+    return frame is not None
+
+
 @distributed(Layout(pp=2))
 def test_a_waiting_stage_is_not_blamed(mesh: Mesh) -> None:
     """While the first stage is slow, the watchdog sees that the last one waits."""
-    main = threading.get_ident()
+    is_slow, is_seen, has_ended = (threading.Event() for _ in range(3))
     seen: list[bool] = []
 
     def forward(n: int, chunk: int, x: Tensor | None) -> Tensor:
-        time.sleep(0.5 * (mesh.pp.rank == 0))
+        if mesh.pp.rank == 0:
+            is_slow.set()
+            is_seen.wait(60)
+            time.sleep(0.5)
         weight = torch.ones(1, requires_grad=True)
         return weight if x is None else (x * weight).sum()
 
     def watch() -> None:
-        time.sleep(0.25)
-        frame = sys._current_frames()[main]
-        while frame is not None:
-            seen.append(is_blocking_frame(frame.f_code))
-            frame = frame.f_back  # type: ignore[assignment]
+        if mesh.pp.rank == 0:
+            is_slow.wait(60)
+            seen.append(main_thread_waits())
+            is_seen.set()
+        while mesh.is_last_stage and not any(seen) and not has_ended.wait(0.01):
+            seen.append(main_thread_waits())
 
     watching = threading.Thread(target=watch)
+    gather_json(mesh, "all ranks begin together")
     watching.start()
     run_pipeline(mesh, [(1,)], torch.float32, forward, lambda *_: None)
+    has_ended.set()
     watching.join()
     assert any(seen) == mesh.is_last_stage
 

@@ -96,11 +96,15 @@ def test_a_trace_that_cannot_be_written_is_a_warning(mesh: Mesh, tmp_path: Path)
     """The table is still logged."""
     (tmp_path / "profile").write_text("in the way")
     logger, records = logging.getLogger("microtron"), logging.handlers.BufferingHandler(100)
+    level = logger.level
     logger.addHandler(records)
     logger.setLevel(logging.INFO)
-    with Profiler((1, 1), tmp_path / "profile", mesh) as profiler, profiler.step(1):
-        work()
-    logger.removeHandler(records)
+    try:
+        with Profiler((1, 1), tmp_path / "profile", mesh) as profiler, profiler.step(1):
+            work()
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(records)
     warning, table, _ = [record.getMessage() for record in records.buffer]
     assert warning.startswith("cannot write the trace ")
     assert warning.endswith("steps_1_to_1.rank_0.json.gz: File exists")

@@ -50,6 +50,9 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
         monkeypatch.setenv("WANDB_API_KEY", KEY)
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("WANDB__FILE_STREAM_TRANSMIT_INTERVAL", "1")
+        # For a busy machine; tests of what happens then set their own.
+        monkeypatch.setattr(wandb_forwarder, "FINISH_TIMEOUT_S", 60.0)
+        monkeypatch.setattr(wandb_forwarder, "MAX_WAIT_S", 120.0)
         yield server
         wandb.teardown()
 
@@ -148,7 +151,7 @@ def test_a_deleted_run_gets_a_new_id(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """One warning, in the first launch that the server rejects (HTTP 409); nothing is lost."""
-    monkeypatch.setattr(wandb_forwarder, "INIT_TIMEOUT_S", 3.0)
+    monkeypatch.setattr(wandb_forwarder, "INIT_TIMEOUT_S", 5.0)  # wandb tries again until then
     server.deleted.add(ID)
     end(begin(tmp_path, range(1, 4)))
     (new_id,) = server.runs
@@ -165,12 +168,12 @@ def test_a_silent_server_delays_nothing(
     tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Training starts at once and ends soon; `wandb sync` uploads all rows later."""
-    monkeypatch.setattr(wandb_forwarder, "INIT_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(wandb_forwarder, "INIT_TIMEOUT_S", 3.0)
     server.answers = False
     started_at = time.monotonic()
     forwarder = begin(tmp_path, range(1, 6))
-    assert time.monotonic() - started_at < 1.5
-    assert end(forwarder) < 10
+    assert time.monotonic() - started_at < 2.5
+    assert end(forwarder) < 15
     wandb.teardown()
     server.answers = True
     sync(tmp_path)
@@ -194,7 +197,7 @@ def test_a_server_that_dies_delays_only_the_end(
     for step in range(5, 501):
         forwarder.log({"step": step, "train/loss": 1.0})
     forwarder.log({"step": 500, "sample": "a sample"})
-    assert time.monotonic() - started_at < 1.5
+    assert time.monotonic() - started_at < 5
     assert end(forwarder) < 15
     assert f"wandb sync --include-online {tmp_path / 'wandb'}" in caplog.text
     with serve() as another:

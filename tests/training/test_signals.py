@@ -122,8 +122,10 @@ def expect_a_clean_stop(
     assert report["code"] == 128 + number, output
     assert f"run test stopped by {number.name}: step {report['step']} of 40" in output
     assert saved[-1] == f"step_{report['step']:08d}"
-    if phase in ("evaluation", "saving"):
+    if phase == "evaluation":
         assert report["step"] in (5, 6)
+    if phase == "saving":  # in the background, while training goes on
+        assert report["step"] >= 5
     assert "resuming from" in finish(start(2, arguments))
     assert [row for row in rows(directory) if "train/loss" in row] == unbroken
 
