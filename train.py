@@ -18,7 +18,7 @@ if __name__ == "__main__":
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from data import prepare_corpus, text_fingerprint
+from data import find_text, prepare_corpus
 from model import build_model, num_parameters
 from parallel import Mesh, close_mesh
 from tracking.console import set_up_logging
@@ -56,6 +56,7 @@ def train(config: Config, mesh: Mesh, folder: RunFolder, signals: StopSignals) -
     with Watchdog(run):
         while state.step < last and stop is None:
             state, stop = train_until_stop_or_rollback(run, state, signals)
+            folder.step = state.step  # a rollback goes back
     return report_end(run, began, state, stop)
 
 
@@ -64,14 +65,15 @@ def start(config: Config, mesh: Mesh, folder: RunFolder) -> tuple[Run, RunState]
     cache = config.data.cache_directory
     with ExitStack() as files:
         with machine_errors_as_user_errors(f"prepare the corpus in data.cache_directory={cache}"):
-            text = text_fingerprint(config.data)
-            require_same_on_all_ranks(mesh, text, "the text")
+            text = find_text(config.data)
+            require_same_on_all_ranks(mesh, text.fingerprint, "the text")
             # Refuse a checkpoint of another text before tokenizing, which may take hours.
-            checkpoint = find_own_checkpoint(config, text, mesh, folder)
+            checkpoint = find_own_checkpoint(config, text.fingerprint, mesh, folder)
             source = find_source(config, mesh, files) if checkpoint is None else None
             if checkpoint is not None:
                 folder.step = checkpoint.step
-            corpus = prepare_corpus(config.data, config.model.seq_length, mesh.local_rank)
+            length = config.model.seq_length
+            corpus = prepare_corpus(config.data, length, mesh.local_rank, text)
             require_same_on_all_ranks(mesh, corpus.fingerprint, "the tokenized text")
         precision = choose_precision(config, mesh, checkpoint)
         set_up_allocator(mesh, num_parameters(config.model, config.data.padded_vocab_size))
@@ -106,6 +108,7 @@ def train_until_stop_or_rollback(
         while stop is None:
             is_due = due(state.step, evaluation_interval, config.train.train_steps)
             if is_due and log.lacks_evaluation:
+                saves.commit_if_written(wait=True)  # an evaluation may be long, or fail
                 log.evaluation(state, evaluate(run, state, documents, tasks, signals))
                 stop = signals.agree_now(run.mesh)
             if stop is not None or state.step >= last:
@@ -118,8 +121,9 @@ def train_until_stop_or_rollback(
             if due(state.step, config.debug.audit_interval):
                 check_replicas(run, state)
             saves.commit_if_written()
-            if due(state.step, config.checkpoint.save_interval):
-                saves.begin(state, background=config.checkpoint.async_save)
+            is_last = state.step >= last
+            if is_last or due(state.step, config.checkpoint.save_interval):
+                saves.begin(state, background=config.checkpoint.async_save and not is_last)
             if too_many_skipped(state, config.train):
                 saves.commit_if_written(wait=True)
                 return roll_back(run, state), None

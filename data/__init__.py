@@ -6,8 +6,8 @@ process of its own; training does not import it. The names below need no torch, 
 """
 
 from data.cached_corpus import Corpus as Corpus
+from data.cached_corpus import find_text as find_text
 from data.cached_corpus import prepare_corpus as prepare_corpus
-from data.cached_corpus import text_fingerprint as text_fingerprint
 from data.sampler import SampleOrder as SampleOrder
 from data.token_file import TokenFile as TokenFile
 from data.tokenizer import SentencePieceTokenizer as SentencePieceTokenizer

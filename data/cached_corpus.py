@@ -64,14 +64,31 @@ class FoundSource(NamedTuple):
     fingerprint: str
 
 
-def prepare_corpus(config: DataConfig, seq_length: int, local_rank: int) -> Corpus:
+class FoundText(NamedTuple):
+    """The sources to train on, and the held-out sources that are given."""
+
+    sources: list[FoundSource]
+    held_out: list[FoundSource]
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the content of all sources, in hex."""
+        hashes = [found.fingerprint for found in self.sources]
+        if self.held_out:
+            hashes += ["held out:", *(found.fingerprint for found in self.held_out)]
+        return join_hashes(hashes)
+
+
+def prepare_corpus(
+    config: DataConfig, seq_length: int, local_rank: int, text: FoundText | None = None
+) -> Corpus:
     """Open the corpus of `config`; local rank 0 of each host has it made if its disk lacks it.
 
-    Raise UserError if source, tokenizer or settings do not fit together.
+    Ranks that must not see different versions of the text pass what they have compared. Raise
+    UserError if source, tokenizer or settings do not fit together.
     """
     tokenizer = given_tokenizer(config)
-    sources, held_out = find_sources(config)
-    entry = corpus_entry(config, sources, held_out, tokenizer)
+    entry = corpus_entry(config, text or find_text(config), tokenizer)
     folders = _tokens(entry)
     if folders is None and local_rank == 0:
         _make(config)
@@ -91,11 +108,6 @@ def prepare_corpus(config: DataConfig, seq_length: int, local_rank: int) -> Corp
     return corpus
 
 
-def text_fingerprint(config: DataConfig) -> str:
-    """Return a hash of the content of the sources, without reading it as text."""
-    return joined_fingerprint(*find_sources(config))
-
-
 def given_tokenizer(config: DataConfig) -> Tokenizer | None:
     """Load `data.tokenizer`; None if one is to be trained."""
     if config.tokenizer is None:
@@ -104,8 +116,8 @@ def given_tokenizer(config: DataConfig) -> Tokenizer | None:
     return load_tokenizer(path, bos_token=config.bos_token, eos_token=config.eos_token)
 
 
-def find_sources(config: DataConfig) -> tuple[list[FoundSource], list[FoundSource]]:
-    """Return the sources to train on, and the held-out sources that are given."""
+def find_text(config: DataConfig) -> FoundText:
+    """Return the sources with fingerprints of their content, which is not read as text."""
     folder = cache_directory(config)
 
     def find(keys: SourceKeys, source: WeightedSource) -> FoundSource:
@@ -118,23 +130,18 @@ def find_sources(config: DataConfig) -> tuple[list[FoundSource], list[FoundSourc
         if source.validation_path is not None:
             given = replace(source, path=source.validation_path, hub_revision=None)
             held_out.append(find(SourceKeys(f"{key}.", f"{key}.validation_path"), given))
-    return sources, held_out
+    return FoundText(sources, held_out)
 
 
-def corpus_entry(
-    config: DataConfig,
-    sources: list[FoundSource],
-    held_out: list[FoundSource],
-    tokenizer: Tokenizer | None,
-) -> Path:
+def corpus_entry(config: DataConfig, text: FoundText, tokenizer: Tokenizer | None) -> Path:
     """Return the folder of a corpus, named by all that decides its content."""
     by: list[object] = [config.validation_fraction]
     if tokenizer is not None:
         by.append(tokenizer.fingerprint)
     else:
         by += [RECIPE_VERSION, SAMPLE_BYTES, config.padded_vocab_size]
-        by += [source.config.weight for source in sources if sources[1:]]
-    name = key_of(joined_fingerprint(sources, held_out), by)
+        by += [source.config.weight for source in text.sources if text.sources[1:]]
+    name = key_of(text.fingerprint, by)
     return cache_directory(config) / f"corpus-{name}"
 
 
@@ -146,12 +153,6 @@ def cache_directory(config: DataConfig) -> Path:
 def key_of(*parts: object) -> str:
     """Return the part of an entry's name that stands for its content."""
     return xxh3_128_hexdigest(json.dumps([FORMAT_VERSION, *parts]).encode())
-
-
-def joined_fingerprint(sources: list[FoundSource], held_out: list[FoundSource]) -> str:
-    """Return the fingerprint of several sources."""
-    given = ["held out:", *(source.fingerprint for source in held_out)] if held_out else []
-    return join_hashes([*(source.fingerprint for source in sources), *given])
 
 
 def join_hashes(hashes: list[str]) -> str:

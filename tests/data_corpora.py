@@ -21,12 +21,14 @@ from data.corpus.tokenizer_training import train_tokenizer
 _WORDS = ["def", "return", "self", "import", "value", "for", "while", "if", "name", "list", "token"]
 
 
-def prepare_corpus(config: DataConfig, seq_length: int, local_rank: int) -> Corpus:
+def prepare_corpus(
+    config: DataConfig, seq_length: int, local_rank: int, *text: cached_corpus.FoundText
+) -> Corpus:
     """As `data.prepare_corpus`, but local rank 0 builds in this process what is missing."""
     if local_rank:
-        return cached_corpus.prepare_corpus(config, seq_length, local_rank)
+        return cached_corpus.prepare_corpus(config, seq_length, local_rank, *text)
     with mock.patch.object(cached_corpus, "_make", build_corpus):
-        return cached_corpus.prepare_corpus(config, seq_length, local_rank)
+        return cached_corpus.prepare_corpus(config, seq_length, local_rank, *text)
 
 
 def random_text(seed: int, num_lines: int) -> str:

@@ -190,11 +190,19 @@ def last_step(config: Config) -> int:
 
 def truncate_rows(path: Path, step: int) -> dict[str, Any]:
     """Remove the rows after `step`, and an incomplete last line; return the last that is left."""
-    last, size = {}, 0
+    last, size, place = {}, 0, 0
     if path.exists():
-        for line in path.read_bytes().splitlines(keepends=True):
-            if not line.endswith(b"\n") or (row := json.loads(line))["step"] > step:
+        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+            place += len(line)
+            if not line.endswith(b"\n"):
                 break
-            last, size = row, size + len(line)
+            try:
+                row = json.loads(line)
+            except ValueError:  # of a machine that crashed
+                logger.warning("%s: line %d is no JSON, and is passed over", path, number)
+                continue
+            if row["step"] > step:
+                break
+            last, size = row, place
         os.truncate(path, size)  # in place, which a full disk allows
     return last

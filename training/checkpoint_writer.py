@@ -87,7 +87,8 @@ class CheckpointWriter:
             self._begin(state, background=False)
             self._commit()
         if isinstance(self._failure, _NotFiniteError):
-            raise NonFiniteError(state.step, "its weights or moments are not finite")
+            problem = "its weights or moments are not finite"
+            raise NonFiniteError(state.step, problem, has_checkpoint=self.saved_step > 0)
         if self._failure is not None:
             raise self._save_error(state.step)
 

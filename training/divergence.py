@@ -27,10 +27,11 @@ class NonFiniteError(FatalError):
 
     exit_code = 5
 
-    def __init__(self, step: int, problem: str) -> None:
+    def __init__(self, step: int, problem: str, *, has_checkpoint: bool = True) -> None:
+        what = "resume from the last checkpoint" if has_checkpoint else "start again"
         super().__init__(
-            f"step {step}: {problem}; the run ended without saving; resume from the last "
-            "checkpoint with a smaller optimizer.lr"
+            f"step {step}: {problem}; the run ended without saving; {what} with a smaller "
+            "optimizer.lr"
         )
 
 
@@ -73,9 +74,11 @@ def roll_back(run: Run, state: RunState) -> RunState:
     try:
         checkpoint = find_checkpoint(run.folder.checkpoints, run.mesh, up_to=state.last_good_step)
     except CheckpointError as error:
-        raise NonFiniteError(state.step, f"{skipped}, and {error}") from error
+        problem = f"{skipped}, and {error}"
+        raise NonFiniteError(state.step, problem, has_checkpoint=False) from error
     if checkpoint is None:
-        raise NonFiniteError(state.step, f"{skipped}, and there is no checkpoint to roll back to")
+        problem = f"{skipped}, and there is no checkpoint to roll back to"
+        raise NonFiniteError(state.step, problem, has_checkpoint=False)
     rollbacks = sum(window[0] == checkpoint.step for window in state.skipped_windows)
     if rollbacks >= max_rollbacks:
         after = f"after {rollbacks} rollback{'s' * (rollbacks != 1)} to step {checkpoint.step}"

@@ -213,8 +213,11 @@ class RunFolder:
     def begin(self, tokenizer: Path) -> None:
         """Claim the folder for this launch; with run.resume=never, move an earlier run aside.
 
-        Writes the configuration and the tokenizer, and removes the previous exit.json.
+        Writes the configuration and the tokenizer, and removes the previous exit.json. After a
+        rollback there is nothing left to do.
         """
+        if self._has_begun:
+            return
         self._has_begun = True
         if self._lock is not None:
             with machine_errors_as_user_errors(f"write in run folder {self.path}"):
@@ -227,7 +230,7 @@ class RunFolder:
                     (self.path / other).unlink(missing_ok=True)
             if not self._is_reported():
                 self._exit.unlink(missing_ok=True)
-        self.starts_over = False  # a rollback comes here again
+        self.starts_over = False
 
     def _set_aside(self) -> None:
         """Move an earlier run of this name into a folder of its own."""
@@ -288,7 +291,7 @@ class RunFolder:
     def _write_report(self, code: int, reason: str) -> None:
         step = self.step
         if step is None:
-            saved = checkpoint_directories(self.checkpoints)
+            saved = [] if self.starts_over else checkpoint_directories(self.checkpoints)
             step = int(saved[-1].name.removeprefix("step_")) if saved else 0
         resume = None if (code, reason) == (0, "finished") else self.resume_command()
         report = {"code": code, "reason": reason, "step": step, "resume": resume}
@@ -318,12 +321,13 @@ class RunFolder:
 
     def resume_command(self, *settings: str) -> str:
         """The command line that continues this run; `settings` replace its own."""
-        dropped = {"run.resume", *(setting.partition("=")[0] for setting in settings)}
-        if self.step == self._config.run.stop_at_step:
-            dropped.add("run.stop_at_step")
-        arguments = [arg for arg in sys.argv if arg.partition("=")[0] not in dropped]
-        if self._config.run.resume == "never":
-            arguments.append("run.resume=auto")
+        stop, resume = self._config.run.stop_at_step, self._config.run.resume
+        if stop is not None and stop <= (self.step or 0):
+            settings = ("run.stop_at_step=null", *settings)  # the config file may have it too
+        if resume == "must" or (resume == "never" and not self.starts_over):
+            settings = ("run.resume=auto", *settings)
+        replaced = {setting.partition("=")[0] for setting in settings}
+        arguments = [arg for arg in sys.argv if arg.partition("=")[0] not in replaced]
         return f"{self._launch_command} {shlex.join([*arguments, *settings])}"
 
     def _write(self, name: str, content: bytes) -> None:

@@ -45,10 +45,9 @@ from data.cached_corpus import (
     FoundSource,
     cache_directory,
     corpus_entry,
-    find_sources,
+    find_text,
     given_tokenizer,
     join_hashes,
-    joined_fingerprint,
     key_of,
 )
 from data.corpus import encoding, entries, report
@@ -110,7 +109,7 @@ def build_corpus(config: DataConfig, first: float = 0.0) -> int:
     folder = cache_directory(config)
     entries.remove_abandoned(folder)
     given = given_tokenizer(config)
-    found = find_sources(config)
+    found = find_text(config)
     sources, held_out = ([_in_folder(f, folder, given, first) for f in part] for part in found)
     everything = [*sources, *held_out]
     for source in entries.rotated(everything, first):
@@ -128,8 +127,8 @@ def build_corpus(config: DataConfig, first: float = 0.0) -> int:
         entries.require_entry(*job)
     _delete_texts(everything)
     facts = _facts(config, everything, [tokens for tokens, *_ in jobs], tokenizer)
-    facts["text_fingerprint"] = joined_fingerprint(*found)
-    _write_facts(corpus_entry(config, *found, given), facts)
+    facts["text_fingerprint"] = found.fingerprint
+    _write_facts(corpus_entry(config, found, given), facts)
     return sum(num_new)
 
 

@@ -82,7 +82,7 @@ def test_another_process_makes_the_same_corpus(
         expected = prepare_corpus(other, 16, 0)
         for found in (corpus, again):
             assert (found.fingerprint, found.summary) == (expected.fingerprint, expected.summary)
-            assert found.text_fingerprint == cached_corpus.text_fingerprint(config)
+            assert found.text_fingerprint == cached_corpus.find_text(config).fingerprint
             assert found.tokenizer_path.read_bytes() == expected.tokenizer.content
 
 

@@ -19,7 +19,7 @@ import pytest
 
 from configs import UserError
 from configs.schema import DataConfig
-from data import Corpus, text_fingerprint
+from data import Corpus, find_text
 from data.cache import file_digest
 from data.cached_corpus import SPLITS
 from data.corpus.build import build_corpus
@@ -335,12 +335,22 @@ def test_an_entry_is_verified_again_only_when_a_file_changes(
     assert hashed == ["train.offsets"]
 
 
+def test_a_text_that_changes_after_ranks_have_compared_it_is_an_error(tmp_path: Path) -> None:
+    """A rank that looked again would wait for another corpus than the one that is made."""
+    write_texts(tmp_path, 1)
+    text = find_text(text_config(tmp_path))
+    with (tmp_path / "texts" / "000.txt").open("a") as file:
+        file.write("more")
+    with pytest.raises(UserError, match="the text has changed while it was read; start again"):
+        prepare_corpus(text_config(tmp_path), 16, 0, text)
+
+
 def test_a_damaged_index_of_digests_is_not_trusted(tmp_path: Path) -> None:
     """A changed digit would give the text another fingerprint; the index is made anew."""
     write_texts(tmp_path, 1)
     long_ago = time.time() - 100
     os.utime(tmp_path / "texts" / "000.txt", (long_ago, long_ago))
-    expected = text_fingerprint(text_config(tmp_path))
+    expected = find_text(text_config(tmp_path)).fingerprint
     path = tmp_path / "cache" / "digests.json"
     content = path.read_text()
     digest = file_digest(tmp_path / "texts" / "000.txt").hex()
@@ -354,7 +364,7 @@ def test_a_damaged_index_of_digests_is_not_trusted(tmp_path: Path) -> None:
         "",
     ):
         path.write_text(damaged)
-        assert text_fingerprint(text_config(tmp_path)) == expected
+        assert find_text(text_config(tmp_path)).fingerprint == expected
         assert path.read_text() == content
 
 
@@ -413,7 +423,7 @@ def test_a_rank_waits_while_another_hashes_the_files(
     (tmp_path / "cache").mkdir()
     with (tmp_path / "cache" / "digests.json.lock").open("w") as file, caplog.at_level("INFO"):
         fcntl.flock(file, fcntl.LOCK_EX)
-        rank = threading.Thread(target=text_fingerprint, args=[text_config(tmp_path)])
+        rank = threading.Thread(target=find_text, args=[text_config(tmp_path)])
         rank.start()
         while "waiting for another process" not in caplog.text:
             time.sleep(0.01)

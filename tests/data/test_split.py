@@ -9,7 +9,7 @@ import pytest
 
 from configs import ConfigError, UserError, WeightedSource, parse_config
 from configs.schema import DataConfig
-from data import Corpus, text_fingerprint
+from data import Corpus, find_text
 from data.corpus.split import END_HELD_OUT, HELD_OUT, TRAINED_ON, Documents, divide, split_by_hash
 from data.corpus.spool import Record, Spool, open_spool, write_spool
 from data.evaluation import EvaluationSet
@@ -164,11 +164,11 @@ def test_given_text_is_held_out_of_every_source(tmp_path: Path) -> None:
     assert sorted(held_out) == sorted([b, d])
     assert corpus.validation_weights == (1.0,)
     assert corpus.summary["validation"]["documents"] == corpus.summary["excluded"] == 2
-    assert corpus.text_fingerprint == text_fingerprint(config)
+    assert corpus.text_fingerprint == find_text(config).fingerprint
     plain = replace(
         config, sources=tuple(replace(each, validation_path=None) for each in config.sources)
     )
-    assert text_fingerprint(plain) != text_fingerprint(config)
+    assert find_text(plain).fingerprint != find_text(config).fingerprint
     assert prepare_corpus(plain, 16, 0).fingerprint != corpus.fingerprint
     assert prepare_corpus(config, 16, 1).fingerprint == corpus.fingerprint
     scored = EvaluationSet(

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +33,19 @@ def test_a_resume_truncates_the_file_at_its_step(tmp_path: Path) -> None:
     assert path.read_text() == "".join(lines[:3])
     truncate_rows(path, 0)
     assert path.read_text() == ""
+
+
+def test_a_line_that_a_crash_of_the_machine_has_damaged_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file and number are named; at the end of the file it is removed like a half line."""
+    monkeypatch.setattr(logging.getLogger("microtron"), "propagate", True)
+    path = tmp_path / "metrics.jsonl"
+    kept = b'{"step": 1}\n' + bytes(9) + b'\n{"step": 2}\n'
+    path.write_bytes(kept + b"\xff\n")
+    assert truncate_rows(path, 2) == {"step": 2}
+    assert path.read_bytes() == kept
+    assert f"{path}: line 2 is no JSON, and is passed over" in caplog.text
 
 
 def opening_on(disk: dict[str, int]) -> Callable[..., contextlib.AbstractContextManager[Any]]:

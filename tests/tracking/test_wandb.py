@@ -151,7 +151,7 @@ def test_a_deleted_run_gets_a_new_id(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """One warning, in the first launch that the server rejects (HTTP 409); nothing is lost."""
-    monkeypatch.setattr(wandb_forwarder, "INIT_TIMEOUT_S", 5.0)  # wandb tries again until then
+    monkeypatch.setattr(wandb_forwarder, "INIT_TIMEOUT_S", 4.0)  # wandb tries again until then
     server.deleted.add(ID)
     end(begin(tmp_path, range(1, 4)))
     (new_id,) = server.runs

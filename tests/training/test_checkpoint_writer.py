@@ -18,9 +18,11 @@ from parallel import Mesh, any_rank
 from tests.distributed import ONE_RANK, Layout, distributed
 from tests.runs import finish, rows, settings, start
 from train import start as start_run
+from train import train
 from training import checkpoint_writer as saving_module
 from training.checkpoint_writer import CheckpointWriter, SaveError
 from training.run_folder import RunFolder
+from training.signals import StopSignals
 from training.state import RunState
 
 
@@ -46,6 +48,25 @@ def after_a_skip(state: RunState, step: int) -> RunState:
 
 def steps_saved(folder: RunFolder) -> list[str]:
     return sorted(path.name for path in folder.checkpoints.glob("step_*"))
+
+
+@distributed(ONE_RANK, Layout(tp=2))
+@pytest.mark.parametrize(("interval", "fails_at"), [(3, 3), (0, 6)])
+def test_an_evaluation_that_fails_loses_no_step(
+    mesh: Mesh, corpus: Path, tmp_path: Path, interval: int, fails_at: int
+) -> None:
+    """Before it begins the save in the background is committed, and the last step is saved."""
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    overrides = (f"checkpoint.save_interval={interval}", f"evaluate.interval={fails_at}")
+    config = on_layout(parse_config(settings(corpus, tmp_path, *overrides)), mesh)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.evaluate", fail)
+        with pytest.raises(MemoryError), RunFolder(config, mesh) as folder:
+            train(config, mesh, folder, StopSignals())
+    assert steps_saved(folder) == [f"step_{fails_at:08d}"]
 
 
 @distributed(ONE_RANK, Layout(tp=2), Layout(dp=2))

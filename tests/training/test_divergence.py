@@ -5,6 +5,7 @@ Samples are poisoned by number: the last tp rank of the dp rank that has one get
 
 import dataclasses
 import json
+import signal
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -193,6 +194,18 @@ def test_too_many_consecutive_skips_roll_back(mesh: Mesh, config: Config) -> Non
     assert (progress["consumed_samples"], progress["skipped_steps"]) == (64, 1)
 
 
+@distributed(ONE_RANK)
+def test_a_stop_after_a_rollback_reports_the_step_it_is_at(mesh: Mesh, config: Config) -> None:
+    """Step 2, which is saved, not step 4, which is not."""
+    answers = iter([None, signal.SIGTERM])
+    with poisoned(mesh, range(16, 40)), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StopSignals, "agree_now", lambda *_: next(answers))
+        with RunFolder(config, mesh) as folder:
+            assert train(config, mesh, folder, StopSignals()) == 143
+    report = json.loads(Path(config.run.directory, "test", "exit.json").read_text())
+    assert report["step"] == 2
+
+
 @pytest.mark.slow
 @distributed(ONE_RANK, Layout(dp=2))
 def test_rollbacks_are_limited(mesh: Mesh, config: Config) -> None:
@@ -213,7 +226,7 @@ def test_without_a_checkpoint_the_run_ends(mesh: Mesh, config: Config) -> None:
     """Starting over would meet the same samples."""
     with (
         poisoned(mesh, range(10**6)),
-        pytest.raises(NonFiniteError, match="there is no checkpoint to roll back to"),
+        pytest.raises(NonFiniteError, match=r"no checkpoint to roll back to; .* start again with"),
     ):
         run(mesh, config)
 

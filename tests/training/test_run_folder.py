@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import signal
 import time
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import Mock
 
 import pytest
 
@@ -199,6 +201,61 @@ def test_a_launch_replaces_the_exit_json_of_the_previous_one(mesh: Mesh, tmp_pat
         raise UserError("a token id out of range")
     assert report(tmp_path)["code"] == 2
     assert report(tmp_path)["reason"] == "UserError: a token id out of range"
+
+
+@distributed(ONE_RANK)
+def test_a_rollback_writes_nothing_that_a_full_disk_could_refuse(
+    mesh: Mesh, tmp_path: Path
+) -> None:
+    """Training goes on in the folder as it is."""
+    (tmp_path / "tokenizer").write_text("")
+    with RunFolder(config(tmp_path), mesh) as folder, pytest.MonkeyPatch.context() as patch:
+        folder.begin(tmp_path / "tokenizer")
+        patch.setattr(Path, "write_bytes", Mock(side_effect=OSError(errno.ENOSPC, "full")))
+        folder.begin(tmp_path / "tokenizer")
+
+
+@distributed(ONE_RANK)
+@pytest.mark.parametrize(
+    ("settings", "step", "expected"),
+    [
+        ({"stop_at_step": 3}, 2, "run.stop_at_step=3 run.resume=must"),
+        ({"stop_at_step": 3}, 3, "run.resume=must run.stop_at_step=null"),
+        ({"stop_at_step": 3}, 8, "run.resume=must run.stop_at_step=null"),
+        ({"resume": "must"}, 2, "run.stop_at_step=3 run.resume=auto"),
+        ({"resume": "never"}, 2, "run.stop_at_step=3 run.resume=auto"),
+    ],
+)
+def test_the_resume_command_resumes(
+    mesh: Mesh, tmp_path: Path, settings: dict[str, Any], step: int, expected: str
+) -> None:
+    """Also if the config file has settings that would stop it at once, or start it over."""
+    (tmp_path / "tokenizer").write_text("")
+    started = config(tmp_path)
+    started = dataclasses.replace(started, run=dataclasses.replace(started.run, **settings))
+    with RunFolder(started, mesh) as folder, pytest.MonkeyPatch.context() as patch:
+        folder.begin(tmp_path / "tokenizer")
+        folder.step = step
+        arguments = ["train.py", "run.stop_at_step=3", "run.resume=must"]
+        patch.setattr("sys.argv", arguments)
+        assert folder.resume_command().endswith(f" train.py {expected}")
+        longer = folder.resume_command("train.train_steps=12")
+        assert longer.endswith(f" train.py {expected} train.train_steps=12")
+
+
+@distributed(ONE_RANK)
+def test_a_launch_that_starts_over_but_never_began_would_start_over_again(
+    mesh: Mesh, tmp_path: Path
+) -> None:
+    """Its report is about its own step 0, and its command does not continue the old run."""
+    plant_finished_run(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["train.py", "run.resume=never"])
+        with pytest.raises(SystemExit), RunFolder(config(tmp_path, resume="never"), mesh):
+            raise SystemExit(143)
+    found = report(tmp_path)
+    assert found["step"] == 0
+    assert found["resume"].endswith(" train.py run.resume=never")
 
 
 @distributed(Layout(tp=2, dp=2))
