@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
@@ -174,10 +175,25 @@ def _launch(command: list[str]) -> None:
 
     def fork_workers(config: Any, entrypoint: str) -> Callable[..., Any]:
         config.start_method = "fork"
-        return lambda unbuffered, *arguments: elastic_launch(config, _main)(list(arguments))
+        return lambda unbuffered, *arguments: elastic_launch(config, _worker)(list(arguments))
 
     run.elastic_launch = fork_workers
     run.main(command)
+
+
+def _worker(arguments: list[str]) -> None:
+    """Run the program once all workers of this host have been forked.
+
+    The store of the agent looks up the name of each worker that connects, which takes a lock. A
+    worker that is forked meanwhile gets the lock as it is, and would wait for it forever.
+    """
+    children = Path(f"/proc/{os.getppid()}/task/{os.getppid()}/children")
+    deadline = time.monotonic() + 10
+    while len(children.read_text().split()) < int(os.environ["LOCAL_WORLD_SIZE"]):
+        if time.monotonic() > deadline:  # one has been killed
+            break
+        time.sleep(0.001)
+    _main(arguments)
 
 
 def _main(arguments: list[str]) -> None:

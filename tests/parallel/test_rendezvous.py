@@ -1,6 +1,5 @@
 """Ranks meet over a store that earlier attempts have used, and agree on their device."""
 
-import multiprocessing
 import os
 import re
 import signal
@@ -17,6 +16,7 @@ from torch.distributed import TCPStore
 
 from parallel.transport import rendezvous
 from parallel.transport.rendezvous import _decide, join_attempt
+from tests.fork_server import fork_server
 from tests.runs import finish, settings, start
 
 
@@ -43,7 +43,7 @@ def _join(rank: int, world_size: int, port: int, has_agent_store: bool, answers:
 
 def test_every_attempt_has_its_own_name() -> None:
     """Restart counts and leftovers of killed attempts in the store do not matter."""
-    context, world_size = multiprocessing.get_context("fork"), 3
+    context, world_size = fork_server(), 3
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     answers: Queue[tuple[int, str, str, bool]] = context.Queue()
     names = set()
@@ -77,7 +77,7 @@ def test_every_attempt_has_its_own_name() -> None:
 
 def test_ranks_meet_without_a_launcher_store() -> None:
     """Rank 0 serves the store, also after the rendezvous."""
-    context = multiprocessing.get_context("fork")
+    context = fork_server()
     answers: Queue[tuple[int, str, str, bool]] = context.Queue()
     with socket.socket() as free:
         free.bind(("localhost", 0))
