@@ -25,7 +25,6 @@ from parallel.transport.traffic import Collective
 from planning.dry_run import StepReport
 
 _BACKWARD_TIME = 2  # of a backward, in forwards
-_ROUNDS = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2}  # times ranks - 1
 
 
 @dataclass(frozen=True)
@@ -75,12 +74,22 @@ def groups_like(ranks: Sequence[int], report: StepReport) -> Iterator[tuple[int,
 
 
 def sent(one: Collective, report: StepReport, network: Network) -> Sent:
-    """Return what a collective sends on all groups of its axis together."""
-    if one.kind in ("send", "recv"):
+    """Return what a collective sends on all groups of its axis together, along their rings."""
+    if _is_message(one, report):  # `predict` adds these
         return Sent()
     rings = groups_like(one.ranks, report)
     edges = [edge for ring in rings for edge in zip(ring, (*ring[1:], ring[0]), strict=True)]
-    return _over_links(edges, one.sent_bytes, network, _ROUNDS[one.kind] * (len(one.ranks) - 1))
+    return _over_links(edges, one.sent_bytes, network, _num_rounds(one))
+
+
+def _is_message(one: Collective, report: StepReport) -> bool:
+    """Whether it passes between stages; others pass between context-parallel ranks."""
+    return one.kind in ("send", "recv") and one.ranks == report.pp
+
+
+def _num_rounds(one: Collective) -> int:
+    num_passes = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "all_to_all": 1}
+    return num_passes[one.kind] * (len(one.ranks) - 1) if one.kind in num_passes else 1
 
 
 def _over_links(
@@ -133,7 +142,7 @@ def predict(
         exposed_s = max(exposed_s, sum(total.seconds for total in of_stage.values()))
         by_ranks |= of_stage
     first, num_chunks = reports[0], config.parallel.virtual_pipeline_model_parallel_size or 1
-    sizes = [one.full_bytes for one in first.step if one.kind in ("send", "recv")]
+    sizes = [one.full_bytes for one in first.step if _is_message(one, first)]
     size, hops = max(sizes, default=0), _hops(first, num_chunks)
     backs = [[edge[::-1] for edge in hop] for hop in hops]
     if hops:

@@ -13,7 +13,7 @@ from planning.cluster import Network, Prediction, predict
 from planning.dry_run import StepReport, dry_run
 from planning.page import hosts_section
 from tests.distributed import Layout
-from tests.planning.test_plan import PAGE_WIDTH, small_config
+from tests.planning.test_plan import LLAMA, PAGE_WIDTH, small_config
 
 BYTES_PER_S = 1e9 / 8  # of a network of 1 Gbit/s
 
@@ -90,6 +90,22 @@ def test_messages_of_a_pipeline_delay_the_schedule() -> None:
     assert 2 * message_s <= delay <= (m + 1) * message_s * (1 + 1e-6)
     sent = prediction.by_ranks[0, 1].between  # the sum of loss and norm is over these ranks too
     assert sent == pytest.approx(m * message_s * BYTES_PER_S, rel=1e-3)
+
+
+RING = ("parallel.context_parallel_size=2", "parallel.cp_comm_type=p2p")
+
+
+@pytest.mark.parametrize(
+    ("layout", "overrides"),
+    [(Layout(dp=2), ("optimizer.name=muon", *LLAMA)), (Layout(cp=2), RING)],
+    ids=["muon", "ring"],
+)
+def test_messages_within_an_axis_cross_hosts_too(
+    layout: Layout, overrides: tuple[str, ...]
+) -> None:
+    """Muon exchanges matrices of all dp ranks; a ring of cp ranks passes keys and values on."""
+    prediction, sent = predicted(layout, 2, *overrides)
+    assert between(prediction) == sent
 
 
 @pytest.mark.slow
