@@ -19,6 +19,10 @@ of a rank in one process group one after the other, so a send would wait for an 
 the activations and the gradients of a stage's two links have a group each: there messages flow one
 way, between two stages, in the order in which both need them, and no two operations can wait for
 each other. Every stage reads the same batch and knows the shapes.
+
+On a GPU a receive is posted only when its message is needed next. It is a kernel that waits on the
+device, and a wait for the whole device (to compile, to allocate) would not end if the message came
+of work that has not been queued yet. The CPU runs ahead of the GPU, so it is posted early enough.
 """
 
 from collections import deque
@@ -180,11 +184,14 @@ def _started(work: dist.Work | None) -> list[dist.Work]:
 
 
 class _Inbox:
-    """Receives tensors from another stage, the next one while the current one is in use."""
+    """Receives tensors from another stage; on CPUs the next one while the current one is in use."""
 
-    def __init__(self, group: dist.ProcessGroup, source: int, buffers: Iterator[Tensor]) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, source: int, buffers: Iterator[Tensor], *, is_early: bool
+    ) -> None:
         self._group, self._source, self._buffers = group, source, buffers
-        self._next = self._post_receive()
+        self._is_early = is_early
+        self._next = self._post_receive() if is_early else None
 
     def _post_receive(self) -> Pending | None:
         buffer = next(self._buffers, None)
@@ -195,9 +202,10 @@ class _Inbox:
         )
 
     def receive(self) -> Tensor:
-        assert self._next is not None, "there are no more messages"
-        tensor = self._next.wait()
-        self._next = self._post_receive()
+        message = self._next or self._post_receive()
+        assert message is not None, "there are no more messages"
+        tensor = message.wait()
+        self._next = self._post_receive() if self._is_early else None
         return tensor
 
 
@@ -243,7 +251,8 @@ class _Links:
                 if is_forward == of_forward and not is_end:
                     yield torch.empty(shapes[micro_batch], dtype=dtype, device=mesh.device)
 
-        self.inputs = _Inbox(group_before[0], before, buffers(True))
+        early = mesh.device.type == "cpu"  # see [Note: messages]
+        self.inputs = _Inbox(group_before[0], before, buffers(True), is_early=early)
         self.outputs = _Outbox(group_after[0], after)
-        self.output_grads = _Inbox(group_after[1], after, buffers(False))
+        self.output_grads = _Inbox(group_after[1], after, buffers(False), is_early=early)
         self.input_grads = _Outbox(group_before[1], before)

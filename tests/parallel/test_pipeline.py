@@ -24,7 +24,7 @@ from data.rows import MicroBatch
 from model import Sampling, build_model
 from ops.dropout import dropout_keys
 from parallel import Mesh, compare_replicas, gather_json, is_blocking_frame, run_pipeline
-from parallel.pipeline import MAX_PENDING, Action, max_alive, schedule
+from parallel.pipeline import MAX_PENDING, Action, _Inbox, max_alive, schedule
 from tests.distributed import ONE_RANK, Layout, distributed, run_on
 from tests.runs import config_on, rows, settings, train_on
 from tests.trained_runs import Dense, start_program
@@ -57,14 +57,16 @@ def test_schedules(num_micro_batches: int, p: int, v: int) -> None:
             most = max(most, num_alive)
             assert one.is_forward or one._replace(is_forward=True) in actions[:number]
         assert most <= (p - stage if v == 1 else max_alive(p, v, stage))
-    _replay(stages, v)
+    for num_ahead in (0, 1):  # of GPUs and CPUs
+        _replay(stages, v, num_ahead)
 
 
-def _replay(stages: tuple[tuple[Action, ...], ...], v: int) -> None:
+def _replay(stages: tuple[tuple[Action, ...], ...], v: int, num_ahead: int) -> None:
     """Simulate the stages: messages must be received in the order in which they were sent.
 
-    A send waits while MAX_PENDING earlier messages are unreceived; a stage receives one message
-    ahead. The order in which stages run does not matter, as each only reads and writes queues.
+    A send waits while MAX_PENDING earlier messages are unreceived; a stage receives `num_ahead`
+    messages before it needs them. The order in which stages run does not matter, as each only reads
+    and writes queues.
     """
     p, to_do = len(stages), [deque(actions) for actions in stages]
     queues: dict[tuple[int, bool], deque[tuple[int, int]]] = defaultdict(deque)  # of receivers
@@ -74,7 +76,9 @@ def _replay(stages: tuple[tuple[Action, ...], ...], v: int) -> None:
         first, last = (0, p * v - 1)[::step]
         received = queues[stage, action.is_forward]
         sent = queues[(stage + step) % p, action.is_forward]
-        if (piece != first and not received) or (piece != last and len(sent) == MAX_PENDING + 1):
+        if (piece != first and not received) or (
+            piece != last and len(sent) == MAX_PENDING + num_ahead
+        ):
             return False
         if piece != first:
             assert received.popleft() == (action.micro_batch, piece)
@@ -133,8 +137,12 @@ class _KeptForBackward(torch.autograd.Function):
 
 
 @distributed(ONE_RANK, Layout(pp=2), Layout(pp=3), Layout(pp=2, chunks=2), Layout(pp=2, chunks=3))
-def test_gradients_equal_a_loop_bit_for_bit(mesh: Mesh) -> None:
-    """Micro-batches have different widths; stage r keeps at most p - r of them."""
+@pytest.mark.parametrize("is_early", [False, True], ids=["as GPUs", "as CPUs"])
+def test_gradients_equal_a_loop_bit_for_bit(mesh: Mesh, is_early: bool) -> None:
+    """Micro-batches have different widths; stage r keeps at most p - r of them.
+
+    GPUs post a receive when it is needed, CPUs one message earlier.
+    """
     num_pieces, p = mesh.pp.size * mesh.num_chunks, mesh.pp.size
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(n + 1, 1, 4, generator=generator) for n in range(7)]
@@ -154,7 +162,14 @@ def test_gradients_equal_a_loop_bit_for_bit(mesh: Mesh) -> None:
     for weight in own:
         weight.requires_grad_()
     shapes = [tuple(x.shape) for x in inputs]
-    run_pipeline(mesh, shapes, torch.float32, forward, lambda *_: None)
+    make = _Inbox.__init__
+
+    def with_choice(inbox: _Inbox, *arguments: Any, **_: bool) -> None:
+        make(inbox, *arguments, is_early=is_early)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Inbox, "__init__", with_choice)
+        run_pipeline(mesh, shapes, torch.float32, forward, lambda *_: None)
     for tokens in inputs:
         x = tokens
         for weight in dense:
