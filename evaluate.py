@@ -170,7 +170,7 @@ if __name__ == "__main__":
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from checkpoints import require_fingerprint
-from data import Corpus, prepare_corpus
+from data import Corpus, find_text, prepare_corpus
 from data.corpus.report import count_in_words
 from data.corpus.scored_text import load_eval_corpus
 from data.tasks import TaskResult
@@ -194,7 +194,9 @@ def text_to_score(trained: LoadedModel, settings: Settings) -> tuple[Corpus, int
             corpus = load_eval_corpus(config.data, tokenizer, path)
             require_same_on_all_ranks(mesh, corpus.fingerprint, "the text")
             return corpus, settings.max_sequences
-        corpus = prepare_corpus(config.data, config.model.seq_length, mesh.local_rank)
+        text = find_text(config.data)
+        require_same_on_all_ranks(mesh, text.fingerprint, "the text")
+        corpus = prepare_corpus(config.data, config.model.seq_length, mesh.local_rank, text)
     require_same_on_all_ranks(mesh, corpus.fingerprint, "the tokenized text")
     require_fingerprint(trained.checkpoint, "data", corpus.fingerprint)
     if corpus.validation.num_documents == 0:

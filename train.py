@@ -19,6 +19,8 @@ if __name__ == "__main__":
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from data import find_text, prepare_corpus
+from data.evaluation import EvaluationSet
+from data.tasks import TaskSet
 from model import build_model, num_parameters
 from parallel import Mesh, close_mesh
 from tracking.console import set_up_logging
@@ -53,9 +55,10 @@ def train(config: Config, mesh: Mesh, folder: RunFolder, signals: StopSignals) -
 
     report_start(run, state)
     signals.training()
-    with Watchdog(run):
+    scored = validation_set(run), task_sets(config, mesh, run.corpus.tokenizer)
+    with Watchdog(run) as watchdog:
         while state.step < last and stop is None:
-            state, stop = train_until_stop_or_rollback(run, state, signals)
+            state, stop = train_until_stop_or_rollback(run, state, scored, signals, watchdog)
             folder.step = state.step  # a rollback goes back
     return report_end(run, began, state, stop)
 
@@ -71,7 +74,7 @@ def start(config: Config, mesh: Mesh, folder: RunFolder) -> tuple[Run, RunState]
             checkpoint = find_own_checkpoint(config, text.fingerprint, mesh, folder)
             source = find_source(config, mesh, files) if checkpoint is None else None
             if checkpoint is not None:
-                folder.step = checkpoint.step
+                folder.step = folder.saved_step = checkpoint.step
             length = config.model.seq_length
             corpus = prepare_corpus(config.data, length, mesh.local_rank, text)
             require_same_on_all_ranks(mesh, corpus.fingerprint, "the tokenized text")
@@ -88,16 +91,20 @@ def start(config: Config, mesh: Mesh, folder: RunFolder) -> tuple[Run, RunState]
 
 
 def train_until_stop_or_rollback(
-    run: Run, state: RunState, signals: StopSignals
+    run: Run,
+    state: RunState,
+    scored: tuple[EvaluationSet, list[TaskSet]],
+    signals: StopSignals,
+    watchdog: Watchdog,
 ) -> tuple[RunState, signal.Signals | None]:
     """Train to the last step, a signal, or a rollback; return the state to continue from."""
     config, folder, last = run.config, run.folder, last_step(run.config)
-    documents = validation_set(run)
-    tasks = task_sets(config, run.mesh, run.corpus.tokenizer)
+    documents, tasks = scored
     evaluation_interval = config.evaluate.interval if documents.num_targets or tasks else 0
     batches = training_batches(run, state)
     folder.begin(run.corpus.tokenizer_path)
     stop = signals.agree_now(run.mesh)
+    watchdog.begin()
     with (
         batches,
         RunLog(run, state) as log,
@@ -122,6 +129,8 @@ def train_until_stop_or_rollback(
                 check_replicas(run, state)
             saves.commit_if_written()
             is_last = state.step >= last
+            if is_last:
+                folder.announce_last_save()
             if is_last or due(state.step, config.checkpoint.save_interval):
                 saves.begin(state, background=config.checkpoint.async_save and not is_last)
             if too_many_skipped(state, config.train):

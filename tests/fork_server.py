@@ -105,7 +105,8 @@ class Program:
         """
         self._collector.join(timeout)
         if self._collector.is_alive():
-            os.killpg(self.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
             raise subprocess.TimeoutExpired("program", timeout or 0, bytes(self._output))
         self._process.join(timeout)
         return self._output.decode(), None

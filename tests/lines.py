@@ -26,7 +26,7 @@ PROGRAMS = ("train", "generate", "evaluate", "export", "import_hf", "plan")
 MAX_MODULES = 14  # of a folder, `__init__.py` not counted
 BESIDE = ("bench", "docs", "tests")  # folders without that limit
 # What is there now. The goal is 9,500 with context and pipeline parallelism.
-CLOSURE_BUDGET = 12_960
+CLOSURE_BUDGET = 12_977
 READING_PATH_BUDGET = 3_000
 _READING_PATH = ("train.py", "model/**/*.py", "parallel/mesh.py", "parallel/mappings.py")
 _READING_PATH += ("parallel/layers.py", "parallel/loss.py", "parallel/context.py")

@@ -133,15 +133,18 @@ def test_a_run_among_foreign_entries(corpus: Path, tmp_path: Path, ranks: int) -
 
 
 @pytest.mark.drill
+@pytest.mark.parametrize("is_stopped", [True, False], ids=["signal", "last step"])
 def test_a_run_killed_in_its_last_save_has_not_ended(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_stopped: bool
 ) -> None:
     """exit.json says so, with code 1 and how to resume; a resume repeats only the unsaved steps."""
     with monkeypatch.context() as patch:
         slow_down(patch, tmp_path / "slow", save_s=20.0)
-        process = start(1, settings(corpus, tmp_path, *LONG))
-        wait_for(lambda: steps_done(tmp_path) >= 2, process)
-        process.send_signal(signal.SIGTERM)
+        end = ("checkpoint.save_interval=0", "run.stop_at_step=3")
+        process = start(1, settings(corpus, tmp_path, *LONG, *(() if is_stopped else end)))
+        if is_stopped:
+            wait_for(lambda: steps_done(tmp_path) >= 2, process)
+            process.send_signal(signal.SIGTERM)
         wait_for(lambda: is_in("saving", tmp_path), process)
         process.kill()
         process.communicate()

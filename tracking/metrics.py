@@ -189,20 +189,22 @@ def last_step(config: Config) -> int:
 
 
 def truncate_rows(path: Path, step: int) -> dict[str, Any]:
-    """Remove the rows after `step`, and an incomplete last line; return the last that is left."""
-    last, size, place = {}, 0, 0
+    """Remove the rows after `step`, and incomplete lines; return the last that is left."""
+    last, kept = {}, bytearray()
     if path.exists():
-        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
-            place += len(line)
-            if not line.endswith(b"\n"):
-                break
+        content = path.read_bytes()
+        for number, line in enumerate(content.split(b"\n")[:-1], 1):
             try:
                 row = json.loads(line)
-            except ValueError:  # of a machine that crashed
-                logger.warning("%s: line %d is no JSON, and is passed over", path, number)
+                if row["step"] > step:
+                    break
+            except (ValueError, TypeError, KeyError):  # the machine has crashed during a write
+                logger.warning("%s: removing line %d, which is not a row", path, number)
                 continue
-            if row["step"] > step:
-                break
-            last, size = row, place
-        os.truncate(path, size)  # in place, which a full disk allows
+            last = row
+            kept += line + b"\n"
+        if not content.startswith(kept):
+            path.with_suffix(".tmp").write_bytes(kept)
+            path.with_suffix(".tmp").replace(path)
+        os.truncate(path, len(kept))  # in place, which a full disk allows
     return last

@@ -43,7 +43,7 @@ class CheckpointWriter:
 
     def __init__(self, run: Run, state: RunState) -> None:
         self.run = run
-        self.saved_step = state.step
+        self.saved_step = run.folder.saved_step = state.step
         self.pending: Save | None = None
         self._begun_at, self._blocked_s = 0.0, 0.0
         self._failure: CheckpointError | None = None  # of the newest save
@@ -145,7 +145,8 @@ class CheckpointWriter:
             self._report_failure(pending.step, error)
             return
         now = time.perf_counter()
-        self.saved_step, self._failure, self._consecutive_failures = pending.step, None, 0
+        self.saved_step = self.run.folder.saved_step = pending.step
+        self._failure, self._consecutive_failures = None, 0
         logger.info(
             "saved %s in %.1f s (blocked training for %.2f s)",
             directory,

@@ -28,9 +28,9 @@ class NonFiniteError(FatalError):
     exit_code = 5
 
     def __init__(self, step: int, problem: str, *, has_checkpoint: bool = True) -> None:
-        what = "resume from the last checkpoint" if has_checkpoint else "start again"
+        fix = "resume from the last checkpoint" if has_checkpoint else "start again"
         super().__init__(
-            f"step {step}: {problem}; the run ended without saving; {what} with a smaller "
+            f"step {step}: {problem}; the run ended without saving; {fix} with a smaller "
             "optimizer.lr"
         )
 

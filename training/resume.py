@@ -34,35 +34,14 @@ logger = logging.getLogger("microtron")
 
 # Settings and sections that a resume may change; any other change would make it another run.
 _MAY_CHANGE = (
-    "parallel.",
-    "run.",
-    "logging.",
-    "evaluate.",
-    "checkpoint.",
-    "optimizer.",
-    "debug.",
-    "train.micro_batch_size",
-    "train.compile",
-    "train.device",
-    "train.num_threads",
-    "train.train_steps",
-    "train.precision",
-    "train.max_consecutive_skips",
-    "train.max_rollbacks",
-    "train.loss_spike_threshold_nats",
-    "data.cache_directory",
+    *("parallel.", "run.", "logging.", "evaluate.", "checkpoint.", "optimizer.", "debug."),
+    *("train.micro_batch_size", "train.compile", "train.device", "train.num_threads"),
+    *("train.train_steps", "train.precision", "train.loss_spike_threshold_nats"),
+    *("train.max_consecutive_skips", "train.max_rollbacks", "data.cache_directory"),
     # Locations of text and tokenizer, whose fingerprints are compared instead.
-    "data.tokenizer",
-    "data.bos_token",
-    "data.eos_token",
-    "data.source",
-    "data.path",
-    "data.text_field",
-    "data.hub_config",
-    "data.hub_split",
-    "data.hub_revision",
-    "data.validation_path",
-    "data.sources[",
+    *("data.tokenizer", "data.bos_token", "data.eos_token", "data.source", "data.path"),
+    *("data.text_field", "data.hub_config", "data.hub_split", "data.hub_revision"),
+    *("data.validation_path", "data.sources["),
 )
 _MAY_CHANGE_SECTIONS = tuple(key for key in _MAY_CHANGE if key.endswith((".", "[")))
 # What an imported model fixes; it has no text yet.

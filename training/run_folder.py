@@ -105,6 +105,8 @@ class RunFolder:
         self.samples = self.path / "samples.jsonl"
         self.profile = self.path / "profile"
         self.step: int | None = None  # finished steps, for exit.json
+        self.saved_step = 0  # of the newest checkpoint that this launch has loaded or saved
+        self.exit_code: int | None = None  # once this rank knows how the launch ends
         self.starts_over = False  # run.resume=never: ignore what is there
         self._config, self._mesh = config, mesh
         self._launch_command = launch_command()  # before the launcher can die
@@ -266,19 +268,20 @@ class RunFolder:
         elif isinstance(error, SystemExit):
             self.write_exit(int(error.code or 0), "stopped before the first step")
         else:
-            code = EXIT_BEFORE_TRAINING if isinstance(error, UserError) else 1
+            self.exit_code = EXIT_BEFORE_TRAINING if isinstance(error, UserError) else 1
             rank = f"rank {self._mesh.world.rank}: " if self._mesh.world.size > 1 else ""
-            self._write_report(code, f"{rank}{type(error).__name__}: {error}")
+            self._write_report(self.exit_code, f"{rank}{type(error).__name__}: {error}")
 
     def announce_last_save(self) -> None:
         """Record that the run is about to end, but has not yet."""
         if self._lock is not None:
             with self._reporting():
                 self._lock.write_lock_owner(ending=True)
-        self.write_exit(1, f"{_SAVING}{self.step}")
+            self._write_report(1, f"{_SAVING}{self.step}")
 
     def write_exit(self, code: int, reason: str) -> None:
         """Write exit.json on rank 0. It keeps the code, which torchrun turns into 1."""
+        self.exit_code = code
         if self._is_writer:
             self._write_report(code, reason)
 
@@ -322,7 +325,7 @@ class RunFolder:
     def resume_command(self, *settings: str) -> str:
         """The command line that continues this run; `settings` replace its own."""
         stop, resume = self._config.run.stop_at_step, self._config.run.resume
-        if stop is not None and stop <= (self.step or 0):
+        if stop is not None and stop <= self.saved_step:
             settings = ("run.stop_at_step=null", *settings)  # the config file may have it too
         if resume == "must" or (resume == "never" and not self.starts_over):
             settings = ("run.resume=auto", *settings)

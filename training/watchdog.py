@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from checkpoints import is_file_access
 from configs import leave_error
@@ -58,7 +59,7 @@ class Beat:
 
 
 class Watchdog:
-    """Watches a run inside a `with`."""
+    """Watches a run from `begin` to the end of a `with`."""
 
     def __init__(self, run: Run) -> None:
         self._folder, self._mesh = run.folder, run.mesh
@@ -70,10 +71,14 @@ class Watchdog:
         self._silent_s: dict[int, float] = {}
         self._beats: dict[int, Beat] = {}
         self._left = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._heartbeats: Heartbeats | None = None
 
     def __enter__(self) -> "Watchdog":
-        if self._limit_s > 0:
+        return self
+
+    def begin(self) -> None:
+        """Watch from now on, unless this is so already."""
+        if self._limit_s > 0 and self._heartbeats is None:
             frame = sys._getframe(1)
             self._story = frame.f_code.co_filename
             step, line = self._folder.step or 0, _own_line(frame) or ""
@@ -82,18 +87,20 @@ class Watchdog:
             # At once: this rank may stop before its first sample.
             self._heartbeats.publish(asdict(self._beat))
             self._restart_backstop()
+            self._thread = threading.Thread(
+                target=self._watch, args=(self._heartbeats,), name="watchdog", daemon=True
+            )
             self._thread.start()
-        return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if self._limit_s > 0:
+        if self._heartbeats is not None:
             self._left.set()
             self._thread.join()
             # The others may be waiting for a rank that leaves with an error.
             self._heartbeats.publish(asdict(self._beat) | {"has_ended": kind is None})
             self._heartbeats.close()
 
-    def _watch(self) -> None:
+    def _watch(self, heartbeats: Heartbeats) -> None:
         sampled_at = time.monotonic()
         try:
             while not self._left.wait(self._interval_s):
@@ -103,8 +110,8 @@ class Watchdog:
                 seen_s = min(now - sampled_at, 2 * self._interval_s)
                 sampled_at = now
                 self._sample(seen_s)
-                self._heartbeats.publish(asdict(self._beat))
-                self._read_board(seen_s)
+                heartbeats.publish(asdict(self._beat))
+                self._read_board(heartbeats.board, seen_s)
                 beats = {rank: beat for rank, beat in self._beats.items() if not beat.has_ended}
                 silent_after_s = _SILENT_AFTER * self._limit_s
                 answering = {r: b for r, b in beats.items() if self._silent_s[r] < silent_after_s}
@@ -137,7 +144,7 @@ class Watchdog:
             before,
             samples=before.samples + 1,
             step=step,
-            phase=calls[max(story - 1, 0)].co_name,
+            phase=calls[max(story - 1, 0)].co_qualname,
             line=_own_line(frames[own + blocks]) or calls[own + blocks].co_filename,
             is_waiting=blocks or in_torch,
             is_in_file=any(is_file_access(code) for code in calls),
@@ -153,9 +160,9 @@ class Watchdog:
                 logger.warning(message, step, waited_s, beat.line, limit_s)
         self._position = position
 
-    def _read_board(self, seen_s: float) -> None:
+    def _read_board(self, board: Mapping[int, Any], seen_s: float) -> None:
         """Read the beats of all ranks, and count for how long each has been silent."""
-        beats = {rank: Beat(**beat) for rank, beat in self._heartbeats.board.items()}
+        beats = {rank: Beat(**beat) for rank, beat in board.items()}
         beats[self._mesh.world.rank] = self._beat
         for rank, beat in beats.items():
             is_new = beat != self._beats.get(rank)
@@ -163,8 +170,15 @@ class Watchdog:
         self._beats = beats
 
     def _end(self, beats: Mapping[int, Beat], answering: Mapping[int, Beat]) -> None:
-        """Report the blamed ranks and exit; kill those that are stopped for good."""
+        """Report the blamed ranks and exit; kill those that are stopped for good.
+
+        A rank that only cleans up exits with the code of how the launch ended.
+        """
+        code = EXIT_HANG
         try:
+            if self._folder.exit_code is not None:
+                code = self._folder.exit_code
+                return
             me, blamed = self._mesh.world.rank, blame(beats, answering)
             named = blamed[:_RANKS_IN_DETAIL]
             reason = f"no rank has made progress for {self._limit_s:g} s (run.hang_timeout_s): " + (
@@ -192,7 +206,7 @@ class Watchdog:
                 if rank not in answering:
                     _kill_if_stopped(beats[rank])
         finally:
-            os._exit(EXIT_HANG)
+            os._exit(code)
 
 
 def blame(beats: Mapping[int, Beat], answering: Mapping[int, Beat]) -> list[int]:

@@ -35,17 +35,20 @@ def test_a_resume_truncates_the_file_at_its_step(tmp_path: Path) -> None:
     assert path.read_text() == ""
 
 
-def test_a_line_that_a_crash_of_the_machine_has_damaged_is_passed_over(
+def test_a_line_that_a_crash_of_the_machine_has_damaged_is_removed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its file and number are named; at the end of the file it is removed like a half line."""
+    """Its file and number are named; it is removed, as half a line is at the end of the file."""
     monkeypatch.setattr(logging.getLogger("microtron"), "propagate", True)
     path = tmp_path / "metrics.jsonl"
-    kept = b'{"step": 1}\n' + bytes(9) + b'\n{"step": 2}\n'
-    path.write_bytes(kept + b"\xff\n")
+    damaged = (bytes(9), b"7", b"{}", b"\xff")
+    lines = [b'{"step": 1}', *damaged, b'{"step": 2}', b'{"step": 3}']
+    path.write_bytes(b"\n".join(lines))
     assert truncate_rows(path, 2) == {"step": 2}
-    assert path.read_bytes() == kept
-    assert f"{path}: line 2 is no JSON, and is passed over" in caplog.text
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+    assert [f"{path}: removing line {n}," in caplog.text for n in range(8)] == 2 * [False] + (
+        4 * [True]
+    ) + 2 * [False]
 
 
 def opening_on(disk: dict[str, int]) -> Callable[..., contextlib.AbstractContextManager[Any]]:

@@ -217,7 +217,7 @@ def test_a_rollback_writes_nothing_that_a_full_disk_could_refuse(
 
 @distributed(ONE_RANK)
 @pytest.mark.parametrize(
-    ("settings", "step", "expected"),
+    ("settings", "saved_step", "expected"),
     [
         ({"stop_at_step": 3}, 2, "run.stop_at_step=3 run.resume=must"),
         ({"stop_at_step": 3}, 3, "run.resume=must run.stop_at_step=null"),
@@ -227,15 +227,18 @@ def test_a_rollback_writes_nothing_that_a_full_disk_could_refuse(
     ],
 )
 def test_the_resume_command_resumes(
-    mesh: Mesh, tmp_path: Path, settings: dict[str, Any], step: int, expected: str
+    mesh: Mesh, tmp_path: Path, settings: dict[str, Any], saved_step: int, expected: str
 ) -> None:
-    """Also if the config file has settings that would stop it at once, or start it over."""
+    """Also if the config file has settings that would stop it at once, or start it over.
+
+    The stop stays in force until its step is saved.
+    """
     (tmp_path / "tokenizer").write_text("")
     started = config(tmp_path)
     started = dataclasses.replace(started, run=dataclasses.replace(started.run, **settings))
     with RunFolder(started, mesh) as folder, pytest.MonkeyPatch.context() as patch:
         folder.begin(tmp_path / "tokenizer")
-        folder.step = step
+        folder.step, folder.saved_step = 8, saved_step
         arguments = ["train.py", "run.stop_at_step=3", "run.resume=must"]
         patch.setattr("sys.argv", arguments)
         assert folder.resume_command().endswith(f" train.py {expected}")

@@ -27,7 +27,7 @@ from training.watchdog import EXIT_HANG, Beat, Watchdog, blame
 
 LIMIT_S = 4.0
 WATCHED = (*LONG, f"run.hang_timeout_s={LIMIT_S}")
-# README.md promises a quarter of the limit; the rest is for a busy machine.
+# The watchdog needs up to a quarter of the limit more; the rest is for a busy machine.
 ENDED_WITHIN_S = 1.25 * LIMIT_S + 15.0
 STUCK, HOLDS_THE_LOCK, SLOW = (
     "time.sleep(1000)",
@@ -40,15 +40,15 @@ _SITECUSTOMIZE = """
 import ctypes, os, sys, threading, time
 
 def misbehave():
-    while not hasattr(sys.modules.get("data.loader"), "BatchLoader"):
+    while not hasattr(sys.modules.get("{module}"), "{owner}"):
         time.sleep(0.01)
-    loader, calls = sys.modules["data.loader"].BatchLoader, iter(range(1, 10**9))
-    original = loader.{method}
+    owner, calls = sys.modules["{module}"].{owner}, iter(range(1, 10**9))
+    original = owner.{method}
     def replacement(*arguments, **settings):
         if next(calls) == {call}:
             {action}
         return original(*arguments, **settings)
-    loader.{method} = replacement
+    owner.{method} = replacement
 
 if os.environ.get("RANK", "0") == "{rank}" and "-m" not in sys.orig_argv:
     threading.Thread(target=misbehave, daemon=True).start()
@@ -61,11 +61,13 @@ def inject(
     rank: int,
     action: str,
     call: int = 7,
-    method: str = "__next__",
+    method: str = "data.loader.BatchLoader.__next__",
 ) -> None:
-    """Make a rank of later runs do something in the n-th call of a method of BatchLoader."""
+    """Make a rank of later runs do something in the n-th call of a method."""
     folder.mkdir()
-    text = _SITECUSTOMIZE.format(action=action, rank=rank, call=call, method=method)
+    module, owner, name = method.rsplit(".", 2)
+    place = {"module": module, "owner": owner, "method": name}
+    text = _SITECUSTOMIZE.format(action=action, rank=rank, call=call, **place)
     (folder / "sitecustomize.py").write_text(text)
     monkeypatch.setenv("PYTHONPATH", str(folder))
 
@@ -230,13 +232,25 @@ def test_a_rank_stuck_after_a_rollback_is_blamed(
 ) -> None:
     """It stops as it prepares to read the batches that follow."""
     finish(start(2, settings(corpus, tmp_path, "run.stop_at_step=2")))
-    inject(monkeypatch, tmp_path / "inject", 1, STUCK, call=2, method="__init__")
+    inject(monkeypatch, tmp_path / "inject", 1, STUCK, 2, "data.loader.BatchLoader.__init__")
     wild = ("optimizer.lr=1e30", "optimizer.clip_grad=0", "train.max_consecutive_skips=1")
     limit = f"run.hang_timeout_s={LIMIT_S}"
     output = finish(start(2, settings(corpus, tmp_path, *wild, limit)), expected=1)
     assert "rolling back" in output
     expected = r"rank 1 \(.*\) makes no progress in training_batches, after step \d, at training/"
     assert re.search(expected, hang_report(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_finished_run_that_hangs_in_its_clean_up_has_finished(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As while wandb waits for a dead server: the process ends with the code in exit.json."""
+    finish_log = "tracking.wandb_forwarder.WandbForwarder.finish"
+    inject(monkeypatch, tmp_path / "inject", 0, STUCK, 1, finish_log)
+    finish(start(1, settings(corpus, tmp_path, f"run.hang_timeout_s={LIMIT_S}")))
+    report = json.loads((tmp_path / "test" / "exit.json").read_text())
+    assert (report["code"], report["reason"]) == (0, "finished")
 
 
 # A file system that is slow to make a file of a checkpoint durable.
@@ -297,7 +311,10 @@ def test_a_file_system_that_hangs_ends_the_run(
     slow_down_files(monkeypatch, tmp_path / "slow", rank=1, seconds=1000)
     output = finish(start(2, settings(corpus, tmp_path, "run.hang_timeout_s=2")), expected=1)
     reason = hang_report(tmp_path)
-    assert re.search(r"rank 1 \(host \S+, process \d+\) waits for a file in end, after", reason)
+    assert re.search(
+        r"rank 1 \(host \S+, process \d+\) waits for a file in CheckpointWriter.begin",
+        reason,
+    )
     assert output.count("waiting for a file") >= 8
 
 
@@ -329,5 +346,6 @@ def test_no_thread_without_a_limit() -> None:
     config = parse_config(["config=gpt_debug.yaml", "run.hang_timeout_s=0"])
     run = cast(Run, SimpleNamespace(config=config, folder=None, mesh=None))
     before = threading.enumerate()
-    with Watchdog(run):
+    with Watchdog(run) as watchdog:
+        watchdog.begin()
         assert threading.enumerate() == before
