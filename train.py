@@ -128,14 +128,14 @@ def train_until_stop_or_rollback(
             if due(state.step, config.debug.audit_interval):
                 check_replicas(run, state)
             saves.commit_if_written()
+            if too_many_skipped(state, config.train):
+                saves.commit_if_written(wait=True)
+                return roll_back(run, state), None
             is_last = state.step >= last
             if is_last:
                 folder.announce_last_save()
             if is_last or due(state.step, config.checkpoint.save_interval):
                 saves.begin(state, background=config.checkpoint.async_save and not is_last)
-            if too_many_skipped(state, config.train):
-                saves.commit_if_written(wait=True)
-                return roll_back(run, state), None
         folder.announce_last_save()
         saves.end(state)
         folder.write_exit(*outcome(config, state, stop))

@@ -43,7 +43,7 @@ class CheckpointWriter:
 
     def __init__(self, run: Run, state: RunState) -> None:
         self.run = run
-        self.saved_step = run.folder.saved_step = state.step
+        run.folder.saved_step = state.step
         self.pending: Save | None = None
         self._begun_at, self._blocked_s = 0.0, 0.0
         self._failure: CheckpointError | None = None  # of the newest save
@@ -83,12 +83,12 @@ class CheckpointWriter:
     def end(self, state: RunState) -> None:
         """Save this state without pruning; raise SaveError on all ranks if that fails."""
         self._commit()
-        if state.step > self.saved_step:
+        if state.step > self.run.folder.saved_step:
             self._begin(state, background=False)
             self._commit()
         if isinstance(self._failure, _NotFiniteError):
             problem = "its weights or moments are not finite"
-            raise NonFiniteError(state.step, problem, has_checkpoint=self.saved_step > 0)
+            raise NonFiniteError(state.step, problem, has_checkpoint=self.run.folder.saved_step > 0)
         if self._failure is not None:
             raise self._save_error(state.step)
 
@@ -145,7 +145,7 @@ class CheckpointWriter:
             self._report_failure(pending.step, error)
             return
         now = time.perf_counter()
-        self.saved_step = self.run.folder.saved_step = pending.step
+        self.run.folder.saved_step = pending.step
         self._failure, self._consecutive_failures = None, 0
         logger.info(
             "saved %s in %.1f s (blocked training for %.2f s)",
@@ -164,5 +164,5 @@ class CheckpointWriter:
     def _save_error(self, step: int, after: str = "") -> SaveError:
         return SaveError(
             f"step {step} is not saved{after}: {self._failure}; fix the cause, then resume from "
-            f"step {self.saved_step}"
+            f"step {self.run.folder.saved_step}"
         )

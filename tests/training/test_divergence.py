@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import train as train_module
 from configs import Config, parse_config
 from data.rows import MicroBatch
 from parallel import LocalShard, Mesh, any_rank
@@ -204,6 +205,28 @@ def test_a_stop_after_a_rollback_reports_the_step_it_is_at(mesh: Mesh, config: C
             assert train(config, mesh, folder, StopSignals()) == 143
     report = json.loads(Path(config.run.directory, "test", "exit.json").read_text())
     assert report["step"] == 2
+
+
+@distributed(ONE_RANK)
+def test_a_rollback_at_the_last_step_does_not_announce_the_end(mesh: Mesh, config: Config) -> None:
+    """Steps 5 and 6 are bad; training goes on at step 5, and exit.json must not tell otherwise."""
+    events: list[str] = []
+    announce, go_back = RunFolder.announce_last_save, train_module.roll_back
+
+    def note_save(folder: RunFolder) -> None:
+        events.append("last save")
+        announce(folder)
+
+    def note_rollback(*arguments: Any) -> RunState:
+        events.append("rollback")
+        return go_back(*arguments)
+
+    with poisoned(mesh, range(32, 48)), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "announce_last_save", note_save)
+        patch.setattr(train_module, "roll_back", note_rollback)
+        run(mesh, config)
+    assert events[0] == "rollback"
+    assert set(events[1:]) == {"last save"}
 
 
 @pytest.mark.slow

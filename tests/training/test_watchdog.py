@@ -312,7 +312,7 @@ def test_a_file_system_that_hangs_ends_the_run(
     output = finish(start(2, settings(corpus, tmp_path, "run.hang_timeout_s=2")), expected=1)
     reason = hang_report(tmp_path)
     assert re.search(
-        r"rank 1 \(host \S+, process \d+\) waits for a file in CheckpointWriter.begin",
+        r"rank 1 \(host \S+, process \d+\) waits for a file in CheckpointWriter\.begin, after",
         reason,
     )
     assert output.count("waiting for a file") >= 8
